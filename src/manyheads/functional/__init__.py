@@ -1,0 +1,1 @@
+"""Stateless maths on tensors, shared by mechanisms. No function here knows a mechanism."""

@@ -1,0 +1,65 @@
+"""Attention where several query heads share a key/value head, without ever expanding keys or values.
+
+b batch, h query heads, g key/value heads, r = h / g, n queries, m keys, d head dim. Query head h reads key head h // r.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows of a dense mask that are built at once: bounds the memory of a masked pass to this many rows of length m.
+MASK_ROWS = 512
+
+
+def grouped_scores(q: Tensor, k: Tensor) -> Tensor:
+    """q [b, h, n, d], k [b, g, m, d] -> unscaled scores [b, h, n, m]."""
+    (b, h, n, d), (g, m) = q.shape, k.shape[1:3]
+    return (q.reshape(b, g, h // g * n, d) @ k.transpose(-1, -2)).view(b, h, n, m)
+
+
+def grouped_mix(weights: Tensor, v: Tensor) -> Tensor:
+    """weights [b, h, n, m], v [b, g, m, d] -> [b, h, n, d]."""
+    (b, h, n, m), (g, d) = weights.shape, (v.shape[1], v.shape[3])
+    return (weights.reshape(b, g, h // g * n, m) @ v).view(b, h, n, d)
+
+
+def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
+    """Softmax over the last axis, at least in float32; rows with nothing allowed are zero."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    if allowed is None:
+        return scores.softmax(-1, dtype=wide).to(scores.dtype)
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1, dtype=wide)
+    return weights.masked_fill(~allowed.any(-1, keepdim=True), 0.0).to(scores.dtype)
+
+
+def attend_grouped(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False) -> Tensor:
+    """softmax(scale q k^T) v with PyTorch's kernel. causal: n == m and key j is seen by queries i >= j."""
+    (b, h, n, d), g = q.shape, k.shape[1]
+    if h == g:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    if not causal or n == 1:
+        # The heads of a group stand in line as queries of the one head that they share.
+        packed = q.reshape(b, g, h // g * n, d)
+        return F.scaled_dot_product_attention(packed, k, v, scale=scale).view(b, h, n, v.shape[-1])
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, *, scale: float) -> Tensor:
+    """The same under a mask that broadcasts to [b, h, n, m]; rows with nothing allowed are zero."""
+    (b, h, n, d), g = q.shape, k.shape[1]
+    if h == g:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+    each = q.view(b, g, h // g, n, d)
+    rules = (
+        allowed.expand(-1, h, -1, -1).view(-1, g, h // g, *allowed.shape[2:])
+        if allowed.shape[1] > 1
+        else allowed[:, None]
+    )
+    # One pass per query head of a group: keys stay as they are, and the mask is not repeated.
+    parts = [
+        F.scaled_dot_product_attention(each[:, :, r], k, v, attn_mask=rules[:, :, r % rules.shape[2]], scale=scale)
+        for r in range(h // g)
+    ]
+    return torch.stack(parts, 2).view(b, h, n, v.shape[-1])

@@ -1,0 +1,55 @@
+"""Rotary position embedding (Su et al., arXiv:2104.09864)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """base: wavelength base. fraction: part of each head that is rotated, from its first feature on. interleaved: pairs
+    are (2i, 2i + 1) as in GPT-J and DeepSeek; otherwise (i, i + d/2) as in Llama and GPT-NeoX."""
+
+    base: float = 10000.0
+    fraction: float = 1.0
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if self.base <= 0 or not 0 < self.fraction <= 1:
+            raise ValueError(f"rotary: base={self.base} must be positive and fraction={self.fraction} in (0, 1]")
+
+    @classmethod
+    def of(cls, value: Rotary | Mapping[str, Any] | None) -> Rotary | None:
+        """From what a constructor or a JSON config holds."""
+        return cls(**value) if isinstance(value, Mapping) else value
+
+    def features(self, head_dim: int) -> int:
+        """How many features of a head are rotated: even, at least two."""
+        rotated = int(head_dim * self.fraction) // 2 * 2
+        if rotated < 2:
+            raise ValueError(
+                f"rotary needs at least two features to turn; head_dim={head_dim}, fraction={self.fraction}"
+            )
+        return rotated
+
+
+def rotate(x: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
+    """Turns pair p of x [b, h, n, d] by positions * base^(-2p / rotated). positions: [b or 1, n]. Angles in float32."""
+    rotated = rotary.features(x.shape[-1])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    inverse = rotary.base ** -(torch.arange(0, rotated, 2, device=x.device, dtype=wide) / rotated)
+    angle = positions[:, None, :, None].to(wide) * inverse
+    cos, sin = angle.cos(), angle.sin()
+    turned, rest = x[..., :rotated].to(wide), x[..., rotated:]
+    if rotary.interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        out = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, -1)
+        out = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+    return torch.cat((out.to(x.dtype), rest), -1) if rest.shape[-1] else out.to(x.dtype)

@@ -1,0 +1,249 @@
+"""The outer contract: what every mechanism takes, gives and refuses."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.card import Card, Pattern
+from manyheads.state import State
+
+Context = Tensor | Sequence[Tensor]
+_NO_LOSSES: Mapping[str, Tensor] = {}
+
+
+class Result(NamedTuple):
+    """output: [batch, n, dim] ([batch, height, width, dim] for a grid, [batch, dim] for a pool). weights: the effective
+    [batch, heads, n, m] matrix where asked for. losses: auxiliary losses by name, scalars, unweighted."""
+
+    output: Tensor
+    weights: Tensor | None = None
+    losses: Mapping[str, Tensor] = _NO_LOSSES
+
+
+@dataclass(frozen=True)
+class Call:
+    """One checked call. padding: [batch, m], True = real, of the tokens of this pass (or of the context; a tuple, one
+    per source, where the mechanism has several). dense: [batch, 1 or heads, n, m]. positions: [batch or 1, n], given
+    or None; `query_positions` fills in the default."""
+
+    pattern: Pattern
+    padding: Any = None
+    dense: Tensor | None = None
+    positions: Tensor | None = None
+    state: State | None = None
+    need_weights: bool = False
+
+    @property
+    def seen(self) -> int:
+        """Tokens that the state holds from earlier passes."""
+        return 0 if self.state is None else self.state.length
+
+    def query_positions(self, x: Tensor) -> Tensor:
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.seen, self.seen + x.shape[1], device=x.device)[None]
+
+
+def _recorded(init: Callable[..., None]) -> Callable[..., None]:
+    """Keeps the arguments of the outermost constructor as `self.config`: the constructor is the config."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapper(self: Mechanism, *args: Any, **kwargs: Any) -> None:
+        if "config" not in self.__dict__:
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            values = dict(list(bound.arguments.items())[1:])
+            self.__dict__["config"] = {k: asdict(v) if is_dataclass(v) else v for k, v in values.items()}  # type: ignore[arg-type]
+        init(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Mechanism(nn.Module, ABC):
+    """A published way to attend. Subclasses are final; they carry a `card` and write `attend`.
+
+    Every constructor takes `dim, heads` and then keywords, `causal` among them, all of them JSON values (or a
+    `Rotary`); `config` gives them back.
+    """
+
+    card: ClassVar[Card]
+    config: dict[str, Any]
+    sources: int = 1  # how many contexts one call takes; more than one: context and mask are tuples
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _recorded(cls.__init__)  # type: ignore[method-assign]
+
+    def __init__(self, dim: int, heads: int, *, causal: bool = False) -> None:
+        super().__init__()
+        if dim < 1 or heads < 1:
+            raise ValueError(f"{self.card.name}: dim={dim} and heads={heads} must be positive")
+        if not any(p.causal == causal for p in self.card.patterns):
+            raise ValueError(f"{self.card.name} cannot be built with causal={causal}; it declares {self._declared()}")
+        self.dim, self.heads, self.causal = dim, heads, causal
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Context | None = None,
+        *,
+        mask: Tensor | Sequence[Tensor] | None = None,
+        positions: Tensor | None = None,
+        state: State | None = None,
+        need_weights: bool = False,
+    ) -> Result:
+        """Attends from x to itself, or to the context.
+
+        x: [batch, n, dim]. context: [batch, m, dim], for cross attention. mask: boolean, True = may attend; [batch, m]
+        is key padding (of this pass's tokens, or of the context), [batch, 1 or heads, n, m] is dense (over all keys,
+        those in the state too). positions: integers [n] or [batch, n], counted on from the state by default. With a
+        state the pass continues where the last one ended; a context is then read once. A row with nothing to attend to
+        gives zeros. Raises ValueError for what the mechanism does not declare.
+        """
+        pattern = self._check_inputs(x, context)
+        padding, dense = self._check_mask(pattern, x, context, mask, state)
+        self._check_state(x, state)
+        if positions is not None:
+            positions = self._check_positions(x, positions)
+        return self.attend(x, context, Call(pattern, padding, dense, positions, state, need_weights))
+
+    @abstractmethod
+    def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+        """The mechanism itself, on inputs that were checked."""
+
+    def init_state(self, batch: int, *, capacity: int = 0) -> State:
+        """An empty state. capacity: rows to allocate at once, where the number of tokens is known."""
+        if not self.card.decodes or not self.causal:
+            why = "it was built with causal=False" if self.card.decodes else self.card.notes or "see its card"
+            raise ValueError(f"{self.card.name} cannot decode step by step: {why}")
+        if batch < 1:
+            raise ValueError(f"{self.card.name}: a state needs batch >= 1, got {batch}")
+        return State(self.card.name, batch, capacity=capacity)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.config.items())
+
+    # -- what is refused -------------------------------------------------------------------------------------------
+
+    def _declared(self) -> list[str]:
+        return sorted(p.value for p in self.card.patterns)
+
+    def _pattern(self, x: Tensor, context: Context | None) -> Pattern:
+        if x.ndim == 4:
+            return Pattern.GRID
+        if Pattern.POOL in self.card.patterns:
+            return Pattern.POOL
+        return Pattern(f"{'causal' if self.causal else 'noncausal'}-{'self' if context is None else 'cross'}")
+
+    def _check_inputs(self, x: Tensor, context: Context | None) -> Pattern:
+        name, shape = self.card.name, tuple(x.shape)
+        if x.ndim not in (3, 4) or shape[-1] != self.dim or not x.is_floating_point():
+            raise ValueError(
+                f"{name}: x has shape {shape} and dtype {x.dtype}; want floating point [batch, n, {self.dim}]"
+                + (f" or [batch, height, width, {self.dim}]" if Pattern.GRID in self.card.patterns else "")
+            )
+        if 0 in shape:
+            raise ValueError(f"{name}: x has shape {shape}; an empty sequence or batch has nothing to attend to")
+        pattern = self._pattern(x, context)
+        if pattern not in self.card.patterns:
+            hint = ""
+            if context is None and any(p.cross for p in self.card.patterns):
+                hint = "; context is missing"
+            elif context is not None and not any(p.cross for p in self.card.patterns):
+                hint = "; context was not expected"
+            raise ValueError(f"{name} cannot be called {pattern.value}{hint}; it declares {self._declared()}")
+        if context is not None:
+            self._check_context(x, context)
+        return pattern
+
+    def _check_context(self, x: Tensor, context: Context) -> None:
+        parts = [context] if isinstance(context, Tensor) else list(context)
+        if len(parts) != self.sources or (isinstance(context, Tensor) and self.sources > 1):
+            raise ValueError(
+                f"{self.card.name}: {len(parts)} context(s) given, {self.sources} wanted"
+                + (" as a tuple of tensors, one per source" if self.sources > 1 else " as one tensor")
+            )
+        for part in parts:
+            shape = tuple(part.shape)
+            if part.ndim != 3 or shape[0] != x.shape[0] or shape[2] != self.dim or shape[1] == 0:
+                raise ValueError(
+                    f"{self.card.name}: context has shape {shape}; want [{x.shape[0]}, m >= 1, {self.dim}] "
+                    f"for x of shape {tuple(x.shape)}"
+                )
+
+    def _check_mask(self, pattern: Pattern, x: Tensor, context: Any, mask: Any, state: State | None) -> tuple[Any, Any]:
+        if mask is None:
+            return None, None
+        if self.sources > 1:
+            if isinstance(mask, Tensor) or len(mask) != self.sources:
+                raise ValueError(
+                    f"{self.card.name}: mask must be a tuple of {self.sources} key paddings, one per source"
+                )
+            for part, source in zip(mask, context, strict=True):
+                self._want_mask(part, [tuple(source.shape[:2])])
+            return tuple(mask), None
+        batch = x.shape[0]
+        if pattern is Pattern.GRID:
+            self._want_mask(mask, [tuple(x.shape[:3])])
+            return mask, None
+        n = x.shape[1]
+        new = n if context is None else context.shape[1]
+        total = new + (state.length if state is not None and context is None else 0)
+        self._want_mask(mask, [(batch, new), (batch, 1, n, total), (batch, self.heads, n, total)])
+        return (mask, None) if mask.ndim == 2 else (None, mask)
+
+    def _want_mask(self, mask: Tensor, shapes: list[tuple[int, ...]]) -> None:
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                f"{self.card.name}: mask has dtype {mask.dtype}; want torch.bool with True = may attend "
+                "(for a 0/1 attention mask: mask.bool(); for an additive one: mask == 0)"
+            )
+        if tuple(mask.shape) not in shapes:
+            wanted = " or ".join(str(list(s)) for s in dict.fromkeys(shapes))
+            raise ValueError(f"{self.card.name}: mask has shape {tuple(mask.shape)}; want {wanted}")
+
+    def _check_state(self, x: Tensor, state: State | None) -> None:
+        if state is None:
+            return
+        if not self.causal:
+            raise ValueError(
+                f"{self.card.name}: a state was given to a module built with causal=False, where later tokens change "
+                "earlier outputs; build it with causal=True to decode"
+            )
+        if state.owner != self.card.name:
+            raise ValueError(
+                f"{self.card.name}: the state given belongs to {state.owner}; use this module's init_state"
+            )
+        if state.batch != x.shape[0]:
+            raise ValueError(
+                f"{self.card.name}: the state is for batch {state.batch}, x has batch {x.shape[0]}; "
+                "make a new one with init_state, or select rows with state.reorder"
+            )
+
+    def _check_positions(self, x: Tensor, positions: Tensor) -> Tensor:
+        positions = positions[None] if positions.ndim == 1 else positions
+        if positions.is_floating_point() or positions.ndim != 2 or positions.shape[1] != x.shape[1]:
+            raise ValueError(
+                f"{self.card.name}: positions have shape {tuple(positions.shape)} and dtype {positions.dtype}; want "
+                f"integers [{x.shape[1]}] or [{x.shape[0]}, {x.shape[1]}]"
+            )
+        return positions
+
+    def _split_heads(self) -> int:
+        """dim / heads, for mechanisms that cut the model dimension into equal heads."""
+        if self.dim % self.heads:
+            near = [h for h in range(1, self.dim + 1) if self.dim % h == 0]
+            raise ValueError(
+                f"{self.card.name}: dim={self.dim} is not divisible by heads={self.heads}; heads can be one of {near}"
+            )
+        return self.dim // self.heads

@@ -1,0 +1,1 @@
+"""Feature maps instead of scores: linear in the length."""

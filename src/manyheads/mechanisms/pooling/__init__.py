@@ -1,0 +1,1 @@
+"""A sequence in, a vector out."""

@@ -1,0 +1,1 @@
+"""Where queries, keys and values come from."""

@@ -1,0 +1,1 @@
+"""Fewer tokens on one side of the product."""

@@ -1,0 +1,93 @@
+"""Mechanisms by name: those of manyheads, and those of other packages (entry point group `manyheads.mechanisms`)."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from manyheads.card import Card, Family, Pattern
+from manyheads.mechanism import Mechanism
+
+M = TypeVar("M", bound=type[Mechanism])
+_registered: dict[str, type[Mechanism]] = {}
+
+
+def register(cls: M) -> M:
+    """Class decorator at the foot of the taxonomy: makes `cls` known under `cls.card.name`."""
+    other = _registered.get(cls.card.name)
+    if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(
+            f"two mechanisms are named {cls.card.name!r}: {other.__module__}.{other.__qualname__} and "
+            f"{cls.__module__}.{cls.__qualname__}; rename one of the cards"
+        )
+    _registered[cls.card.name] = cls
+    return cls
+
+
+@cache
+def _load_all() -> None:
+    import manyheads.mechanisms as package
+
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+    for entry in entry_points(group="manyheads.mechanisms"):
+        register(entry.load())
+
+
+def suggest(given: str, known: Iterable[str]) -> str:
+    """`; did you mean 'moba' or 'moh'?`, or nothing where no name is near."""
+    near = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def mechanism_class(name: str) -> type[Mechanism]:
+    """The class registered under `name`. Raises ValueError with near names for an unknown one."""
+    _load_all()
+    if name not in _registered:
+        raise ValueError(
+            f"unknown mechanism {name!r}{suggest(name, _registered)} (`manyheads list` names all {len(_registered)})"
+        )
+    return _registered[name]
+
+
+def card(name: str) -> Card:
+    """The card of the mechanism called `name`."""
+    return mechanism_class(name).card
+
+
+def list_attentions(*, family: str | None = None, pattern: str | None = None) -> list[str]:
+    """Names of all mechanisms, sorted; only those of one family or with one declared pattern where asked."""
+    _load_all()
+    want_family = None if family is None else _member(Family, family)
+    want_pattern = None if pattern is None else _member(Pattern, pattern)
+    return sorted(
+        name
+        for name, cls in _registered.items()
+        if want_family in (None, cls.card.family) and (want_pattern is None or want_pattern in cls.card.patterns)
+    )
+
+
+def _member(enum: Any, value: str) -> Any:
+    try:
+        return enum(value)
+    except ValueError:
+        names = [member.value for member in enum]
+        raise ValueError(
+            f"unknown {enum.__name__.lower()} {value!r}{suggest(value, names)}; want one of {names}"
+        ) from None
+
+
+def create_attention(name: str, dim: int, heads: int, **config: Any) -> Mechanism:
+    """Builds the mechanism `name` for inputs [batch, n, dim]; `config` are that mechanism's own arguments."""
+    cls = mechanism_class(name)
+    known = [p for p in inspect.signature(cls).parameters if p not in ("dim", "heads")]
+    for given in config:
+        if given not in known:
+            raise ValueError(f"{name} has no argument {given!r}{suggest(given, known)}; it takes {known}")
+    return cls(dim, heads, **config)

@@ -1,0 +1,253 @@
+"""The shell that pairwise mechanisms differ from. Read this first.
+
+    project -> position -> score -> select -> normalise -> mix -> output
+
+Shapes: b batch, h query heads, g key/value heads, n queries, m keys, d head dim, e model dim. A mechanism overrides one
+to three of these stages, or `mask_mod` / `score_mod` where all it changes is an index rule. With nothing of score,
+normalise and mix overridden no [n, m] matrix of scores is ever held: the pass is `scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.functional.grouped import (
+    MASK_ROWS,
+    attend_grouped,
+    attend_masked,
+    grouped_mix,
+    grouped_scores,
+    masked_softmax,
+)
+from manyheads.functional.rotary import Rotary, rotate
+from manyheads.mechanism import Call, Mechanism, Result
+from manyheads.state import State
+
+STAGES = ("project", "position", "score", "select", "normalise", "mix", "output")
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which queries meet which keys. i: [n] and j: [m], places in the sequence (a state's keys come first). padding:
+    [b, m] and dense: [b, 1 or h, n, m] as given by the caller, True = may attend. causal: keys j <= i only."""
+
+    i: Tensor
+    j: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
+    padding: Tensor | None = None
+    dense: Tensor | None = None
+    causal: bool = False
+
+    @property
+    def square(self) -> bool:
+        """The queries are all the keys: neither a state nor a context."""
+        return self.causal and self.i.shape == self.j.shape
+
+    def allowed(self) -> Tensor | None:
+        """What the caller and causality allow, [b or 1, h or 1, n, m]; None where that is everything."""
+        allowed = self.dense
+        if self.padding is not None:
+            padding = self.padding[:, None, None, :]
+            allowed = padding if allowed is None else allowed & padding
+        if self.causal and len(self.i) + len(self.j) > 2:
+            past = (self.j[None, :] <= self.i[:, None])[None, None]
+            allowed = past if allowed is None else allowed & past
+        return None if allowed is None else allowed.expand(-1, -1, len(self.i), len(self.j))
+
+    def rows(self, start: int, stop: int) -> Where:
+        """The same for a slice of the queries."""
+        return replace(
+            self,
+            i=self.i[start:stop],
+            query_positions=self.query_positions[:, start:stop],
+            dense=None if self.dense is None else self.dense[:, :, start:stop],
+        )
+
+
+class SoftmaxAttention(Mechanism):
+    """softmax(q k^T / sqrt(d)) v per head, in stages (Vaswani et al., arXiv:1706.03762).
+
+    kv_heads: key/value heads, each shared by heads / kv_heads query heads. rotary: turns q and k by position.
+    """
+
+    span: int | None = None  # no query looks further back than this many tokens, itself included: bounds the state
+    eager: ClassVar[bool] = False  # a stage that needs the score matrix is overridden
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.eager = bool({"score", "score_mod", "normalise", "mix"} & set(changed_stages(cls)))
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        causal: bool = False,
+        kv_heads: int | None = None,
+        bias: bool = False,
+        rotary: Rotary | Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(dim, heads, causal=causal)
+        self.head_dim = self._split_heads()
+        self.kv_heads = heads if kv_heads is None else kv_heads
+        if self.kv_heads < 1 or heads % self.kv_heads:
+            raise ValueError(f"{self.card.name}: heads={heads} is not a multiple of kv_heads={kv_heads}")
+        self.rotary = Rotary.of(rotary)
+        if self.rotary:
+            self.rotary.features(self.head_dim)
+        self.scale = self.head_dim**-0.5
+        self.q_proj = nn.Linear(dim, dim, bias=bias)
+        self.k_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(dim, dim, bias=bias)
+
+    # -- stages ----------------------------------------------------------------------------------------------------
+
+    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [b, n, e], source [b, m, e] (x, or the context) -> q [b, h, n, d], k [b, g, m, d], v [b, g, m, d]."""
+        q, k, v = self.q_proj(x), self.k_proj(source), self.v_proj(source)
+        return tuple(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+
+    def position(self, q: Tensor, k: Tensor, query_positions: Tensor, key_positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Tells q and the new keys where they stand, before keys enter the state."""
+        if self.rotary is None:
+            return q, k
+        return rotate(q, query_positions, self.rotary), rotate(k, key_positions, self.rotary)
+
+    def score(self, q: Tensor, k: Tensor, where: Where) -> Tensor:
+        """[b, h, n, m], scaled; nothing is masked yet."""
+        return grouped_scores(q * self.scale, k)
+
+    def score_mod(self, score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """A rule on scores by index, as in FlexAttention; indices broadcast to [b, h, n, m]."""
+        return score
+
+    def mask_mod(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor | None:
+        """An index rule that says which keys j a query i of head h may attend to, besides causality and masks."""
+        return None
+
+    def select(self, q: Tensor, k: Tensor, where: Where) -> Tensor | None:
+        """Boolean, broadcasting to [b, h, n, m]: what may be attended to in all; None where that is everything."""
+        allowed = where.allowed()
+        rule = self.mask_mod(*self._indices(where))
+        return rule if allowed is None else (allowed if rule is None else allowed & rule)
+
+    def normalise(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
+        """Weights [b, h, n, m]; a row with nothing allowed is zero."""
+        return masked_softmax(scores, allowed)
+
+    def mix(self, weights: Tensor, v: Tensor, where: Where) -> Tensor:
+        """[b, h, n, d]."""
+        return grouped_mix(weights, v)
+
+    def output(self, mixed: Tensor, x: Tensor, call: Call) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """mixed [b, h, n, d] -> [b, n, e] and auxiliary losses by name."""
+        return self.o_proj(mixed.transpose(1, 2).flatten(-2)), {}
+
+    # -- the pass --------------------------------------------------------------------------------------------------
+
+    def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+        q, k, v, where = self._read(x, context, call)
+        weights = None
+        mixed = None if call.need_weights else self.fused(q, k, v, where)
+        if mixed is None:
+            scores = self.score(q, k, where)
+            if type(self).score_mod is not SoftmaxAttention.score_mod:
+                scores = self.score_mod(scores, *self._indices(where))
+            weights = self.normalise(scores, self.select(q, k, where))
+            mixed = self.mix(weights, v, where)
+        if context is not None:
+            # PyTorch's kernel takes a query of NaN for one with nothing to attend to, and gives zeros: do not hide it.
+            mixed = mixed + (q * 0).sum(-1, keepdim=True)
+        output, losses = self.output(mixed, x, call)
+        return Result(output, weights if call.need_weights else None, losses)
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor | None:
+        """score .. mix without the matrix, or None where only the stages can say. A mechanism with a faster way of its
+        own overrides it; the conformance suite holds it equal to the stages."""
+        if self.eager:
+            return None
+        plain = {"select", "mask_mod"}.isdisjoint(changed_stages(type(self)))
+        if (
+            plain
+            and where.padding is None
+            and where.dense is None
+            and (where.square or not where.causal or len(where.i) == 1)
+        ):
+            return attend_grouped(q, k, v, scale=self.scale, causal=where.square and len(where.i) > 1)
+        parts = []
+        for start in range(0, len(where.i), MASK_ROWS):
+            rows = where.rows(start, start + MASK_ROWS)
+            part = q[:, :, start : start + MASK_ROWS]
+            allowed = self.select(part, k, rows)
+            parts.append(
+                attend_grouped(part, k, v, scale=self.scale)
+                if allowed is None
+                else attend_masked(part, k, v, allowed, scale=self.scale)
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _read(self, x: Tensor, context: Any, call: Call) -> tuple[Tensor, Tensor, Tensor, Where]:
+        """Projects, positions, and joins what the state holds."""
+        n, state = x.shape[1], call.state
+        positions = call.query_positions(x)
+        i = torch.arange(call.seen, call.seen + n, device=x.device)
+        if context is not None:
+            return self._read_context(x, context, call, positions, i)
+        q, k, v = self.project(x, x)
+        q, k = self.position(q, k, positions, positions)
+        if state is None:
+            return q, k, v, Where(i, i, positions, positions, call.padding, call.dense, self.causal)
+        usual = torch.arange(call.seen + n, device=x.device)[None]
+        padding = state.append_optional("padding", call.padding, torch.ones_like(usual, dtype=torch.bool))
+        held_positions = state.append_optional("positions", call.positions, usual)
+        k, v = state.append("keys", k), state.append("values", v)
+        j = usual[0, call.seen + n - k.shape[2] :]
+        dense = None if call.dense is None else call.dense[..., -len(j) :]
+        state.advance(n, self.span)
+        where = Where(
+            i, j, positions, j[None] if held_positions is None else held_positions, padding, dense, self.causal
+        )
+        return q, k, v, where
+
+    def _read_context(
+        self, x: Tensor, context: Tensor, call: Call, positions: Tensor, i: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Where]:
+        j = torch.arange(context.shape[1], device=x.device)
+        state: State | None = call.state
+        fresh = state is None or "keys" not in state.context
+        q, k, v = self.project(x, context if fresh else context[:, :0])
+        if fresh:
+            q, k = self.position(q, k, positions, j[None])
+        else:
+            q, _ = self.position(q, k, positions, j[None, :0])
+        if state is not None:
+            if fresh:
+                state.context.update(keys=k, values=v)
+            k, v = state.context["keys"], state.context["values"]
+            if k.shape[2] != len(j):
+                raise ValueError(
+                    f"{self.card.name}: the state was made for a context of {k.shape[2]} tokens, this one has "
+                    f"{len(j)}; start a new state for a new context"
+                )
+            state.advance(x.shape[1])
+        return q, k, v, Where(i, j, positions, j[None], call.padding, call.dense)
+
+    def _indices(self, where: Where) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        device = where.i.device
+        batch = torch.arange(where.key_positions.shape[0], device=device)[:, None, None, None]
+        heads = torch.arange(self.heads, device=device)[:, None, None]
+        return batch, heads, where.i[:, None], where.j
+
+
+def changed_stages(cls: type[Mechanism]) -> list[str]:
+    """The stages, and index rules, in which a mechanism differs from the shell; ['attend'] for its own forward."""
+    if not issubclass(cls, SoftmaxAttention) or cls.attend is not SoftmaxAttention.attend:
+        return ["attend"]
+    return [s for s in (*STAGES, "score_mod", "mask_mod") if getattr(cls, s) is not getattr(SoftmaxAttention, s)]

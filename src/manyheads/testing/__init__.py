@@ -1,0 +1,11 @@
+"""The conformance suite as a public API: prove that a mechanism, ours or yours, does what its card declares.
+
+>>> from manyheads.testing import check_mechanism
+>>> check_mechanism(MyAttention)  # AssertionError: every property that fails, with the smallest failing input
+"""
+
+from manyheads.testing.case import Case
+from manyheads.testing.check import Finding, check_mechanism, examine_mechanism
+from manyheads.testing.properties import PROPERTIES
+
+__all__ = ["PROPERTIES", "Case", "Finding", "check_mechanism", "examine_mechanism"]

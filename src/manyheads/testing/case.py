@@ -1,0 +1,95 @@
+"""One mechanism under one pattern: builds small instances and inputs for the properties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.card import Pattern
+from manyheads.mechanism import Mechanism, Result
+
+Oracle = Callable[[Mechanism, Tensor, Any], Tensor]
+
+
+class Violation(AssertionError):
+    """A property does not hold; the message says on which input."""
+
+
+def expect(holds: bool, message: str) -> None:
+    if not holds:
+        raise Violation(message)
+
+
+def expect_close(actual: Tensor, wanted: Tensor, message: str, *, tolerance: float = 1e-8) -> None:
+    expect(actual.shape == wanted.shape, f"{message}: shapes {tuple(actual.shape)} and {tuple(wanted.shape)}")
+    try:
+        torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
+    except AssertionError:
+        gap = (actual - wanted).abs()
+        place = tuple(int(i) for i in torch.unravel_index(gap.nan_to_num(torch.inf).argmax(), gap.shape))
+        raise Violation(f"{message}: largest difference {gap.max().item():.3g}, at {list(place)}") from None
+
+
+@dataclass(frozen=True)
+class Case:
+    """cls under pattern. config: constructor arguments beside the card's example. oracle: (module, x, context) ->
+    output, an independent computation, where the caller has one."""
+
+    cls: type[Mechanism]
+    pattern: Pattern
+    config: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+    oracle: Oracle | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"dim": 16, "heads": 4, **self.cls.card.example, **self.config, "causal": self.pattern.causal}
+
+    def build(self, dtype: torch.dtype = torch.float64, *, random: bool = True) -> Mechanism:
+        """A small instance in eval mode, the same every time. random: adds noise to every parameter, so that no zero
+        or identity initialisation hides a path."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            module = self.cls(**self.settings)
+            if random:
+                with torch.no_grad():
+                    for parameter in module.parameters():
+                        parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter.dtype))
+        return module.to(device=self.device, dtype=dtype).eval()
+
+    def x(self, n: int, batch: int = 2, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+        """[batch, n, dim], or for a grid [batch, n, n + 1, dim]."""
+        shape = (n, n + 1) if self.pattern is Pattern.GRID else (n,)
+        return self._noise(batch, *shape, dtype=dtype, seed=seed)
+
+    def context(self, n: int, batch: int = 2, *, dtype: torch.dtype = torch.float64, seed: int = 100) -> Any:
+        """None, [batch, n + 2, dim], or a tuple of such, each of its own length, where there are several sources."""
+        if not self.pattern.cross:
+            return None
+        sources = self.build().sources
+        parts = [self._noise(batch, n + 2 + s, dtype=dtype, seed=seed + s) for s in range(sources)]
+        return parts[0] if sources == 1 else tuple(parts)
+
+    def _noise(self, batch: int, *shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+        dim = self.settings["dim"]
+        # Row by row, so that a batch of one is the first row of a larger batch.
+        rows = [
+            torch.randn(*shape, dim, generator=torch.Generator().manual_seed(1000 * seed + row), dtype=torch.float64)
+            for row in range(batch)
+        ]
+        return torch.stack(rows).to(device=self.device, dtype=dtype)
+
+    def outputs(self, module: Mechanism, x: Tensor, context: Any = None, **call: Any) -> Result:
+        with torch.no_grad():
+            return module(x, context, **call)
+
+
+def each(context: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`change` on a context, on each of several, or nothing on None."""
+    if context is None:
+        return None
+    return change(context) if isinstance(context, Tensor) else tuple(change(part) for part in context)

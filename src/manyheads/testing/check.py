@@ -1,0 +1,78 @@
+"""Runs the properties over the patterns that a card declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from manyheads.card import Pattern
+from manyheads.mechanism import Mechanism
+from manyheads.testing.case import Case, Oracle, Violation
+from manyheads.testing.properties import PROPERTIES
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One property under one pattern. size: the smallest n of those tried at which it fails, None where it holds."""
+
+    property: str
+    claim: str
+    pattern: str
+    holds: bool
+    size: int | None = None
+    message: str = ""
+
+
+def examine_mechanism(
+    cls: type[Mechanism],
+    *,
+    patterns: Iterable[str] | None = None,
+    properties: Iterable[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+    oracle: Oracle | None = None,
+    device: str = "cpu",
+) -> Iterator[Finding]:
+    """Yields a Finding for each property that applies, under each declared pattern (or those given).
+
+    properties: names, by default all. config: constructor arguments to use besides the card's example. oracle:
+    (module, x, context) -> output in float64, an independent computation to be equal to.
+    """
+    known = {prop.name for prop in PROPERTIES}
+    wanted = known if properties is None else set(properties)
+    if wanted - known:
+        raise ValueError(f"unknown properties {sorted(wanted - known)}; want some of {sorted(known)}")
+    for pattern in sorted(cls.card.patterns) if patterns is None else patterns:
+        case = Case(cls, Pattern(pattern), dict(config or {}), device, oracle)
+        for prop in PROPERTIES:
+            if prop.name in wanted and prop.applies(case):
+                yield _examine(prop, case)
+
+
+def _examine(prop: Any, case: Case) -> Finding:
+    with torch.random.fork_rng(devices=[]):
+        for size in prop.sizes:
+            torch.manual_seed(size)
+            try:
+                prop.check(case, size)
+            except Violation as violation:
+                message = str(violation)
+            except Exception as error:
+                message = f"raised {type(error).__name__}: {error}"
+            else:
+                continue
+            return Finding(prop.name, prop.claim, case.pattern.value, False, size, f"n={size}: {message}")
+    return Finding(prop.name, prop.claim, case.pattern.value, True)
+
+
+def check_mechanism(cls: type[Mechanism], **options: Any) -> None:
+    """Raises AssertionError with every property that fails, and the smallest input at which it does.
+
+    options: those of examine_mechanism.
+    """
+    failures = [finding for finding in examine_mechanism(cls, **options) if not finding.holds]
+    if failures:
+        lines = [f"  {f.pattern}: {f.property} ({f.claim})\n    {f.message}" for f in failures]
+        raise AssertionError(f"{cls.card.name} fails {len(failures)} properties\n" + "\n".join(lines))
