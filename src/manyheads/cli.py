@@ -1,0 +1,222 @@
+"""The command line: list, show, check, compare, info."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import manyheads
+from manyheads.mechanism import Mechanism
+from manyheads.registry import list_attentions, mechanism_class
+from manyheads.softmax import changed_stages
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=manyheads.__doc__)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _facts(name: str) -> dict[str, Any]:
+    cls = mechanism_class(name)
+    card = cls.card
+    return {
+        "name": card.name,
+        "title": card.title,
+        "reference": card.reference,
+        "family": card.family.value,
+        "patterns": sorted(card.patterns),
+        "time": card.time,
+        "state": card.state,
+        "decodes": card.decodes,
+        "stages": changed_stages(cls),
+        "notes": card.notes,
+    }
+
+
+@app.command("list")
+def list_(
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Only those that declare this pattern.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name every mechanism, with its patterns and cost."""
+    rows = [_facts(name) for name in list_attentions(family=family, pattern=pattern)]
+    if as_json:
+        return _print_json(rows)
+    table = Table(title=f"{len(rows)} mechanisms")
+    for header in ("name", "family", "self", "cross", "other", "time", "state", "paper"):
+        table.add_column(header, no_wrap=header in ("name", "paper"))
+    for row in rows:
+        self_, cross, other = _pattern_columns(row["patterns"])
+        table.add_row(row["name"], row["family"], self_, cross, other, row["time"], row["state"], row["reference"])
+    return Console().print(table)
+
+
+def _pattern_columns(patterns: list[str]) -> tuple[str, str, str]:
+    """Self, cross and other patterns in a word each."""
+
+    def forms(kind: str) -> str:
+        found = [p.removesuffix(kind) for p in patterns if p.endswith(kind)]
+        return "both" if len(found) == 2 else "".join(found)
+
+    other = [p for p in patterns if not p.endswith(("-self", "-cross"))]
+    return forms("-self"), forms("-cross"), ", ".join(other)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A name from `manyheads list`.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show one mechanism: card, equation, stages, cost, arguments and an example that runs."""
+    cls, facts = mechanism_class(name), _facts(name)
+    facts["description"] = inspect.getdoc(cls) or ""
+    facts["arguments"] = _arguments(cls)
+    facts["example"] = example_code(cls)
+    if as_json:
+        return _print_json(facts)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]{name}[/bold]  {facts['title']}, {facts['reference']}\n")
+    console.print(facts["description"] + "\n", markup=False)
+    for key in ("family", "patterns", "time", "state", "decodes", "stages", "notes"):
+        value = ", ".join(facts[key]) if isinstance(facts[key], list) else facts[key]
+        if value != "":
+            console.print(f"{key:>9}  {value}", markup=False)
+    console.print("\narguments")
+    for argument, default in facts["arguments"].items():
+        console.print(f"  {argument} = {default}", markup=False)
+    return console.print("\n" + facts["example"], markup=False)
+
+
+def _arguments(cls: type[Mechanism]) -> dict[str, str]:
+    parameters = inspect.signature(cls).parameters.values()
+    return {p.name: "required" if p.default is p.empty else repr(p.default) for p in parameters}
+
+
+def example_code(cls: type[Mechanism]) -> str:
+    """A few lines that build the mechanism and call it, by the first pattern that its card declares."""
+    pattern = min(cls.card.patterns, key=lambda p: (p != "causal-self", p.cross, p))
+    arguments = {"dim": 64, "heads": 4, **cls.card.example}
+    dim, heads = arguments.pop("dim"), arguments.pop("heads")
+    more = "".join(f", {key}={value!r}" for key, value in {**arguments, "causal": pattern.causal}.items())
+    shape = f"2, 6, 8, {dim}" if pattern == "grid" else f"2, 16, {dim}"
+    lines = [
+        "import torch",
+        "from manyheads import create_attention",
+        "",
+        f"attention = create_attention({cls.card.name!r}, {dim}, {heads}{more})",
+        f"x = torch.randn({shape})",
+    ]
+    call = "x"
+    if pattern.cross:
+        sources = cls(dim, heads, **arguments, causal=pattern.causal).sources
+        one = f"torch.randn(2, 12, {dim})"
+        lines.append(f"context = {one}" if sources == 1 else f"context = ({', '.join([one] * sources)})")
+        call = "x, context"
+    return "\n".join([*lines, f"print(attention({call}).output.shape)"])
+
+
+@app.command()
+def check(
+    target: Annotated[str, typer.Argument(help="A mechanism's name, or package.module:Class.")],
+    pattern: Annotated[list[str] | None, typer.Option(help="Only this pattern; may be repeated.")] = None,
+    property_: Annotated[list[str] | None, typer.Option("--property", help="Only this property.")] = None,
+    config: Annotated[str, typer.Option(help="Constructor arguments as JSON.")] = "{}",
+    as_json: AsJson = False,
+) -> None:
+    """Prove a mechanism: run every property of the contract and say which hold. Exit code 1 where one fails."""
+    from manyheads.testing import examine_mechanism
+
+    cls = find_class(target)
+    findings = []
+    console = Console(highlight=False, soft_wrap=True)
+    for finding in examine_mechanism(cls, patterns=pattern, properties=property_, config=_json_object(config)):
+        findings.append(finding)
+        if not as_json:
+            mark = "[green]holds[/green]" if finding.holds else "[red]FAILS[/red]"
+            console.print(f"{mark}  {finding.pattern:<15} {finding.property:<16} {finding.claim}")
+            if not finding.holds:
+                console.print(f"       smallest failing input: {finding.message}", markup=False)
+    failed = [f for f in findings if not f.holds]
+    if as_json:
+        _print_json([vars(f) for f in findings])
+    else:
+        console.print(f"{cls.card.name}: {len(findings) - len(failed)} of {len(findings)} properties hold")
+    if failed or not findings:
+        raise typer.Exit(1)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"--config {text!r} is not JSON ({error}); want an object such as '{{\"window\": 64}}'"
+        ) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"--config {text!r} is not a JSON object; want one such as '{{\"window\": 64}}'")
+    return value
+
+
+def find_class(target: str) -> type[Mechanism]:
+    """The class behind a registered name or `package.module:Class`, seen from the current folder."""
+    if ":" not in target:
+        return mechanism_class(target)
+    module_name, _, class_name = target.partition(":")
+    if not re.fullmatch(r"[A-Za-z_][\w.]*", module_name):
+        raise ValueError(f"{target!r}: want package.module:Class (an importable module, no path)")
+    sys.path.insert(0, "")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"cannot import {module_name!r}: {error}; run from the folder that holds it") from None
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, Mechanism)):
+        names = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Mechanism)]
+        raise ValueError(f"{module_name} has no mechanism {class_name!r}; it has {names}")
+    return found
+
+
+@app.command()
+def info(as_json: AsJson = False) -> None:
+    """Versions, devices and which fast paths are available here."""
+    from manyheads.environment import environment, fast_paths
+
+    if as_json:
+        return _print_json({"environment": environment(), "fast_paths": fast_paths()})
+    console = Console(highlight=False, soft_wrap=True)
+    for title, facts in (("environment", environment()), ("fast paths", fast_paths())):
+        console.print(f"[bold]{title}[/bold]")
+        for key, value in facts.items():
+            console.print(f"  {key:<34} {value}", markup=False)
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line. What a user can mend is told on stderr with exit code 2; no traceback."""
+    try:
+        code = app(arguments, prog_name="manyheads", standalone_mode=False)
+    except (ValueError, OSError) as error:
+        typer.echo(f"manyheads: {error}", err=True)
+        code = 2
+    except KeyboardInterrupt:
+        typer.echo("manyheads: interrupted", err=True)
+        code = 130
+    except Exception as error:
+        # Errors of the command-line parser know how to print themselves.
+        if not hasattr(error, "exit_code"):
+            raise
+        error.show() if hasattr(error, "show") else typer.echo(str(error), err=True)
+        code = error.exit_code
+    sys.exit(code or 0)

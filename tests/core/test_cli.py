@@ -1,0 +1,83 @@
+"""The commands as a user types them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from manyheads import list_attentions
+from manyheads.cli import app, example_code, main
+from manyheads.registry import mechanism_class
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    out, err = capsys.readouterr()
+    return int(stopped.value.code or 0), out, err
+
+
+def test_list_names_every_mechanism(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "list", "--json")
+    assert code == 0
+    assert [row["name"] for row in json.loads(out)] == list_attentions()
+    code, out, _ = run(capsys, "list", "--family", "plain")
+    assert code == 0
+    assert "softmax" in out
+    assert "gqa" not in out
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_show_and_its_example_run(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    code, out, _ = run(capsys, "show", name)
+    assert code == 0
+    assert mechanism_class(name).card.title in out
+    exec(example_code(mechanism_class(name)), {})
+    assert "torch.Size" in capsys.readouterr().out
+
+
+def test_check_names_a_leak(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent / "conformance")
+    code, out, _ = run(capsys, "check", "test_planted_bugs:OffByOne", "--property", "no-future")
+    assert code == 1
+    assert "FAILS" in out
+    assert "leak from the future" in out
+    assert "smallest failing input: n=2" in out
+    code, out, _ = run(capsys, "check", "test_planted_bugs:Healthy", "--property", "no-future", "--json")
+    assert code == 0
+    assert [f["holds"] for f in json.loads(out)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show", "sofmax"], "did you mean 'softmax'"),
+        (["list", "--pattern", "causal"], "want one of"),
+        (["check", "no_such_module:Thing"], "cannot import 'no_such_module'"),
+        (["check", "json:JSONDecoder"], "has no mechanism 'JSONDecoder'"),
+        (["check", "../evil:Thing"], "want package.module:Class"),
+        (["check", "softmax", "--config", "{"], "is not JSON"),
+        (["check", "softmax", "--property", "nope"], "unknown properties"),
+        (["chek"], "No such command"),
+    ],
+)
+def test_errors_end_with_two_and_no_traceback(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "info", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert {"torch", "device", "threads"} <= set(facts["environment"])
+    assert "torch.compile" in facts["fast_paths"]
+
+
+def test_the_commands_are_these() -> None:
+    names = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    assert names == {"list", "show", "check", "info"}
