@@ -1,0 +1,5 @@
+"""`python -m manyheads` is the `manyheads` command."""
+
+from manyheads.cli import main
+
+main()
