@@ -141,7 +141,7 @@ class Mechanism(nn.Module, ABC):
     def _pattern(self, x: Tensor, context: Context | None) -> Pattern:
         if x.ndim == 4:
             return Pattern.GRID
-        if Pattern.POOL in self.card.patterns:
+        if Pattern.POOL in self.card.patterns and context is None:
             return Pattern.POOL
         return Pattern(f"{'causal' if self.causal else 'noncausal'}-{'self' if context is None else 'cross'}")
 
