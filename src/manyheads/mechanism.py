@@ -43,7 +43,7 @@ class Call:
 
     @property
     def seen(self) -> int:
-        """Tokens that the state holds from earlier passes."""
+        """Tokens that the state has seen in earlier passes; it counts on once the pass calls `state.advance`."""
         return 0 if self.state is None else self.state.length
 
     def query_positions(self, x: Tensor) -> Tensor:

@@ -93,13 +93,14 @@ class State:
     def append_optional(self, name: str, new: Tensor | None, default: Tensor) -> Tensor | None:
         """Like append, but nothing is held until the first pass that gives a value; earlier rows are `default`.
 
-        default: [1, length + n], what each of the tokens seen would have had.
+        default: [1, length + n], what each of the tokens seen would have had. Call it before the pass appends its rows.
         """
         if new is None and name not in self.grown:
             return None
         seen = default.shape[1]
         if name not in self.grown and self.length:
-            held = min(self.length, *(len(b) for b in self.grown.values())) if self.grown else self.length
+            # No more than the longest buffer still has: behind a window the rest is never asked for.
+            held = max((len(b) for b in self.grown.values()), default=self.length)
             self.append(name, default[:, self.length - held : self.length].expand(self.batch, -1))
         fresh = default[:, self.length : seen] if new is None else new
         return self.append(name, fresh.expand(self.batch, -1))
