@@ -524,6 +524,31 @@ def decode_padded(case: Case, n: int) -> None:
         expect_close(gap, torch.zeros_like(gap), f"left-padded, chunks {chunks}: differs from one pass")
 
 
+@prop(
+    "decode-weights",
+    "weights of a decoded token are a row of the parallel ones, or refused",
+    when=_decodes,
+    sizes=(2, 9),
+)
+def decode_weights(case: Case, n: int) -> None:
+    module, x, context = case.build(), case.x(n), case.context(n)
+    wanted = case.outputs(module, x, context, need_weights=True).weights
+    state = module.init_state(2)
+    case.outputs(module, x[:, :-1], context, state=state)
+    try:
+        result = case.outputs(module, x[:, -1:], context, state=state, need_weights=True)
+    except ValueError as error:
+        expect("state" in str(error), f"weights are refused without a word on the state: {error}")
+        return
+    expect((wanted is None) == (result.weights is None), "weights exist in one of decoding and the parallel pass only")
+    if wanted is not None and result.weights is not None:
+        row = wanted[:, :, -1:]
+        # A window's state has dropped what the row gives no weight.
+        held = result.weights.shape[-1]
+        expect_close(result.weights, row[..., row.shape[-1] - held :], "the decoded row of weights differs")
+        expect(bool((row[..., : row.shape[-1] - held] == 0).all()), "a dropped key has weight in the parallel pass")
+
+
 @prop("reorder", "after state.reorder each row continues the row it came from", when=_decodes, sizes=(2, 5, 9, 17))
 def reorder(case: Case, n: int) -> None:
     module, x, context = case.build(), case.x(n, 3), case.context(n, 3)
