@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.functional.grouped import (
-    MASK_ROWS,
     attend_grouped,
-    attend_masked,
+    attend_rows,
     grouped_mix,
     grouped_scores,
     masked_softmax,
@@ -60,13 +59,13 @@ class Where:
             allowed = past if allowed is None else allowed & past
         return None if allowed is None else allowed.expand(-1, -1, len(self.i), len(self.j))
 
-    def rows(self, start: int, stop: int) -> Where:
+    def rows(self, rows: slice) -> Where:
         """The same for a slice of the queries."""
         return replace(
             self,
-            i=self.i[start:stop],
-            query_positions=self.query_positions[:, start:stop],
-            dense=None if self.dense is None else self.dense[:, :, start:stop],
+            i=self.i[rows],
+            query_positions=self.query_positions[:, rows],
+            dense=None if self.dense is None else self.dense[:, :, rows],
         )
 
 
@@ -181,17 +180,11 @@ class SoftmaxAttention(Mechanism):
             and (where.square or not where.causal or len(where.i) == 1)
         ):
             return attend_grouped(q, k, v, scale=self.scale, causal=where.square and len(where.i) > 1)
-        parts = []
-        for start in range(0, len(where.i), MASK_ROWS):
-            rows = where.rows(start, start + MASK_ROWS)
-            part = q[:, :, start : start + MASK_ROWS]
-            allowed = self.select(part, k, rows)
-            parts.append(
-                attend_grouped(part, k, v, scale=self.scale)
-                if allowed is None
-                else attend_masked(part, k, v, allowed, scale=self.scale)
-            )
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+        def allowed(rows: slice) -> Tensor | None:
+            return self.select(q[:, :, rows], k, where.rows(rows))
+
+        return attend_rows(q, k, v, allowed, scale=self.scale, causal=where.causal)
 
     def _read(self, x: Tensor, context: Any, call: Call) -> tuple[Tensor, Tensor, Tensor, Where]:
         """Projects, positions, and joins what the state holds."""

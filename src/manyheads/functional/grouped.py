@@ -5,6 +5,8 @@ b batch, h query heads, g key/value heads, r = h / g, n queries, m keys, d head 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,3 +65,20 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, *, scale: fl
         for r in range(h // g)
     ]
     return torch.stack(parts, 2).view(b, h, n, v.shape[-1])
+
+
+def attend_rows(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Callable[[slice], Tensor | None], *, scale: float, causal: bool
+) -> Tensor:
+    """The same where the mask of a slice of the queries is made when it is needed, [b or 1, h or 1, rows, m] or None
+    for everything. causal: the last query stands at the last key, and no mask allows a key behind its query."""
+    n, m, parts = q.shape[2], k.shape[2], []
+    for start in range(0, n, MASK_ROWS):
+        rows = slice(start, min(start + MASK_ROWS, n))
+        reach = m - n + rows.stop if causal else m
+        part, keys, values, mask = q[:, :, rows], k[:, :, :reach], v[:, :, :reach], allowed(rows)
+        if mask is None:
+            parts.append(attend_grouped(part, keys, values, scale=scale))
+        else:
+            parts.append(attend_masked(part, keys, values, mask[..., :reach], scale=scale))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import (
-    MASK_ROWS,
     attend_grouped,
-    attend_masked,
+    attend_rows,
     grouped_mix,
     grouped_scores,
     masked_softmax,
@@ -164,12 +163,4 @@ class MLA(Mechanism):
         free = where.padding is None and where.dense is None
         if free and (where.square or not where.causal or len(where.i) == 1):
             return attend_grouped(q, k, v, scale=self.scale, causal=where.square and len(where.i) > 1)
-        parts = []
-        for start in range(0, len(where.i), MASK_ROWS):
-            part, allowed = q[:, :, start : start + MASK_ROWS], where.rows(start, start + MASK_ROWS).allowed()
-            parts.append(
-                attend_grouped(part, k, v, scale=self.scale)
-                if allowed is None
-                else attend_masked(part, k, v, allowed, scale=self.scale)
-            )
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        return attend_rows(q, k, v, lambda rows: where.rows(rows).allowed(), scale=self.scale, causal=where.causal)
