@@ -1,0 +1,147 @@
+"""Agent attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.card import Card, Family
+from manyheads.functional.grouped import masked_softmax
+from manyheads.mechanism import Call, Mechanism, Result
+from manyheads.registry import register
+
+BLOCK = 7  # side of the coarse bias tables, as in the paper
+
+
+@register
+class Agent(Mechanism):
+    """A few agents, averages of queries, gather the values; every query then asks the agents.
+
+        A = pool(Q);  V_A = softmax(A K^T / sqrt(d) + B_1) V;  O = softmax(Q A^T / sqrt(d) + B_2) V_A + DWC(V);  W_o O
+
+    pool: adaptive averages over `agents` cells (sqrt(agents) squared on a grid); DWC: a 3 x 3 depthwise convolution.
+    B: a 7 x 7 table per head and agent, bilinear to the size of the grid, plus a line per axis kept at `window` places.
+    x: [b, height, width, dim] with mask [b, height, width], or [b, n, dim], which is a grid of height one with its
+    agents in one row. Rows, columns and cells are counted over real tokens, so that padding changes nothing.
+    Weights: softmax(Q A^T ..) softmax(A K^T ..); the convolution is beside them.
+
+    Source: Han et al., Agent Attention: On the Integration of Softmax and Linear Attention, arXiv:2312.08874. The
+    released code fixes the grid to window x window and treats a class token apart: here the lines are interpolated
+    too (equal at that size), there is no class token, and the 1-D form is ours. bias: of q, k, v.
+    """
+
+    card = Card(
+        name="agent",
+        title="Agent Attention: On the Integration of Softmax and Linear Attention",
+        reference="arXiv:2312.08874",
+        family=Family.TOKENS,
+        patterns={"noncausal-self", "grid"},
+        time="n agents",
+        state="",
+        decodes=False,
+        example={"agents": 4, "window": 6},
+        notes="no causal form: the agents are averages over all queries",
+    )
+
+    def __init__(
+        self, dim: int, heads: int, *, causal: bool = False, agents: int = 49, window: int = 14, bias: bool = False
+    ) -> None:
+        super().__init__(dim, heads, causal=causal)
+        self.head_dim = self._split_heads()
+        if agents < 1 or window < 1:
+            raise ValueError(f"{self.card.name}: agents={agents} and window={window} must be positive")
+        self.agents = agents
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(3))
+        self.o_proj = nn.Linear(dim, dim)
+        self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        # First for agents that ask tokens (B_1), then for tokens that ask agents (B_2); lines: by height, by width.
+        self.block_bias = nn.Parameter(nn.init.trunc_normal_(torch.empty(2, heads, agents, BLOCK, BLOCK), std=0.02))
+        self.line_bias = nn.Parameter(nn.init.trunc_normal_(torch.empty(2, 2, heads, agents, window), std=0.02))
+
+    def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+        if call.dense is not None:
+            raise ValueError(
+                f"{self.card.name}: a dense mask was given, but tokens meet only through agents; "
+                "give key padding [batch, n] as the mask"
+            )
+        grid = x if x.ndim == 4 else x[:, None]
+        padding = call.padding if call.padding is None or x.ndim == 4 else call.padding[:, None]
+        output, weights = self._attend_grid(grid, padding, self._layout(x), call.need_weights)
+        return Result(output.view_as(x), weights)
+
+    def _layout(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of agents."""
+        if x.ndim == 3:
+            return 1, self.agents
+        side = math.isqrt(self.agents)
+        if side * side != self.agents:
+            raise ValueError(
+                f"{self.card.name}: a grid of shape {tuple(x.shape)} needs a square number of agents, not "
+                f"{self.agents}; take {side * side} or {(side + 1) ** 2}"
+            )
+        return side, side
+
+    def _attend_grid(
+        self, x: Tensor, padding: Tensor | None, layout: tuple[int, int], need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        # Without padding one row stands for the whole batch, so that biases are not repeated.
+        real = torch.ones_like(x[:1, ..., 0], dtype=torch.bool) if padding is None else padding
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if padding is not None:
+            q, k, v = (t.masked_fill(~padding[..., None], 0.0) for t in (q, k, v))
+        lines = real.any(2), real.any(1)  # which rows [b, H] and columns [b, W] hold something
+        agents, alive = self._pool(q, real, lines, layout)
+        asking, answering = self._biases(lines, x.dtype)
+        q, k, values, a = (self._split(t.flatten(1, -2)) for t in (q, k, v, agents))
+        a = a * self.head_dim**-0.5
+        allowed = None if padding is None else padding.flatten(1)[:, None, None, :]
+        gather = masked_softmax(a @ k.transpose(-1, -2) + asking, allowed)
+        spread = masked_softmax(
+            q @ a.transpose(-1, -2) + answering.transpose(-1, -2),
+            None if padding is None else alive[:, None, None, :],
+        )
+        mixed = (spread @ (gather @ values)).transpose(1, 2).reshape(x.shape)
+        mixed = mixed + self.dwc(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.o_proj(mixed), spread @ gather if need_weights else None
+
+    def _split(self, t: Tensor) -> Tensor:
+        return t.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+    def _pool(
+        self, q: Tensor, real: Tensor, lines: tuple[Tensor, Tensor], layout: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Mean of the real queries of each cell, [b, agents, e], and whether the cell has any, [b, agents]."""
+        down, across = (_cells(line, count).to(q.dtype) for line, count in zip(lines, layout, strict=True))
+        counted = (down @ real.to(q.dtype) @ across.transpose(1, 2)).flatten(1)
+        total = torch.einsum("bqw,bpwe->bpqe", across, torch.einsum("bph,bhwe->bpwe", down, q)).flatten(1, 2)
+        return total / counted.clamp(min=1)[..., None], counted > 0
+
+    def _biases(self, lines: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """B_1 and the transpose of B_2, [b, h, agents, H W] each."""
+        window = self.line_bias.shape[-1]
+        coarse = [_hats(line, BLOCK, dtype) for line in lines]
+        fine = [_hats(line, window, dtype) for line in lines]
+        block = torch.einsum("zhast,bys,bxt->zbhayx", self.block_bias, *coarse)
+        tall = torch.einsum("zhas,bys->zbhay", self.line_bias[:, 0], fine[0])[..., None]
+        wide = torch.einsum("zhas,bxs->zbhax", self.line_bias[:, 1], fine[1])[..., None, :]
+        asking, answering = (block + tall + wide).flatten(-2)
+        return asking, answering
+
+
+def _cells(line: Tensor, count: int) -> Tensor:
+    """Which of the real places of a line [b, n] fall in each of `count` cells of adaptive pooling: [b, count, n]."""
+    length, rank = line.sum(1)[:, None], line.cumsum(1) - 1
+    cell = torch.arange(count, device=line.device)
+    start, stop = cell * length // count, ((cell + 1) * length + count - 1) // count
+    return (rank[:, None] >= start[..., None]) & (rank[:, None] < stop[..., None]) & line[:, None]
+
+
+def _hats(line: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Weights [b, n, size] with which the real places of a line [b, n] read a table by linear interpolation."""
+    wide = torch.promote_types(dtype, torch.float32)
+    length, rank = line.sum(1, keepdim=True).clamp(min=1), line.cumsum(1) - 1
+    place = ((rank.to(wide) + 0.5) * size / length - 0.5).clamp(0, size - 1)
+    return (1 - (place[..., None] - torch.arange(size, device=line.device)).abs()).clamp(min=0).to(dtype)
