@@ -59,7 +59,17 @@ class Buffer:
         self.data, self.start, self.stop = fresh, 0, len(self)
 
     def keep_last(self, rows: int) -> None:
+        """Drops older rows; gives memory back where a long pass took much more than is kept."""
         self.start = max(self.start, self.stop - rows)
+        if self.data is None:
+            return
+        axis, enough = _time(self.data), max(self.capacity, 2 * len(self))
+        if self.data.shape[axis] > 2 * enough:
+            shape = list(self.data.shape)
+            shape[axis] = enough
+            fresh = self.data.new_empty(shape)
+            fresh.narrow(axis, 0, len(self)).copy_(self.view())
+            self.data, self.start, self.stop = fresh, 0, len(self)
 
 
 class State:

@@ -130,6 +130,15 @@ def test_a_window_bounds_the_state() -> None:
         state.truncate(500)
 
 
+def test_a_long_pass_gives_its_memory_back_behind_a_window() -> None:
+    state = State("any", 1, capacity=32)
+    state.append("keys", torch.zeros(1, 1, 5000, 1))
+    state.advance(5000, span=8)
+    rows = state.append("keys", torch.ones(1, 1, 1, 1))
+    assert rows.flatten().tolist() == [0.0] * 7 + [1.0]
+    assert state.nbytes == 4 * 32
+
+
 def test_gradients_flow_through_a_state() -> None:
     module = softmax(causal=True)
     x = torch.randn(1, 6, 16).double().requires_grad_()
