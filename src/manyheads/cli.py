@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 import manyheads
+from manyheads.compare.command import compare
 from manyheads.mechanism import Mechanism
 from manyheads.registry import list_attentions, mechanism_class
 from manyheads.softmax import changed_stages
@@ -54,13 +56,18 @@ def list_(
     rows = [_facts(name) for name in list_attentions(family=family, pattern=pattern)]
     if as_json:
         return _print_json(rows)
-    table = Table(title=f"{len(rows)} mechanisms")
-    for header in ("name", "family", "self", "cross", "other", "time", "state", "paper"):
-        table.add_column(header, no_wrap=header in ("name", "paper"))
+    console = Console()
+    wide = console.width >= 110  # in a pipe it is 80
+    table = Table(title=f"{len(rows)} mechanisms", box=SIMPLE_HEAD, padding=(0, 1))
+    for header in ("name", *(["family"] if wide else []), "self", "cross", "other"):
+        table.add_column(header, no_wrap=True)
+    for header in ("time", "state", *(["paper"] if wide else [])):
+        table.add_column(header, no_wrap=header == "paper")
     for row in rows:
-        self_, cross, other = _pattern_columns(row["patterns"])
-        table.add_row(row["name"], row["family"], self_, cross, other, row["time"], row["state"], row["reference"])
-    return Console().print(table)
+        costs = [row["time"], row["state"] if row["decodes"] else ""]
+        names = [row["name"], *([row["family"]] if wide else []), *_pattern_columns(row["patterns"])]
+        table.add_row(*names, *costs, *([row["reference"]] if wide else []))
+    return console.print(table)
 
 
 def _pattern_columns(patterns: list[str]) -> tuple[str, str, str]:
@@ -186,6 +193,9 @@ def find_class(target: str) -> type[Mechanism]:
         names = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Mechanism)]
         raise ValueError(f"{module_name} has no mechanism {class_name!r}; it has {names}")
     return found
+
+
+app.command()(compare)
 
 
 @app.command()
