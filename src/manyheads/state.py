@@ -19,6 +19,7 @@ class Buffer:
         self.data: Tensor | None = None
         self.start = 0
         self.stop = 0
+        self.added = 0  # rows ever appended, those dropped since among them
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -30,6 +31,7 @@ class Buffer:
     def append(self, new: Tensor) -> Tensor:
         """Adds rows and returns all that are held, as a view."""
         axis, added = _time(new), new.shape[_time(new)]
+        self.added += added
         if new.requires_grad and torch.is_grad_enabled():
             # Writing in place would break the backward of the earlier passes.
             self.data = new if self.data is None else torch.cat([self.view(), new], axis)
@@ -103,15 +105,17 @@ class State:
     def append_optional(self, name: str, new: Tensor | None, default: Tensor) -> Tensor | None:
         """Like append, but nothing is held until the first pass that gives a value; earlier rows are `default`.
 
-        default: [1, length + n], what each of the tokens seen would have had. Call it before the pass appends its rows.
+        default: [1, length + n], what each of the tokens seen would have had.
         """
         if new is None and name not in self.grown:
             return None
         seen = default.shape[1]
         if name not in self.grown and self.length:
-            # No more than the longest buffer still has: behind a window the rest is never asked for.
-            held = max((len(b) for b in self.grown.values()), default=self.length)
+            # As far back as the longest buffer reaches without this pass: behind a window nothing is asked for.
+            before = (len(b) - max(b.added - self.length, 0) for b in self.grown.values())
+            held = max(before, default=self.length)
             self.append(name, default[:, self.length - held : self.length].expand(self.batch, -1))
+            self.grown[name].added = self.length
         fresh = default[:, self.length : seen] if new is None else new
         return self.append(name, fresh.expand(self.batch, -1))
 
@@ -152,4 +156,5 @@ class State:
                 )
         for buffer in self.grown.values():
             buffer.stop -= gone
+            buffer.added -= gone
         self.length = length

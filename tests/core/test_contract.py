@@ -162,6 +162,27 @@ def test_padding_that_starts_late_is_remembered() -> None:
     assert_close(torch.cat([p.output for p in parts], 1), wanted)
 
 
+@pytest.mark.parametrize("name", ["softmax", "mswa", "moba"])
+def test_padding_and_positions_that_start_together_in_a_later_pass(name: str) -> None:
+    torch.manual_seed(0)
+    more = {"mswa": {"window": 4}, "moba": {"block": 3, "top_k": 2}}.get(name, {})
+    module = create_attention(name, 16, 4, causal=True, rotary=Rotary(), **more).double().eval()
+    x = torch.randn(2, 30, 16).double()
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    mask[0, 20] = False
+    positions = mask.cumsum(1) - 1
+    with torch.no_grad():
+        wanted = module(x, mask=mask, positions=positions).output
+        state = module.init_state(2)
+        parts = [module(x[:, :20], state=state).output]
+        parts += [
+            module(x[:, s], mask=mask[:, s], positions=positions[:, s], state=state).output
+            for s in (slice(20, 25), slice(25, 26), slice(26, 30))
+        ]
+    gap = torch.where(mask[..., None], torch.cat(parts, 1) - wanted, 0.0)
+    assert_close(gap, torch.zeros_like(gap))
+
+
 def test_a_state_can_be_copied() -> None:
     module = softmax(causal=True)
     x = torch.randn(1, 4, 16).double()

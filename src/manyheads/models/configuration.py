@@ -1,0 +1,214 @@
+"""The configuration of a model whose layers are any mechanisms."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from manyheads.card import Pattern
+from manyheads.registry import mechanism_class, suggest
+
+POSITIONS = ("learned", "rotary", "none")
+ACTIVATIONS = ("swiglu", "gelu")
+Spec = str | Mapping[str, Any]
+
+
+class ManyheadsConfig(PreTrainedConfig):
+    """Sizes, and which mechanism each layer holds.
+
+    layers: one spec per layer, or a single one for all. A spec is a mechanism's name, or that and its own arguments:
+    `{"name": "moba", "block": 32}`; `heads` among them replaces num_attention_heads for that layer. In an
+    encoder-decoder these are the encoder's layers; decoder_layers (by default as layers) and cross_layers (by default
+    softmax) are the decoder's, num_decoder_layers of each.
+    is_causal: True or False holds every layer to that; None leaves it to the head of the model: a causal language model
+    wants causal layers, the others take noncausal ones, and causal ones where a mechanism has no other.
+    decoder_causal: False lets decoder tokens see each other; labels are aligned with them, and nothing is generated.
+    positions: "learned" embeddings, "rotary" or "none". Rotary goes to self-attention mechanisms whose constructor
+    takes `rotary`, unless their spec has its own; other mechanisms get none, as they may have positions of their own.
+    intermediate_size: of the MLP after each mixer; 0 leaves it out. hidden_act: "swiglu" or "gelu".
+    short_conv: width of a depthwise convolution before each self mixer (causal, or centred where the layer is not
+    causal); 0 leaves it out. dropout: on what each sublayer adds. pooling, of the classifiers: "mean", or the spec of a
+    mechanism that pools. router_loss_weight: of the mechanisms' auxiliary losses, summed, in the loss.
+    """
+
+    model_type = "manyheads"
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "aux_loss", "encoder_last_hidden_state"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = 1024
+    hidden_act: str = "swiglu"
+    layers: Any = ("softmax",)
+    is_causal: bool | None = None
+    num_decoder_layers: int | None = None
+    decoder_layers: Any = None
+    cross_layers: Any = None
+    decoder_causal: bool = True
+    positions: str = "rotary"
+    rotary_base: float = 10000.0
+    max_position_embeddings: int = 2048
+    short_conv: int = 0
+    pooling: Any = "mean"
+    image_size: Any = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    tie_word_embeddings: bool = True
+    dropout: float = 0.0
+    router_loss_weight: float = 0.01
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    decoder_start_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("layers", "decoder_layers", "cross_layers"):
+            value = getattr(self, name)
+            if isinstance(value, str | Mapping):
+                value = [value]
+            setattr(self, name, None if value is None else [_checked_spec(f"{name}[{i}]", v) for i, v in _each(value)])
+        if not isinstance(self.image_size, int):
+            self.image_size = list(self.image_size)
+        if self.pooling != "mean":
+            self.pooling = _checked_spec("pooling", self.pooling)
+        self._check_values()
+        super().__post_init__(**kwargs)
+        self._check_patterns()
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> ManyheadsConfig:
+        """The configuration itself: encoder and decoder share it."""
+        return self
+
+    # -- what each layer is ------------------------------------------------------------------------------------------
+
+    def encoder_specs(self) -> list[Spec]:
+        """One per layer, of the encoder or of a model without a decoder."""
+        return _repeated("layers", self.layers, self.num_hidden_layers)
+
+    def decoder_specs(self) -> list[Spec]:
+        """One per decoder layer, of its self-attention."""
+        name, specs = (
+            ("layers", self.layers) if self.decoder_layers is None else ("decoder_layers", self.decoder_layers)
+        )
+        return _repeated(name, specs, self.num_decoders)
+
+    def cross_specs(self) -> list[Spec]:
+        """One per decoder layer, of its attention to the encoder."""
+        return _repeated("cross_layers", self.cross_layers or ["softmax"], self.num_decoders)
+
+    @property
+    def num_decoders(self) -> int:
+        return self.num_hidden_layers if self.num_decoder_layers is None else self.num_decoder_layers
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        return self.image_size[0], self.image_size[1]
+
+    # -- what is refused ---------------------------------------------------------------------------------------------
+
+    def _check_values(self) -> None:
+        for name, known in (("positions", POSITIONS), ("hidden_act", ACTIVATIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}={value!r}{suggest(str(value), known)}; want one of {list(known)}")
+        least = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "patch_size": 1}
+        least |= {"num_channels": 1, "max_position_embeddings": 1, "intermediate_size": 0, "short_conv": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < minimum:
+                raise ValueError(f"{name}={value!r}; want an integer, at least {minimum}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}; want 0 <= dropout < 1")
+        if len(self.image_shape) != 2 or any(side % self.patch_size for side in self.image_shape):
+            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
+
+    def _check_patterns(self) -> None:
+        self.encoder_specs()
+        if self.is_encoder_decoder:
+            for i, spec in enumerate(self.decoder_specs()):
+                check_pattern(f"decoder_layers[{i}]", spec, _self_pattern(self.decoder_causal))
+            for i, spec in enumerate(self.cross_specs()):
+                pattern = Pattern.CAUSAL_CROSS if self.decoder_causal else Pattern.NONCAUSAL_CROSS
+                check_pattern(f"cross_layers[{i}]", spec, pattern)
+        if self.is_causal is not None:
+            for i, spec in enumerate(self.layers):
+                check_pattern(f"layers[{i}]", spec, _self_pattern(self.is_causal))
+        if self.pooling != "mean":
+            check_pattern("pooling", self.pooling, Pattern.POOL)
+
+
+def spec_name(spec: Spec) -> str:
+    """The mechanism's name in a spec."""
+    return spec if isinstance(spec, str) else spec["name"]
+
+
+def spec_arguments(spec: Spec) -> dict[str, Any]:
+    """The constructor arguments in a spec."""
+    return {} if isinstance(spec, str) else {k: v for k, v in spec.items() if k != "name"}
+
+
+def layer_pattern(place: str, spec: Spec, causal: bool | None, *, grid: bool = False) -> Pattern:
+    """How a self layer is called. causal None: noncausal where declared (as a grid, for images), else causal."""
+    declared = mechanism_class(spec_name(spec)).card.patterns
+    if causal is not None:
+        check_pattern(place, spec, _self_pattern(causal))
+        return _self_pattern(causal)
+    wanted = [Pattern.GRID] * grid + [Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF]
+    for pattern in wanted:
+        if pattern in declared:
+            return pattern
+    raise _undeclared(place, spec, wanted)
+
+
+def check_pattern(place: str, spec: Spec, pattern: Pattern) -> None:
+    """Raises ValueError, naming the layer, where the mechanism does not declare the pattern."""
+    if pattern not in mechanism_class(spec_name(spec)).card.patterns:
+        raise _undeclared(place, spec, [pattern])
+
+
+def _undeclared(place: str, spec: Spec, wanted: Sequence[Pattern]) -> ValueError:
+    name = spec_name(spec)
+    declared = sorted(p.value for p in mechanism_class(name).card.patterns)
+    return ValueError(
+        f"{place} is {name!r}, which declares {declared}; this layer needs {' or '.join(p.value for p in wanted)} "
+        f"(`manyheads list --pattern {wanted[-1].value}` names what fits)"
+    )
+
+
+def _self_pattern(causal: bool) -> Pattern:
+    return Pattern.CAUSAL_SELF if causal else Pattern.NONCAUSAL_SELF
+
+
+def _each(value: Any) -> list[tuple[int, Any]]:
+    if not isinstance(value, Sequence) or not value:
+        raise ValueError(f"layers are {value!r}; want a list of mechanism names, or of {{'name': ..., own arguments}}")
+    return list(enumerate(value))
+
+
+def _repeated(name: str, specs: list[Spec], count: int) -> list[Spec]:
+    if len(specs) not in (1, count):
+        raise ValueError(f"{name} has {len(specs)} entries for {count} layers; want {count}, or one for all of them")
+    return specs * count if len(specs) == 1 else specs
+
+
+def _checked_spec(place: str, spec: Any) -> Spec:
+    if not isinstance(spec, str) and not (isinstance(spec, Mapping) and isinstance(spec.get("name"), str)):
+        raise ValueError(
+            f"{place} is {spec!r}; want a mechanism's name, or {{'name': a mechanism's name, and its own arguments}}"
+        )
+    cls = mechanism_class(spec_name(spec))
+    known = [p for p in inspect.signature(cls).parameters if p not in ("dim", "causal")]
+    for given in spec_arguments(spec):
+        if given not in known:
+            raise ValueError(f"{place}: {cls.card.name} has no argument {given!r}{suggest(given, known)}; want {known}")
+    return spec if isinstance(spec, str) else dict(spec)
