@@ -301,7 +301,7 @@ class KeepsDimOnly(Running):
 def scaled_oracle(module: Mechanism, x: Tensor, context: Any) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, head by head and row by row."""
     assert isinstance(module, SoftmaxAttention)
-    size, (batch, n, dim) = module.head_dim, x.shape
+    size, (batch, n, _) = module.head_dim, x.shape
     q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
     mixed = torch.zeros_like(q)
     for b in range(batch):
@@ -363,7 +363,7 @@ def test_the_smallest_failing_input_is_reported() -> None:
 
 
 def test_check_names_every_failure() -> None:
-    with pytest.raises(AssertionError, match="off-by-one fails .* properties") as caught:
+    with pytest.raises(AssertionError, match=r"off-by-one fails .* properties") as caught:
         check_mechanism(OffByOne)
     assert "no-future" in str(caught.value)
     assert "leak from the future" in str(caught.value)
