@@ -1,0 +1,1 @@
+"""Compare mechanisms by measurement: run, store, report."""

@@ -1,0 +1,144 @@
+"""Cells: the smallest pieces of a comparison that are run, stored and resumed on their own."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import manyheads
+from manyheads.registry import mechanism_class
+from manyheads.tasks import Task, create_task
+
+from .summary import SCHEMA
+from .train import placed
+
+if TYPE_CHECKING:
+    from .experiment import Experiment, TaskEntry
+
+
+@dataclass(frozen=True)
+class Cell:
+    """kind: quality, speed, memory or decode. mechanism: its label. place: the columns that say which cell this is.
+    settings: everything that the outcome depends on, as JSON values: what the worker is given. chain: cells of one
+    chain run in order, and where one takes too long the rest is not tried; '' for a cell that stands by itself.
+    undeclared: why it cannot be run."""
+
+    kind: str
+    mechanism: str
+    place: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    chain: str
+    undeclared: str = ""
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        facts = {"schema": SCHEMA, "manyheads": manyheads.__version__, "kind": self.kind, **self.settings}
+        text = json.dumps(facts, sort_keys=True, default=str)
+        object.__setattr__(self, "key", f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}")
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The columns that every outcome of this cell carries."""
+        return {"kind": self.kind, "mechanism": self.mechanism, **self.place}
+
+    @property
+    def title(self) -> str:
+        words = {"task": "", "learning_rate": "lr ", "pattern": ""}
+        place = [f"{words.get(key, key + ' ')}{value}" for key, value in self.place.items() if key != "causal"]
+        return ", ".join([f"{self.kind} of {self.mechanism}", *place])
+
+
+def cells_of_experiment(experiment: Experiment) -> list[Cell]:
+    """All cells in the order in which they are run; within a chain by ascending length."""
+    makers = {"quality": _quality, "speed": _speed, "memory": _memory, "decode": _decode}
+    return [cell for kind in experiment.sections for cell in makers[kind](experiment)]
+
+
+def _mechanisms(experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
+    for entry in experiment.mechanisms:
+        settings = {"name": entry.name, "args": entry.args, "source": source_hash(entry.name)}
+        yield entry.label, {"mechanism": settings, "device": experiment.device, "precision": experiment.precision}
+
+
+def source_hash(name: str) -> str:
+    """Of the mechanism's own file: who edits a mechanism and runs again gets new figures, not the stored ones."""
+    try:
+        text = inspect.getsource(inspect.getmodule(mechanism_class(name)) or mechanism_class(name))
+    except (OSError, TypeError):  # typed into an interpreter: there is no file
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _quality(experiment: Experiment) -> Iterator[Cell]:
+    tasks = [create_task(entry.name, **entry.args) for entry in experiment.tasks]
+    for entry, task in zip(experiment.tasks, tasks, strict=True):
+        for seed in experiment.seeds:
+            for rate in entry.training.learning_rates:
+                for label, shared in _mechanisms(experiment):
+                    yield _quality_cell(label, shared, entry, _task_label(task, tasks), task, seed, rate)
+
+
+def _quality_cell(
+    label: str, shared: dict[str, Any], entry: TaskEntry, title: str, task: Task, seed: int, rate: float
+) -> Cell:
+    place = {"task": title, "n": task.n, "seed": seed, "learning_rate": rate}
+    training = entry.training.model_dump(mode="json", exclude={"learning_rates"})
+    settings = shared | {
+        "task": {"name": task.name, "args": task.config},
+        "model": entry.model.model_dump(mode="json"),
+        "training": training,
+        "seed": seed,
+        "learning_rate": rate,
+    }
+    missing = ""
+    try:
+        placed(task, shared["mechanism"])
+    except ValueError as error:
+        missing = str(error)
+    return Cell("quality", label, place, settings, "", missing)
+
+
+def _task_label(task: Task, tasks: list[Task]) -> str:
+    """The name, with whatever besides the length tells tasks of one name apart."""
+    others = [other.config for other in tasks if other.name == task.name]
+    differs = {k: v for k, v in task.config.items() if k != "n" and any(config[k] != v for config in others)}
+    inner = ",".join(f"{key}={value}" for key, value in sorted(differs.items()))
+    return f"{task.name}[{inner}]" if inner else task.name
+
+
+def measured_pattern(name: str) -> str:
+    """The pattern by which speed and memory are measured: causal self-attention where it is declared."""
+    order = ["causal-self", "noncausal-self", "grid", "causal-cross", "noncausal-cross", "pool", "graph"]
+    return min((p.value for p in mechanism_class(name).card.patterns), key=order.index)
+
+
+def _speed(experiment: Experiment) -> Iterator[Cell]:
+    settings = experiment.speed.model_dump(mode="json", exclude={"lengths"})
+    yield from _lengths("speed", experiment, experiment.speed.lengths, settings)
+
+
+def _memory(experiment: Experiment) -> Iterator[Cell]:
+    settings = experiment.memory.model_dump(mode="json", exclude={"lengths"})
+    yield from _lengths("memory", experiment, experiment.memory.lengths, settings)
+
+
+def _lengths(kind: str, experiment: Experiment, lengths: tuple[int, ...], settings: dict[str, Any]) -> Iterator[Cell]:
+    for label, shared in _mechanisms(experiment):
+        pattern = measured_pattern(shared["mechanism"]["name"])
+        for n in sorted(set(lengths)):
+            place = {"n": n, "causal": pattern.startswith("causal"), "pattern": pattern}
+            yield Cell(kind, label, place, shared | {kind: settings, "n": n, "pattern": pattern}, f"{kind} {label}")
+
+
+def _decode(experiment: Experiment) -> Iterator[Cell]:
+    settings = experiment.decode.model_dump(mode="json", exclude={"contexts"})
+    for label, shared in _mechanisms(experiment):
+        card = mechanism_class(shared["mechanism"]["name"]).card
+        missing = "" if card.decodes and "causal-self" in card.patterns else f"{label} does not decode step by step"
+        for context in sorted(set(experiment.decode.contexts)):
+            whole = shared | {"decode": settings, "context": context}
+            yield Cell("decode", label, {"context": context}, whole, f"decode {label}", missing)

@@ -1,0 +1,109 @@
+"""The command `manyheads compare`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+
+def compare(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Mechanisms, as `manyheads list` names them; with arguments: 'moba[block=64,top_k=2]'. "
+            "A bare name has the arguments that the experiment or preset gives it. Default: all of those.",
+        ),
+    ] = None,
+    experiment: Annotated[Path | None, typer.Option(help="A YAML file that says what to run.")] = None,
+    preset: Annotated[str | None, typer.Option(help="quick (minutes), standard, or full.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="How many seeds, or which: 3, or 0,7.")] = None,
+    section: Annotated[
+        list[str] | None, typer.Option(help="Only quality, speed, memory or decode; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results; one that is there is continued.")] = Path("results"),
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler that runs the cells.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run stored failures again.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compare mechanisms by quality, speed, memory and decode cost. Stopped runs go on where they were."""
+    from .experiment import create_experiment, read_experiment
+    from .run import run_experiment
+    from .summary import done, summarise
+
+    changes = read_experiment(experiment) if experiment else {}
+    changes |= changes_of(changes, names, preset, task, seeds, section)
+    built = create_experiment(changes, where=str(experiment or "compare"))
+    results = run_experiment(built, out, scheduler=scheduler, retry_failed=retry_failed)
+    if as_json:
+        files = {"results": str(out / "results.json"), "report": str(out / "report.html")}
+        typer.echo(json.dumps({"files": files, "summary": summarise(results)}, indent=2))
+    else:
+        from rich.console import Console
+
+        from .report import print_table
+
+        print_table(results, Console(highlight=False, width=None if sys.stdout.isatty() else 100))
+        typer.echo(f"\nreport: {out / 'report.html'}")
+    if not any(done(cell) for cell in results["cells"]):
+        raise typer.Exit(1)
+
+
+def changes_of(
+    given: Mapping[str, Any],
+    names: list[str] | None = None,
+    preset: str | None = None,
+    tasks: list[str] | None = None,
+    seeds: str | None = None,
+    sections: list[str] | None = None,
+) -> dict[str, Any]:
+    """What the command line asks for on top of the given experiment, as `create_experiment` takes it."""
+    from .experiment import preset as read_preset
+
+    changes: dict[str, Any] = {} if preset is None else {"preset": preset}
+    for key, wanted in (("mechanisms", names), ("tasks", tasks)):
+        if wanted:
+            known = given[key] if key in given else read_preset(preset or given.get("preset", "quick"))[key]
+            changes[key] = [entry for name in wanted for entry in _as_known(parse_name(name), known)]
+    if seeds is not None:
+        changes["seeds"] = parse_seeds(seeds)
+    if sections:
+        changes["sections"] = sections
+    return changes
+
+
+def _as_known(entry: Any, known: Any) -> list[Any]:
+    """A bare name stands for the entries that the experiment has under it, with their arguments."""
+    entries = known if isinstance(known, list) else []
+    same = [other for other in entries if isinstance(other, dict) and other.get("name") == entry]
+    return same or [entry]
+
+
+def parse_name(text: str) -> Any:
+    """'moba' as it is; 'moba[block=64]' as {'name': 'moba', 'block': 64}."""
+    found = re.fullmatch(r"([^\[\]]+)\[(.*)\]", text)
+    if not found:
+        return text
+    arguments: dict[str, Any] = {"name": found[1]}
+    for part in found[2].split(",") if found[2] else ():
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"{text!r}: {part!r} is no argument; want NAME[key=value,key=value]")
+        arguments[key.strip()] = yaml.safe_load(value)
+    return arguments
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'3' for three seeds, '0,7' for those two."""
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*,?", text) or text == "0":
+        raise ValueError(f"--seeds {text!r}: want how many, such as 3, or which, such as 0,7")
+    given = [int(part) for part in text.split(",") if part]
+    return list(range(given[0])) if "," not in text else given

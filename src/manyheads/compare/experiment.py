@@ -1,0 +1,288 @@
+"""What a comparison runs: names, settings and budgets, checked before anything is computed.
+
+An experiment is a preset with changes on top. `preset: quick` (or standard, or full) names the preset; every section
+that is given changes single settings of it, lists replace the preset's. A task that the preset has a recipe for takes
+model and training settings from that recipe, unless its entry says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from manyheads.registry import create_attention, mechanism_class, suggest
+from manyheads.tasks import create_task, list_tasks
+
+PRESETS = ("quick", "standard", "full")
+Kind = Literal["quality", "speed", "memory", "decode"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_NESTED = ("model", "training", "speed", "memory", "decode")
+
+Whole = Annotated[int, Field(ge=1, le=1 << 24)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Lengths = Annotated[tuple[Whole, ...], Field(min_length=1)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Heads(Settings):
+    """hidden_size is cut into equal heads, as most mechanisms want it."""
+
+    hidden_size: Whole = 128
+    heads: Whole = 4
+
+    @model_validator(mode="after")
+    def _divides(self) -> Heads:
+        if self.hidden_size % self.heads:
+            near = [h for h in range(1, 65) if self.hidden_size % h == 0]
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by heads {self.heads}; heads can be one of {near}"
+            )
+        return self
+
+
+class Model(Heads):
+    """The model around the mechanism. intermediate_size: of the MLP, 0 for none. short_conv: width of a causal
+    depthwise convolution before the projections, 0 for none."""
+
+    layers: Whole = 2
+    intermediate_size: Annotated[int, Field(ge=0)] = 0
+    short_conv: Annotated[int, Field(ge=0, le=64)] = 0
+    positions: Literal["learned", "rotary", "none"] = "learned"
+
+
+class Training(Settings):
+    """One budget for every mechanism. seconds: a limit per cell on top of the steps. eval_every: steps between the
+    points of the learning curve. warmup: fraction of the steps. stop_at: accuracy at which training ends early."""
+
+    learning_rates: Annotated[tuple[Positive, ...], Field(min_length=1)] = (3e-3,)
+    steps: Whole = 400
+    seconds: Positive | None = None
+    batch_size: Whole = 64
+    eval_every: Whole = 50
+    warmup: Fraction = 0.1
+    schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    clip: Positive = 1.0
+    router_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    stop_at: Fraction | None = 0.99
+
+
+class Speed(Heads):
+    """limit_seconds: a mechanism whose pass takes longer is not measured at larger lengths."""
+
+    lengths: Lengths = (256, 512, 1024, 2048, 4096)
+    batch: Whole = 1
+    repeats: Whole = 5
+    limit_seconds: Positive = 5.0
+
+
+class Memory(Heads):
+    lengths: Lengths = (512, 1024, 2048, 4096)
+    batch: Whole = 1
+    limit_seconds: Positive = 120.0
+
+
+class Decode(Heads):
+    """tokens: steps that are timed at each context. limit_seconds: on filling the state."""
+
+    contexts: Lengths = (256, 1024, 4096)
+    batch: Whole = 1
+    tokens: Whole = 16
+    limit_seconds: Positive = 30.0
+
+
+def label_of(name: str, args: Mapping[str, Any]) -> str:
+    """'moba[block=64]': the name with the arguments that differ from the defaults."""
+    inner = ",".join(f"{key}={_brief(value)}" for key, value in sorted(args.items()))
+    return f"{name}[{inner}]" if inner else name
+
+
+def _brief(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
+
+
+class Entry(Settings):
+    """A name with arguments of its own: in an experiment file a bare name, or a mapping with `name`."""
+
+    name: str
+    args: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"name": given}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"want a name, or a mapping with 'name' and arguments; got {given!r}")
+        if "args" in given:
+            return given
+        own = {key: value for key, value in given.items() if key in cls.model_fields}
+        return own | {"args": {str(key): value for key, value in given.items() if key not in cls.model_fields}}
+
+    @property
+    def label(self) -> str:
+        return label_of(self.name, self.args)
+
+
+class MechanismEntry(Entry):
+    @model_validator(mode="after")
+    def _exists(self) -> MechanismEntry:
+        if "causal" in self.args:
+            raise ValueError(f"{self.name}: 'causal' follows from the task and the section; leave it out")
+        cls = mechanism_class(self.name)
+        if self.args:  # a small instance: names and values of arguments are wrong before hours of work, not after
+            example = {k: v for k, v in cls.card.example.items() if k in ("dim", "heads")}
+            causal = min(cls.card.patterns, key=lambda p: (not p.causal, p)).causal
+            size = {"dim": 64, "heads": 4} | example
+            create_attention(self.name, size["dim"], size["heads"], causal=causal, **self.args)
+        return self
+
+
+class TaskEntry(Entry):
+    """A task, its arguments, and where it wants other model or training settings than the rest."""
+
+    model: Model = Model()
+    training: Training = Training()
+
+    @model_validator(mode="after")
+    def _exists(self) -> TaskEntry:
+        create_task(self.name, **self.args)
+        return self
+
+
+class Experiment(Settings):
+    """A whole comparison with every setting filled in."""
+
+    preset: Literal["quick", "standard", "full"] = "quick"
+    mechanisms: Annotated[tuple[MechanismEntry, ...], Field(min_length=1)]
+    tasks: tuple[TaskEntry, ...] = ()
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(min_length=1)] = (0,)
+    sections: Annotated[tuple[Kind, ...], Field(min_length=1)] = KINDS
+    speed: Speed = Speed()
+    memory: Memory = Memory()
+    decode: Decode = Decode()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    @field_validator("seeds", "sections")
+    @classmethod
+    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(values))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Experiment:
+        for what, entries in (("mechanism", self.mechanisms), ("task", self.tasks)):
+            labels = [entry.label for entry in entries]
+            twice = sorted({label for label in labels if labels.count(label) > 1})
+            if twice:
+                raise ValueError(f"the {what} {twice[0]} is there twice; leave one out, or give them other arguments")
+        if "quality" in self.sections and not self.tasks:
+            raise ValueError(f"the quality section needs a task; want some of {list_tasks()}, or no 'quality'")
+        return self
+
+
+def create_experiment(changes: Mapping[str, Any] | None = None, *, where: str = "experiment") -> Experiment:
+    """The preset named in `changes` (quick by default) with the changes made. where: named in errors."""
+    if not isinstance(changes, Mapping | None):
+        raise ValueError(f"{where}: want a mapping with keys such as 'mechanisms' and 'tasks', got {changes!r}")
+    try:
+        return Experiment.model_validate(_resolve(dict(changes or {}), where))
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{where}: {line}" for line in _lines(error))) from None
+
+
+def read_experiment(path: str | Path) -> dict[str, Any]:
+    """The changes in a YAML file, not yet checked; `create_experiment` does that."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the experiment file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: want a mapping with keys such as 'mechanisms' and 'tasks', got {content!r}")
+    return content
+
+
+def preset(name: str) -> dict[str, Any]:
+    """A preset as it stands in its file: an experiment file with `recipes` for tasks beside."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}{suggest(str(name), PRESETS)}; want one of {list(PRESETS)}")
+    text = files("manyheads.compare").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
+    content: dict[str, Any] = yaml.safe_load(text)
+    return content
+
+
+def _resolve(changes: dict[str, Any], where: str) -> dict[str, Any]:
+    """Preset, changes and recipes in one mapping, as `Experiment` wants it."""
+    name = changes.get("preset", "quick")
+    try:
+        base = preset(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: preset: {error}") from None
+    recipes = base.pop("recipes")
+    shared = {key: _over({}, changes.pop(key, {})) for key in ("model", "training")}
+    whole = base | {"preset": name}
+    for key, value in changes.items():
+        whole[key] = _over(whole.get(key, {}), value) if key in _NESTED else value
+    tasks = whole.get("tasks", [])
+    if isinstance(tasks, Sequence) and not isinstance(tasks, str):
+        whole["tasks"] = [_task(entry, recipes, shared) for entry in tasks]
+    return whole
+
+
+def _over(base: Any, change: Any) -> Any:
+    return {**base, **change} if isinstance(base, Mapping) and isinstance(change, Mapping) else change
+
+
+def _task(entry: Any, recipes: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
+    """A task entry on top of the experiment's shared settings, on top of the preset's recipe for it."""
+    entry = {"name": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, Mapping):
+        return entry
+    name = entry.get("name")
+    recipe = recipes.get(name, {}) if isinstance(name, str) else {}
+    task = {**recipe, **entry}
+    for key in ("model", "training"):
+        task[key] = _over(_over(recipe.get(key, {}), shared[key]), entry.get(key, {}))
+    return task
+
+
+def _lines(error: ValidationError) -> Iterable[str]:
+    """What is wrong, one line each: the key, what was given, what is wanted."""
+    for found in error.errors(include_url=False):
+        place = ".".join(str(part) for part in found["loc"] if part not in ("tuple", "function-after"))
+        if found["type"] == "extra_forbidden":
+            known = _known_keys(found["loc"])
+            key = str(found["loc"][-1])
+            yield f"unknown key {place!r}{suggest(key, known)}; known keys are {known}"
+        elif found["type"] == "value_error":
+            yield f"{place + ': ' if place else ''}{found['ctx']['error']}"
+        else:
+            given = json.dumps(found["input"], default=str)
+            short = given if len(given) <= 120 else given[:117] + "..."
+            got = "" if found["type"] == "missing" else f"; got {short}"
+            yield f"{place}: {found['msg'][:1].lower()}{found['msg'][1:]}{got}"
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """The keys known beside the last part of a location in Experiment."""
+    at: Any = Experiment
+    for part in location[:-1]:
+        if isinstance(part, str) and part in at.model_fields:
+            found = at.model_fields[part].annotation
+            while get_args(found):
+                found = get_args(found)[0]
+            at = found
+    keys = [key for key in at.model_fields if key != "args"]
+    return [*keys, "model", "training"] if at is Experiment else keys

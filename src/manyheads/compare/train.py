@@ -1,0 +1,180 @@
+"""One trainer for every mechanism: the same model around it, the same batches, the same budget."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.card import Pattern
+from manyheads.registry import mechanism_class
+from manyheads.tasks import IGNORED, Batch, Task, create_task
+
+_EVAL_BATCH = 128
+
+
+def train_cell(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains and evaluates one quality cell. The settings are those of `Cell`; the outcome is its measured columns."""
+    task = create_task(settings["task"]["name"], **settings["task"]["args"])
+    mechanism = settings["mechanism"]
+    torch.manual_seed(settings["seed"])
+    model = build_model(task, {"name": mechanism["name"], **mechanism["args"]}, settings["model"])
+    training = settings["training"]
+    accelerator = _accelerator(settings["device"], settings["precision"])
+    optimizer = torch.optim.AdamW(
+        _decayed(model, training["weight_decay"]), lr=settings["learning_rate"], betas=(0.9, 0.98)
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, training))
+    outcome = {
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "device": accelerator.device.type,
+    }
+    batches = task.train_batches(training["batch_size"], settings["seed"])
+    return outcome | _train(task, model, optimizer, scheduler, accelerator, batches, training)
+
+
+def _train(
+    task: Task, model: Any, optimizer: Any, scheduler: Any, accelerator: Any, batches: Iterator[Batch], training: Any
+) -> dict[str, Any]:
+    curve: list[dict[str, Any]] = []
+    outcome: dict[str, Any] = {"status": "done", "curve": curve, "stopped": "at the last step"}
+    losses: list[Tensor] = []
+    spent, began = 0.0, time.perf_counter()
+    for step, batch in enumerate(islice(batches, training["steps"]), start=1):
+        losses.append(_step(model, optimizer, scheduler, accelerator, batch, training))
+        spent += time.perf_counter() - began
+        in_time = training["seconds"] is None or spent < training["seconds"]
+        if step == 1 or step % training["eval_every"] == 0 or step == training["steps"] or not in_time:
+            value, loss = evaluate(task, model, accelerator.device), float(torch.stack(losses).mean())
+            losses.clear()
+            curve.append({"step": step, "loss": loss, "value": value})
+            outcome |= {"value": value, "steps": step, "train_seconds": spent}
+            if not (math.isfinite(loss) and math.isfinite(value)):
+                words = f"training diverged: at step {step} the loss is {loss} and {task.metric} is {value}"
+                return outcome | {"status": "failed", "error": f"{words}; a smaller learning rate may help"}
+            if task.metric == "accuracy" and training["stop_at"] is not None and value >= training["stop_at"]:
+                return outcome | {"stopped": f"accuracy passed {training['stop_at']}"}
+        if not in_time:
+            return outcome | {"stopped": f"after {training['seconds']} seconds"}
+        began = time.perf_counter()
+    return outcome
+
+
+def _step(model: Any, optimizer: Any, scheduler: Any, accelerator: Any, batch: Batch, training: Any) -> Tensor:
+    model.train()
+    with accelerator.autocast():
+        answer = model(**{name: rows.to(accelerator.device) for name, rows in batch.inputs.items()})
+    loss = loss_of(answer.logits, batch.targets.to(accelerator.device))
+    routed = getattr(answer, "aux_loss", None)
+    total = loss if routed is None else loss + training["router_weight"] * routed
+    accelerator.backward(total)
+    accelerator.clip_grad_norm_(model.parameters(), training["clip"])
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of logits [..., classes] at the targets [...] that ask for something; nothing is shifted."""
+    return nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED)
+
+
+@torch.no_grad()
+def evaluate(task: Task, model: Any, device: torch.device) -> float:
+    """The task's metric over all of its evaluation examples."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in task.eval_batches(_EVAL_BATCH):
+        answer = model(**{name: rows.to(device) for name, rows in batch.inputs.items()})
+        some, asked = task.score(answer.logits.float(), batch.targets.to(device))
+        total, count = total + some, count + asked
+    return total / count
+
+
+def rate_at(step: int, training: Mapping[str, Any]) -> float:
+    """The factor on the learning rate: a linear warm-up, then constant, or half a cosine down to a tenth."""
+    steps = training["steps"]
+    warm = round(training["warmup"] * steps)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    if training["schedule"] == "constant":
+        return 1.0
+    part = (step - warm) / max(1, steps - warm)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, part))) / 2
+
+
+def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) -> Any:
+    """The task's model with the mechanism where the task needs it, and softmax everywhere else.
+
+    In an encoder-decoder the mechanism is what the decoder reads the encoder with; where it pools, it is the
+    classifier's pooling.
+    """
+    from manyheads import models
+
+    settings = task.model_settings()
+    if "max_length" in settings:
+        settings["max_position_embeddings"] = settings.pop("max_length")
+    settings |= {
+        "hidden_size": size["hidden_size"],
+        "num_hidden_layers": size["layers"],
+        "num_attention_heads": size["heads"],
+        "intermediate_size": size["intermediate_size"],
+        "short_conv": size["short_conv"],
+        "positions": size["positions"],
+        "is_encoder_decoder": task.head == "seq2seq-lm",
+        "use_cache": False,
+    }
+    cls: Any = {
+        "causal-lm": models.ManyheadsForCausalLM,
+        "seq2seq-lm": models.ManyheadsForSeq2SeqLM,
+        "sequence-classification": models.ManyheadsForSequenceClassification,
+        "image-classification": models.ManyheadsForImageClassification,
+    }[task.head]
+    return cls(models.ManyheadsConfig(**settings, **placed(task, spec)))
+
+
+def placed(task: Task, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the mechanism goes in the model. Raises ValueError where the task has no place for it."""
+    patterns = mechanism_class(spec["name"]).card.patterns
+    if task.pattern in patterns:
+        if Pattern(task.pattern).cross:
+            return {"layers": ["softmax"], "cross_layers": [dict(spec)]}
+        causal = None if task.pattern == Pattern.GRID else task.pattern == Pattern.CAUSAL_SELF
+        return {"layers": [dict(spec)], "is_causal": causal}
+    classifies = task.head.endswith("classification")
+    if classifies and task.pattern == Pattern.GRID and Pattern.NONCAUSAL_SELF in patterns:
+        return {"layers": [dict(spec)], "is_causal": False}
+    if classifies and Pattern.POOL in patterns:
+        return {"layers": ["softmax"], "pooling": dict(spec)}
+    declared = ", ".join(sorted(patterns))
+    raise ValueError(f"{task.name} needs {task.pattern}; {spec['name']} declares {declared}")
+
+
+def _decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices only: gains, biases, decays and frequencies keep what they learn."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _accelerator(device: str, precision: str) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda and there is no CUDA device here; want device auto or cpu")
+    mixed = {"float32": "no", "bfloat16": "bf16"}[precision]
+    wanted = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
+    held = AcceleratorState._shared_state  # one per process, and it refuses another precision or device
+    if held and (held.get("_mixed_precision"), held["device"].type) != (mixed, wanted):
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=wanted == "cpu", mixed_precision=mixed)
