@@ -83,14 +83,15 @@ def test_numbers_as_yaml_writes_them(tmp_path: Path) -> None:
         ({"tasks": [{"name": "recall", "model": {"layer": 2}}]}, ["'tasks.0.model.layer'", "'layers'"]),
         ({"tasks": ["recall", "recall"]}, ["recall", "twice"]),
         ({"tasks": []}, ["quality section needs a task"]),
-        ({"training": {"step": 3}}, ["training.step'", "did you mean 'steps'"]),
+        ({"training": {"step": 3}}, ["'training.step'", "did you mean 'steps'"]),
         ({"training": {"steps": 0}}, ["training.steps", "greater than or equal to 1", "got 0"]),
-        ({"training": {"steps": "many"}}, ["training.steps", "valid integer", 'got "many"']),
+        ({"training": {"steps": "many"}}, ["mine.yaml: training.steps", "valid integer", 'got "many"']),
         ({"training": {"learning_rates": [-1]}}, ["learning_rates.0", "greater than 0", "got -1"]),
         ({"training": {"learning_rates": [float("inf")]}}, ["learning_rates.0", "finite"]),
         ({"model": {"positions": "rotery"}}, ["model.positions", "'rotary'", 'got "rotery"']),
         ({"model": {"hidden_size": 30, "heads": 4}}, ["hidden_size 30 is not divisible by heads 4", "[1, 2, 3"]),
         ({"speed": {"length": [3]}}, ["'speed.length'", "did you mean 'lengths'"]),
+        ({"model": 3}, ["mine.yaml: model", "got 3"]),
         ({"speed": 3}, ["speed", "got 3"]),
         ({"sections": ["qality"]}, ["sections.0", "'quality'", 'got "qality"']),
         ({"seeds": [-1]}, ["seeds.0", "got -1"]),
@@ -107,6 +108,7 @@ def test_wrong_experiments_say_what_is_wrong(changes: dict[str, Any], words: lis
     for word in words:
         assert word in text
     assert "pydantic" not in text
+    assert len(text.splitlines()) == 1
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "{", "just words", "", "a: [1\n"])
@@ -158,7 +160,7 @@ def test_what_does_not_matter_leaves_the_cell_alone() -> None:
     first = cells()
     assert [c.key for c in cells(speed={"lengths": [64]})] == [c.key for c in first]
     assert cells(mechanisms=["gqa"])[0].key == first[1].key
-    assert cells(training={"learning_rates": [3e-3, 1e-2]})[0].key == first[0].key
+    assert cells(training={"learning_rates": [first[0].place["learning_rate"], 0.5]})[0].key == first[0].key
 
 
 def test_an_edited_mechanism_is_another_cell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_a_run_writes_everything_and_is_not_repeated(
     assert list(tmp_path.glob("*.png"))
     assert [row["mechanism"] for row in summarise(results)] == ["softmax", "gqa"]
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("[1/10] quality of softmax, recall, n 16, seed 0, lr 0.003: accuracy")
+    assert lines[0].startswith("[1/10] quality of softmax, recall, n 16, seed 0, lr 0.005: accuracy")
     assert "left" in lines[0]
     assert "left" not in lines[-1]
 

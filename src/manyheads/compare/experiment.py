@@ -195,10 +195,12 @@ def create_experiment(changes: Mapping[str, Any] | None = None, *, where: str = 
     """The preset named in `changes` (quick by default) with the changes made. where: named in errors."""
     if not isinstance(changes, Mapping | None):
         raise ValueError(f"{where}: want a mapping with keys such as 'mechanisms' and 'tasks', got {changes!r}")
+    changes = dict(changes or {})
     try:
-        return Experiment.model_validate(_resolve(dict(changes or {}), where))
+        return Experiment.model_validate(_resolve(dict(changes), where))
     except ValidationError as error:
-        raise ValueError("\n".join(f"{where}: {line}" for line in _lines(error))) from None
+        lines = dict.fromkeys(_lines(error, changes))
+        raise ValueError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
 def read_experiment(path: str | Path) -> dict[str, Any]:
@@ -254,14 +256,18 @@ def _task(entry: Any, recipes: Mapping[str, Any], shared: Mapping[str, Any]) -> 
     recipe = recipes.get(name, {}) if isinstance(name, str) else {}
     task = {**recipe, **entry}
     for key in ("model", "training"):
-        task[key] = _over(_over(recipe.get(key, {}), shared[key]), entry.get(key, {}))
+        task[key] = _over(recipe.get(key, {}), shared[key])
+        if key in entry:
+            task[key] = _over(task[key], entry[key])
     return task
 
 
-def _lines(error: ValidationError) -> Iterable[str]:
+def _lines(error: ValidationError, changes: Mapping[str, Any]) -> Iterable[str]:
     """What is wrong, one line each: the key, what was given, what is wanted."""
     for found in error.errors(include_url=False):
-        place = ".".join(str(part) for part in found["loc"] if part not in ("tuple", "function-after"))
+        place = ".".join(str(part) for part in _as_given(found["loc"], changes))
+        if found["type"] == "too_short" and found["input"]:
+            continue  # its entries are wrong, each with a line of its own
         if found["type"] == "extra_forbidden":
             known = _known_keys(found["loc"])
             key = str(found["loc"][-1])
@@ -273,6 +279,16 @@ def _lines(error: ValidationError) -> Iterable[str]:
             short = given if len(given) <= 120 else given[:117] + "..."
             got = "" if found["type"] == "missing" else f"; got {short}"
             yield f"{place}: {found['msg'][:1].lower()}{found['msg'][1:]}{got}"
+
+
+def _as_given(location: Sequence[int | str], changes: Mapping[str, Any]) -> Sequence[int | str]:
+    """Settings that all tasks share are named where they were written, and not once per task."""
+    section = location[2] if len(location) > 2 and location[0] == "tasks" else None
+    if section not in ("model", "training"):
+        return location
+    shared = changes.get(str(section), {})
+    written = not isinstance(shared, Mapping) or (bool(shared) and set(location[3:4]) <= set(shared))
+    return location[2:] if written else location
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:

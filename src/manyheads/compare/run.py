@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -205,6 +206,8 @@ def _cluster(address: str | None) -> Iterator[Any]:
         from distributed import Client
     except ImportError:
         raise ValueError("--scheduler needs Dask: pip install 'manyheads[cluster]'") from None
+    for name in ("distributed", "distributed.client"):  # what matters of it is told below, without tracebacks
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
