@@ -30,7 +30,7 @@ TASK = {"name": "recall", "n": 16, "vocabulary": 16, "pairs": 2, "eval_examples"
 TINY = {
     "mechanisms": ["softmax", "gqa"],
     "tasks": [TASK | {"model": {"hidden_size": 16, "layers": 1}}],
-    "training": {"steps": 3, "batch_size": 4, "eval_every": 2},
+    "training": {"steps": 3, "batch_size": 4, "eval_every": 2, "learning_rates": [0.003]},
     "sections": ["quality", "speed", "decode"],
     "speed": {"hidden_size": 16, "lengths": [8, 16], "repeats": 1},
     "memory": {"hidden_size": 16, "lengths": [16]},
@@ -92,7 +92,7 @@ def test_a_run_writes_everything_and_is_not_repeated(
     assert list(tmp_path.glob("*.png"))
     assert [row["mechanism"] for row in summarise(results)] == ["softmax", "gqa"]
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("[1/10] quality of softmax, recall, n 16, seed 0, lr 0.005: accuracy")
+    assert lines[0].startswith("[1/10] quality of softmax, recall, n 16, seed 0, lr 0.003: accuracy")
     assert "left" in lines[0]
     assert "left" not in lines[-1]
 

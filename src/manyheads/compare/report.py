@@ -116,10 +116,17 @@ def headline(results: Results) -> list[str]:
     timed = [row for row in alike if row["speed_n"] == longest is not None]
     lines += _least(timed, "forward_s", f"Fastest {sort} forward pass at n = {longest}", seconds_text)
     lines += _least(alike, "forward_exponent", f"Slowest growth of {sort} time with length", lambda p: f"n^{p:.2f}")
-    failures = failures_of(results)
-    if failures:
-        who = ", ".join(dict.fromkeys(failure["mechanism"] for failure in failures))
-        lines.append(f"{len(failures)} of {len(cells_of(results))} cells failed ({who}): see the failures.")
+    return lines + _counted_failures(results)
+
+
+def _counted_failures(results: Results) -> list[str]:
+    """How many cells failed and how many ask for what a mechanism does not declare: two different things."""
+    lines, failures = [], failures_of(results)
+    for words, kind in (("failed", False), ("ask for what is not declared", True)):
+        found = [failure for failure in failures if (failure["status"] == "undeclared") == kind]
+        if found:
+            who = ", ".join(dict.fromkeys(failure["mechanism"] for failure in found))
+            lines.append(f"{len(found)} of {len(cells_of(results))} cells {words} ({who}): see the failures.")
     return lines
 
 
@@ -275,15 +282,27 @@ def print_table(results: Results, console: Console) -> None:
         console.print(_rich_table(columns, lines, [0, *range(tasks + 1, len(columns))]))
     for sentence in [*headline(results), *missing_sections(results)]:
         console.print(Text(sentence))
+    for line in _undeclared_lines(results):
+        console.print(Text(line, style="dim"))
     for line in _failure_lines(results):
         console.print(Text(line, style="red"), no_wrap=True, overflow="ellipsis")
+
+
+def _undeclared_lines(results: Results) -> list[str]:
+    """One line for all mechanisms that do not declare what a task, or a measurement, needs."""
+    groups: dict[str, dict[str, None]] = {}
+    for failure in failures_of(results):
+        if failure["status"] == "undeclared":
+            groups.setdefault(failure.get("task") or failure["kind"], {})[failure["mechanism"]] = None
+    return [f"not declared, {what}: {', '.join(names)}" for what, names in groups.items()]
 
 
 def _failure_lines(results: Results) -> list[str]:
     """One line for all cells of a mechanism that failed with the same words."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for failure in failures_of(results):
-        groups.setdefault((failure["mechanism"], _first_line(failure["error"])), []).append(failure)
+        if failure["status"] != "undeclared":
+            groups.setdefault((failure["mechanism"], _first_line(failure["error"])), []).append(failure)
     return [
         f"failed: {name}, {_where(cells[0])}{f' and {len(cells) - 1} more' if len(cells) > 1 else ''}: {error}"
         for (name, error), cells in groups.items()
@@ -425,7 +444,7 @@ def _failures_html(results: Results) -> str:
         [Entry(str(text), str(text)) for text in (failure["mechanism"], _where(failure), failure["error"])]
         for failure in failures
     ]
-    return _table_html(columns, lines, f"{len(failures)} of {len(cells_of(results))} cells failed.")
+    return _table_html(columns, lines, f"{len(failures)} of {len(cells_of(results))} cells have no figure.")
 
 
 def _charts_html(drawn: Sequence[Any]) -> str:
