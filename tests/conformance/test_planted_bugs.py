@@ -399,3 +399,23 @@ def test_config_reaches_the_constructor() -> None:
 
     list(examine_mechanism(Recorder, properties=["shapes"], config={"extra": 3, "dim": 8, "heads": 2}))
     assert {"dim": 8, "extra": 3} in seen
+
+
+def test_a_constructor_that_fails_is_a_finding_and_no_crash() -> None:
+    class Unbuildable(SoftmaxAttention):
+        """softmax attention that cannot be built."""
+
+        card = bug("unbuildable", "causal-self")
+
+        def __init__(self, dim: int, heads: int, *, causal: bool = True) -> None:
+            raise RuntimeError("no such file")
+
+    findings = list(examine_mechanism(Unbuildable))
+    assert len([f for f in findings if not f.holds]) > 20
+    assert "no such file" in findings[0].message
+
+
+def test_what_does_not_apply_is_not_counted() -> None:
+    names = {f.property for f in examine_mechanism(Running)}
+    assert {"no-future", "decode"} <= names
+    assert names.isdisjoint({"pool-padding", "not-softmax", "oracle"})

@@ -47,8 +47,15 @@ def examine_mechanism(
     for pattern in sorted(cls.card.patterns) if patterns is None else patterns:
         case = Case(cls, Pattern(pattern), dict(config or {}), device, oracle)
         for prop in PROPERTIES:
-            if prop.name in wanted and prop.applies(case):
+            if prop.name in wanted and _applies(prop, case):
                 yield _examine(prop, case)
+
+
+def _applies(prop: Any, case: Case) -> bool:
+    try:
+        return bool(prop.applies(case))
+    except Exception:
+        return True  # it cannot even be built: the property itself will say why
 
 
 def _examine(prop: Any, case: Case) -> Finding:

@@ -1,0 +1,164 @@
+"""States: decoding, reordering, truncating, and what they weigh."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.mechanism import Mechanism
+from manyheads.state import State
+from manyheads.testing.case import Case, each, expect, expect_close
+from manyheads.testing.properties.prop import (
+    SIZES,
+    decodes,
+    must_raise,
+    prop,
+)
+
+
+def _decode(
+    case: Case, module: Mechanism, x: Tensor, context: Any, chunks: list[int], **call: Any
+) -> tuple[Tensor, State]:
+    state, parts, start = module.init_state(x.shape[0]), [], 0
+    for size in chunks:
+        now = {name: value[:, start : start + size] for name, value in call.items()}
+        parts.append(case.outputs(module, x[:, start : start + size], context, state=state, **now).output)
+        start += size
+    return torch.cat(parts, 1), state
+
+
+@prop("decode", "token by token and in chunks equals the parallel pass", when=decodes)
+def decode(case: Case, n: int) -> None:
+    module, x, context = case.build(), case.x(n), case.context(n)
+    wanted = case.outputs(module, x, context).output
+    for chunks in ([1] * n, [n - n // 3, *[1] * (n // 3)], [n // 2, 1, n - n // 2 - 1], [n]):
+        sizes = [c for c in chunks if c > 0]
+        output, state = _decode(case, module, x, context, sizes)
+        if sum(sizes) == n:
+            expect_close(output, wanted, f"decoding in chunks of {sizes} differs from one pass")
+            expect(state.length == n, f"the state counts {state.length} tokens after {n}")
+
+
+def _decodes_itself(case: Case) -> bool:
+    return decodes(case) and not case.pattern.cross
+
+
+@prop("decode-padded", "decoding a left-padded batch equals the parallel pass", when=_decodes_itself, sizes=SIZES[1:])
+def decode_padded(case: Case, n: int) -> None:
+    module, x = case.build(), case.x(n)
+    mask = torch.arange(n, device=x.device)[None] >= torch.tensor([[n // 2], [0]], device=x.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    wanted = case.outputs(module, x, mask=mask, positions=positions).output
+    for chunks in ([n // 2 + 1, *[1] * (n - n // 2 - 1)], [1] * n):
+        output, _ = _decode(case, module, x, None, chunks, mask=mask, positions=positions)
+        gap = torch.where(mask[..., None], output - wanted, 0.0)
+        expect_close(gap, torch.zeros_like(gap), f"left-padded, chunks {chunks}: differs from one pass")
+
+
+@prop(
+    "decode-weights",
+    "weights of a decoded token are a row of the parallel ones, or refused",
+    when=decodes,
+    sizes=(2, 9),
+)
+def decode_weights(case: Case, n: int) -> None:
+    module, x, context = case.build(), case.x(n), case.context(n)
+    wanted = case.outputs(module, x, context, need_weights=True).weights
+    state = module.init_state(2)
+    case.outputs(module, x[:, :-1], context, state=state)
+    try:
+        result = case.outputs(module, x[:, -1:], context, state=state, need_weights=True)
+    except ValueError as error:
+        expect("state" in str(error), f"weights are refused without a word on the state: {error}")
+        return
+    expect((wanted is None) == (result.weights is None), "weights exist in one of decoding and the parallel pass only")
+    if wanted is not None and result.weights is not None:
+        row = wanted[:, :, -1:]
+        # A window's state has dropped what the row gives no weight.
+        held = result.weights.shape[-1]
+        expect_close(result.weights, row[..., row.shape[-1] - held :], "the decoded row of weights differs")
+        expect(bool((row[..., : row.shape[-1] - held] == 0).all()), "a dropped key has weight in the parallel pass")
+
+
+@prop("reorder", "after state.reorder each row continues the row it came from", when=decodes, sizes=(2, 5, 9, 17))
+def reorder(case: Case, n: int) -> None:
+    module, x, context = case.build(), case.x(n, 3), case.context(n, 3)
+    for index in ([2, 0, 1], [1, 1, 0], [2], [0, 1, 2, 0, 2]):
+        rows = torch.tensor(index, device=x.device)
+        state, half = module.init_state(3), n - n // 2
+        case.outputs(module, x[:, :half], context, state=state)
+        state.reorder(rows)
+        moved, context_moved = x[rows], each(context, lambda c, r=rows: c[r])  # type: ignore[misc]
+        if half == n:
+            continue
+        output = case.outputs(module, moved[:, half:], context_moved, state=state).output
+        wanted = case.outputs(module, moved, context_moved).output[:, half:]
+        expect_close(output, wanted, f"after reorder({index}) the continuation differs: the state is stale")
+
+
+@prop("truncate", "a truncated state continues as if the rest had not been seen, or says that it cannot", when=decodes)
+def truncate(case: Case, n: int) -> None:
+    if n < 2:
+        return
+    module, x, context = case.build(), case.x(n), case.context(n)
+    state, keep = module.init_state(2), n // 2
+    case.outputs(module, x, context, state=state)
+    try:
+        state.truncate(keep)
+    except ValueError:
+        return
+    expect(state.length == keep, f"truncate({keep}) leaves a state of {state.length}")
+    other = torch.cat([x[:, :keep], case.x(n - keep, seed=77)], 1)
+    output = case.outputs(module, other[:, keep:], context, state=state).output
+    wanted = case.outputs(module, other, context).output[:, keep:]
+    expect_close(output, wanted, f"after truncate({keep}) of {n} the continuation differs")
+
+
+@prop("state-bytes", "state.nbytes is what its tensors take; a constant state stays constant", when=decodes, sizes=(9,))
+def state_bytes(case: Case, n: int) -> None:
+    module, context = case.build(), case.context(n)
+    sizes = []
+    for length in (n, 8 * n):
+        # One token at a time, as in use: a long first chunk may hold more for a moment.
+        _, state = _decode(case, module, case.x(length), context, [1] * length)
+        found = _tensor_bytes(state)
+        expect(state.nbytes == found, f"state.nbytes is {state.nbytes}, its tensors take {found}")
+        sizes.append(found)
+    if not re.search(r"\bn\b", case.cls.card.state):
+        grown = f"the card says a constant state, but it takes {sizes} bytes after {n} and {8 * n} tokens"
+        expect(sizes[0] == sizes[1], grown)
+        _, state = _decode(case, module, case.x(9 * n), context, [8 * n, *[1] * n])
+        most = 2 * sizes[0]
+        expect(
+            state.nbytes <= most, f"after a pass of {8 * n} tokens the state keeps {state.nbytes} bytes, over {most}"
+        )
+
+
+def _tensor_bytes(root: object) -> int:
+    """Bytes of every storage that can be reached from an object."""
+    storages: dict[int, int] = {}
+    stack, seen = [root], set()
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            stack.extend(item)
+        elif hasattr(item, "__dict__"):
+            stack.extend(vars(item).values())
+    return sum(storages.values())
+
+
+@prop("state-refuses", "a state of another mechanism, batch size or module is refused", when=decodes, sizes=(3,))
+def state_refuses(case: Case, n: int) -> None:
+    module, x, context = case.build(), case.x(n), case.context(n)
+    must_raise("a state for another batch size", lambda: module(x, context, state=module.init_state(5)))
+    must_raise("a state of another mechanism", lambda: module(x, context, state=State("another", 2)))

@@ -1,0 +1,102 @@
+"""The fast path against the eager one, gradients and losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.card import Pattern
+from manyheads.testing.case import Case, Violation, expect, expect_close
+from manyheads.testing.properties.prop import (
+    everything,
+    padded,
+    prop,
+)
+
+
+@prop("weights", "asking for weights changes nothing: the fast path equals the eager one, gradients too")
+def weights(case: Case, n: int) -> None:
+    if case.pattern is Pattern.GRID and n > 9:
+        return  # n (n + 1) cells: larger grids say nothing new
+    module = case.build()
+    masks = [None] if module.sources > 1 else [None, "padding"]
+    for kind in masks:
+        x, context = case.x(n).requires_grad_(), case.context(n)
+        mask = None
+        if kind:
+            mask = everything(x if context is None else context)
+            mask.flatten(1)[:, -(n // 3) - 1 :] = n == 1
+        results = []
+        for need in (False, True):
+            result = module(x, context, mask=mask, need_weights=need)
+            weight = torch.linspace(-1, 1, result.output.numel(), dtype=x.dtype, device=x.device).view_as(result.output)
+            grads = torch.autograd.grad((result.output * weight).sum(), [x, *module.parameters()], allow_unused=True)
+            results.append((result, grads))
+        (fast, fast_grads), (eager, eager_grads) = results
+        expect_close(fast.output, eager.output, f"need_weights changes the output (mask: {kind})")
+        for one, other in zip(fast_grads, eager_grads, strict=True):
+            if one is not None and other is not None:
+                expect_close(one, other, f"need_weights changes a gradient (mask: {kind})", tolerance=1e-7)
+        if eager.weights is not None:
+            _weights_shape(case, eager.weights, x, context)
+
+
+def _weights_shape(case: Case, found: Tensor, x: Tensor, context: Any) -> None:
+    tokens = x.flatten(1, -2).shape[1]
+    parts = [x.flatten(1, -2)] if context is None else ([context] if isinstance(context, Tensor) else list(context))
+    queries = 1 if case.pattern is Pattern.POOL else tokens
+    wanted = (x.shape[0], case.settings["heads"], queries, sum(p.shape[1] for p in parts))
+    expect(tuple(found.shape) == wanted, f"weights have shape {list(found.shape)}, want {list(wanted)}")
+
+
+@prop("weights-causal", "weights on the future are zero", when=lambda c: c.pattern is Pattern.CAUSAL_SELF)
+def weights_causal(case: Case, n: int) -> None:
+    found = case.outputs(case.build(), case.x(n), need_weights=True).weights
+    if found is not None:
+        expect(bool((found.triu(1) == 0).all()), "a weight on a later token is not zero")
+
+
+@prop("gradients", "every parameter gets a gradient", sizes=(33,))
+def gradients(case: Case, n: int) -> None:
+    module = case.build()
+    n = 9 if case.pattern is Pattern.GRID else n
+    context = case.context(n, 4)
+    result = module(case.x(n, 4), context)
+    loss = (result.output * torch.randn_like(result.output)).sum() + sum(result.losses.values())
+    loss.backward()
+    for name, parameter in module.named_parameters():
+        reached = parameter.grad is not None and bool((parameter.grad != 0).any())
+        expect(reached, f"no gradient reaches {name} {list(parameter.shape)}")
+
+
+@prop("gradcheck", "analytic gradients equal numeric ones in float64", sizes=(3, 6))
+def gradcheck(case: Case, n: int) -> None:
+    n = min(n, 4) if case.pattern is Pattern.GRID else n
+    module, context = case.build(), case.context(n, 1)
+    names = [name for name, _ in module.named_parameters()]
+    values = [value.detach().clone().requires_grad_() for _, value in module.named_parameters()]
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        result = torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x, context))
+        return torch.cat([result.output.flatten(), *(loss.view(1) for loss in result.losses.values())])
+
+    try:
+        inputs = (case.x(n, 1).requires_grad_(), *values)
+        torch.autograd.gradcheck(function, inputs, fast_mode=True, atol=1e-4, rtol=1e-3)
+    except RuntimeError as error:
+        raise Violation(f"gradcheck: {str(error).strip().splitlines()[0]}") from None
+
+
+@prop("losses", "auxiliary losses are finite scalars and padding does not enter them", sizes=(5, 17))
+def losses(case: Case, n: int) -> None:
+    module, x, context = case.build(), case.x(n), case.context(n)
+    found = case.outputs(module, x, context).losses
+    for name, loss in found.items():
+        expect(loss.ndim == 0 and bool(loss.isfinite()), f"loss {name} has shape {list(loss.shape)} or is not finite")
+    if found and context is None:
+        dirty, mask = padded(torch.cat([x, x], 1), [n, n])
+        again = case.outputs(module, dirty, mask=mask).losses
+        for name, loss in found.items():
+            expect_close(again[name], loss, f"loss {name} changes with padding")

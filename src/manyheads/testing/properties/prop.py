@@ -1,0 +1,68 @@
+"""How a property is written down, and what several of them use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.card import Pattern
+from manyheads.testing.case import Case, Violation
+
+SIZES = (1, 2, 3, 5, 9, 17, 33)
+SEQUENCES = (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS)
+
+
+@dataclass(frozen=True)
+class Property:
+    name: str
+    claim: str
+    check: Callable[[Case, int], None]
+    sizes: tuple[int, ...]
+    applies: Callable[[Case], bool]
+
+
+PROPERTIES: list[Property] = []
+
+
+def prop(
+    name: str, claim: str, *, sizes: tuple[int, ...] = SIZES, when: Callable[[Case], bool] = lambda case: True
+) -> Callable[[Callable[[Case, int], None]], Callable[[Case, int], None]]:
+    def keep(check: Callable[[Case, int], None]) -> Callable[[Case, int], None]:
+        PROPERTIES.append(Property(name, claim, check, sizes, when))
+        return check
+
+    return keep
+
+
+def is_sequence(case: Case) -> bool:
+    return case.pattern in SEQUENCES
+
+
+def decodes(case: Case) -> bool:
+    return case.pattern.causal and case.cls.card.decodes
+
+
+def padded(tensor: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Garbage behind each row's length, and the mask that says so."""
+    mask = (
+        torch.arange(tensor.shape[1], device=tensor.device)[None] < torch.tensor(lengths, device=tensor.device)[:, None]
+    )
+    return torch.where(mask[..., None], tensor, 1e3 * tensor.flip(1) + 50.0), mask
+
+
+def everything(tensor: Tensor) -> Tensor:
+    return torch.ones(tensor.shape[:-1], dtype=torch.bool, device=tensor.device)
+
+
+def must_raise(what: str, call: Callable[[], Any], kinds: tuple[type[Exception], ...] = (ValueError,)) -> None:
+    try:
+        call()
+    except kinds:
+        return
+    except Exception as error:
+        raise Violation(f"{what} raises {type(error).__name__} instead of ValueError: {error}") from None
+    raise Violation(f"{what} is accepted in silence")

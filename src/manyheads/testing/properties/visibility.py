@@ -1,0 +1,190 @@
+"""Who may see whom: causality, batches, padding and masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.card import Pattern
+from manyheads.testing.case import Case, each, expect, expect_close
+from manyheads.testing.properties.prop import (
+    everything,
+    is_sequence,
+    padded,
+    prop,
+)
+
+
+@prop("no-future", "output i does not change when any later token does", when=lambda c: c.pattern.causal)
+def no_future(case: Case, n: int) -> None:
+    module = case.build()
+    x, context = case.x(n, 1), case.context(n, 1)
+    clean = case.outputs(module, x, context).output
+    for cut in sorted({1, n // 2, n - 1} - {0, n}):
+        for trial, size in enumerate((1.0, 10.0, 100.0)):
+            changed = x.clone()
+            changed[:, cut:] = size * case.x(n - cut, 1, seed=7 + trial)
+            dirty = case.outputs(module, changed, context).output
+            message = f"tokens from {cut} on were changed, and an output before them changed (a leak from the future)"
+            expect_close(dirty[:, :cut], clean[:, :cut], message)
+
+
+@prop("sees-all", "without causality, or in the context, later tokens do matter", sizes=(4, 9))
+def sees_all(case: Case, n: int) -> None:
+    if case.pattern.causal and not case.pattern.cross:
+        return _sees_past(case, n)
+    module = case.build()
+    x, context = case.x(n, 1), case.context(n, 1)
+    clean = case.outputs(module, x, context).output
+    if case.pattern.cross:
+        other = case.outputs(module, x, case.context(n, 1, seed=900)).output
+        return expect(bool((other - clean).abs().max() > 1e-9), "another context gives the same output")
+    changed = x.clone()
+    changed[:, -1] = case.x(n, 1, seed=5)[:, -1]
+    other = case.outputs(module, changed).output
+    early = (other - clean).flatten(1) if case.pattern is Pattern.POOL else (other - clean)[:, :-1]
+    return expect(bool(early.abs().max() > 1e-9), "changing the last token changes no earlier output")
+
+
+def _sees_past(case: Case, n: int) -> None:
+    module, x = case.build(), case.x(n, 1)
+    changed = x.clone()
+    changed[:, 0] = case.x(n, 1, seed=5)[:, 0]
+    gap = (case.outputs(module, changed).output - case.outputs(module, x).output)[:, 1:]
+    expect(bool(gap.abs().max() > 1e-9), "changing the first token changes no later output")
+
+
+@prop("batch", "rows of a batch do not influence each other, nor does non-finite input in another row")
+def batch(case: Case, n: int) -> None:
+    module = case.build()
+    x, context = case.x(n, 3), case.context(n, 3)
+    together = case.outputs(module, x, context).output
+    for row in range(3):
+        alone = case.outputs(module, x[row : row + 1], each(context, lambda c, r=row: c[r : r + 1])).output  # type: ignore[misc]
+        expect_close(together[row : row + 1], alone, f"row {row} of 3 differs from the same row alone")
+    broken = x.clone()
+    broken[1, 0] = torch.nan
+    dirty = case.outputs(module, broken, context).output
+    expect_close(dirty[0], together[0], "NaN in row 1 changed row 0")
+    first = dirty[1] if case.pattern is Pattern.POOL else dirty[1, 0]
+    expect(bool(first.isnan().any()), "NaN in the first token is hidden from its output")
+
+
+@prop("padding", "padded tokens take no weight, whatever stands there", sizes=(2, 3, 5, 9, 17, 33), when=is_sequence)
+def padding(case: Case, n: int) -> None:
+    module = case.build()
+    x, context = case.x(n), case.context(n)
+    lengths = [n - n // 2, n - 1]
+    given: Any
+    mask: Any
+    if case.pattern.cross:
+        parts = (context,) if isinstance(context, Tensor) else context
+        pairs = [padded(part, lengths) for part in parts]
+        given, mask = tuple(p for p, _ in pairs), tuple(m for _, m in pairs)
+        given, mask = (given[0], mask[0]) if isinstance(context, Tensor) else (given, mask)
+    else:
+        given, mask = padded(x, lengths)
+    for row, length in enumerate(lengths):
+        if case.pattern.cross:
+            output = case.outputs(module, x, given, mask=mask).output[row]
+            short = each(context, lambda c, r=row, k=length: c[r : r + 1, :k])  # type: ignore[misc]
+            wanted = case.outputs(module, x[row : row + 1], short).output[0]
+        else:
+            output = case.outputs(module, given, mask=mask).output[row, :length]
+            wanted = case.outputs(module, x[row : row + 1, :length]).output[0]
+        expect_close(output, wanted, f"row {row}, {length} of {n} tokens real: differs from the row without padding")
+
+
+def _is_pool_or_grid(case: Case) -> bool:
+    return case.pattern in (Pattern.POOL, Pattern.GRID)
+
+
+@prop("pool-padding", "padded tokens take no weight in a pool or a grid", sizes=(2, 3, 5, 9), when=_is_pool_or_grid)
+def pool_padding(case: Case, n: int) -> None:
+    module, x = case.build(), case.x(n)
+    if case.pattern is Pattern.POOL:
+        dirty, mask = padded(x, [n - n // 2, n])
+        wanted = case.outputs(module, x[:1, : n - n // 2]).output
+        expect_close(case.outputs(module, dirty, mask=mask).output[:1], wanted, "padding changes the pool")
+        return
+    mask = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)
+    mask[:, -1] = False
+    first, second = (torch.where(mask[..., None], x, torch.full_like(x, fill)) for fill in (50.0, -3.0))
+    one, other = (case.outputs(module, given, mask=mask).output[:, :-1] for given in (first, second))
+    expect_close(one, other, "what stands in masked cells changes the others")
+    shifted = case.outputs(module, x[:, :-1]).output
+    expect_close(one, shifted, "a masked last row differs from a grid without it")
+
+
+@prop("left-padding", "left padding with positions equals no padding", when=lambda c: c.pattern is Pattern.CAUSAL_SELF)
+def left_padding(case: Case, n: int) -> None:
+    module, x = case.build(), case.x(n, 1)
+    for pad in (1, 3):
+        dirty, mask, positions = _left_padded(x, pad)
+        output = case.outputs(module, dirty, mask=mask, positions=positions).output[:, pad:]
+        expect_close(output, case.outputs(module, x).output, f"{pad} padded tokens before {n} real ones change them")
+
+
+def _left_padded(x: Tensor, pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    dirty = torch.cat([torch.full_like(x[:, :1], 1e3).expand(-1, pad, -1), x], 1)
+    mask = torch.arange(dirty.shape[1], device=x.device)[None].expand(x.shape[0], -1) >= pad
+    return dirty, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@prop("all-true-mask", "a mask that allows everything changes nothing", sizes=(1, 5, 17))
+def all_true_mask(case: Case, n: int) -> None:
+    module, x, context = case.build(), case.x(n), case.context(n)
+    mask = each(context, everything) if case.pattern.cross else everything(x)
+    plain = case.outputs(module, x, context).output
+    expect_close(case.outputs(module, x, context, mask=mask).output, plain, "an all-True mask changes the output")
+
+
+@prop("all-padding", "a row with nothing to attend to gives no weight, no NaN, no NaN gradient", sizes=(1, 5, 17))
+def all_padding(case: Case, n: int) -> None:
+    module, x, context = case.build(), case.x(n).requires_grad_(), case.context(n)
+
+    def only_second(tensor: Tensor) -> Tensor:
+        mask = everything(tensor)
+        mask[0] = False
+        return mask
+
+    mask = each(context, only_second) if case.pattern.cross else only_second(x)
+    result = module(x, context, mask=mask)
+    total = result.output.sum() + sum(result.losses.values())
+    total.backward()
+    expect(bool(result.output.isfinite().all()), "the output of an all-padding row is not finite")
+    expect(all(bool(loss.isfinite()) for loss in result.losses.values()), "a loss is not finite")
+    grads = [x.grad] + [p.grad for p in module.parameters()]
+    expect(all(bool(g.isfinite().all()) for g in grads if g is not None), "a gradient is not finite")
+    weights = case.outputs(module, x.detach(), context, mask=mask, need_weights=True).weights
+    if weights is not None:
+        expect(bool((weights[0] == 0).all()), "an all-padding row has weights that are not zero")
+
+
+def _has_one_source(case: Case) -> bool:
+    """Several sources take a tuple of key paddings, and no dense mask."""
+    return is_sequence(case) and case.build().sources == 1
+
+
+@prop("dense-mask", "a dense mask is obeyed, also per head, or refused", sizes=(2, 5, 9, 17), when=_has_one_source)
+def dense_mask(case: Case, n: int) -> None:
+    module, x, context = case.build(), case.x(n), case.context(n)
+    m = n if context is None else context.shape[1]
+    generator = torch.Generator().manual_seed(n)
+    for heads in (1, case.settings["heads"]):
+        mask = (torch.rand(2, heads, n, m, generator=generator) < 0.5).to(x.device)
+        mask[:, :, range(n), range(n)] = True
+        try:
+            result = case.outputs(module, x, context, mask=mask, need_weights=True)
+        except ValueError as error:
+            expect("mask" in str(error), f"a dense mask is refused without a word on masks: {error}")
+            return
+        fast = case.outputs(module, x, context, mask=mask).output
+        expect_close(fast, result.output, f"dense mask {list(mask.shape)}: with and without need_weights differ")
+        if result.weights is not None:
+            forbidden = result.weights.masked_select(~mask.expand_as(result.weights))
+            expect(bool((forbidden.abs() <= 1e-12).all()), "a key forbidden by the dense mask has weight")
+        free = case.outputs(module, x, context).output
+        expect(bool((free - fast).abs().max() > 1e-9), "a dense mask that forbids half the keys changes nothing")
