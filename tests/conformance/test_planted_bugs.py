@@ -403,7 +403,7 @@ def test_config_reaches_the_constructor() -> None:
 
 def test_a_constructor_that_fails_is_a_finding_and_no_crash() -> None:
     class Unbuildable(SoftmaxAttention):
-        """softmax attention that cannot be built."""
+        """softmax(q k^T) v, of which no instance can be built."""
 
         card = bug("unbuildable", "causal-self")
 
