@@ -14,7 +14,8 @@ from rich.console import Console
 
 from manyheads.compare import report
 from manyheads.compare.charts import INKS, PALETTES, POINTS_PER_CHART, SHAPES, log_ticks, plots, write_png
-from manyheads.compare.report import bytes_text, count_text, headline, print_table, script_json, write_report
+from manyheads.compare.report import script_json, write_report
+from manyheads.compare.tables import bytes_text, count_text, headline, print_table
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
 LOADING = {"src", "href", "srcset", "data", "action", "poster", "formaction"}

@@ -49,7 +49,7 @@ def compare(
     else:
         from rich.console import Console
 
-        from .report import print_table
+        from .tables import print_table
 
         print_table(results, Console(highlight=False, width=None if sys.stdout.isatty() else 100))
         typer.echo(f"\nreport: {out / 'report.html'}")
