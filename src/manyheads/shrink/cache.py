@@ -1,0 +1,278 @@
+"""The ragged cache: transformers' cache interface over one ragged store per layer.
+
+`update` gives back a handle in the place of keys and values; the attention function registered in compat.py hands it
+the queries, and the layer attends group by group and then lets the policy drop what is over budget. With nothing
+dropped it is simply a cache that does not copy itself for every token.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from manyheads.shrink import compat
+from manyheads.shrink.attend import Mask, Scoring, causal_attention, masked_attention, pack
+from manyheads.shrink.compress import Pass, make_room, shrink
+from manyheads.shrink.store import Group, Store, room_for
+
+if TYPE_CHECKING:
+    from manyheads.shrink.policy import Policy
+
+# Queries that look at one slice of a counted buffer, where a window or a chunk needs a mask.
+_BAND = 512
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One layer's cache. `seen` counts the tokens fed, however few entries are left of them. What is held carries no
+    gradient: those of a pass flow through its own keys where it is the first, never through earlier passes."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, cache: RaggedCache, index: int, window: int | None):
+        super().__init__()
+        self._cache = weakref.ref(cache)
+        self.policy = cache.policy
+        self.index, self.layers = index, cache.depth
+        self.window = window
+        self.is_sliding = window is not None
+        self.store = Store()
+        self.seen = 0
+        self.record_past = False
+        # Passes whose last tokens may still be taken back: nothing is dropped for them before `crop`.
+        self.recorded: list[Pass] = []
+        # What a policy keeps for the layer as a whole, rows of the batch first.
+        self.memo: dict[str, Tensor] = {}
+        self.angles: Tensor | None = None
+        # A policy's shares of the budget per head, fixed at prefill.
+        self.shares: Tensor | None = None
+        # The latest pass, for policies that make room before the next one (its queries are not kept).
+        self.last: Pass | None = None
+
+    # What the model calls.
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        cache = self._cache()
+        if cache is not None:
+            cache.check_attached()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        count = key_states.shape[2]
+        if self.seen and not self.record_past:
+            with torch.no_grad():
+                make_room(self, count)
+        new = {"keys": key_states, "values": value_states}
+        for name in self.policy.notes:
+            new[name] = key_states.new_zeros(key_states.shape[:3], dtype=torch.float32)
+        if not self.store.groups and count > 1:
+            self.store.adopt(new, self.seen)
+        else:
+            with torch.no_grad():
+                self.store.append(new, self.seen, self.spare)
+        self.seen += count
+        return self, self
+
+    def total(self) -> int:
+        return self.seen
+
+    def attend(self, query: Tensor, scoring: Scoring, seen: compat.Visibility) -> Tensor:
+        """query [b, h, n, d] -> [b, n, h, dv], as transformers' attention functions do."""
+        groups = self.store.groups
+        packed = pack(query, sum(len(group.heads) for group in groups))
+        if len(groups) == 1 and groups[0].in_order:
+            out = _attend_group(packed, groups[0], scoring, seen)
+        else:
+            values = groups[0].rows["values"]
+            out = packed.new_empty((*packed.shape[:-1], values.shape[-1]))
+            for group in groups:
+                own = Scoring(scoring.scale, scoring.softcap, _sinks_of(scoring, group, packed.shape[2]))
+                out[:, group.index] = _attend_group(packed.index_select(1, group.index), group, own, seen)
+        done = Pass(packed, scoring, seen)
+        with torch.no_grad():
+            if self.record_past:
+                self.recorded.append(done)
+            else:
+                shrink(self, [done])
+            self.store.own(self.spare)
+        if self.policy.evicts_before:
+            self.last = done.first_queries(0)
+        return out.flatten(1, 2).transpose(1, 2).contiguous()
+
+    def spare(self, length: int, heads: list[int]) -> int:
+        """Room to leave behind so many entries of these heads: up to their target and the policy's interval, where
+        there is a target; else in proportion."""
+        if self.window is not None and length >= self.window - 1:
+            return max(8, self.window // 8)
+        room = self.policy.room(self)
+        if room is None or not self.store.groups:
+            return room_for(length)
+        target = float(int(self.policy.fixed_target(self)))
+        if self.shares is not None:
+            target = float(self.shares[:, heads].max()) * target
+        return max(room, min(room_for(length), round(target) + room - length))
+
+    @property
+    def slack(self) -> int:
+        """Entries by which a buffer may stand above its need before it is made anew."""
+        return 0 if self.policy.room(self) is not None else room_for(max(self.store.lengths())) + 8
+
+    # What generate asks.
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens (given as a negative number), then drops what was waiting for that."""
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        if remove > self.seen:
+            raise ValueError(f"crop({tokens_to_remove}): the cache has seen {self.seen} tokens only")
+        recorded = sum(done.queries.shape[3] for done in self.recorded)
+        if remove > recorded and not self._is_whole():
+            raise ValueError(
+                f"crop({tokens_to_remove}): layer {self.index} has dropped entries since; a shrunk cache takes back "
+                "only tokens fed after activate_past_recording()"
+            )
+        if remove:
+            self.seen -= remove
+            self.store.truncate(self.seen)
+        waiting, self.recorded = self.recorded, []
+        passes = _without_last(waiting, remove)
+        if passes:
+            shrink(self, passes)
+
+    def _is_whole(self) -> bool:
+        return all(group.first == 0 for group in self.store.groups)
+
+    def reset(self) -> None:
+        self.store, self.seen, self.recorded, self.shares, self.last = Store(), 0, [], None, None
+        self.memo = {}
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._on_batch(lambda row: row.index_select(0, beam_idx.to(row.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._on_batch(lambda row: row.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._on_batch(lambda row: row[indices.to(row.device), ...])
+
+    def _on_batch(self, change: Any) -> None:
+        self.store.on_batch(change)
+        self.recorded = [done.on_batch(change) for done in self.recorded]
+        self.last = None if self.last is None else self.last.on_batch(change)
+        self.memo = {name: change(own) for name, own in self.memo.items()}
+        self.shares = None if self.shares is None or self.shares.shape[0] == 1 else change(self.shares)
+
+    def offload(self) -> None:
+        raise ValueError("a ragged cache is not offloaded: shrink it further, or use DynamicCache(offloading=True)")
+
+    prefetch = offload
+
+
+class RaggedCache(Cache):
+    """One RaggedLayer per layer of the model. Made by `policy.make_cache(model)`."""
+
+    def __init__(self, model: nn.Module, policy: Policy):
+        self.policy = policy
+        self._model = weakref.ref(model)
+        plans = compat.plan(model)
+        self.depth = len(plans)
+        super().__init__(layers=[RaggedLayer(self, i, own.window) for i, own in enumerate(plans)])
+        policy.prepare(model, self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors held, room for coming tokens included."""
+        memos = [own for layer in self.layers for own in layer.memo.values()]
+        return sum(layer.store.nbytes for layer in self.layers) + sum(own.nbytes for own in memos)
+
+    def lengths(self) -> list[list[int]]:
+        """Entries held, by layer and KV head."""
+        return [layer.store.lengths() for layer in self.layers]
+
+    def check_attached(self) -> None:
+        model = self._model()
+        if model is not None and not compat.is_attached(model):
+            raise ValueError(
+                f"{type(model).__name__} no longer attends through ragged caches (its `with` block has ended): "
+                "use the cache inside the block, or make it with policy.make_cache(model)"
+            )
+
+
+def _sinks_of(scoring: Scoring, group: Group, repeat: int) -> Tensor | None:
+    if scoring.sinks is None:
+        return None
+    return scoring.sinks.view(-1, repeat).index_select(0, group.index).flatten()
+
+
+def _without_last(passes: list[Pass], count: int) -> list[Pass]:
+    """The passes less their last `count` queries."""
+    left = []
+    for done in reversed(passes):
+        own = done.queries.shape[3]
+        if count < own:
+            left.append(done.first_queries(own - count))
+        count = max(0, count - own)
+    return left[::-1]
+
+
+def _attend_group(queries: Tensor, group: Group, scoring: Scoring, seen: compat.Visibility) -> Tensor:
+    keys, values = group.view("keys"), group.view("values")
+    n, m = queries.shape[3], keys.shape[2]
+    counted = group.first is not None
+    if counted and n == m and scoring.plain and seen.only_causal(n):
+        return causal_attention(queries, keys, values, scoring.scale)
+    within = seen.window is None or (counted and m <= seen.window)
+    if n == 1 and group.filled and seen.plain and seen.padding is None and within:
+        return masked_attention(queries, keys, values, scoring, lambda rows: None)
+    if counted and seen.plain and n > 1:
+        return _bands(queries, group, scoring, seen)
+    slots = group.slots()
+    return masked_attention(queries, keys, values, scoring, lambda rows: seen.allowed(rows, slots))
+
+
+def _bands(queries: Tensor, group: Group, scoring: Scoring, seen: compat.Visibility) -> Tensor:
+    """Counted slots: every block of queries reads only the keys between its window's start and its own last token."""
+    assert group.first is not None
+    keys, values, slots = group.view("keys"), group.view("values"), group.slots()
+    out = []
+    for start in range(0, queries.shape[3], _BAND):
+        stop = min(start + _BAND, queries.shape[3])
+        low = 0 if seen.window is None else max(0, start + seen.offset - seen.window + 1 - group.first)
+        high = max(low + 1, min(group.length, stop + seen.offset - group.first))
+        here = slice(low, high)
+        out.append(
+            masked_attention(
+                queries[:, :, :, start:stop],
+                keys[:, :, here],
+                values[:, :, here],
+                scoring,
+                _shifted(seen, start, slots[:, :, here]),
+            )
+        )
+    return out[0] if len(out) == 1 else torch.cat(out, 3)
+
+
+def _shifted(seen: compat.Visibility, start: int, slots: Tensor) -> Mask:
+    """The mask of a block that begins at query `start`."""
+    return lambda rows: seen.allowed(slice(rows.start + start, rows.stop + start), slots)

@@ -1,0 +1,239 @@
+"""When and how a layer drops entries: the view that a policy's rule is given, and the steps around the rule.
+
+Legend: b batch, H KV heads, g heads of a group, r query heads on each, n queries, m entries held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from manyheads.shrink.attend import Scoring, probabilities, query_blocks, received
+from manyheads.shrink.store import Group
+
+if TYPE_CHECKING:
+    from manyheads.shrink.compat import Visibility
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Queries [b, g, r, n, d] of one forward pass over all KV heads, and what they might see."""
+
+    queries: Tensor
+    scoring: Scoring
+    seen: Visibility
+
+    def first_queries(self, count: int) -> Pass:
+        return replace(self, queries=self.queries[:, :, :, :count])
+
+    def on_batch(self, change: Callable[[Tensor], Tensor]) -> Pass:
+        seen = self.seen
+        padding = None if seen.padding is None else change(seen.padding)
+        tensor = None if seen.tensor is None or seen.tensor.shape[0] == 1 else change(seen.tensor)
+        return replace(self, queries=change(self.queries), seen=replace(seen, padding=padding, tensor=tensor))
+
+
+@dataclass
+class View:
+    """What a policy's rule sees: the entries of one group of heads, and the queries that just passed."""
+
+    group: Group
+    passes: list[Pass]
+    layer: int
+    layers: int
+    # Tokens fed so far: the slot of the next one.
+    total: int
+    window: int | None
+    # [b or 1, g]: entries that the heads of the group may keep; set before score is asked.
+    targets: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        return self.group.view("keys")
+
+    @property
+    def values(self) -> Tensor:
+        return self.group.view("values")
+
+    def note(self, name: str) -> Tensor:
+        """What a policy keeps beside every entry, [b, g, m] float32; to be written in place."""
+        return self.group.view(name)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """[b, g, m]: each entry's place in what was fed, -1 where a row holds nothing."""
+        b, g, m = self.keys.shape[:3]
+        return self.group.slots().expand(b, g, m)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[b, g, m]: how many real tokens of its row stand before each entry."""
+        padding = self.passes[-1].seen.padding
+        if padding is None:
+            return self.slots.long()
+        before = padding.long().cumsum(1) - 1
+        at = self.slots.clamp(0, padding.shape[1] - 1).long()
+        return before.gather(1, at.flatten(1)).view(at.shape)
+
+    @cached_property
+    def count(self) -> Tensor:
+        """[b or 1]: real tokens fed to each row."""
+        padding = self.passes[-1].seen.padding
+        if padding is None:
+            return torch.tensor([self.total], device=self.keys.device)
+        return padding[:, : self.total].sum(1)
+
+    @cached_property
+    def alive(self) -> Tensor:
+        """[b, g, m]: whether a coming token could see the entry: not padding, and not behind the window."""
+        seen, slots = self.passes[-1].seen, self.slots
+        if seen.tensor is not None:
+            n = self.passes[-1].queries.shape[3]
+            last = seen.allowed(slice(n - 1, n), slots)[:, :, 0]
+            last = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+            alive = last.expand(slots.shape)
+        else:
+            alive = seen.real(slots).expand(slots.shape)
+        return alive if self.window is None else alive & (slots > self.total - self.window)
+
+    def received(self) -> Tensor:
+        """[b, g, m]: attention that the entries got from the passes' real queries, summed over query heads."""
+        total = torch.zeros_like(self.keys[..., 0], dtype=torch.float32)
+        for done in self.passes:
+            n, first = done.queries.shape[3], self.group.first
+            whole = first is not None and first + self.group.length == done.seen.offset + n
+            if whole and done.scoring.plain and done.seen.plain and done.seen.padding is None and self.window is None:
+                total += received(self._queries(done), self.keys, done.scoring.scale)
+                continue
+            for block, real in self._blocks(done, 0):
+                total += (block * real).sum((2, 3))
+        return total
+
+    def weights(self, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of attention [b, g, r, rows, m] of the last queries, and which of them are real [b, 1, 1, rows, 1]."""
+        skip = max(0, sum(done.queries.shape[3] for done in self.passes) - last)
+        for done in self.passes:
+            n = done.queries.shape[3]
+            if skip < n:
+                yield from self._blocks(done, skip)
+            skip = max(0, skip - n)
+
+    def _queries(self, done: Pass) -> Tensor:
+        whole = self.group.in_order and done.queries.shape[1] == len(self.group.heads)
+        return done.queries if whole else done.queries.index_select(1, self.group.index)
+
+    def _blocks(self, done: Pass, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Never more than one block of queries at a time."""
+        queries, scoring, slots = self._queries(done), done.scoring, self.group.slots()
+        if scoring.sinks is not None:
+            sinks = scoring.sinks.view(-1, queries.shape[2]).index_select(0, self.group.index).flatten()
+            scoring = replace(scoring, sinks=sinks)
+        for rows in query_blocks(queries[:, :, :, skip:], self.group.length):
+            rows = slice(rows.start + skip, rows.stop + skip)
+            seen = done.seen.allowed(rows, slots)
+            own = torch.arange(rows.start, rows.stop, device=slots.device) + done.seen.offset
+            real = done.seen.real(own[None, None]).view(-1, 1, 1, rows.stop - rows.start, 1)
+            yield probabilities(queries[:, :, :, rows], self.keys, scoring, seen), real
+
+
+def shrink(layer: Any, passes: list[Pass]) -> None:
+    """After attention: notes are brought up to date, and what is over the policy's budget leaves."""
+    policy = layer.policy
+    count = passes[-1].queries.shape[3]
+    if not policy.is_full:
+        decoding = count == 1 or (layer.record_past and passes[-1].seen.offset > 0)
+        views = _views(layer, passes)
+        for view in views:
+            policy.observe(view)
+        if policy.acts(decoding):
+            _evict(layer, views, coming=0, least=policy.interval if decoding else 1, fresh=not decoding)
+    _trim(layer)
+
+
+def make_room(layer: Any, coming: int) -> None:
+    """Before tokens come, for policies whose rule needs no scores: after this pass the budget still holds."""
+    policy = layer.policy
+    if policy.is_full or not policy.evicts_before or layer.last is None or not policy.acts(coming == 1):
+        return
+    _evict(layer, _views(layer, [layer.last]), coming=coming, least=policy.interval, fresh=False)
+
+
+def _views(layer: Any, passes: list[Pass]) -> list[View]:
+    return [View(group, passes, layer.index, layer.layers, layer.seen, layer.window) for group in layer.store.groups]
+
+
+def _evict(layer: Any, views: list[View], *, coming: int, least: int, fresh: bool) -> None:
+    """Down to the targets, where some head is at least `least` entries above its own (with those that are coming)."""
+    policy = layer.policy
+    base = mean = policy.mean_target(layer, views[0])
+    share_out = fresh and policy.allocation is not None
+    if share_out:
+        mean = policy.allocation.of_layer(mean, layer.index, layer.layers, views[0].count.cpu())
+    lengths = torch.tensor(layer.store.lengths())
+    targets = policy.targets(mean, layer, lengths.numel())
+    if layer.shares is not None and not fresh:
+        targets = (layer.shares * mean.floor()[:, None]).round().long()
+    if coming:
+        targets = (targets - coming).clamp_min(policy.smallest - 1)
+    if share_out:
+        _set_targets(views, targets)
+        # Shares of the budget are given out once, on the whole prompt; later tokens keep to them.
+        targets = policy.allocation.of_heads(_all_scores(policy, views), targets.to(views[0].keys.device)).cpu()
+        layer.shares = targets.double() / base.floor()[:, None].clamp_min(1)
+    elif not bool((lengths[None] >= targets + least).any()):
+        return
+    _set_targets(views, targets)
+    layer.store.evict([_keep(policy, view) for view in views], layer.spare, layer.slack)
+    for view in _views(layer, views[0].passes):
+        policy.placed(layer, view)
+
+
+def _set_targets(views: list[View], targets: Tensor) -> None:
+    for view in views:
+        view.targets = targets[:, view.group.heads].to(view.keys.device)
+
+
+def _keep(policy: Any, view: View) -> Tensor | None:
+    """[b, g, m], or None where no head of the group is over its target."""
+    assert view.targets is not None
+    if view.group.length <= int(view.targets.min()):
+        return None
+    score = policy.score(view).masked_fill(~view.alive, -torch.inf)
+    return _best(score, view.targets) & view.alive
+
+
+def _all_scores(policy: Any, views: list[View]) -> Tensor:
+    """[b, H, m] over all groups, minus infinity where a head holds nothing."""
+    parts = [policy.score(view).masked_fill(~view.alive, -torch.inf) for view in views]
+    most = max(part.shape[2] for part in parts)
+    parts = [torch.nn.functional.pad(part, (0, most - part.shape[2]), value=-torch.inf) for part in parts]
+    order = torch.cat([view.group.index for view in views]).argsort()
+    return torch.cat(parts, 1).index_select(1, order)
+
+
+def _best(scores: Tensor, targets: Tensor) -> Tensor:
+    """[b, g, m] True at the targets [b or 1, g] highest scores of each head."""
+    held = scores.shape[2]
+    most, drop = min(int(targets.max()), held), max(0, held - int(targets.min()))
+    if drop < most:
+        # Decoding drops one or a few of many: look for the worst instead of ranking the best.
+        worst = scores.topk(drop, dim=-1, largest=False).indices
+        chosen = torch.arange(drop, device=scores.device) >= held - targets[..., None]
+        return torch.ones_like(scores, dtype=torch.bool).scatter(2, worst, chosen.expand(worst.shape))
+    best = scores.topk(most, dim=-1).indices
+    chosen = torch.arange(most, device=scores.device) < targets[..., None]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(2, best, chosen.expand(best.shape))
+
+
+def _trim(layer: Any) -> None:
+    """A sliding layer forgets what no coming token can see."""
+    if layer.window is None or layer.record_past:
+        return
+    for group in layer.store.groups:
+        if group.first is not None and group.length > layer.window - 1:
+            group.drop_oldest(group.length - (layer.window - 1))

@@ -1,0 +1,82 @@
+"""StreamingLLM: the first tokens and the latest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from manyheads.shrink.compress import View
+from manyheads.shrink.policy import Policy
+
+
+@dataclass(kw_only=True)
+class StreamingLLM(Policy):
+    """Claim: a model stays fluent for ever on its first few tokens, where attention sinks, and the recent ones.
+
+    keep(t) = position(t) < sink_size, then the latest, to the budget. Room is made before a token comes, so its query
+    sees at most the budget, itself included. Positions are those in the cache: 0 .. length - 1.
+    Source: arXiv 2309.17453, mit-han-lab/streaming-llm `kv_cache.py`, `pos_shift/`. There a prompt's eviction waits for
+    the next token; here it happens at once. There keys are kept unrotated and all are rotated for every token; here the
+    sinks alone are turned by the number of dropped tokens, which gives every query the same distances.
+    positions="text" leaves distances as they are in the text, for models whose positions cannot be moved.
+    """
+
+    sink_size: int = 4
+    positions: str = "cache"
+    evicts_before: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sink_size, int) or self.sink_size < 0:
+            raise ValueError(f"StreamingLLM: sink_size must be a whole number of at least 0; got {self.sink_size!r}")
+        if self.positions not in ("cache", "text"):
+            raise ValueError(f"StreamingLLM: positions is 'cache' or 'text'; got {self.positions!r}")
+        super().__post_init__()
+
+    @property
+    def smallest(self) -> int:
+        return self.sink_size + 1
+
+    def score(self, view: View) -> Tensor:
+        return recency(view, self.sink_size)
+
+    def prepare(self, model: Any, cache: Any) -> None:
+        if self.positions == "text" or self.is_full or not self.sink_size:
+            return
+        from manyheads.shrink.compat import rotations
+
+        for layer, angles in zip(cache.layers, rotations(model), strict=True):
+            # Behind a window no sink is ever seen.
+            layer.angles = angles if layer.window is None else None
+
+    def placed(self, layer: Any, view: View) -> None:
+        if layer.angles is None or view.group.first is not None:
+            return
+        held = view.slots >= 0
+        gap = view.count[:, None] - held.sum(-1)
+        order = torch.where(held, view.positions, 2 * view.total).argsort(-1)[..., : self.sink_size]
+        sinks = (held & (view.positions < self.sink_size)).gather(-1, order)[..., None]
+        at = order[..., None].expand(*order.shape, view.keys.shape[-1])
+        here = view.keys.gather(2, at)
+        # Turned from the keys as they came, every time: turning a turned key would gather rounding errors.
+        came = torch.where((layer.memo["gap"] == 0)[..., None, None], here, layer.memo["sinks"]) if layer.memo else here
+        turned = torch.where(sinks, turn(came, gap[..., None], layer.angles.to(here.device)), here)
+        view.keys.scatter_(2, at, turned)
+        layer.memo = {"sinks": came, "gap": gap}
+
+
+def turn(keys: Tensor, by: Tensor, angles: Tensor) -> Tensor:
+    """Keys [..., d] moved on by so many positions; the first 2 * len(angles) features turn, in halves."""
+    half = angles.numel()
+    angle = by[..., None] * angles
+    cos, sin = angle.cos(), angle.sin()
+    left, right, rest = keys.double().split([half, half, keys.shape[-1] - 2 * half], -1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin, rest], -1).to(keys.dtype)
+
+
+def recency(view: View, sink_size: int) -> Tensor:
+    """Positions, with the sinks above all of them."""
+    positions = view.positions
+    return (positions + (positions < sink_size) * (2 * view.total + 1)).double()

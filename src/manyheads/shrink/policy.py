@@ -1,0 +1,218 @@
+"""A policy: which entries each KV head keeps, how many, and when. One method per policy file: `score`.
+
+with SnapKV(budget_tokens=1024)(model):
+    model.generate(...)
+
+cache = StreamingLLM(budget_tokens=256).make_cache(model)
+model.generate(..., past_key_values=cache)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from manyheads.shrink.cache import RaggedCache
+    from manyheads.shrink.compress import View
+
+PER = ("head", "layer", "model")
+WHEN = ("prefill", "decode", "both")
+
+
+class Allocation(Protocol):
+    """How a budget is shared out, given the mean [b or 1] per head; entries in, entries out."""
+
+    def of_layer(self, mean: Tensor, layer: int, layers: int, count: Tensor) -> Tensor: ...
+
+    def of_heads(self, scores: Tensor, targets: Tensor) -> Tensor: ...
+
+
+class Active:
+    """What `with policy(model) as active` gives: active.cache is the latest cache that a call was given."""
+
+    def __init__(self) -> None:
+        self.cache: RaggedCache | None = None
+
+
+@dataclass(kw_only=True)
+class Policy:
+    """Budget and moment, common to all policies. At most one budget; none keeps everything.
+
+    compression_ratio: the share of the tokens that is dropped (0.75 keeps a quarter). budget_tokens: entries for each
+    KV head on average; budget_bytes: bytes for the whole cache; budget_per="head", "layer" or "model" counts either
+    otherwise.
+    when: at prefill (passes of several tokens), at decode (single tokens), or both. interval: decoding lets a head grow
+    this many entries over before it is cut back.
+    """
+
+    compression_ratio: float | None = None
+    budget_tokens: int | None = None
+    budget_bytes: int | None = None
+    budget_per: str | None = None
+    when: str = "both"
+    interval: int = 1
+    allocation: Allocation | None = None
+
+    # Numbers kept beside every entry.
+    notes: ClassVar[tuple[str, ...]] = ()
+    # Room is made before a token comes, so that no query sees more than the budget; the rule then has no new query.
+    evicts_before: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        given = {
+            key: getattr(self, key)
+            for key in ("compression_ratio", "budget_tokens", "budget_bytes")
+            if getattr(self, key) is not None
+        }
+        if len(given) > 1:
+            raise ValueError(f"{name}: one budget, please; got {', '.join(given)}")
+        ratio = self.compression_ratio
+        if ratio is not None and not 0 <= ratio < 1:
+            raise ValueError(f"{name}: compression_ratio is the share that is dropped, from 0 to below 1; got {ratio}")
+        for key in ("budget_tokens", "budget_bytes"):
+            if key in given and (not isinstance(given[key], int) or given[key] < 1):
+                raise ValueError(f"{name}: {key} must be a whole number of at least 1; got {given[key]!r}")
+        if self.budget_per is not None and self.budget_per not in PER:
+            raise ValueError(f"{name}: budget_per is one of {', '.join(PER)}; got {self.budget_per!r}")
+        if self.budget_per is not None and self.budget_tokens is None and self.budget_bytes is None:
+            raise ValueError(f"{name}: budget_per says what budget_tokens or budget_bytes counts; give one of them")
+        if self.when not in WHEN:
+            raise ValueError(f"{name}: when is one of {', '.join(WHEN)}; got {self.when!r}")
+        if not isinstance(self.interval, int) or self.interval < 1:
+            raise ValueError(f"{name}: interval must be a whole number of tokens of at least 1; got {self.interval!r}")
+        if self.budget_tokens is not None and self.budget_per in (None, "head") and self.budget_tokens < self.smallest:
+            raise ValueError(
+                f"{name}: budget_tokens={self.budget_tokens} is below the {self.smallest} that it always keeps"
+            )
+
+    # What a policy says.
+
+    @property
+    def smallest(self) -> int:
+        """Entries that a head keeps whatever the budget: protected ones, and one more."""
+        return 1
+
+    @property
+    def is_full(self) -> bool:
+        return self.compression_ratio is None and self.budget_tokens is None and self.budget_bytes is None
+
+    def score(self, view: View) -> Tensor:
+        """[b, g, m], higher stays longer."""
+        raise NotImplementedError
+
+    def observe(self, view: View) -> None:
+        """Called after every pass, for notes that add up."""
+
+    def prepare(self, model: Any, cache: RaggedCache) -> None:
+        """Called once for every new cache."""
+
+    def placed(self, layer: Any, view: View) -> None:
+        """Called for every group of heads after entries were dropped."""
+
+    def targets(self, mean: Tensor, layer: Any, heads: int) -> Tensor:
+        """[b or 1, H]: entries for every head, from their mean [b or 1]."""
+        return mean.long()[:, None].expand(-1, heads).clamp_min(self.smallest)
+
+    # What the cache asks.
+
+    def acts(self, decoding: bool) -> bool:
+        return self.when == "both" or self.when == ("decode" if decoding else "prefill")
+
+    def mean_target(self, layer: Any, view: View) -> Tensor:
+        """[b or 1]: entries per head, on average."""
+        if self.compression_ratio is not None:
+            # As exact as the ratio was written: 10 tokens less a ratio of 0.9 is one token, not 0.99999.
+            return (view.count.cpu().double() * (1 - self.compression_ratio) + 1e-9).floor()
+        return torch.tensor([self.fixed_target(layer)], dtype=torch.float64)
+
+    def fixed_target(self, layer: Any) -> float:
+        groups = layer.store.groups
+        heads = sum(len(group.heads) for group in groups)
+        if self.budget_tokens is not None:
+            share = {"head": 1, "layer": heads, "model": heads * layer.layers}[self.budget_per or "head"]
+            return self._enough(self.budget_tokens / share, "budget_tokens", self.budget_tokens)
+        assert self.budget_bytes is not None
+        rows = groups[0].rows
+        entry = sum(row[0, 0, :1].numel() * row.element_size() for name, row in rows.items() if name != "slots")
+        batch = rows["keys"].shape[0]
+        share = {"head": 1, "layer": heads, "model": heads * layer.layers}[self.budget_per or "model"]
+        # Four bytes for an entry's slot; the interval's entries are held too.
+        entries = self.budget_bytes / share / batch / (entry + 4) - self.interval
+        return self._enough(entries, "budget_bytes", self.budget_bytes)
+
+    def _enough(self, entries: float, name: str, value: int) -> float:
+        if entries < self.smallest:
+            raise ValueError(
+                f"{type(self).__name__}: {name}={value} comes to {max(0, int(entries))} entries per head; "
+                f"it always keeps {self.smallest}"
+            )
+        return entries
+
+    def room(self, layer: Any) -> int | None:
+        """Entries of room beyond a fixed budget that decoding keeps to; None where heads go on growing."""
+        fixed = self.budget_tokens is not None or self.budget_bytes is not None
+        return self.interval if fixed and self.acts(decoding=True) else None
+
+    # What users call.
+
+    def make_cache(self, model: nn.Module) -> RaggedCache:
+        """A cache for model.generate(past_key_values=...) or model(...). The model then attends through ragged layers
+        whenever it is given one, and as before otherwise; `release(model)` undoes that."""
+        from manyheads.shrink import compat
+        from manyheads.shrink.cache import RaggedCache
+
+        self.check(model)
+        compat.attach(model)
+        return RaggedCache(model, self)
+
+    def check(self, model: nn.Module) -> None:
+        """A ValueError with the reason, if the model's cache cannot be shrunk this way."""
+        from manyheads.shrink import compat
+        from manyheads.shrink.cache import RaggedCache
+
+        compat.check_supported(model, lambda own: RaggedCache(own, Policy()))
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[Active]:
+        """Every call of the model inside gets a cache of this policy; afterwards the model is as it was."""
+        from manyheads.shrink import compat
+        from manyheads.shrink.cache import RaggedCache
+
+        self.check(model)
+        active, before = Active(), compat.is_attached(model)
+
+        def ours(given: Any) -> RaggedCache:
+            if given is not None and not isinstance(given, RaggedCache):
+                raise ValueError(
+                    f"past_key_values is a {type(given).__name__}, which {type(self).__name__} cannot shrink; "
+                    "leave it out, or give the cache of an earlier call"
+                )
+            active.cache = given if given is not None else RaggedCache(model, self)
+            return active.cache
+
+        compat.attach(model)
+        try:
+            with compat.intercepted(model, ours):
+                yield active
+        finally:
+            if not before:
+                compat.detach(model)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None
+        }
+
+
+def release(model: nn.Module) -> None:
+    """Gives a model that make_cache changed its own attention back."""
+    from manyheads.shrink import compat
+
+    compat.detach(model)

@@ -1,0 +1,236 @@
+"""Ragged storage of one layer: every KV head keeps its own number of entries, and equally long heads share a buffer.
+
+Legend: b batch, g heads of a group, m entries held, L entries kept, d head dim. An entry is a key, its value, its slot
+(the index of its token in everything that was fed, -1 where a row holds nothing) and whatever a policy notes beside it.
+Order inside a buffer means nothing once slots are explicit: an evicted entry's place is taken by the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+# Room for tokens to come: a 32nd of what is held. Growing then copies 32 entries per token, a trifle beside the
+# attention that reads them all, and memory never stands more than 3% above need.
+GROWTH = 32
+LEAST_ROOM = 32
+# Room that heads of this length are given.
+Spare = Callable[[int, list[int]], int]
+
+
+def room_for(length: int, heads: list[int] | None = None) -> int:
+    """Entries of room beyond a length, where nothing says how far its heads will grow."""
+    return max(LEAST_ROOM, length // GROWTH)
+
+
+class Group:
+    """Heads of one length in one buffer. rows: name -> [b, g, capacity, ...]; entries are start .. start + length."""
+
+    def __init__(
+        self, heads: list[int], rows: dict[str, Tensor], length: int, *, first: int | None, filled: bool = True
+    ):
+        self.heads = heads
+        self.rows = rows
+        self.length = length
+        self.start = 0
+        # Slot of the first entry while nothing but the oldest was dropped: slots are then counted, not stored.
+        self.first = first
+        # Whether every row holds an entry at every place.
+        self.filled = filled
+        # False while the tensors are the model's own, which must not be written to.
+        self.owned = True
+        self.index = torch.tensor(heads, device=rows["keys"].device)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(row.numel() * row.element_size() for row in self.rows.values())
+
+    @property
+    def capacity(self) -> int:
+        return self.rows["keys"].shape[2]
+
+    @property
+    def in_order(self) -> bool:
+        return self.heads == list(range(len(self.heads)))
+
+    def view(self, name: str) -> Tensor:
+        return self.rows[name][:, :, self.start : self.start + self.length]
+
+    def slots(self) -> Tensor:
+        """[b, g, m] of the tokens held ([1, 1, m] while they are counted)."""
+        if self.first is None:
+            return self.view("slots")
+        device = self.rows["keys"].device
+        return torch.arange(self.first, self.first + self.length, device=device, dtype=torch.int32)[None, None]
+
+    def explicit(self) -> None:
+        """Writes counted slots down, before entries leave in any order."""
+        if self.first is None:
+            return
+        keys = self.rows["keys"]
+        slots = keys.new_full(keys.shape[:3], -1, dtype=torch.int32)
+        slots[:, :, self.start : self.start + self.length] = self.slots()
+        self.rows["slots"], self.first = slots, None
+
+    def append(self, new: dict[str, Tensor], slot: int, spare: int) -> None:
+        """new: name -> [b, g, n, ...] of the tokens at slot, slot + 1, ..."""
+        count = new["keys"].shape[2]
+        if self.start + self.length + count > self.capacity or not self.owned:
+            self._move(self.length + count + max(spare, 0))
+        end = self.start + self.length
+        for name, row in self.rows.items():
+            if name == "slots":
+                row[:, :, end : end + count] = torch.arange(slot, slot + count, device=row.device, dtype=row.dtype)
+            else:
+                row[:, :, end : end + count] = new.get(name, 0)
+        self.length += count
+
+    def drop_oldest(self, count: int) -> None:
+        """Forgets the first entries, where slots are counted; their place is used again when the buffer is full."""
+        assert self.first is not None
+        self.start, self.length, self.first = self.start + count, self.length - count, self.first + count
+
+    def _move(self, capacity: int) -> None:
+        """Moves the entries to the front: of this buffer where that frees enough, else of a longer one."""
+        for name, row in list(self.rows.items()):
+            held = row[:, :, self.start : self.start + self.length]
+            if self.owned and self.start >= self.length and capacity <= row.shape[2]:
+                row[:, :, : self.length] = held
+                continue
+            # One row after the other, so that no more than one of them is ever there twice.
+            fresh = row.new_empty((*row.shape[:2], capacity, *row.shape[3:]))
+            fresh[:, :, : self.length] = held
+            self.rows[name] = fresh
+            del row, held
+        self.start, self.owned = 0, True
+
+    def on_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.rows = {name: change(row) for name, row in self.rows.items()}
+
+    def truncate(self, end: int) -> None:
+        """Forgets every token from slot `end` on."""
+        if self.first is not None:
+            self.length = max(0, min(self.length, end - self.first))
+            return
+        keep = (self.view("slots") < end) & (self.view("slots") >= 0)
+        self.evict(keep, int(keep.sum(-1).max()))
+
+    def evict(self, keep: Tensor, length: int) -> None:
+        """Keeps the entries where keep [b, g, m] is True, at most `length` for any row and head; in place."""
+        self.explicit()
+        drop = self.length - length
+        places = self.view("slots")
+        places.masked_fill_(~keep, -1)
+        self.filled = self.filled and bool((keep.sum(-1) == length).all())
+        if drop and length:
+            holes, hole = (~keep[..., :length]).byte().topk(min(drop, length))
+            moves, move = keep[..., length:].byte().topk(min(drop, length))
+            # A hole with nothing to fill it is written onto itself.
+            source = torch.where((moves * holes).bool(), move + length, hole)
+            for row in self.rows.values():
+                shape = (*hole.shape, *row.shape[3:])
+                here = row[:, :, self.start : self.start + self.length]
+                at = [i.reshape(*i.shape, *(1,) * (row.dim() - 3)).expand(shape) for i in (source, hole)]
+                here.scatter_(2, at[1], here.gather(2, at[0]))
+        self.length = length
+
+    def extract(self, keep: Tensor, members: list[int], length: int, spare: int) -> Group:
+        """A group of its own for some of the heads (places in this group), holding what keep [b, g, m] says."""
+        chosen = torch.tensor(members, device=keep.device)
+        keep = keep.index_select(1, chosen)
+        order = keep.byte().argsort(dim=-1, descending=True, stable=True)[..., :length]
+        held = keep.gather(2, order)
+        rows = {}
+        for name, row in self.rows.items():
+            source = row[:, :, self.start : self.start + self.length].index_select(1, chosen)
+            at = order.reshape(*order.shape, *(1,) * (row.dim() - 3)).expand(*order.shape, *row.shape[3:])
+            fresh = row.new_empty((*order.shape[:2], length + spare, *row.shape[3:]))
+            fresh[:, :, :length] = source.gather(2, at)
+            rows[name] = fresh
+        slots = self.slots().expand(keep.shape[0], len(self.heads), -1).index_select(1, chosen).gather(2, order)
+        rows["slots"] = order.new_full((*order.shape[:2], length + spare), -1, dtype=torch.int32)
+        rows["slots"][:, :, :length] = slots.masked_fill(~held, -1)
+        return Group([self.heads[i] for i in members], rows, length, first=None, filled=bool(held.all()))
+
+
+class Store:
+    """All the heads of one layer, in groups of one length each."""
+
+    def __init__(self) -> None:
+        self.groups: list[Group] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(group.nbytes for group in self.groups)
+
+    def lengths(self) -> list[int]:
+        """Entries held per head."""
+        held = {head: group.length for group in self.groups for head in group.heads}
+        return [held[head] for head in sorted(held)]
+
+    def append(self, new: dict[str, Tensor], slot: int, spare: Spare = room_for) -> None:
+        if not self.groups:
+            heads, count = new["keys"].shape[1:3]
+            room = spare(count, list(range(heads)))
+            rows = {name: row.new_empty((*row.shape[:2], count + room, *row.shape[3:])) for name, row in new.items()}
+            self.groups = [Group(list(range(heads)), rows, 0, first=slot)]
+        for group in self.groups:
+            own = new if len(self.groups) == 1 else {k: row.index_select(1, group.index) for k, row in new.items()}
+            group.append(own, slot, spare(group.length, group.heads))
+
+    def adopt(self, new: dict[str, Tensor], slot: int) -> None:
+        """Takes the tensors of a first pass as they are: for a pass after which most of them will be dropped."""
+        self.groups = [Group(list(range(new["keys"].shape[1])), dict(new), new["keys"].shape[2], first=slot)]
+        self.groups[0].owned = False
+
+    def own(self, spare: Spare = room_for) -> None:
+        """Copies what is still the model's own, with room for more."""
+        for group in self.groups:
+            if not group.owned:
+                group._move(group.length + spare(group.length, group.heads))
+
+    def evict(self, keeps: list[Tensor | None], spare: Spare = room_for, slack: int = 0) -> None:
+        """keeps: for every group the entries [b, g, m] that stay, None for all. Heads cut to one length come together.
+
+        Small evictions happen in place; a buffer that would stand more than `slack` above its need is made anew.
+        """
+        groups: list[Group] = []
+        parts: dict[int, list[Group]] = {}
+        for group, keep in zip(self.groups, keeps, strict=True):
+            if keep is None:
+                groups.append(group)
+                continue
+            lengths = keep.sum(-1).amax(0).tolist()
+            longest = max(lengths)
+            if (
+                group.owned
+                and len(set(lengths)) == 1
+                and group.capacity <= longest + spare(longest, group.heads) + slack
+            ):
+                group.evict(keep, longest)
+                groups.append(group)
+                continue
+            for length in sorted(set(lengths)):
+                members = [i for i, own in enumerate(lengths) if own == length]
+                room = spare(length, [group.heads[i] for i in members])
+                parts.setdefault(length, []).append(group.extract(keep, members, length, room))
+        self.groups = groups + [_join(own) for _, own in sorted(parts.items())]
+
+    def truncate(self, end: int) -> None:
+        for group in self.groups:
+            group.truncate(end)
+
+    def on_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        for group in self.groups:
+            group.on_batch(change)
+
+
+def _join(parts: Iterable[Group]) -> Group:
+    parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
+    rows = {name: torch.cat([part.rows[name] for part in parts], 1) for name in parts[0].rows}
+    heads = [head for part in parts for head in part.heads]
+    return Group(heads, rows, parts[0].length, first=None, filled=all(part.filled for part in parts))
