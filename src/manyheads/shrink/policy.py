@@ -105,7 +105,9 @@ class Policy:
 
     def score(self, view: View) -> Tensor:
         """[b, g, m], higher stays longer."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has a budget and no rule: use a policy such as StreamingLLM, or override `score`"
+        )
 
     def observe(self, view: View) -> None:
         """Called after every pass, for notes that add up."""
