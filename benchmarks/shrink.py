@@ -60,8 +60,8 @@ def fill(cache: Any, length: int, device: str) -> Any:
 class Decoder:
     """Single tokens, one after the other, on one model and cache."""
 
-    def __init__(self, policy: Policy | None, length: int, device: str) -> None:
-        self.model = stack(device)
+    def __init__(self, policy: Policy | None, length: int, device: str, model: LlamaForCausalLM | None = None) -> None:
+        self.model = stack(device) if model is None else model
         self.cache = policy.make_cache(self.model) if policy else DynamicCache(config=self.model.config)
         fill(self.cache, length, device)
         self.token = torch.tensor([[7]], device=device)
@@ -156,15 +156,18 @@ PEAK = """
 import sys, torch
 sys.path.insert(0, {path!r})
 from common import peak_reset, peak_since
-from shrink import Decoder, quarter
+from shrink import Decoder, quarter, stack
 from manyheads.shrink import Full
 side, length = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
-Decoder(Full(), 64, "cpu")()  # what libraries load on first use is no part of a cache
-baseline = peak_reset()
-decoder = Decoder({{"full": Full(), "quarter": quarter(length), "dense": None}}[side], length, "cpu")
+model = stack("cpu")  # weights, and what libraries load on first use, are no part of a cache
+Decoder(Full(), 64, "cpu", model)()
 import gc; gc.collect()
 import ctypes; ctypes.CDLL("libc.so.6").malloc_trim(0)
+baseline = peak_reset()
+decoder = Decoder({{"full": Full(), "quarter": quarter(length), "dense": None}}[side], length, "cpu", model)
+gc.collect()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
 from common import _status
 if sys.argv[3] == "held":
     print(_status("VmRSS") - baseline)
