@@ -106,8 +106,9 @@ class AttentionCall:
         own = Scoring(self.scoring.scale, self.scoring.softcap, sinks)
         return query.index_select(1, chosen).unsqueeze(2), self.of_heads(self.key, chosen), own, seen
 
-    def of_heads(self, rows: Tensor, heads: Tensor) -> Tensor:
+    def of_heads(self, rows: Tensor, heads: Sequence[int] | Tensor) -> Tensor:
         """Keys or values [b, g, m, d] that the given query heads read, [b, heads, m, d]."""
+        heads = torch.as_tensor(heads, device=rows.device)
         if rows.shape[1] == self.heads and heads.numel() == self.heads:
             return rows
         return rows.index_select(1, heads // (self.heads // rows.shape[1]))

@@ -1,0 +1,61 @@
+"""ACT: attention sinks other than the first are turned down, and what they held goes to the other tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.explain.interventions.common import Heads, changed, check_share
+from manyheads.explain.taps import AttentionCall
+
+
+def column_means(call: AttentionCall, heads: list[int] | None) -> Tensor:
+    """[b, heads, m]: the attention that a key gets, on average over the queries that may see it (all, where n < m)."""
+    n, m = call.query.shape[2], call.key.shape[2]
+    total = torch.cat([call.weights(heads, rows).sum(2, keepdim=True) for rows in call.blocks(heads)], 2).sum(2)
+    viewers = torch.arange(m, 0, -1, device=total.device).clamp_max(n)
+    return total / viewers
+
+
+def sinks_of(call: AttentionCall, heads: list[int] | None, alpha: float) -> Tensor:
+    """[b, heads, m] bool: keys whose mean attention exceeds alpha / m, but for the first such key of a head."""
+    above = column_means(call, heads) > alpha / call.key.shape[2]
+    return above & (above.long().cumsum(-1) > 1)
+
+
+@contextmanager
+def calibrate(model: nn.Module, beta: float, *, alpha: float = 5.0, heads: Heads | None = None) -> Iterator[None]:
+    """Claim: sinks in the middle of a text take attention that belongs to its words; turning them down mends answers.
+
+    sinks S_h = {j : mean_i A_ij > alpha / m} without the first of them; A'_ij = beta A_ij for j in S_h, the freed
+    (1 - beta) sum_S A_ij shared among the other keys in proportion to A_ij. Sinks are found on the prompt's full
+    matrix (in blocks of rows) and remembered while decoding. beta 1 changes nothing.
+    Source: arXiv 2406.15765, GATECH-EIC/ACT `atten_process_eval`; there sinks come from one row of the batch alone and
+    row 0 is left out; here each row has its own. Heads are chosen on a calibration set in the paper: pass them.
+    """
+    check_share("calibrate: beta", beta)
+    known: dict[int, Tensor] = {}
+
+    def change(call: AttentionCall, own: list[int] | None) -> Tensor | None:
+        if beta == 1:
+            return None
+        n, m = call.query.shape[2], call.key.shape[2]
+        if n > 1 or call.layer not in known:
+            known[call.layer] = sinks_of(call, own, alpha)
+        sinks = nn.functional.pad(known[call.layer], (0, m - known[call.layer].shape[-1])).unsqueeze(2)
+
+        def edit(weights: Tensor, rows: slice) -> Tensor:
+            others = weights.masked_fill(sinks, 0)
+            rest = others.sum(-1, keepdim=True)
+            freed = (1 - beta) * (weights.sum(-1, keepdim=True) - rest)
+            # A row that sees nothing but sinks keeps what it has.
+            moved = torch.where(sinks, beta * weights, others * (1 + freed / rest.clamp_min(1e-12)))
+            return torch.where(rest > 1e-6, moved, weights)
+
+        return call.mix(edit, own)
+
+    with changed(model, heads, change):
+        yield

@@ -1,0 +1,91 @@
+"""What interventions share: which heads they change, spans, and changing a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.explain.taps import AttentionCall, sites, tap
+
+# (layer, query head) pairs, as detectors name them.
+Heads = Sequence[tuple[int, int]]
+
+
+def heads_by_layer(model: nn.Module, heads: Heads | None) -> dict[int, list[int] | None]:
+    """layer -> its heads; None for all heads of a layer. heads None: everything."""
+    if heads is None:
+        return {site.layer: None for site in sites(model)}
+    chosen: dict[int, list[int] | None] = {}
+    for layer, head in heads:
+        own = chosen.setdefault(int(layer), [])
+        assert own is not None
+        own.append(int(head))
+    if not chosen:
+        raise ValueError("heads is empty: give (layer, head) pairs, or None for all heads")
+    return chosen
+
+
+def positions(span: Sequence[int] | slice, length: int) -> list[int]:
+    """Places of tokens that are there; a span may end beyond them, as while decoding."""
+    if isinstance(span, slice):
+        return list(range(*span.indices(length)))
+    wrong = [place for place in span if place < 0]
+    if wrong:
+        raise ValueError(f"a span names places from 0; got {wrong}")
+    return [int(place) for place in span if place < length]
+
+
+@contextmanager
+def changed(
+    model: nn.Module, heads: Heads | None, change: Callable[[AttentionCall, list[int] | None], Tensor | None]
+) -> Iterator[None]:
+    """change(call, heads of this layer) -> the output in the place of the call's, or None; self attention only."""
+    chosen = heads_by_layer(model, heads)
+
+    def reader(call: Any) -> Tensor | None:
+        if not isinstance(call, AttentionCall):
+            raise ValueError(
+                f"{call.site.path} is a manyheads mechanism: its weights can be read, but not edited from outside"
+            )
+        return change(call, chosen[call.layer])
+
+    with tap(model, reader, layers=sorted(chosen), kind="self"):
+        yield
+
+
+_MOVES = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
+
+
+def companions(past: Any, make: Callable[[], list[Any]]) -> list[Any]:
+    """The caches of a call's other runs, which belong to the one given: made when it is first seen, and from then on
+    reordered, cropped and reset with it."""
+    if not hasattr(past, "manyheads_companions"):
+        others = make()
+        for name in _MOVES:
+            setattr(past, name, _for_all([getattr(cache, name) for cache in (past, *others)]))
+        past.manyheads_companions = others
+    found: list[Any] = past.manyheads_companions
+    return found
+
+
+def _for_all(calls: list[Callable[..., Any]]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first, *_others = (call(*args, **kwargs) for call in calls)
+        return first
+
+    return run
+
+
+def normalised(weights: Tensor) -> Tensor:
+    """Rows that sum to 1; a row that sees nothing stays zero."""
+    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def check_share(name: str, value: float, most: float = 1.0) -> float:
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} must lie between 0 and {most:g}; got {value}")
+    return float(value)
