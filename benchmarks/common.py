@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from manyheads.environment import environment
-
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -87,6 +85,9 @@ def exponent(lengths: list[int], seconds: list[float]) -> float:
 
 def save(name: str, device: str, rows: list[dict[str, Any]]) -> None:
     """Writes the results with the environment, and prints them."""
+    # Late: the rest of this file also serves where manyheads is not installed.
+    from manyheads.environment import environment
+
     for row in rows:
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
     RESULTS.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The command line: list, show, check, compare, info."""
+"""The command line: list, show, check, compare, heads, shrink, info."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from rich.table import Table
 
 import manyheads
 from manyheads.compare.command import compare
+from manyheads.heads.command import heads
 from manyheads.mechanism import Mechanism
 from manyheads.registry import list_attentions, mechanism_class
+from manyheads.shrink.command import shrink
 from manyheads.softmax import changed_stages
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=manyheads.__doc__)
@@ -196,6 +198,8 @@ def find_class(target: str) -> type[Mechanism]:
 
 
 app.command()(compare)
+app.command()(heads)
+app.command()(shrink)
 
 
 @app.command()

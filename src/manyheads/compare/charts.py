@@ -48,17 +48,19 @@ LENGTH = "datum.value >= 1024 && datum.value % 1024 == 0 ? datum.value / 1024 + 
 
 @dataclass(frozen=True)
 class Plot:
-    """name: a file's stem. text: how to read it, and whether it is measured. wide: takes a row of the page."""
+    """name: a file's stem. text: how to read it, and whether it is measured. wide: takes a row of the page. height: of
+    the chart in pixels."""
 
     name: str
     title: str
     text: str
     chart: Any
     wide: bool = False
+    height: int = 300
 
     def spec(self, width: int | str) -> dict[str, Any]:
         """Vega-Lite JSON without a theme and without a `$schema` address."""
-        found: dict[str, Any] = self.chart.properties(width=width, height=300).to_dict()
+        found: dict[str, Any] = self.chart.properties(width=width, height=self.height).to_dict()
         return {key: value for key, value in found.items() if key not in ("$schema", "config")}
 
 

@@ -93,7 +93,7 @@ def parse_name(text: str) -> Any:
     if not found:
         return text
     arguments: dict[str, Any] = {"name": found[1]}
-    for part in found[2].split(",") if found[2] else ():
+    for part in re.split(r",(?![^\[\]]*\])", found[2]) if found[2] else ():
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"{text!r}: {part!r} is no argument; want NAME[key=value,key=value]")

@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -259,7 +259,7 @@ def peak_memory(settings: Settings) -> dict[str, Any]:
     subject = Subject(settings, size, settings["pattern"])
     _warm_up(subject)
     x, context = subject.inputs(n)
-    meter = _CudaMeter() if subject.device.type == "cuda" else _ProcessMeter()
+    meter = memory_meter(subject.device)
     with torch.no_grad():
         subject.module(x, context)
     forward = meter.peak()
@@ -275,8 +275,25 @@ def _warm_up(subject: Subject) -> None:
     x, context = subject.inputs(16)
     subject.module(x.requires_grad_(), context).output.sum().backward()
     subject.module = module
-    with suppress(OSError, AttributeError):  # glibc only: freed memory goes back, and counts when taken again
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """Freed memory goes back to the system, and counts when it is taken again."""
+    with suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class Meter(Protocol):
+    """baseline: bytes held when the meter was made; peak(): bytes above that since then."""
+
+    baseline: int
+
+    def peak(self) -> int: ...
+
+
+def memory_meter(device: torch.device) -> Meter:
+    return _CudaMeter() if device.type == "cuda" else _ProcessMeter()
 
 
 class _CudaMeter:

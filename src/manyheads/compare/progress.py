@@ -78,9 +78,12 @@ class Progress:
         if self._bar is None:
             number = self.total - len(self._left)
             left = f"; {self.time_left()}" if self._left else ""
-            self.note(f"[{number}/{self.total}] {cell.title}: {told(outcome)}{left}")
+            self.note(f"[{number}/{self.total}] {cell.title}: {self.told(outcome)}{left}")
         elif outcome["status"] == "failed":
-            self.note(f"{cell.title}: {told(outcome)}")
+            self.note(f"{cell.title}: {self.told(outcome)}")
+
+    def told(self, outcome: Mapping[str, Any]) -> str:
+        return told(outcome)
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)

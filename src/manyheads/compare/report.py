@@ -54,25 +54,38 @@ def write_report(results: Results, path: str | Path) -> Path:
     learning = [plot for plot in drawn if plot.name.startswith("learning-")]
     sections = [
         ("answer", "Answer", _answer_html(results)),
-        ("summary", "Summary", _table_html(*summary_table(results), "One row per mechanism. Press a title to sort.")),
-        ("failures", "Failures", _failures_html(results)),
-        ("charts", "Charts", _charts_html([plot for plot in drawn if plot not in learning])),
-        ("learning", "Learning curves", _charts_html(learning)),
-        ("cells", "Every cell", _cells_html(results)),
+        ("summary", "Summary", table_html(*summary_table(results), "One row per mechanism. Press a title to sort.")),
+        ("failures", "Failures", failures_html(results)),
+        ("charts", "Charts", charts_html([plot for plot in drawn if plot not in learning])),
+        ("learning", "Learning curves", charts_html(learning)),
+        ("cells", "Every cell", cells_html(results)),
         ("figures", "What is measured, what is counted", "".join(f"<p>{_safe(note)}</p>" for note in NOTES)),
-        ("environment", "Environment", _settings_html(results.get("environment", {}))),
-        ("settings", "Every setting", _settings_html(results.get("experiment", {}))),
+        ("environment", "Environment", settings_html(results.get("environment", {}))),
+        ("settings", "Every setting", settings_html(results.get("experiment", {}))),
     ]
     title = f"{len(names)} mechanism{'s' * (len(names) != 1)} compared"
-    subtitle = f"manyheads {results.get('manyheads', '')} · {results.get('created', '')}"
+    return write_page(path, "compare", title, results, sections, drawing)
+
+
+def write_page(
+    path: str | Path,
+    command: str,
+    title: str,
+    results: Results,
+    sections: Sequence[tuple[str, str, str]],
+    drawing: Mapping[str, Any],
+) -> Path:
+    """sections: key, title and HTML each, the first without an entry in the navigation. drawing: specs, themes and
+    the widest legend entry, as the page's script takes them."""
     template = Template(files("manyheads.compare").joinpath("report.html").read_text(encoding="utf-8"))
     page = template.substitute(
+        command=_safe(command),
         title=_safe(title),
-        subtitle=_safe(subtitle),
+        subtitle=_safe(f"manyheads {results.get('manyheads', '')} · {results.get('created', '')}"),
         navigation=" ".join(f'<a href="#{key}">{_safe(words)}</a>' for key, words, _ in sections[1:]),
         body="\n".join(_section_html(*section) for section in sections),
         charts=script_json(drawing),
-        libraries=_libraries() if drawn else "",
+        libraries=_libraries() if drawing["specs"] else "",
     )
     return write_atomically(path, page)
 
@@ -110,7 +123,7 @@ def _answer_html(results: Results) -> str:
     return f'<div class="answer"><p>{_safe(machine)}, for these tasks and settings:</p><ul>{items}</ul></div>{left_out}'
 
 
-def _table_html(columns: Sequence[Column], lines: Sequence[Sequence[Entry]], caption: str) -> str:
+def table_html(columns: Sequence[Column], lines: Sequence[Sequence[Entry]], caption: str) -> str:
     if not lines:
         return "<p>Nothing to show.</p>"
     head = "".join(
@@ -135,19 +148,19 @@ def _entry_html(column: Column, entry: Entry, place: int) -> str:
     return f"<td{'' if column.number else ' class=text'}{sort}>{text}{note}</td>"
 
 
-def _failures_html(results: Results) -> str:
+def failures_html(results: Results, who: str = "Mechanism") -> str:
     failures = failures_of(results)
     if not failures:
         return "<p>No cell failed.</p>"
-    columns = [Column("Mechanism", number=False), Column("Cell", number=False), Column("Error", number=False)]
+    columns = [Column(who, number=False), Column("Cell", number=False), Column("Error", number=False)]
     lines = [
         [Entry(str(text), str(text)) for text in (failure["mechanism"], where(failure), failure["error"])]
         for failure in failures
     ]
-    return _table_html(columns, lines, f"{len(failures)} of {len(cells_of(results))} cells have no figure.")
+    return table_html(columns, lines, f"{len(failures)} of {len(cells_of(results))} cells have no figure.")
 
 
-def _charts_html(drawn: Sequence[Any]) -> str:
+def charts_html(drawn: Sequence[Any]) -> str:
     if not drawn:
         return "<p>No figures to draw.</p>"
     figures = "\n".join(
@@ -156,32 +169,32 @@ def _charts_html(drawn: Sequence[Any]) -> str:
         f'<div class="chart" data-chart="{_safe(plot.name)}"></div></figure>'
         for plot in drawn
     )
-    hint = "Point at a mark for its figures; click a name in a legend to see that mechanism alone."
+    hint = "Point at a mark for its figures; click a name in a legend to see it alone."
     return f'<p class="faint">{hint}</p><div class="charts">{figures}</div>'
 
 
-def _cells_html(results: Results) -> str:
+def cells_html(results: Results, who: str = "mechanism") -> str:
     """A table per kind of cell, closed until asked for; a failed cell keeps its row and shows its error."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells_of(results):
         groups.setdefault(str(cell["kind"]), []).append(cell)
     made = [
-        f"<details><summary>{_safe(kind)}: {len(cells)} cells</summary>{_kind_html(kind, cells)}</details>"
+        f"<details><summary>{_safe(kind)}: {len(cells)} cells</summary>{_kind_html(kind, cells, who)}</details>"
         for kind, cells in groups.items()
     ]
     return "\n".join(made) or "<p>Nothing to show.</p>"
 
 
-def _kind_html(kind: str, cells: Sequence[Cell]) -> str:
+def _kind_html(kind: str, cells: Sequence[Cell], who: str) -> str:
     keys = list(dict.fromkeys(key for cell in cells for key in cell))
     keys = [key for key in keys if key not in ("kind", "mechanism", "error", "curve")]
     keys += ["error"] * any(cell.get("error") for cell in cells)
     numeric = {key: all(number(cell.get(key)) is not None or cell.get(key) is None for cell in cells) for key in keys}
-    columns = [Column("mechanism", number=False), *(Column(key.replace("_", " "), number=numeric[key]) for key in keys)]
+    columns = [Column(who, number=False), *(Column(key.replace("_", " "), number=numeric[key]) for key in keys)]
     lines = [
         [Entry(str(cell["mechanism"]), str(cell["mechanism"])), *(_raw(cell, key) for key in keys)] for cell in cells
     ]
-    return _table_html(columns, lines, f"{kind} cells, as they were stored")
+    return table_html(columns, lines, f"{kind} cells, as they were stored")
 
 
 def _raw(cell: Cell, key: str) -> Entry:
@@ -194,7 +207,7 @@ def _raw(cell: Cell, key: str) -> Entry:
     return Entry(str(value), value if number(value) is not None else str(value), bad=bad)
 
 
-def _settings_html(settings: Mapping[str, Any]) -> str:
+def settings_html(settings: Mapping[str, Any]) -> str:
     flat = list(_flatten(settings))
     if not flat:
         return "<p>Not recorded.</p>"

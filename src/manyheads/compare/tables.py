@@ -255,13 +255,13 @@ def print_table(results: Results, console: Console) -> None:
     tasks = len(tasks_of(results))
     if lines:
         if tasks:
-            console.print(_rich_table(columns[: tasks + 1], lines, range(tasks + 1)))
-        console.print(_rich_table(columns, lines, [0, *range(tasks + 1, len(columns))]))
+            console.print(rich_table(columns[: tasks + 1], lines, range(tasks + 1)))
+        console.print(rich_table(columns, lines, [0, *range(tasks + 1, len(columns))]))
     for sentence in [*headline(results), *missing_sections(results)]:
         console.print(Text(sentence))
     for line in _undeclared_lines(results):
         console.print(Text(line, style="dim"))
-    for line in _failure_lines(results):
+    for line in failure_lines(results):
         console.print(Text(line, style="red"), no_wrap=True, overflow="ellipsis")
 
 
@@ -274,7 +274,7 @@ def _undeclared_lines(results: Results) -> list[str]:
     return [f"not declared, {what}: {', '.join(names)}" for what, names in groups.items()]
 
 
-def _failure_lines(results: Results) -> list[str]:
+def failure_lines(results: Results) -> list[str]:
     """One line for all cells of a mechanism that failed with the same words."""
     groups: dict[tuple[str, str], list[Cell]] = {}
     for failure in failures_of(results):
@@ -286,7 +286,7 @@ def _failure_lines(results: Results) -> list[str]:
     ]
 
 
-def _rich_table(columns: Sequence[Column], lines: Sequence[Sequence[Entry]], kept: Iterable[int]) -> Table:
+def rich_table(columns: Sequence[Column], lines: Sequence[Sequence[Entry]], kept: Iterable[int]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -63,6 +63,16 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float
     return torch.stack(each, 2)
 
 
+def with_bias(seen: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """A mask [b or 1, g or 1, rows, m] and what is added to the scores of every entry, bias [b, g, m]."""
+    if bias is None:
+        return seen
+    added = bias.unsqueeze(2)
+    if seen is None:
+        return added
+    return added.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else seen + added
+
+
 def masked_attention(queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring, mask: Mask) -> Tensor:
     """Any mask; [b, g, r, n, dv]. A query that may see nothing gets zeros."""
     if queries.shape[3] == 1:
@@ -104,6 +114,22 @@ def _block(queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring, seen
 
 def probabilities(queries: Tensor, keys: Tensor, scoring: Scoring, seen: Tensor | None) -> Tensor:
     """softmax(cap(q k^T scale)), float32 at least, [b, g, r, n, m]; less the sinks' share, zeros for blind queries."""
+    scores = masked_scores(queries, keys, scoring, seen)
+    g, r = queries.shape[1:3]
+    top = scores.amax(-1, keepdim=True)
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.to(scores.dtype).view(1, g, r, 1, 1)
+        top = torch.maximum(top, sinks)
+    top = top.clamp_min(torch.finfo(top.dtype).min)
+    scores = (scores - top).exp_()
+    total = scores.sum(-1, keepdim=True)
+    if scoring.sinks is not None:
+        total = total + (sinks - top).exp()
+    return scores / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def masked_scores(queries: Tensor, keys: Tensor, scoring: Scoring, seen: Tensor | None) -> Tensor:
+    """cap(q k^T scale), float32 at least, [b, g, r, n, m], minus infinity where nothing is seen."""
     b, g, r, n, d = queries.shape
     scores = queries.reshape(b, g, r * n, d) @ keys.transpose(2, 3)
     scores = scores.view(b, g, r, n, -1) * scoring.scale
@@ -118,16 +144,7 @@ def probabilities(queries: Tensor, keys: Tensor, scoring: Scoring, seen: Tensor 
         else:
             # Added masks say "nothing" with the lowest number of their type, which is not yet minus infinity.
             scores = (scores + seen).masked_fill(seen <= torch.finfo(seen.dtype).min / 2, -torch.inf)
-    top = scores.amax(-1, keepdim=True)
-    if scoring.sinks is not None:
-        sinks = scoring.sinks.to(scores.dtype).view(1, g, r, 1, 1)
-        top = torch.maximum(top, sinks)
-    top = top.clamp_min(torch.finfo(top.dtype).min)
-    scores = (scores - top).exp_()
-    total = scores.sum(-1, keepdim=True)
-    if scoring.sinks is not None:
-        total = total + (sinks - top).exp()
-    return scores / total.clamp_min(torch.finfo(total.dtype).tiny)
+    return scores
 
 
 def received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:

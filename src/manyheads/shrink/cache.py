@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from manyheads.shrink import compat
-from manyheads.shrink.attend import Mask, Scoring, causal_attention, masked_attention, pack
+from manyheads.shrink.attend import Mask, Scoring, causal_attention, masked_attention, pack, with_bias
 from manyheads.shrink.compress import Pass, make_room, shrink
 from manyheads.shrink.store import Group, Store, room_for
 
@@ -40,7 +40,7 @@ class RaggedLayer(CacheLayerMixin):
         self.index, self.layers = index, cache.depth
         self.window = window
         self.is_sliding = window is not None
-        self.store = Store()
+        self.store = self._empty()
         self.seen = 0
         self.record_past = False
         # Passes whose last tokens may still be taken back: nothing is dropped for them before `crop`.
@@ -48,10 +48,18 @@ class RaggedLayer(CacheLayerMixin):
         # What a policy keeps for the layer as a whole, rows of the batch first.
         self.memo: dict[str, Tensor] = {}
         self.angles: Tensor | None = None
+        # Entries that a query of the latest pass read of each head, where a policy read a part.
+        self.read: int | None = None
         # A policy's shares of the budget per head, fixed at prefill.
         self.shares: Tensor | None = None
         # The latest pass, for policies that make room before the next one (its queries are not kept).
         self.last: Pass | None = None
+
+    def _empty(self) -> Store:
+        storage = self.policy.storage
+        # A window within the exact tokens leaves nothing to be coded.
+        coded = storage is not None and (self.window is None or self.window - 1 > storage.residual)
+        return Store(storage.codec() if storage is not None and coded else None)
 
     # What the model calls.
 
@@ -70,9 +78,9 @@ class RaggedLayer(CacheLayerMixin):
             with torch.no_grad():
                 make_room(self, count)
         new = {"keys": key_states, "values": value_states}
-        for name in self.policy.notes:
+        for name in (*self.policy.notes, *(("bias",) if self.policy.weighted else ())):
             new[name] = key_states.new_zeros(key_states.shape[:3], dtype=torch.float32)
-        if not self.store.groups and count > 1:
+        if not self.store.groups and (count > 1 or self.store.codec is not None):
             self.store.adopt(new, self.seen)
         else:
             with torch.no_grad():
@@ -85,26 +93,49 @@ class RaggedLayer(CacheLayerMixin):
 
     def attend(self, query: Tensor, scoring: Scoring, seen: compat.Visibility) -> Tensor:
         """query [b, h, n, d] -> [b, n, h, dv], as transformers' attention functions do."""
-        groups = self.store.groups
-        packed = pack(query, sum(len(group.heads) for group in groups))
-        if len(groups) == 1 and groups[0].in_order:
-            out = _attend_group(packed, groups[0], scoring, seen)
-        else:
-            values = groups[0].rows["values"]
-            out = packed.new_empty((*packed.shape[:-1], values.shape[-1]))
-            for group in groups:
-                own = Scoring(scoring.scale, scoring.softcap, _sinks_of(scoring, group, packed.shape[2]))
-                out[:, group.index] = _attend_group(packed.index_select(1, group.index), group, own, seen)
+        packed = pack(query, sum(len(group.heads) for group in self.store.groups))
+        part = None
+        if self.policy.reads:
+            self.read = None
+            part = self.policy.read(self, packed, self.store.groups[0], scoring, seen)
+        out = self.ordinary(packed, scoring, seen) if part is None else part
         done = Pass(packed, scoring, seen)
         with torch.no_grad():
             if self.record_past:
                 self.recorded.append(done)
             else:
                 shrink(self, [done])
-            self.store.own(self.spare)
+            self._settle(seen)
         if self.policy.evicts_before:
             self.last = done.first_queries(0)
         return out.flatten(1, 2).transpose(1, 2).contiguous()
+
+    def _settle(self, seen: compat.Visibility) -> None:
+        self.store.own(self.spare)
+        if self.store.codec is not None:
+            pending = sum(done.queries.shape[3] for done in self.recorded)
+            self.store.codec.settle(self.store.groups, self.spare, seen.real, pending)
+
+    def ordinary(self, queries: Tensor, scoring: Scoring, seen: compat.Visibility) -> Tensor:
+        """Attention [b, g, r, n, dv] of the first queries of a pass, [b, g, r, n, d], to all that is held."""
+        groups = self.store.groups
+        if len(groups) == 1 and groups[0].in_order:
+            return _attend_group(queries, groups[0], scoring, seen)
+        out = queries.new_empty((*queries.shape[:-1], groups[0].value_dim))
+        for group in groups:
+            own = Scoring(scoring.scale, scoring.softcap, _sinks_of(scoring, group, queries.shape[2]))
+            out[:, group.index] = _attend_group(queries.index_select(1, group.index), group, own, seen)
+        return out
+
+    def decodes(self, count: int, offset: int) -> bool:
+        """Whether a pass of so many tokens, fed after `offset` others, is decoding: one token, or some on trial."""
+        return count == 1 or (self.record_past and offset > 0)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What layers hand on to each other within a pass; not kept."""
+        cache = self._cache()
+        return {} if cache is None else cache.shared
 
     def spare(self, length: int, heads: list[int]) -> int:
         """Room to leave behind so many entries of these heads: up to their target and the policy's interval, where
@@ -163,8 +194,8 @@ class RaggedLayer(CacheLayerMixin):
         return all(group.first == 0 for group in self.store.groups)
 
     def reset(self) -> None:
-        self.store, self.seen, self.recorded, self.shares, self.last = Store(), 0, [], None, None
-        self.memo = {}
+        self.store, self.seen, self.recorded, self.shares, self.last = self._empty(), 0, [], None, None
+        self.memo, self.read = {}, None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -197,6 +228,7 @@ class RaggedCache(Cache):
         self._model = weakref.ref(model)
         plans = compat.plan(model)
         self.depth = len(plans)
+        self.shared: dict[str, Any] = {}
         super().__init__(layers=[RaggedLayer(self, i, own.window) for i, own in enumerate(plans)])
         policy.prepare(model, self)
 
@@ -209,6 +241,13 @@ class RaggedCache(Cache):
     def lengths(self) -> list[list[int]]:
         """Entries held, by layer and KV head."""
         return [layer.store.lengths() for layer in self.layers]
+
+    def entries_read(self) -> list[list[int]]:
+        """Entries that a query of the latest pass read at most, by layer and KV head: all, or the policy's part."""
+        return [
+            [length if layer.read is None else min(layer.read, length) for length in layer.store.lengths()]
+            for layer in self.layers
+        ]
 
     def check_attached(self) -> None:
         model = self._model()
@@ -237,18 +276,21 @@ def _without_last(passes: list[Pass], count: int) -> list[Pass]:
 
 
 def _attend_group(queries: Tensor, group: Group, scoring: Scoring, seen: compat.Visibility) -> Tensor:
+    if group.codec is not None:
+        return group.codec.attend(group, queries, scoring, seen)
     keys, values = group.view("keys"), group.view("values")
     n, m = queries.shape[3], keys.shape[2]
     counted = group.first is not None
     if counted and n == m and scoring.plain and seen.only_causal(n):
         return causal_attention(queries, keys, values, scoring.scale)
+    bias = group.bias()
     within = seen.window is None or (counted and m <= seen.window)
     if n == 1 and group.filled and seen.plain and seen.padding is None and within:
-        return masked_attention(queries, keys, values, scoring, lambda rows: None)
+        return masked_attention(queries, keys, values, scoring, lambda rows: with_bias(None, bias))
     if counted and seen.plain and n > 1:
         return _bands(queries, group, scoring, seen)
     slots = group.slots()
-    return masked_attention(queries, keys, values, scoring, lambda rows: seen.allowed(rows, slots))
+    return masked_attention(queries, keys, values, scoring, lambda rows: with_bias(seen.allowed(rows, slots), bias))
 
 
 def _bands(queries: Tensor, group: Group, scoring: Scoring, seen: compat.Visibility) -> Tensor:

@@ -6,14 +6,14 @@ Legend: b batch, H KV heads, g heads of a group, r query heads on each, n querie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from manyheads.shrink.attend import Scoring, probabilities, query_blocks, received
+from manyheads.shrink.attend import Scoring, probabilities, query_blocks, received, with_bias
 from manyheads.shrink.store import Group
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class Pass:
     seen: Visibility
 
     def first_queries(self, count: int) -> Pass:
-        return replace(self, queries=self.queries[:, :, :, :count])
+        # A copy: a slice, even an empty one, would hold on to the whole pass' memory.
+        return replace(self, queries=self.queries[:, :, :, :count].clone())
 
     def on_batch(self, change: Callable[[Tensor], Tensor]) -> Pass:
         seen = self.seen
@@ -51,12 +52,16 @@ class View:
     window: int | None
     # [b or 1, g]: entries that the heads of the group may keep; set before score is asked.
     targets: Tensor | None = None
+    # What the policy keeps for the layer as a whole, rows of the batch first; and how the layer's keys are turned.
+    memo: dict[str, Tensor] = field(default_factory=dict)
+    angles: Tensor | None = None
 
-    @property
+    @cached_property
     def keys(self) -> Tensor:
+        """To be written by `put` alone: what is here may have been decoded."""
         return self.group.view("keys")
 
-    @property
+    @cached_property
     def values(self) -> Tensor:
         return self.group.view("values")
 
@@ -64,11 +69,16 @@ class View:
         """What a policy keeps beside every entry, [b, g, m] float32; to be written in place."""
         return self.group.view(name)
 
+    def put(self, at: Tensor, **rows: Tensor) -> None:
+        """Overwrites the entries at the places `at` [b, g, s]: keys, values or notes, [b, g, s, ...]."""
+        for name, row in rows.items():
+            self.group.put(name, at, row)
+            self.__dict__.pop(name, None)
+
     @cached_property
     def slots(self) -> Tensor:
         """[b, g, m]: each entry's place in what was fed, -1 where a row holds nothing."""
-        b, g, m = self.keys.shape[:3]
-        return self.group.slots().expand(b, g, m)
+        return self.group.slots().expand(self.group.rows["keys"].shape[0], len(self.group.heads), -1)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -85,7 +95,7 @@ class View:
         """[b or 1]: real tokens fed to each row."""
         padding = self.passes[-1].seen.padding
         if padding is None:
-            return torch.tensor([self.total], device=self.keys.device)
+            return torch.tensor([self.total], device=self.group.index.device)
         return padding[:, : self.total].sum(1)
 
     @cached_property
@@ -135,7 +145,7 @@ class View:
             scoring = replace(scoring, sinks=sinks)
         for rows in query_blocks(queries[:, :, :, skip:], self.group.length):
             rows = slice(rows.start + skip, rows.stop + skip)
-            seen = done.seen.allowed(rows, slots)
+            seen = with_bias(done.seen.allowed(rows, slots), self.group.bias())
             own = torch.arange(rows.start, rows.stop, device=slots.device) + done.seen.offset
             real = done.seen.real(own[None, None]).view(-1, 1, 1, rows.stop - rows.start, 1)
             yield probabilities(queries[:, :, :, rows], self.keys, scoring, seen), real
@@ -164,7 +174,8 @@ def make_room(layer: Any, coming: int) -> None:
 
 
 def _views(layer: Any, passes: list[Pass]) -> list[View]:
-    return [View(group, passes, layer.index, layer.layers, layer.seen, layer.window) for group in layer.store.groups]
+    fixed = (layer.index, layer.layers, layer.seen, layer.window)
+    return [View(group, passes, *fixed, memo=layer.memo, angles=layer.angles) for group in layer.store.groups]
 
 
 def _evict(layer: Any, views: list[View], *, coming: int, least: int, fresh: bool) -> None:
@@ -183,7 +194,7 @@ def _evict(layer: Any, views: list[View], *, coming: int, least: int, fresh: boo
     if share_out:
         _set_targets(views, targets)
         # Shares of the budget are given out once, on the whole prompt; later tokens keep to them.
-        targets = policy.allocation.of_heads(_all_scores(policy, views), targets.to(views[0].keys.device)).cpu()
+        targets = policy.allocation.of_heads(_all_scores(policy, views), targets.to(views[0].group.index.device)).cpu()
         layer.shares = targets.double() / base.floor()[:, None].clamp_min(1)
     elif not bool((lengths[None] >= targets + least).any()):
         return
@@ -195,7 +206,7 @@ def _evict(layer: Any, views: list[View], *, coming: int, least: int, fresh: boo
 
 def _set_targets(views: list[View], targets: Tensor) -> None:
     for view in views:
-        view.targets = targets[:, view.group.heads].to(view.keys.device)
+        view.targets = targets[:, view.group.heads].to(view.group.index.device)
 
 
 def _keep(policy: Any, view: View) -> Tensor | None:
@@ -204,7 +215,7 @@ def _keep(policy: Any, view: View) -> Tensor | None:
     if view.group.length <= int(view.targets.min()):
         return None
     score = policy.score(view).masked_fill(~view.alive, -torch.inf)
-    return _best(score, view.targets) & view.alive
+    return policy.merge(view, _best(score, view.targets) & view.alive)
 
 
 def _all_scores(policy: Any, views: list[View]) -> Tensor:

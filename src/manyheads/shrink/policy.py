@@ -18,8 +18,12 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from manyheads.shrink.attend import Scoring
     from manyheads.shrink.cache import RaggedCache
+    from manyheads.shrink.compat import Visibility
     from manyheads.shrink.compress import View
+    from manyheads.shrink.quantised import Codec
+    from manyheads.shrink.store import Group
 
 PER = ("head", "layer", "model")
 WHEN = ("prefill", "decode", "both")
@@ -31,6 +35,15 @@ class Allocation(Protocol):
     def of_layer(self, mean: Tensor, layer: int, layers: int, count: Tensor) -> Tensor: ...
 
     def of_heads(self, scores: Tensor, targets: Tensor) -> Tensor: ...
+
+
+class Storage(Protocol):
+    """How keys and values are held where not as they are: see quantised.py."""
+
+    @property
+    def residual(self) -> int: ...
+
+    def codec(self) -> Codec: ...
 
 
 class Active:
@@ -48,7 +61,7 @@ class Policy:
     KV head on average; budget_bytes: bytes for the whole cache; budget_per="head", "layer" or "model" counts either
     otherwise.
     when: at prefill (passes of several tokens), at decode (single tokens), or both. interval: decoding lets a head grow
-    this many entries over before it is cut back.
+    this many entries over before it is cut back. storage: Quantised(bits=4) holds keys and values as codes.
     """
 
     compression_ratio: float | None = None
@@ -58,14 +71,21 @@ class Policy:
     when: str = "both"
     interval: int = 1
     allocation: Allocation | None = None
+    storage: Storage | None = None
 
     # Numbers kept beside every entry.
     notes: ClassVar[tuple[str, ...]] = ()
     # Room is made before a token comes, so that no query sees more than the budget; the rule then has no new query.
     evicts_before: ClassVar[bool] = False
+    # Entries carry a note "bias", which is added to their scores: the logarithm of how many tokens each stands for.
+    weighted: ClassVar[bool] = False
+    # Nothing is dropped: budget_tokens says how many entries a query reads of each head, and `read` which.
+    reads: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        if self.reads:
+            self._check_reads()
         given = {
             key: getattr(self, key)
             for key in ("compression_ratio", "budget_tokens", "budget_bytes")
@@ -87,10 +107,20 @@ class Policy:
             raise ValueError(f"{name}: when is one of {', '.join(WHEN)}; got {self.when!r}")
         if not isinstance(self.interval, int) or self.interval < 1:
             raise ValueError(f"{name}: interval must be a whole number of tokens of at least 1; got {self.interval!r}")
+        _check_storage(name, self.storage)
         if self.budget_tokens is not None and self.budget_per in (None, "head") and self.budget_tokens < self.smallest:
             raise ValueError(
                 f"{name}: budget_tokens={self.budget_tokens} is below the {self.smallest} that it always keeps"
             )
+
+    def _check_reads(self) -> None:
+        name = type(self).__name__
+        for field in fields(Policy):
+            if field.name != "budget_tokens" and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{name} keeps everything as it came, so {field.name}={getattr(self, field.name)!r} "
+                    "has no meaning; budget_tokens says how many entries are read"
+                )
 
     # What a policy says.
 
@@ -101,7 +131,8 @@ class Policy:
 
     @property
     def is_full(self) -> bool:
-        return self.compression_ratio is None and self.budget_tokens is None and self.budget_bytes is None
+        none = self.compression_ratio is None and self.budget_tokens is None and self.budget_bytes is None
+        return none or self.reads
 
     def score(self, view: View) -> Tensor:
         """[b, g, m], higher stays longer."""
@@ -111,6 +142,17 @@ class Policy:
 
     def observe(self, view: View) -> None:
         """Called after every pass, for notes that add up."""
+
+    def merge(self, view: View, keep: Tensor) -> Tensor:
+        """Called before entries are dropped, with those that stay, keep [b, g, m]: may overwrite entries by view.put
+        and name others that stay, as many of them."""
+        return keep
+
+    def read(self, layer: Any, queries: Tensor, group: Group, scoring: Scoring, seen: Visibility) -> Tensor | None:
+        """Where `reads`: attention [b, g, r, n, dv] of queries [b, g, r, n, d] to the entries that they choose, None
+        for the ordinary attention. layer.memo holds what the layer keeps, layer.shared what layers share in a pass,
+        layer.read how many entries a query read of each head."""
+        return None
 
     def prepare(self, model: Any, cache: RaggedCache) -> None:
         """Called once for every new cache."""
@@ -141,12 +183,11 @@ class Policy:
             share = {"head": 1, "layer": heads, "model": heads * layer.layers}[self.budget_per or "head"]
             return self._enough(self.budget_tokens / share, "budget_tokens", self.budget_tokens)
         assert self.budget_bytes is not None
-        rows = groups[0].rows
-        entry = sum(row[0, 0, :1].numel() * row.element_size() for name, row in rows.items() if name != "slots")
-        batch = rows["keys"].shape[0]
+        batch = groups[0].rows["keys"].shape[0]
+        fixed = 0 if layer.store.codec is None else layer.store.codec.fixed_nbytes()
         share = {"head": 1, "layer": heads, "model": heads * layer.layers}[self.budget_per or "model"]
-        # Four bytes for an entry's slot; the interval's entries are held too.
-        entries = self.budget_bytes / share / batch / (entry + 4) - self.interval
+        # The interval's entries are held too.
+        entries = (self.budget_bytes / share / batch - fixed) / layer.store.entry_nbytes() - self.interval
         return self._enough(entries, "budget_bytes", self.budget_bytes)
 
     def _enough(self, entries: float, name: str, value: int) -> float:
@@ -159,7 +200,7 @@ class Policy:
 
     def room(self, layer: Any) -> int | None:
         """Entries of room beyond a fixed budget that decoding keeps to; None where heads go on growing."""
-        fixed = self.budget_tokens is not None or self.budget_bytes is not None
+        fixed = not self.reads and (self.budget_tokens is not None or self.budget_bytes is not None)
         return self.interval if fixed and self.acts(decoding=True) else None
 
     # What users call.
@@ -211,6 +252,11 @@ class Policy:
         return {
             field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None
         }
+
+
+def _check_storage(name: str, storage: Any) -> None:
+    if storage is not None and not callable(getattr(storage, "codec", None)):
+        raise ValueError(f"{name}: storage is Quantised(bits=4), Quantised(bits=8) or nothing; got {storage!r}")
 
 
 def release(model: nn.Module) -> None:

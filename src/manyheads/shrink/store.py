@@ -8,9 +8,13 @@ Order inside a buffer means nothing once slots are explicit: an evicted entry's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from manyheads.shrink.quantised import Codec
 
 # Room for tokens to come: a 32nd of what is held. Growing then copies 32 entries per token, a trifle beside the
 # attention that reads them all, and memory never stands more than 3% above need.
@@ -41,6 +45,8 @@ class Group:
         self.filled = filled
         # False while the tensors are the model's own, which must not be written to.
         self.owned = True
+        # What keys and values are coded by, where they are.
+        self.codec: Codec | None = None
         self.index = torch.tensor(heads, device=rows["keys"].device)
 
     @property
@@ -55,7 +61,14 @@ class Group:
     def in_order(self) -> bool:
         return self.heads == list(range(len(self.heads)))
 
+    @property
+    def value_dim(self) -> int:
+        return self.rows["values"].shape[3] if self.codec is None else self.codec.value_dim()
+
     def view(self, name: str) -> Tensor:
+        """[b, g, m, ...]: what is held itself, or keys and values decoded from it; written to by `put` alone."""
+        if self.codec is not None and name in ("keys", "values"):
+            return self.codec.view(self, name)
         return self.rows[name][:, :, self.start : self.start + self.length]
 
     def slots(self) -> Tensor:
@@ -64,6 +77,29 @@ class Group:
             return self.view("slots")
         device = self.rows["keys"].device
         return torch.arange(self.first, self.first + self.length, device=device, dtype=torch.int32)[None, None]
+
+    def bias(self) -> Tensor | None:
+        """[b, g, m] that is added to the entries' scores, None while nothing was merged."""
+        return self.view("bias") if "bias" in self.rows and self.first is None else None
+
+    def put(self, name: str, at: Tensor, new: Tensor) -> None:
+        """Overwrites the entries at the places `at` [b, g, s] by new [b, g, s, ...]."""
+        if not self.owned:
+            self._move(self.length)
+        if self.codec is not None and name in ("keys", "values"):
+            self.codec.put(self, name, at, new)
+            return
+        at = at.reshape(*at.shape, *(1,) * (new.dim() - 3)).expand(new.shape)
+        held = self.view(name)
+        held.scatter_(2, at, new.to(held.dtype))
+
+    def pick(self, name: str, at: Tensor) -> Tensor:
+        """The entries at the places `at` [b, g, s], [b, g, s, ...]."""
+        if self.codec is not None and name in ("keys", "values"):
+            return self.codec.pick(self, name, at)
+        held = self.view(name)
+        at = at.reshape(*at.shape, *(1,) * (held.dim() - 3)).expand(*at.shape, *held.shape[3:])
+        return held.gather(2, at)
 
     def explicit(self) -> None:
         """Writes counted slots down, before entries leave in any order."""
@@ -152,18 +188,30 @@ class Group:
         slots = self.slots().expand(keep.shape[0], len(self.heads), -1).index_select(1, chosen).gather(2, order)
         rows["slots"] = order.new_full((*order.shape[:2], length + spare), -1, dtype=torch.int32)
         rows["slots"][:, :, :length] = slots.masked_fill(~held, -1)
-        return Group([self.heads[i] for i in members], rows, length, first=None, filled=bool(held.all()))
+        own = Group([self.heads[i] for i in members], rows, length, first=None, filled=bool(held.all()))
+        own.codec = self.codec
+        return own
 
 
 class Store:
     """All the heads of one layer, in groups of one length each."""
 
-    def __init__(self) -> None:
+    def __init__(self, codec: Codec | None = None) -> None:
         self.groups: list[Group] = []
+        self.codec = codec
 
     @property
     def nbytes(self) -> int:
-        return sum(group.nbytes for group in self.groups)
+        return sum(group.nbytes for group in self.groups) + (0 if self.codec is None else self.codec.nbytes)
+
+    def entry_nbytes(self) -> int:
+        """Bytes of an entry, its slot included."""
+        rows = {k: row for k, row in self.groups[0].rows.items() if k != "slots"}
+        coded = 0
+        if self.codec is not None:
+            coded = self.codec.entry_nbytes()
+            rows = {k: row for k, row in rows.items() if not k.startswith(("keys", "values"))}
+        return coded + sum(row[0, 0, :1].numel() * row.element_size() for row in rows.values()) + 4
 
     def lengths(self) -> list[int]:
         """Entries held per head."""
@@ -172,10 +220,13 @@ class Store:
 
     def append(self, new: dict[str, Tensor], slot: int, spare: Spare = room_for) -> None:
         if not self.groups:
+            assert self.codec is None
             heads, count = new["keys"].shape[1:3]
             room = spare(count, list(range(heads)))
             rows = {name: row.new_empty((*row.shape[:2], count + room, *row.shape[3:])) for name, row in new.items()}
             self.groups = [Group(list(range(heads)), rows, 0, first=slot)]
+        if self.codec is not None:
+            new = self.codec.take(new, slot)
         for group in self.groups:
             own = new if len(self.groups) == 1 else {k: row.index_select(1, group.index) for k, row in new.items()}
             group.append(own, slot, spare(group.length, group.heads))
@@ -184,9 +235,13 @@ class Store:
         """Takes the tensors of a first pass as they are: for a pass after which most of them will be dropped."""
         self.groups = [Group(list(range(new["keys"].shape[1])), dict(new), new["keys"].shape[2], first=slot)]
         self.groups[0].owned = False
+        if self.codec is not None:
+            self.codec.adopt(new, slot)
 
     def own(self, spare: Spare = room_for) -> None:
-        """Copies what is still the model's own, with room for more."""
+        """Copies what is still the model's own, with room for more; what is to be coded is not copied first."""
+        if self.codec is not None:
+            return
         for group in self.groups:
             if not group.owned:
                 group._move(group.length + spare(group.length, group.heads))
@@ -221,10 +276,14 @@ class Store:
     def truncate(self, end: int) -> None:
         for group in self.groups:
             group.truncate(end)
+        if self.codec is not None:
+            self.codec.truncate(end)
 
     def on_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         for group in self.groups:
             group.on_batch(change)
+        if self.codec is not None:
+            self.codec.on_batch(change)
 
 
 def _join(parts: Iterable[Group]) -> Group:
@@ -233,4 +292,6 @@ def _join(parts: Iterable[Group]) -> Group:
         return parts[0]
     rows = {name: torch.cat([part.rows[name] for part in parts], 1) for name in parts[0].rows}
     heads = [head for part in parts for head in part.heads]
-    return Group(heads, rows, parts[0].length, first=None, filled=all(part.filled for part in parts))
+    joined = Group(heads, rows, parts[0].length, first=None, filled=all(part.filled for part in parts))
+    joined.codec = parts[0].codec
+    return joined

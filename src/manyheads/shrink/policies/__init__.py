@@ -2,11 +2,35 @@
 
 from manyheads.shrink.policies.allocations import AdaKV, PyramidKV
 from manyheads.shrink.policies.duo import Duo
+from manyheads.shrink.policies.expected import ExpectedAttention
 from manyheads.shrink.policies.full import Full
 from manyheads.shrink.policies.h2o import H2O
 from manyheads.shrink.policies.key_norm import KeyNorm
+from manyheads.shrink.policies.lococo import LoCoCo, fit_lococo
+from manyheads.shrink.policies.longheads import LongHeads
+from manyheads.shrink.policies.moa import MoA, plan_spans
+from manyheads.shrink.policies.razor import Razor
 from manyheads.shrink.policies.snapkv import SnapKV
 from manyheads.shrink.policies.streaming import StreamingLLM
+from manyheads.shrink.policies.tidal import TidalDecode
 from manyheads.shrink.policies.tova import TOVA
 
-__all__ = ["H2O", "TOVA", "AdaKV", "Duo", "Full", "KeyNorm", "PyramidKV", "SnapKV", "StreamingLLM"]
+__all__ = [
+    "H2O",
+    "TOVA",
+    "AdaKV",
+    "Duo",
+    "ExpectedAttention",
+    "Full",
+    "KeyNorm",
+    "LoCoCo",
+    "LongHeads",
+    "MoA",
+    "PyramidKV",
+    "Razor",
+    "SnapKV",
+    "StreamingLLM",
+    "TidalDecode",
+    "fit_lococo",
+    "plan_spans",
+]

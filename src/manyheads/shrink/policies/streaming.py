@@ -58,12 +58,11 @@ class StreamingLLM(Policy):
         gap = view.count[:, None] - held.sum(-1)
         order = torch.where(held, view.positions, 2 * view.total).argsort(-1)[..., : self.sink_size]
         sinks = (held & (view.positions < self.sink_size)).gather(-1, order)[..., None]
-        at = order[..., None].expand(*order.shape, view.keys.shape[-1])
-        here = view.keys.gather(2, at)
+        here = view.group.pick("keys", order)
         # Turned from the keys as they came, every time: turning a turned key would gather rounding errors.
         came = torch.where((layer.memo["gap"] == 0)[..., None, None], here, layer.memo["sinks"]) if layer.memo else here
         turned = torch.where(sinks, turn(came, gap[..., None], layer.angles.to(here.device)), here)
-        view.keys.scatter_(2, at, turned)
+        view.put(order, keys=turned)
         layer.memo = {"sinks": came, "gap": gap}
 
 

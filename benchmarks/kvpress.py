@@ -1,0 +1,496 @@
+"""The ragged cache against kvpress: kept tokens, decode steps and memory under SnapKV, StreamingLLM and key norm.
+
+    python benchmarks/kvpress.py --make-env DIR                        # kvpress wants an older transformers: once
+    python benchmarks/kvpress.py --kvpress-python DIR/bin/python       # both sides, in turns
+    ... --lengths 4096 --kept-only      what is kept, with no timing and no results file
+    ... --fixture                       rewrites tests/shrink/kvpress_kept.json
+
+One Llama-shaped stack, 32 query heads on 8, d 128, batch 1, with random weights and a prompt of random embeddings (no
+token twice: equal keys would tie). Each side is a process in its own environment that reads the same weights; the sides
+decode in turns. The prompt passes the model once per length; each policy is then applied to what its layers were given,
+by kvpress' own hook there and by the cache's own step here. Eviction follows attention in both, so a prompt of its own
+gives the same; at 4k every policy runs the prompt all the same, which gives its times and peaks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+# At the end: `import kvpress` must find the package and not this file (the other side runs with -P).
+sys.path.append(str(HERE))
+from common import _status, peak_reset, peak_since, save  # noqa: E402
+
+KVPRESS = "0.5.5"
+FIXTURE = HERE.parent / "tests" / "shrink" / "kvpress_kept.json"
+SETTINGS = {
+    "vocab_size": 64,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 2**18,
+}
+# kvpress' defaults. It drops at prefill only, and its StreamingLLM leaves keys where they stand in the text. Of 1000
+# tokens less a ratio of 0.9 it keeps 99, by rounding; with ratios that are exact in binary both sides count alike.
+CASES: dict[str, dict[str, int]] = {
+    "SnapKV": {"window_size": 64, "kernel_size": 5},
+    "StreamingLLM": {"sink_size": 4},
+    "KeyNorm": {},
+}
+RATIOS = (0.5, 0.75)
+STEPS, ROUNDS = 8, 7
+# Up to this length every policy runs the prompt itself.
+WHOLE = 4096
+
+
+class Side:
+    """What both processes do; `compress` fills self.cache by one of the two libraries."""
+
+    def __init__(self, folder: str, dtype: str, attention: str) -> None:
+        from safetensors.torch import load_file
+        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        settings = json.loads((Path(folder) / "settings.json").read_text())
+        self.folder = Path(folder)
+        self.model = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation=attention)).to(getattr(torch, dtype))
+        self.model.load_state_dict(load_file(self.folder / "weights.safetensors"))
+        self.model.eval()
+        self.context, self.fed = 0, 0
+        self.cache: Any = None
+
+    def embeddings(self) -> Tensor:
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / "prompt.safetensors")["prompt"][:, : self.context].to(self.model.dtype)
+
+    def prompt(self, length: int) -> dict[str, Any]:
+        """One pass of the prompt, keeping what the policies will ask for."""
+        self.context = length
+        start = time.perf_counter()
+        self.record()
+        return {"seconds": time.perf_counter() - start}
+
+    def compressed(self, policy: str, ratio: float, whole: bool, **settings: int) -> dict[str, Any]:
+        """A cache shrunk by the policy, and the bytes that the process then holds for it."""
+        self.cache, self.fed = None, 0
+        self.base = self.settle()
+        start = time.perf_counter()
+        (self.whole if whole else self.replay)(policy, ratio, settings)
+        seconds = time.perf_counter() - start
+        peak = peak_since(self.base)
+        self.settle()
+        held = _status("VmRSS") - self.base
+        found = {"bytes": self.nbytes(), "held": held}
+        return {**found, "prefill_seconds": seconds, "prefill_peak": peak} if whole else found
+
+    def kept(self) -> dict[str, Any]:
+        """Positions in the prompt by layer and KV head, in a file."""
+        from safetensors.torch import save_file
+
+        path = self.folder / f"{type(self).__name__}.safetensors"
+        save_file({str(i): self.positions(i).contiguous() for i in range(len(self.cache.layers))}, path)
+        return {"path": str(path)}
+
+    def decode(self, steps: int) -> dict[str, Any]:
+        logits = []
+        start, worked = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            position = torch.tensor([[self.context + self.fed]])
+            with torch.no_grad():
+                out = self.model(torch.tensor([[7 + self.fed % 8]]), past_key_values=self.cache, position_ids=position)
+            logits.append(out.logits[0, -1].tolist())
+            self.fed += 1
+        seconds = {"ms": time.perf_counter() - start, "cpu_ms": time.process_time() - worked}
+        return {name: 1e3 * own / steps for name, own in seconds.items()} | {"logits": logits}
+
+    def peak(self, steps: int) -> dict[str, Any]:
+        """The process' peak while decoding, over what it held before there was a cache."""
+        peak_reset()
+        self.decode(steps)
+        return {"peak": peak_since(self.base)}
+
+    @staticmethod
+    def settle() -> int:
+        import ctypes
+
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return peak_reset()
+
+
+class Ours(Side):
+    def __init__(self, folder: str, dtype: str) -> None:
+        super().__init__(folder, dtype, "sdpa")
+        self.given: list[tuple[Tensor, Tensor, Any]] = []
+
+    def policy(self, name: str, ratio: float, settings: dict[str, int]) -> Any:
+        import manyheads.shrink as shrink
+
+        more = {"positions": "text"} if name == "StreamingLLM" else {}
+        return getattr(shrink, name)(compression_ratio=ratio, when="prefill", **settings, **more)
+
+    @torch.no_grad()
+    def record(self) -> None:
+        from manyheads.shrink import Full
+        from manyheads.shrink.attend import pack
+        from manyheads.shrink.cache import RaggedLayer
+        from manyheads.shrink.compress import Pass
+
+        self.given = []
+        attend = RaggedLayer.attend
+
+        def watched(layer: Any, query: Tensor, scoring: Any, seen: Any) -> Tensor:
+            group = layer.store.groups[0]
+            done = Pass(pack(query, len(group.heads)), scoring, seen)
+            self.given.append((group.rows["keys"], group.rows["values"], done))
+            return attend(layer, query, scoring, seen)
+
+        RaggedLayer.attend = watched
+        try:
+            self.model(inputs_embeds=self.embeddings(), past_key_values=Full().make_cache(self.model), logits_to_keep=1)
+        finally:
+            RaggedLayer.attend = attend
+
+    @torch.no_grad()
+    def whole(self, name: str, ratio: float, settings: dict[str, int]) -> None:
+        self.cache = self.policy(name, ratio, settings).make_cache(self.model)
+        self.model(inputs_embeds=self.embeddings(), past_key_values=self.cache, logits_to_keep=1)
+
+    @torch.no_grad()
+    def replay(self, name: str, ratio: float, settings: dict[str, int]) -> None:
+        from manyheads.shrink.compress import shrink
+
+        self.cache = self.policy(name, ratio, settings).make_cache(self.model)
+        for layer, (keys, values, done) in zip(self.cache.layers, self.given, strict=True):
+            layer.update(keys, values)
+            shrink(layer, [done])
+            layer.store.own(layer.spare)
+
+    def positions(self, index: int) -> Tensor:
+        groups = self.cache.layers[index].store.groups
+        rows = {head: group.slots()[0, i] for group in groups for i, head in enumerate(group.heads)}
+        return torch.stack([rows[head] for head in sorted(rows)]).long().sort(-1).values
+
+    def scores(self, policy: str, ratio: float, **settings: int) -> dict[str, Any]:
+        """The rule's scores of every token, by layer and KV head, in a file."""
+        from safetensors.torch import save_file
+
+        from manyheads.shrink.compress import _views
+
+        own = self.policy(policy, ratio, settings)
+        made = {}
+        for i, (keys, values, done) in enumerate(self.given):
+            layer = own.make_cache(self.model).layers[i]
+            layer.update(keys, values)
+            made[str(i)] = own.score(_views(layer, [done])[0])[0].double().contiguous()
+        path = self.folder / "scores.safetensors"
+        save_file(made, path)
+        return {"path": str(path)}
+
+    def nbytes(self) -> int:
+        return int(self.cache.nbytes)
+
+    def about(self) -> dict[str, Any]:
+        return {}
+
+
+class Theirs(Side):
+    def __init__(self, folder: str, dtype: str) -> None:
+        # First: it wraps the attention functions that a model looks up.
+        import kvpress  # noqa: F401
+
+        super().__init__(folder, dtype, "sdpa")
+        self.given: list[tuple[Any, dict[str, Any]]] = []
+
+    def press(self, name: str, ratio: float, settings: dict[str, int]) -> Any:
+        import kvpress
+
+        if name == "SnapKV":
+            return kvpress.SnapKVPress(ratio, settings["window_size"], settings["kernel_size"])
+        if name == "StreamingLLM":
+            return kvpress.StreamingLLMPress(ratio, settings["sink_size"])
+        return kvpress.KnormPress(ratio)
+
+    def fresh(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache()
+
+    @torch.no_grad()
+    def record(self) -> None:
+        self.given, self.full = [], self.fresh()
+
+        def watch(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            self.given.append((module, {k: v for k, v in kwargs.items() if k != "past_key_values"}))
+
+        hooks = [layer.self_attn.register_forward_hook(watch, with_kwargs=True) for layer in self.model.model.layers]
+        self.model.model(inputs_embeds=self.embeddings(), past_key_values=self.full)
+        for hook in hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def whole(self, name: str, ratio: float, settings: dict[str, int]) -> None:
+        # As in KVPressTextGenerationPipeline: the context goes through the model without its head, under the press.
+        self.cache = self.fresh()
+        with self.press(name, ratio, settings)(self.model):
+            self.model.model(inputs_embeds=self.embeddings(), past_key_values=self.cache)
+
+    @torch.no_grad()
+    def replay(self, name: str, ratio: float, settings: dict[str, int]) -> None:
+        press, self.cache = self.press(name, ratio, settings), self.fresh()
+        for i, (module, kwargs) in enumerate(self.given):
+            self.cache.update(self.full.layers[i].keys, self.full.layers[i].values, i)
+            press.forward_hook(module, [], {**kwargs, "past_key_values": self.cache}, [None, None])
+
+    def positions(self, index: int) -> Tensor:
+        """Found by the bits of the keys: a press tells nobody what it kept."""
+        full, kept = (_marks(layer.keys[0]) for layer in (self.full.layers[index], self.cache.layers[index]))
+        order = full.argsort(-1)
+        ranked = full.gather(-1, order)
+        assert bool((ranked[:, 1:] != ranked[:, :-1]).all()), "two tokens have the same key"
+        at = torch.searchsorted(ranked, kept).clamp_max(full.shape[1] - 1)
+        assert torch.equal(ranked.gather(-1, at), kept), "a kept key is none of the prompt's"
+        return order.gather(-1, at).sort(-1).values
+
+    def nbytes(self) -> int:
+        rows = [row for layer in self.cache.layers for row in (layer.keys, layer.values)]
+        return sum(row.untyped_storage().nbytes() for row in rows)
+
+    def about(self) -> dict[str, Any]:
+        import platform
+        from importlib.metadata import version
+
+        found = {name: version(name) for name in ("kvpress", "transformers", "torch", "numpy")}
+        return {"python": platform.python_version(), **found, "threads": str(torch.get_num_threads())}
+
+
+def _marks(keys: Tensor) -> Tensor:
+    """[g, m] whole numbers that tell keys [g, m, d] apart, whatever order they are added in."""
+    bits = keys.contiguous().view(torch.int32).long()
+    factors = torch.randint(2**62, (bits.shape[-1],), generator=torch.Generator().manual_seed(3)) | 1
+    return (bits * factors).sum(-1)
+
+
+def work(side: str, folder: str, dtype: str) -> None:
+    """Reads one JSON command a line, answers with one line."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    own = {"ours": Ours, "kvpress": Theirs}[side](folder, dtype)
+    for line in sys.stdin:
+        command = json.loads(line)
+        print(json.dumps(getattr(own, command.pop("do"))(**command)), file=answers, flush=True)
+
+
+class Remote:
+    """The other end of `work`."""
+
+    def __init__(self, python: str, side: str, folder: str, dtype: str) -> None:
+        command = [python, "-P", str(Path(__file__).resolve()), "--worker", side, folder, dtype]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.process.args[0]} ended with code {self.process.wait()}: see its message above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+class Both:
+    """A folder of weights, and the two sides that read it."""
+
+    def __init__(self, python: str, folder: str, settings: dict[str, Any], weights: Any, prompt: Tensor, dtype: str):
+        from safetensors.torch import save_file
+
+        (Path(folder) / "settings.json").write_text(json.dumps(settings))
+        save_file({name: own.contiguous() for name, own in weights.items()}, Path(folder) / "weights.safetensors")
+        save_file({"prompt": prompt}, Path(folder) / "prompt.safetensors")
+        self.ours, self.theirs = (
+            Remote(own, side, folder, dtype) for own, side in ((sys.executable, "ours"), (python, "kvpress"))
+        )
+
+    def __call__(self, do: str, **arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self.ours(do, **arguments), self.theirs(do, **arguments)
+
+    def close(self) -> None:
+        self.ours.close()
+        self.theirs.close()
+
+
+def shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        return {name: tuple(own.shape) for name, own in LlamaForCausalLM(LlamaConfig(**settings)).named_parameters()}
+
+
+def random_weights(settings: dict[str, Any]) -> dict[str, Tensor]:
+    """Large enough that attention is far from even."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.ones(shape) if len(shape) == 1 else 0.1 * torch.randn(shape, generator=generator)
+        for name, shape in shapes(settings).items()
+    }
+
+
+def agreement(both: Both, policy: str, ratio: float, settings: dict[str, int]) -> dict[str, Any]:
+    """Kept tokens as sets. Where they differ: how far apart the scores are that were taken for one another, as a share
+    of the head's own range of scores."""
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(found["path"]) for found in both("kept"))
+    found = {"kept": ours["0"].shape[1], "heads": 0, "heads_equal": 0, "tokens_differing": 0, "widest_gap": 0.0}
+    scores: dict[str, Tensor] = {}
+    for index, (a, b) in ((i, (ours[i], theirs[i])) for i in ours):
+        for head in range(a.shape[0]):
+            differing = sorted(set(a[head].tolist()) ^ set(b[head].tolist()))
+            found["heads"] += 1
+            found["heads_equal"] += not differing
+            found["tokens_differing"] += len(differing) // 2
+            if not differing:
+                continue
+            scores = scores or load_file(both.ours("scores", policy=policy, ratio=ratio, **settings)["path"])
+            own = scores[index][head]
+            real = own[own.isfinite()]
+            gap = (own[differing].max() - own[differing].min()) / (real.max() - real.min())
+            found["widest_gap"] = max(found["widest_gap"], float(gap))
+    return found
+
+
+def in_turns(both: Both) -> dict[str, float]:
+    """As common.pair, across two processes, each timing itself. ratio: median of ours / theirs. cpu_ratio: the same of
+    the processors' time, which a busy machine disturbs less."""
+    both("decode", steps=2)
+    a, b = [], []
+    for turn in range(ROUNDS):
+        first = [(a, both.ours), (b, both.theirs)]
+        for times, side in first if turn % 2 else reversed(first):
+            times.append(side("decode", steps=STEPS))
+    found = {}
+    for clock in ("", "cpu_"):
+        ours, theirs = ([own[f"{clock}ms"] for own in times] for times in (a, b))
+        found[f"ours_{clock}ms"], found[f"theirs_{clock}ms"] = statistics.median(ours), statistics.median(theirs)
+        found[f"{clock}ratio"] = statistics.median(x / y for x, y in zip(ours, theirs, strict=True))
+    return found
+
+
+def case(both: Both, policy: str, ratio: float, length: int, whole: bool, timed: bool) -> dict[str, Any]:
+    settings = CASES[policy]
+    row: dict[str, Any] = {"what": "decode", "policy": policy, "context": length, "compression_ratio": ratio}
+    sizes = both("compressed", policy=policy, ratio=ratio, whole=whole, **settings)
+    row |= agreement(both, policy, ratio, settings)
+    a, b = (torch.tensor(found["logits"]) for found in both("decode", steps=4))
+    row["logits_apart"] = float((a - b).abs().max() / b.abs().max())
+    if not timed:
+        return row
+    row |= in_turns(both) | {"target": 1 / 3}
+    for name in sizes[0]:
+        row |= {f"{side}_{name}": found[name] for side, found in zip(("ours", "theirs"), sizes, strict=True)}
+    for side, found in zip(("ours", "theirs"), both("peak", steps=16), strict=True):
+        row[f"{side}_decode_peak"] = found["peak"]
+    return row
+
+
+def compare(python: str, lengths: list[int], dtype: str, timed: bool) -> None:
+    rows = []
+    prompt = torch.randn(1, max(lengths), SETTINGS["hidden_size"], generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder:
+        both = Both(python, folder, SETTINGS, random_weights(SETTINGS), prompt, dtype)
+        rows.append({"what": "kvpress' environment", **both.theirs("about")})
+        for length in lengths:
+            both("prompt", length=length)
+            for policy in CASES:
+                for ratio in RATIOS:
+                    rows.append(case(both, policy, ratio, length, length <= WHOLE, timed))
+                    print(json.dumps(rows[-1]), flush=True)
+        both.close()
+    if timed:
+        save("kvpress", "cpu", rows)
+
+
+def fixture(python: str) -> None:
+    """Kept positions of kvpress on the tiny model of tests/shrink/formula_llama.py."""
+    sys.path.append(str(FIXTURE.parent))
+    from formula_llama import PROMPT, SETTINGS, prompt, weights
+
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        both = Both(python, folder, SETTINGS, weights(shapes(SETTINGS)), prompt(), "float64")
+        both("prompt", length=PROMPT)
+        for policy, settings in (
+            ("SnapKV", {"window_size": 8, "kernel_size": 5}),
+            ("SnapKV", {"window_size": 16, "kernel_size": 7}),
+            ("StreamingLLM", {"sink_size": 4}),
+            ("KeyNorm", {}),
+        ):
+            for ratio in RATIOS:
+                both("compressed", policy=policy, ratio=ratio, whole=True, **settings)
+                print(policy, settings, ratio, agreement(both, policy, ratio, settings))
+                cases.append({"policy": policy, "settings": settings, "compression_ratio": ratio, "kept": _lists(both)})
+        about = both.theirs("about")
+        both.close()
+    text = json.dumps({"made_by": "benchmarks/kvpress.py --fixture", **about, "cases": cases})
+    FIXTURE.write_text(text.replace('{"policy"', '\n{"policy"') + "\n")
+
+
+def _lists(both: Both) -> list[list[list[int]]]:
+    from safetensors.torch import load_file
+
+    found = load_file(both.theirs("kept")["path"])
+    return [found[str(i)].tolist() for i in range(len(found))]
+
+
+def make_environment(folder: str) -> None:
+    """The version of torch that is here, from where pip found it (any other brings gigabytes), then kvpress."""
+    torch_pin = f"torch=={torch.__version__.partition('+')[0]}"
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    pip = [str(Path(folder) / "bin" / "python"), "-m", "pip", "install", torch_pin]
+    subprocess.run(pip, check=True)
+    subprocess.run([*pip, f"kvpress=={KVPRESS}"], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--make-env", metavar="DIR")
+    parser.add_argument("--kvpress-python", metavar="PATH")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
+    parser.add_argument("--kept-only", action="store_true")
+    parser.add_argument("--fixture", action="store_true")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        work(*given.worker)
+    elif given.make_env:
+        make_environment(given.make_env)
+    elif not given.kvpress_python:
+        parser.error("give --kvpress-python DIR/bin/python, the environment that --make-env DIR makes")
+    elif given.fixture:
+        fixture(given.kvpress_python)
+    else:
+        compare(given.kvpress_python, given.lengths, given.dtype, not given.kept_only)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The command `manyheads shrink`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from manyheads.loading import Loaded
+    from manyheads.shrink.variants import Budget, Profiles, Variant
+
+TASKS = ("passkey", "needle", "recall", "perplexity")
+LENGTHS, SWEPT_LENGTHS = (512, 1024, 2048), (1024,)
+DTYPES = ("float32", "bfloat16", "float16")
+ASKS = ("after", "within")
+_SHORTEST = 128
+
+
+def shrink(
+    model: Annotated[
+        str | None, typer.Argument(help="A folder or hub name; the packaged byte-level model without it.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="streaming, snapkv, duo, ...; with arguments: 'snapkv[window_size=16]'. May be repeated."),
+    ] = None,
+    budget_tokens: Annotated[
+        list[int] | None, typer.Option(help="Entries per KV head, on average; may be repeated.")
+    ] = None,
+    budget_bytes: Annotated[list[int] | None, typer.Option(help="Bytes of the cache; may be repeated.")] = None,
+    compression_ratio: Annotated[
+        list[float] | None,
+        typer.Option(help="Share that is dropped, 0 to 1; of the heads for duo. 0.5 without a budget."),
+    ] = None,
+    heads: Annotated[
+        Path | None, typer.Option(help="A head profile: the folder that `manyheads heads MODEL` wrote.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file; held-out Python sources without it.")] = None,
+    tasks: Annotated[str, typer.Option(help="What to measure, separated by commas.")] = ",".join(TASKS),
+    length: Annotated[list[int] | None, typer.Option(help="Tokens of a trial; may be repeated.")] = None,
+    trials: Annotated[int, typer.Option(help="Trials for every length and depth.")] = 2,
+    ask: Annotated[
+        str, typer.Option(help="Questions come 'after' the prompt, or are 'within' it and known to the policy.")
+    ] = "after",
+    sweep: Annotated[bool, typer.Option("--sweep", help="Several policies at 1/2, 1/4, 1/8 and 1/16.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
+    out: Annotated[Path, typer.Option(help="Folder for results; one that is there is continued.")] = Path("shrunk"),
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run stored failures again.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Shrink a model's KV cache, and tell what that saves and what it costs. Stopped runs go on where they were."""
+    from manyheads.heads.command import read_text
+
+    wanted = parse_tasks(tasks)
+    budgets = read_budgets(budget_tokens, budget_bytes, compression_ratio)
+    for name, value, known in (("--ask", ask, ASKS), ("--dtype", dtype, DTYPES)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r}: want {' or '.join(known)}")
+    if not 1 <= trials <= 1000:
+        raise ValueError(f"--trials {trials}: want 1 to 1000")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    content = None if text is None else read_text(text)
+    loaded = load(model, device, dtype)
+
+    from manyheads.shrink.questions import Questions
+    from manyheads.shrink.run import Plan, Study, run_study
+    from manyheads.shrink.variants import Profiles
+
+    variants = choose_variants(policy, budgets, Profiles(loaded, heads), sweep)
+    lengths = parse_lengths(length, loaded, SWEPT_LENGTHS if sweep else LENGTHS)
+    questions = Questions(loaded, text=content, where=f"--text {text}")
+    results = run_study(Study(loaded, Plan(variants, wanted, lengths, trials, ask), questions), out,
+                        retry_failed=retry_failed)  # fmt: skip
+    tell(results, out, as_json)
+
+
+def tell(results: dict[str, Any], out: Path, as_json: bool) -> None:
+    from manyheads.compare.summary import done
+    from manyheads.shrink.summary import print_summary, summarise
+
+    if as_json:
+        files = {"report": str(out / "report.html"), "results": str(out / "report.json")}
+        typer.echo(json.dumps({"files": files, "summary": summarise(results)}, indent=2))
+    else:
+        print_summary(results)
+        typer.echo(f"\nreport: {out / 'report.html'}")
+    if not any(done(cell) for cell in results["cells"]):
+        raise typer.Exit(1)
+
+
+def load(name: str | None, device: str, dtype: str) -> Loaded:
+    """The model in eval mode on its device, with nothing said about it but errors."""
+    import torch
+
+    from manyheads.loading import load_model
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] not in ("cpu", "cuda") or (device.startswith("cuda") and not torch.cuda.is_available()):
+        raise ValueError(f"--device {device}: want cpu, auto, or cuda where there is one")
+    with _quiet():
+        loaded = load_model(name, dtype=dtype)
+    loaded.model.to(device)
+    return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar for the weights: one of our own follows."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def choose_variants(names: list[str] | None, budgets: list[Budget], profiles: Profiles, sweep: bool) -> list[Variant]:
+    from manyheads.shrink.variants import SWEEP, SWEPT, SWEPT_WITH_PROFILE, find_policy, read_variants
+
+    if sweep:
+        chosen = names or [
+            *SWEPT, *(name for name in SWEPT_WITH_PROFILE if profiles.offers(find_policy(name)))
+        ]  # fmt: skip
+        budgets = budgets or [("compression_ratio", 1 - share) for share in SWEEP]
+    else:
+        chosen = names or ["streaming", "duo" if profiles.offers(find_policy("duo")) else "snapkv"]
+        budgets = budgets or [("compression_ratio", 0.5)]
+    return read_variants(chosen, budgets, profiles)
+
+
+def read_budgets(tokens: list[int] | None, size: list[int] | None, ratios: list[float] | None) -> list[Budget]:
+    given: dict[str, list[Any]] = {"budget_tokens": tokens or [], "budget_bytes": size or [],
+                                   "compression_ratio": ratios or []}  # fmt: skip
+    kinds = [key for key, values in given.items() if values]
+    if len(kinds) > 1:
+        names = " and ".join("--" + key.replace("_", "-") for key in kinds)
+        raise ValueError(f"{names} are budgets of two kinds: give one kind; it may be repeated")
+    return [(key, value) for key in kinds for value in dict.fromkeys(given[key])]
+
+
+def parse_tasks(text: str) -> tuple[str, ...]:
+    wanted = [part.strip() for part in text.split(",") if part.strip()]
+    strange = [name for name in wanted if name not in TASKS]
+    if strange or not wanted:
+        raise ValueError(f"--tasks {text!r}: want some of {', '.join(TASKS)}; got {', '.join(strange) or 'none'}")
+    return tuple(name for name in TASKS if name in wanted)
+
+
+def parse_lengths(given: list[int] | None, loaded: Loaded, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Those that were asked for; by default those that the model knows positions for."""
+    most = getattr(loaded.config, "max_position_embeddings", None) or max(default) + _SHORTEST
+    if not given:
+        return tuple(n for n in default if n + _SHORTEST <= most) or (max(_SHORTEST, most - _SHORTEST),)
+    if min(given) < _SHORTEST:
+        raise ValueError(f"--length {min(given)}: want at least {_SHORTEST} tokens")
+    return tuple(sorted(set(given)))

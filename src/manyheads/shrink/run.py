@@ -1,0 +1,276 @@
+"""Runs what a command asks for: one cell per variant, task and length, each stored as it finishes, none run twice."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import manyheads
+from manyheads.compare import worker
+from manyheads.compare.cells import Cell
+from manyheads.compare.progress import Progress, duration
+from manyheads.compare.store import Store, now
+from manyheads.compare.summary import SCHEMA
+from manyheads.environment import environment
+from manyheads.heads.profile import fingerprint
+from manyheads.loading import Loaded
+from manyheads.shrink import compat
+from manyheads.shrink.measure import (
+    Reference,
+    follow,
+    measure_answers,
+    measure_cost,
+    measure_text,
+    take_reference,
+    windows_cut,
+)
+from manyheads.shrink.policy import Policy
+from manyheads.shrink.questions import Questions, Trial
+from manyheads.shrink.variants import Variant
+
+TASKS = ("passkey", "needle", "recall", "perplexity")
+DENSE = "dense"
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Text continued token by token, and greedy continuations.
+TAIL, GREEDY = 128, 48
+WINDOWS = 4
+# One-token steps and repeats of a timed run.
+STEPS, REPEATS = 24, 3
+_PRIVATE = ("traceback", "stop", "machine")
+Outcome = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. ask: 'after' gives questions token by token, 'within' puts them into the prompt."""
+
+    variants: list[Variant]
+    tasks: tuple[str, ...] = TASKS
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    trials: int = 2
+    ask: str = "after"
+    seed: int = 0
+
+    @property
+    def context(self) -> int:
+        """Tokens of the windows of text, and of the prompt that is timed."""
+        return max(self.lengths)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "policies": [variant.title for variant in self.variants],
+            **{key: list(getattr(self, key)) for key in ("tasks", "lengths")},
+            **{key: getattr(self, key) for key in ("trials", "ask", "seed")},
+            "depths": list(DEPTHS),
+        }
+
+
+class Study:
+    """One model, one plan. Cells know nothing of each other but the dense cache's distributions, taken once."""
+
+    def __init__(self, loaded: Loaded, plan: Plan, questions: Questions) -> None:
+        self.loaded, self.plan, self.questions = loaded, plan, questions
+        self._check()
+        self._policies = {variant.title: variant for variant in plan.variants}
+
+    def _check(self) -> None:
+        """What would fail in every cell is said before the first."""
+        model, plan = self.loaded.model, self.plan
+        compat.plan(model)
+        most = getattr(self.loaded.config, "max_position_embeddings", None)
+        if most is not None and max(plan.lengths) + STEPS > most:
+            raise ValueError(
+                f"--length {max(plan.lengths)}: {self.loaded.name} knows {most} positions, and {STEPS} more are decoded"
+            )
+        for length in plan.lengths:
+            if "recall" in plan.tasks:
+                self.questions.recall(length, 0)
+            if {"passkey", "needle"} & set(plan.tasks):
+                self.questions.passkey(length, 0.0, 0)
+        self.questions.windows(plan.context, 1)
+        probe = Trial(self.questions.windows(max(16, min(plan.lengths) // 4), 1)[0], [0, 0, 0], ())
+        for variant in plan.variants:
+            _probe(model, variant, probe)
+
+    # -- cells -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """Task by task, the dense cache first; the cost of every variant at the end."""
+        plan = self.plan
+        made = []
+        for task in plan.tasks:
+            lengths = (plan.context,) if task == "perplexity" else plan.lengths
+            for length in lengths:
+                made += [
+                    self._cell("text" if task == "perplexity" else "answers", title, task, length)
+                    for title in (DENSE, *self._policies)
+                ]
+        return made + [self._cell("cost", title, "cost", plan.context) for title in self._policies]
+
+    def _cell(self, kind: str, title: str, task: str, length: int) -> Cell:
+        variant = self._policies.get(title)
+        settings = self._shared | {
+            "variant": None if variant is None else variant.settings(),
+            "task": task,
+            "length": length,
+        }
+        if task == "perplexity":
+            settings |= {"tail": TAIL, "greedy": GREEDY, "windows": WINDOWS}
+        elif task == "cost":
+            settings |= {"steps": STEPS, "repeats": REPEATS}
+        else:
+            settings |= {"trials": self.plan.trials, "ask": self.plan.ask, "depths": list(DEPTHS)}
+        return Cell(kind, title, {"task": task, "n": length}, settings, "")
+
+    @cached_property
+    def _shared(self) -> dict[str, Any]:
+        model = self.loaded.model
+        parameter = next(model.parameters())
+        return {
+            "model": asdict(fingerprint(model, "")),
+            "dtype": str(parameter.dtype),
+            "device": parameter.device.type,
+            "seed": self.plan.seed,
+            "text": hashlib.sha256(self.questions.text.encode()).hexdigest()[:16],
+        }
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        variant = self._policies.get(cell.mechanism)
+        policy = None if variant is None else variant.build()
+        model, task, length = self.loaded.model, cell.place["task"], cell.place["n"]
+        if task == "cost":
+            assert policy is not None
+            prompt = self.questions.windows(length, 1)[0]
+            return measure_cost(model, policy, prompt, steps=STEPS, repeats=REPEATS)
+        if task == "perplexity":
+            return measure_text(model, policy, self._windows, self._reference)
+        return measure_answers(model, policy, self.trials(task, length))
+
+    def trials(self, task: str, length: int) -> list[Trial]:
+        numbers = range(self.plan.trials)
+        if task == "recall":
+            made = [self.questions.recall(length, number) for number in numbers]
+        else:
+            ask: Callable[[int, float, int], Trial] = getattr(self.questions, task)
+            made = [ask(length, depth, number) for depth in DEPTHS for number in numbers]
+        return made if self.plan.ask == "after" else [one for trial in made for one in trial.within()]
+
+    @cached_property
+    def _windows(self) -> list[Trial]:
+        tail = min(TAIL, self.plan.context // 4)
+        return windows_cut(self.questions.windows(self.plan.context, WINDOWS), tail)
+
+    @cached_property
+    def _reference(self) -> Reference:
+        return take_reference(self.loaded.model, self._windows, GREEDY)
+
+
+def _probe(model: Any, variant: Variant, trial: Trial) -> None:
+    import torch
+
+    from manyheads.heads.running import device_of
+
+    def unseen(i: int, logits: Any) -> None:
+        pass
+
+    policy: Policy = variant.build()
+    parts = [torch.tensor([part], device=device_of(model)) for part in (trial.prefix, trial.tail)]
+    try:
+        follow(model, policy, parts[0], parts[1], unseen)
+    except (MemoryError, RuntimeError):
+        return  # a cell of its own says so
+
+
+class Shown(Progress):
+    """A comparison's progress, with the figures of these cells."""
+
+    def told(self, outcome: Mapping[str, Any]) -> str:
+        took = f" ({duration(outcome['seconds'])})" if "seconds" in outcome else ""
+        if outcome["status"] != "done":
+            return f"{outcome['status']}: {outcome['error']}"
+        if "accuracy" in outcome:
+            return f"{100 * outcome['accuracy']:.0f}% of {outcome['answers']} answers{took}"
+        if "bits_per_token" in outcome:
+            return f"{outcome['bits_per_token']:.3f} bits per token{took}"
+        return f"{outcome['cache_bytes'] / max(1, outcome['dense_cache_bytes']):.0%} of the dense cache's bytes{took}"
+
+
+def run_study(study: Study, out: str | Path, *, retry_failed: bool = False) -> dict[str, Any]:
+    """Runs what is not stored in `out` yet, writes report.json and report.html there, and returns the results."""
+    from manyheads.shrink.report import write_outputs
+
+    with Store(out) as store:
+        store.save_experiment(study.plan.describe(), environment())
+        outcomes = _outcomes(study, store, Path(out), retry_failed)
+        results = {
+            "schema": SCHEMA,
+            "manyheads": manyheads.__version__,
+            "created": now(),
+            "environment": environment(),
+            "model": _model_facts(study.loaded),
+            "variants": [
+                {"title": own.title, "policy": own.name, "budget": list(own.budget or ())}
+                for own in study.plan.variants
+            ],
+            "experiment": study.plan.describe(),
+            "cells": [{k: v for k, v in own.items() if k not in _PRIVATE} for own in outcomes],
+        }
+        write_outputs(results, Path(out))
+    return results
+
+
+def _outcomes(study: Study, store: Store, out: Path, retry_failed: bool) -> list[Outcome]:
+    cells = study.cells
+    held = {cell.key: store.load(cell) for cell in cells}
+    stored = {k: v for k, v in held.items() if v is not None and not (retry_failed and v["status"] == "failed")}
+    seen = Shown(cells)
+    for warning in store.warnings:
+        seen.note(f"warning: {warning}")
+    outcomes: list[Outcome] = []
+    try:
+        for cell in cells:
+            if cell.key in stored:
+                outcomes.append(stored[cell.key])
+                seen.known(cell, outcomes[-1])
+                continue
+            seen.begin(cell)
+            outcomes.append(run_cell(study, cell))
+            store.save(cell, outcomes[-1])
+            seen.end(cell, outcomes[-1])
+    except BaseException:
+        seen.close()
+        seen.note(
+            f"stopped with {len(outcomes)} of {len(cells)} cells finished and kept in {out}; "
+            "run the same command again to go on from there"
+        )
+        raise
+    seen.close()
+    return outcomes
+
+
+def run_cell(study: Study, cell: Cell) -> Outcome:
+    """Whatever happens becomes a row: a cell that runs out of memory leaves the others alone."""
+    began = time.perf_counter()
+    outcome: Outcome = {**cell.row, "status": "done", "error": None}
+    try:
+        with worker.memory_bounded():
+            outcome |= study.measure(cell)
+    except Exception as error:
+        outcome |= worker.failure(error)
+    return outcome | {"seconds": time.perf_counter() - began, "machine": worker.machine()}
+
+
+def _model_facts(loaded: Loaded) -> dict[str, Any]:
+    config = loaded.config
+    facts: Sequence[str] = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    parameter = next(loaded.model.parameters())
+    shown = {name: getattr(config, name) for name in facts if getattr(config, name, None) is not None}
+    count = sum(own.numel() for own in loaded.model.parameters())
+    return {"name": loaded.name, **shown, "parameters": count, "dtype": str(parameter.dtype).removeprefix("torch."),
+            "device": parameter.device.type}  # fmt: skip
