@@ -9,17 +9,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertLMHeadModel, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig
-from transformers import LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from manyheads.cli import main
 from manyheads.heads.profile import Profile, fingerprint
 from manyheads.loading import Loaded
 from manyheads.shrink import H2O, AdaKV, Duo, Policy, policies, run
+from manyheads.shrink.command import choose_variants
 from manyheads.shrink.variants import Profiles, find_policy, known_policies, read_variants
 
 GATES = "0.9\t0.1\n0.2\t0.8\n"
-QUICK = ("--length", 160, "--trials", 1)
+QUICK = ("--length", 192, "--trials", 1)
 
 
 def llama(**changes: Any) -> LlamaForCausalLM:
@@ -28,6 +35,13 @@ def llama(**changes: Any) -> LlamaForCausalLM:
               "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3,
               "max_position_embeddings": 512, **changes}  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**config)).eval()
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer steps and windows: what is tested is what happens to them."""
+    for name, value in {"TAIL": 8, "GREEDY": 4, "WINDOWS": 2, "STEPS": 3, "REPEATS": 1}.items():
+        monkeypatch.setattr(run, name, value)
 
 
 @pytest.fixture
@@ -79,7 +93,7 @@ def test_full_and_shrunk_side_by_side(capsys: pytest.CaptureFixture[str], folder
     assert (full["kl_bits"] < 1e-6, full["greedy_agreement"], full["passkey"]) == (True, 1.0, dense["passkey"])
     assert short["kl_bits"] > 1e-3
     assert "<svg" not in (out / "report.html").read_text().split("<script")[0]
-    assert results["experiment"]["lengths"] == [160]
+    assert results["experiment"]["lengths"] == [192]
 
 
 def test_a_second_run_measures_nothing(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
@@ -156,21 +170,32 @@ def test_without_memory_a_cell_fails_and_the_others_go_on(
     assert {cell["status"] for cell in cells} == {"done"}
 
 
-def test_a_sweep_draws_a_curve(
-    capsys: pytest.CaptureFixture[str], folder: Path, gates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "REPEATS", 1)
-    out = tmp_path / "out"
+def test_a_sweep_draws_a_curve(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
     code, printed, _ = shrink(
-        capsys, folder, "--sweep", "--heads", gates, "--tasks", "perplexity", *QUICK, "--out", out, "--json"
-    )
+        capsys, folder, "--sweep", "--policy", "keynorm", "--policy", "tova", "--tasks", "perplexity", *QUICK, "--json",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
     assert code == 0
     rows = json.loads(printed)["summary"][1:]
-    names = ["streaming", "snapkv", "h2o", "tova", "keynorm", "expected", "duo"]
-    assert [row["policy"] for row in rows] == [name for name in names for _ in range(4)]
+    assert [row["title"] for row in rows] == [
+        f"{name}, ratio {ratio}" for name in ("keynorm", "tova") for ratio in (0.5, 0.75, 0.875, 0.9375)
+    ]
     held = [row["cache_bytes"] for row in rows if row["policy"] == "keynorm"]
-    assert held == sorted(held, reverse=True)
-    assert len(set(held)) == 4
+    assert held == sorted(set(held), reverse=True)
+
+
+def test_what_a_sweep_tries_and_what_runs_without_a_policy(gates: Path) -> None:
+    for profiles, more in ((Profiles(loaded(), None), []), (Profiles(loaded(), gates), ["duo"])):
+        swept = choose_variants(None, [], profiles, sweep=True)
+        names = ["streaming", "snapkv", "h2o", "tova", "keynorm", "expected", *more]
+        assert [variant.name for variant in swept] == [name for name in names for _ in range(4)]
+        assert [variant.budget for variant in swept[:4]] == [
+            ("compression_ratio", 1 - share) for share in (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+        ]
+        plain = choose_variants(None, [], profiles, sweep=False)
+        assert [variant.title for variant in plain] == [
+            "streaming, ratio 0.5", "duo, ratio 0.5" if more else "snapkv, ratio 0.5"
+        ]  # fmt: skip
 
 
 def test_the_packaged_model_keeps_its_keys_where_it_may(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -201,16 +226,21 @@ def test_every_exported_policy_has_a_name() -> None:
 
 def test_arguments_and_budgets(gates: Path) -> None:
     profiles = Profiles(loaded(), gates)
-    texts = ["h2o[recent_size=4,allocation=adakv]", "full", "snapkv[budget_tokens=40,window_size=8]", "duo"]
+    texts = [
+        "h2o[recent_size=4,allocation=adakv]",
+        "full",
+        "snapkv[budget_tokens=40,window_size=8]",
+        "duo[sink_size=2]",
+    ]
     found = read_variants(texts, [("budget_tokens", 64), ("budget_tokens", 128)], profiles)
     assert [variant.title for variant in found] == [
         "h2o[recent_size=4,allocation=adakv], 64 tokens",
         "h2o[recent_size=4,allocation=adakv], 128 tokens",
         "full",
         "snapkv[window_size=8], 40 tokens",
-        "duo, 64 tokens",
-        "duo, 128 tokens",
-    ] or found[4].title == "duo, 128 tokens"
+        "duo[sink_size=2], 64 tokens",
+        "duo[sink_size=2], 128 tokens",
+    ]
     built = found[0].build()
     assert isinstance(built, H2O)
     assert (built.recent_size, built.allocation, built.budget_tokens) == (4, AdaKV(), 64)
@@ -313,7 +343,7 @@ def test_bad_files_end_with_two(capsys: pytest.CaptureFixture[str], folder: Path
     (results / "experiment.json").write_text('{"schema": 99, "manyheads": "7.0"}')
     cases: list[tuple[list[Any], str]] = [
         (["--text", empty], "is empty"),
-        (["--text", short, "--length", 160], "has 9 tokens"),
+        (["--text", short, "--tasks", "perplexity", *QUICK], "has 9 tokens"),
         (["--text", binary], "is not UTF-8"),
         (["--heads", other], "head profile of another model: gates for 5 layers of 3"),
         (["--heads", torn], "is not a head profile that can be read"),

@@ -214,6 +214,7 @@ def measure_cost(model: Any, policy: Policy, prompt: Sequence[int], *, steps: in
     """Medians of prefill and of one decoded token, bytes held after them and the peaks of memory above the start, batch
     1; the dense cache by turns with the policy's, so that what else the machine does meets both."""
     tokens = _tensor(model, [prompt])
+    gc.collect()
     sides = {"dense_": _Side(None, [], []), "": _Side(policy, [], [])}
     for repeat in range(repeats + 1):
         for side in sides.values():
@@ -231,7 +232,6 @@ def measure_cost(model: Any, policy: Policy, prompt: Sequence[int], *, steps: in
 
 
 def _run_once(model: Any, side: _Side, tokens: Tensor, steps: int, warm_up: bool) -> None:
-    gc.collect()
     trim_memory()
     meter = memory_meter(tokens.device)
     with filled(model, side.policy) as cache:
