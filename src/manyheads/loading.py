@@ -53,6 +53,8 @@ def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausa
     import transformers
 
     where = _place(name)
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # a second's bar for files that are already here
     options = {"dtype": "float32", "use_safetensors": True, **options, "trust_remote_code": False}
     try:
         model = getattr(transformers, auto).from_pretrained(where, **options)
@@ -62,6 +64,9 @@ def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausa
         raise
     except Exception as error:  # safetensors' own error is no subclass of anything we may catch
         raise ValueError(f"{where} is damaged or not a checkpoint that {auto} reads: {error}") from error
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
     return Loaded(model.eval(), _tokenizer(where, model), "byte_llama" if name is None else str(name))
 
 
