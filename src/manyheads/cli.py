@@ -1,4 +1,4 @@
-"""The command line: list, show, check, compare, heads, shrink, info."""
+"""The command line: list, show, check, compare, heads, shrink, explain, info."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.table import Table
 
 import manyheads
 from manyheads.compare.command import compare
+from manyheads.explain.command import explain
 from manyheads.heads.command import heads
 from manyheads.mechanism import Mechanism
 from manyheads.registry import list_attentions, mechanism_class
@@ -200,6 +201,7 @@ def find_class(target: str) -> type[Mechanism]:
 app.command()(compare)
 app.command()(heads)
 app.command()(shrink)
+app.add_typer(explain, name="explain")
 
 
 @app.command()

@@ -15,7 +15,7 @@ BUNDLED = Path(__file__).parent / "bundled" / "byte_llama"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode with its way from text to tokens and back. tokenizer is None for models that read bytes."""
+    """A model in eval mode with its way from text to tokens and back. tokenizer: None where bytes or images are read."""
 
     model: Any
     tokenizer: Any | None
@@ -89,7 +89,8 @@ def _place(name: str | Path | None) -> str:
 def _tokenizer(where: str, model: Any) -> Any | None:
     from transformers import AutoTokenizer
 
-    if model.config.get_text_config(decoder=True).vocab_size == 256 and not _has_tokenizer(where):
+    words = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
+    if words is None or (words == 256 and not _has_tokenizer(where)):
         return None
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False)

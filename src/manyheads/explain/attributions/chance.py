@@ -1,0 +1,27 @@
+"""An order by chance: what every attribution has to beat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from manyheads.explain.attributions.base import Attributed, Attribution
+from manyheads.explain.attributions.feed import Feed, Position, Target
+
+
+class Chance(Attribution):
+    """a_j uniform in [0, 1), the same for the same seed. Shapes: [b, n], or a dict by stream."""
+
+    def __init__(self, model: nn.Module, *, seed: int = 0, **shared: Any):
+        super().__init__(model, **shared)
+        self.seed = seed
+
+    def _attribute(self, feed: Feed, target: Target, position: Position) -> Attributed:
+        trace = self.trace(feed, target, position)
+        generator = torch.Generator().manual_seed(self.seed)
+        found = {
+            stream: torch.rand(real.shape, generator=generator).to(real.device) for stream, real in trace.real.items()
+        }
+        return trace.finish(found)

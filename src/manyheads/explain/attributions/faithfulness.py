@@ -1,0 +1,324 @@
+"""How far an attribution says what the model does: deletion, insertion, rank correlation with leave-one-out.
+
+Deletion and insertion are Petsiuk, Das & Saenko's (RISE, arXiv 1806.07421), leave-one-out is as in arXiv 2005.00928.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.explain.attributions.base import Attributed, Attribution, Trace
+from manyheads.explain.attributions.feed import (
+    Feed,
+    Position,
+    Score,
+    Target,
+    at_place,
+    logits_of,
+    per_row,
+    places,
+    still,
+)
+from manyheads.explain.attributions.feed import score_of as scored
+from manyheads.explain.attributions.grid import patches, prefix
+from manyheads.explain.attributions.raw import RawAttention
+
+REMOVALS = ("attention", "zero")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """fractions [s] of the tokens that are removed (or put back), the model's value at each, [b, s]."""
+
+    fractions: list[float]
+    values: list[list[float]]
+
+    @property
+    def auc(self) -> list[float]:
+        """The area under each row's curve, by trapezoids."""
+        steps = list(zip(self.fractions, self.fractions[1:], strict=False))
+        return [
+            sum((right - left) * (row[i] + row[i + 1]) / 2 for i, (left, right) in enumerate(steps))
+            for row in self.values
+        ]
+
+
+class Removal:
+    """A model's value with some of its tokens taken away.
+
+    The value is the probability of the target (logits=True: its logit), or what `score` gives. remove="attention": the
+    token is masked as padding is, so no other token sees it; positions stay. remove="zero": its embedding, or its patch
+    of the picture, is zero. By default "attention" where the model takes an attention_mask. Never removed: padding, the
+    token whose row is explained (an encoder-decoder's last encoder token, so that there is something to read), and what
+    stands before a picture's patches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        position: Position = None,
+        score: Score | None = None,
+        remove: str | None = None,
+        batch_size: int = 16,
+    ):
+        self.feed, self.score, self.batch_size = Feed.of(model, inputs, additional_forward_args), score, batch_size
+        with still(model):
+            trace = RawAttention(model, score=score).trace(self.feed, target, position)
+        self.picture = self.feed.main == "pixel_values"
+        self.stream = "encoder" if {"encoder", "decoder"} <= set(trace.real) else next(iter(trace.real))
+        if len(trace.real) > 1 and self.stream != "encoder":
+            raise ValueError(f"faithfulness is measured on one stream of tokens; this model has {sorted(trace.real)}")
+        self.remove = remove or ("zero" if self.picture or not self.feed.takes("attention_mask") else "attention")
+        if self.remove not in REMOVALS or (self.remove == "attention" and not self.feed.takes("attention_mask")):
+            raise ValueError(f"remove={remove!r}: 'zero', or 'attention' where the model takes an attention_mask")
+        self.target = target if target is None else per_row(target, self.feed.rows, "target", self.feed.device)
+        self.position = self._fixed(trace, position)
+        self.removable = self._removable(trace, position)
+
+    def _fixed(self, trace: Trace, position: Position) -> Position:
+        """The place of the logits, fixed before any mask changes."""
+        logits = logits_of(trace.output)
+        if self.score is not None or logits is None or logits.dim() == 2:
+            return None
+        real = trace.real[trace.ends[0]]
+        return places(trace.place(position), real, last=True)
+
+    def _removable(self, trace: Trace, position: Position) -> Tensor:
+        real = trace.real[self.stream].clone()
+        n = real.shape[1]
+        if self.picture:
+            real[:, : prefix(self.feed, self.stream, n)] = False
+            return real
+        own = self.stream in trace.ends
+        at = None if isinstance(position, str) or not own else position
+        kept = places(at, real, last=trace.last(self.stream) if own else True)
+        real[torch.arange(real.shape[0], device=real.device), kept] = False
+        return real
+
+    def values(self, row: int, keep: Tensor, logits: bool = False) -> Tensor:
+        """[k]: the value of one row of the batch under each of keep [k, n], True = stays."""
+        one, found = self.feed.row(row), []
+        with torch.no_grad(), still(self.feed.model):
+            for part in keep.split(self.batch_size):
+                feed = self._without(one, part)
+                output = feed(use_cache=False) if feed.takes("use_cache") else feed()
+                found.append(self._value(output, feed, row, logits))
+        return torch.cat(found).double()
+
+    def _value(self, output: Any, feed: Feed, row: int, logits: bool) -> Tensor:
+        if self.score is not None or logits:
+            target = None if self.target is None else int(self.target[row])
+            return scored(output, feed, target, self._at(row), self.score)
+        given = logits_of(output)
+        assert given is not None
+        assert self.target is not None
+        return at_place(given, feed, self._at(row)).softmax(-1)[:, int(self.target[row])]
+
+    def _at(self, row: int) -> Position:
+        return int(self.position[row]) if isinstance(self.position, Tensor) else None
+
+    def _without(self, one: Feed, keep: Tensor) -> Feed:
+        k, name = keep.shape[0], one.main
+        if self.remove == "attention":
+            mask = one.named.get("attention_mask")
+            base = torch.ones_like(keep[:1], dtype=torch.long) if mask is None else mask
+            return one.repeated(k, {"attention_mask": base * keep.to(base.dtype)})
+        whole = one.named[name]
+        if name == "input_ids":
+            model: Any = self.feed.model
+            if not one.takes("inputs_embeds"):
+                raise ValueError(f"{type(model).__name__} takes no inputs_embeds: its tokens cannot be zeroed")
+            whole, name = model.get_input_embeddings()(whole), "inputs_embeds"
+        share = keep.to(whole.dtype)
+        if self.picture:
+            rows, columns = patches(self.feed.model, whole)
+            grid = share[:, -rows * columns :].unflatten(1, (rows, columns))
+            high, wide = whole.shape[-2] // rows, whole.shape[-1] // columns
+            share = grid.repeat_interleave(high, 1).repeat_interleave(wide, 2)[:, None]
+        else:
+            share = share[..., None]
+        gone = {"input_ids": None} if name == "inputs_embeds" else {}
+        return one.repeated(k, {**gone, name: whole * share})
+
+    def curve(self, attribution: Attributed, insert: bool, steps: int) -> Curve:
+        """Removes tokens, most important first, in so many steps; or puts them back, after all are gone."""
+        order_of = self.own(attribution)
+        if steps < 1:
+            raise ValueError(f"steps={steps}: a curve needs at least one")
+        values = []
+        for row in range(self.feed.rows):
+            free = self.removable[row].nonzero()[:, 0]
+            order = free[order_of[row][free].argsort(descending=True, stable=True)]
+            keep = torch.ones(steps + 1, self.removable.shape[1], dtype=torch.bool, device=order.device)
+            if insert:
+                keep[:, order] = False
+            for step in range(steps + 1):
+                keep[step, order[: round(step * len(order) / steps)]] = insert
+            values.append(self.values(row, keep).tolist())
+        return Curve([step / steps for step in range(steps + 1)], values)
+
+    def leave_one_out(self) -> Tensor:
+        """[b, n]: what the value loses when one token goes, in logits; 0 where none may go."""
+        found = torch.zeros(self.removable.shape, dtype=torch.float64, device=self.removable.device)
+        for row in range(self.feed.rows):
+            free = self.removable[row].nonzero()[:, 0]
+            keep = torch.ones(len(free) + 1, self.removable.shape[1], dtype=torch.bool, device=free.device)
+            keep[torch.arange(1, len(free) + 1), free] = False
+            values = self.values(row, keep, logits=True)
+            found[row, free] = values[0] - values[1:]
+        return found
+
+    def own(self, attribution: Attributed) -> Tensor:
+        """The stream that tokens are removed from, of an attribution."""
+        given = attribution[self.stream] if isinstance(attribution, Mapping) else attribution
+        if given.shape != self.removable.shape:
+            raise ValueError(f"the attribution is {list(given.shape)}; the tokens are {list(self.removable.shape)}")
+        if not bool(given.isfinite().all()):
+            raise ValueError("the attribution holds NaN or infinity")
+        return given
+
+
+def deletion_curve(
+    model: nn.Module, inputs: Any, attribution: Attributed, target: Target = None, *, steps: int = 20, **options: Any
+) -> Curve:
+    """The target's probability as the tokens that are called most important are removed first: a faithful attribution
+    lets it fall soon, so a small area is good. options: Removal's."""
+    return Removal(model, inputs, target, **options).curve(attribution, False, steps)
+
+
+def insertion_curve(
+    model: nn.Module, inputs: Any, attribution: Attributed, target: Target = None, *, steps: int = 20, **options: Any
+) -> Curve:
+    """The same from nothing, putting the most important tokens back first: a large area is good."""
+    return Removal(model, inputs, target, **options).curve(attribution, True, steps)
+
+
+def leave_one_out(model: nn.Module, inputs: Any, target: Target = None, **options: Any) -> Tensor:
+    """[b, n]: the target's logit less that without the token; 0 for tokens that are never removed (see Removal)."""
+    return Removal(model, inputs, target, **options).leave_one_out()
+
+
+def rank_correlation(attribution: Tensor, reference: Tensor, counted: Tensor | None = None) -> list[float]:
+    """Spearman's rank correlation of each row's tokens (counted [b, n]: which); NaN where either is constant."""
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+
+    found = []
+    for row in range(attribution.shape[0]):
+        chosen = slice(None) if counted is None else counted[row]
+        a, b = (each[row][chosen].double().cpu().numpy() for each in (attribution, reference))
+        flat = len(a) < 2 or (a == a[0]).all() or (b == b[0]).all()
+        found.append(math.nan if flat else float(spearmanr(a, b).statistic))
+    return found
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """One method, means over the batch. deletion: small is good; insertion and correlation: large."""
+
+    method: str
+    deletion: float
+    insertion: float
+    correlation: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """rows: one per method, in the order asked for. refused: method -> why this model cannot have it."""
+
+    rows: list[Faithfulness]
+    refused: dict[str, str]
+    remove: str
+    steps: int
+    attributions: dict[str, Tensor] = field(repr=False)
+    leave_one_out: Tensor = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, fit for JSON; NaN as None."""
+        rows = [{key: None if value != value else value for key, value in asdict(row).items()} for row in self.rows]
+        tokens = {name: own.tolist() for name, own in self.attributions.items()}
+        return {
+            "rows": rows, "refused": self.refused, "remove": self.remove, "steps": self.steps,
+            "attributions": tokens, "leave_one_out": self.leave_one_out.tolist(),
+        }  # fmt: skip
+
+
+def compare_attributions(
+    model: nn.Module,
+    inputs: Any,
+    target: Target = None,
+    methods: Sequence[str | Attribution] | None = None,
+    *,
+    additional_forward_args: Any = None,
+    position: Position = None,
+    score: Score | None = None,
+    remove: str | None = None,
+    steps: int = 20,
+    batch_size: int = 16,
+) -> Comparison:
+    """Attributions of one input by several methods, with the faithfulness of each.
+
+    methods: names out of METHODS or Attribution objects; None: all, and those that the model cannot have are told in
+    `refused` instead of raised. "random" is an order by chance, the floor that a method has to beat.
+    """
+    named = _named(model, methods, score)
+    removal = Removal(
+        model, inputs, target, additional_forward_args,
+        position=position, score=score, remove=remove, batch_size=batch_size,
+    )  # fmt: skip
+    reference = removal.leave_one_out()
+    rows, refused, attributions = [], {}, {}
+    for name, method in named.items():
+        start = time.perf_counter()
+        try:
+            given = removal.own(method.attribute(inputs, target, additional_forward_args, position=position))
+        except ValueError as error:
+            if methods is not None:
+                raise
+            refused[name] = str(error)
+            continue
+        seconds = time.perf_counter() - start
+        deletion = removal.curve(given, False, steps).auc
+        insertion = removal.curve(given, True, steps).auc
+        correlation = rank_correlation(given, reference, removal.removable)
+        attributions[name] = given
+        rows.append(Faithfulness(name, _mean(deletion), _mean(insertion), _mean(correlation), seconds))
+    return Comparison(rows, refused, removal.remove, steps, attributions, reference)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _named(
+    model: nn.Module, methods: Sequence[str | Attribution] | None, score: Score | None
+) -> dict[str, Attribution]:
+    from manyheads.explain.attributions import METHODS
+
+    named: dict[str, Attribution] = {}
+    for method in METHODS if methods is None else methods:
+        if isinstance(method, str):
+            if method not in METHODS:
+                raise ValueError(f"no method {method!r}; there are {', '.join(METHODS)}")
+            named[method] = METHODS[method](model, score)
+        elif isinstance(method, Attribution):
+            name, number = type(method).__name__, 1
+            while (own := name if number == 1 else f"{name} {number}") in named:
+                number += 1
+            named[own] = method
+        else:
+            raise ValueError(f"{method!r} is no method: give a name or an Attribution")
+    if not named:
+        raise ValueError("no methods to compare")
+    return named

@@ -1,0 +1,308 @@
+"""What is read off attention weights: mass on keys of a kind, distance, entropy, stable rank, mass on an image.
+
+    mass of a rule     mean over queries i that have such keys of sum_{j in rule(i)} A_ij
+    distance           mean_i sum_j A_ij |i - j|, in tokens; on pictures between centres of patches, in patches
+    entropy            mean_i -sum_j A_ij log A_ij, in nats
+    stable rank        |A|_F^2 / |A|_2^2 of a head's A [n, m], between 1 and its rank
+The rules are those of `manyheads.heads.scores` (echo, induction: arXiv 2407.15891; first and last tokens: 2309.17453);
+where a model sees ahead, keys on both sides count. Previous and next token, special tokens: arXiv 1906.04341. Distance:
+arXiv 2010.11929. |A|_2 is Lanczos' value on A^T A, from rows in blocks, so that one head's A is the most that is held.
+Visual tokens (arXiv 2412.18108): mass on the image's tokens of queries after it, and how concentrated it is, here
+1 - H(p) / log|image| with p that mass made to sum to one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.explain.attributions.feed import Feed
+from manyheads.explain.attributions.grid import patches, prefix
+from manyheads.explain.detectors.reading import Measure, Rows, even, row_blocks, shares
+from manyheads.explain.detectors.subject import Sample, Subject, sees_ahead
+from manyheads.explain.taps import BLOCK_WEIGHTS
+from manyheads.heads.scores import (
+    SINKS,
+    Rule,
+    after_copies,
+    copies,
+    equal_tokens,
+    first_tokens,
+    last_tokens,
+    token_before,
+)
+
+_LANCZOS = 24
+
+
+# -- mass on keys of a kind ------------------------------------------------------------------------------------------
+
+
+class Mass(Measure):
+    """Mean mass on keys by rule. rules: name -> rule(sample, n, both) for n tokens; both: the layer sees ahead."""
+
+    def __init__(self, rules: Mapping[str, Callable[[Sample, int, bool], Rule]]):
+        self.rules = rules
+        self.mass: dict[int, Tensor] = {}
+        self.queries: dict[int, Tensor] = {}
+        self._rules: list[Rule] = []
+
+    def call(self, call: Any, sample: Sample) -> None:
+        n, both = tokens(call), sees_ahead(call)
+        self._rules = [rule(sample, n, both) for rule in self.rules.values()]
+
+    def block(self, call: Any, weights: Tensor, rows: slice, sample: Sample) -> None:
+        """One product for all rules; each rule's queries are those that have such a key."""
+        i = torch.arange(rows.start, rows.stop, device=weights.device)[:, None]
+        j = torch.arange(weights.shape[-1], device=weights.device)[None]
+        chosen = torch.stack([rule(i, j) for rule in self._rules])
+        mass = weights[0].flatten(1) @ chosen.flatten(1).to(weights.dtype).T
+        layer, queries = call.layer, chosen.any(-1).sum(-1).cpu()
+        self.mass[layer] = self.mass.get(layer, 0) + mass.T.double().cpu()
+        self.queries[layer] = self.queries.get(layer, 0) + queries
+
+    def scores(self) -> dict[str, Tensor]:
+        """NaN where no query had such a key."""
+        found = {}
+        for index, name in enumerate(self.rules):
+            rows = [
+                self.mass[layer][index] / (int(self.queries[layer][index]) or math.nan) for layer in sorted(self.mass)
+            ]
+            found[name] = even(rows)
+        return found
+
+
+def tokens(call: Any) -> int:
+    return int((call.query if hasattr(call, "query") else call.weights()).shape[2])
+
+
+def ids_of(sample: Sample, name: str) -> Tensor:
+    if sample.ids is None:
+        raise ValueError(
+            f"{name} compares tokens, and these inputs have no ids: it reads text, not pictures or vectors"
+        )
+    return sample.ids
+
+
+def previous(sample: Sample, n: int, both: bool) -> Rule:
+    return token_before
+
+
+def following(sample: Sample, n: int, both: bool) -> Rule:
+    if not both:
+        raise ValueError("next: this model does not see ahead, so that no head can attend to the next token")
+    return lambda i, j: j == i + 1
+
+
+def duplicate(sample: Sample, n: int, both: bool) -> Rule:
+    ids = ids_of(sample, "duplicate")
+    return (lambda i, j: (j != i) & (ids[i] == ids[j])) if both else equal_tokens(ids)
+
+
+def echo(sample: Sample, n: int, both: bool) -> Rule:
+    if not sample.period:
+        return duplicate(sample, n, both)
+    rule, ids = copies(sample.period, sample.start), sample.ids
+    return (lambda i, j: rule(i, j) | (rule(j, i) & (ids[i] == ids[j]))) if both and ids is not None else rule
+
+
+def induction(sample: Sample, n: int, both: bool) -> Rule:
+    """Keys that follow earlier copies of the query's token; not the query itself."""
+    if sample.period and not both:
+        return after_copies(sample.period, sample.start)
+    ids = ids_of(sample, "induction")
+
+    def rule(i: Tensor, j: Tensor) -> Tensor:
+        after = (j >= 1) & (ids[(j - 1).clamp_min(0)] == ids[i]) & (j - 1 != i)
+        return after & ((j != i) | (not both)) if both else after & (j <= i)
+
+    return rule
+
+
+def sink(sample: Sample, n: int, both: bool) -> Rule:
+    """The first tokens; of a model that sees ahead the tokenizer's own, or the first token."""
+    if not both:
+        return first_tokens(*window(n))
+    special = sample.special
+    if special is None or not bool(special.any()):
+        return lambda i, j: (j == 0) & (i > 0)
+    return lambda i, j: special[j] & ~special[i]
+
+
+def local(sample: Sample, n: int, both: bool) -> Rule:
+    sinks, recent = window(n)
+    return (lambda i, j: (i - j).abs() < recent) if both else last_tokens(sinks, recent)
+
+
+def window(n: int) -> tuple[int, int]:
+    """First and last tokens that sinks and local mass look at: 4 and a sixteenth, fewer in short inputs."""
+    return min(SINKS, max(1, n // 8)), max(2, n // 16)
+
+
+# -- distance, entropy, rank -----------------------------------------------------------------------------------------
+
+
+class Distance(Measure):
+    def __init__(self, subject: Subject):
+        self.subject, self.rows, self.sums = subject, Rows(), torch.zeros(0)
+
+    def call(self, call: Any, sample: Sample) -> None:
+        self.sums = torch.zeros(call.heads, dtype=torch.float64)
+        n = tokens(call)
+        feed = Feed(self.subject.model, sample.named)
+        first = prefix(feed, self.subject.stack, n)
+        at = torch.arange(n, device=self.subject.device)
+        places = at[:, None].float()
+        if self.subject.pictures and sample.named.get("pixel_values") is not None:
+            broad = patches(self.subject.model, sample.named["pixel_values"])[1]
+            places = torch.stack([(at - first) // broad, (at - first) % broad], 1).float()
+        self.places, self.first = places, first
+
+    def block(self, call: Any, weights: Tensor, rows: slice, sample: Sample) -> None:
+        """Between patches alone, where something stands before them (class token, registers)."""
+        start = max(self.first, rows.start)
+        weights = weights[:, :, start - rows.start :, self.first :]
+        keys = self.places[self.first : self.first + weights.shape[-1]]
+        far = torch.cdist(self.places[start : rows.stop], keys).to(weights.dtype)
+        mass = weights.sum(-1, keepdim=True) if self.first else 1.0
+        part = torch.einsum("bhnm,nm->bhn", weights, far) / torch.as_tensor(mass, device=far.device).squeeze(-1)
+        self.sums += part.double().sum((0, 2)).cpu()
+
+    def done(self, call: Any, sample: Sample) -> None:
+        self.rows.add(call.layer, self.sums / (tokens(call) - self.first))
+
+    def scores(self) -> dict[str, Tensor]:
+        return {"distance": self.rows.mean()}
+
+
+class Entropy(Measure):
+    def __init__(self) -> None:
+        self.rows, self.sums = Rows(), torch.zeros(0)
+
+    def call(self, call: Any, sample: Sample) -> None:
+        self.sums = torch.zeros(call.heads, dtype=torch.float64)
+
+    def block(self, call: Any, weights: Tensor, rows: slice, sample: Sample) -> None:
+        self.sums += torch.special.entr(weights).sum(-1).double().sum((0, 2)).cpu()
+
+    def done(self, call: Any, sample: Sample) -> None:
+        self.rows.add(call.layer, self.sums / tokens(call))
+
+    def scores(self) -> dict[str, Tensor]:
+        return {"entropy": self.rows.mean()}
+
+
+class StableRank(Measure):
+    needs_weights = False
+
+    def __init__(self) -> None:
+        self.rows = Rows()
+
+    def call(self, call: Any, sample: Sample) -> None:
+        self.rows.add(call.layer, torch.stack([stable_rank(call, head) for head in range(call.heads)]))
+
+    def scores(self) -> dict[str, Tensor]:
+        return {"rank": self.rows.mean()}
+
+
+def stable_rank(call: Any, head: int) -> Tensor:
+    """|A|_F^2 / |A|_2^2 of one head's weights."""
+    n, m = tokens(call), (call.key.shape[2] if hasattr(call, "key") else tokens(call))
+    kept = None
+    if n * m <= BLOCK_WEIGHTS:
+        kept = list(_of_head(call, head))
+    frobenius = torch.zeros((), dtype=torch.float64)
+
+    def gram(vector: Tensor) -> Tensor:
+        """A^T A v, every block read once."""
+        out = torch.zeros_like(vector)
+        for block in kept if kept is not None else _of_head(call, head):
+            seen = block.shape[1]
+            out[:seen] += block.T @ (block @ vector[:seen])
+        return out
+
+    for block in kept if kept is not None else _of_head(call, head):
+        frobenius += block.square().sum(dtype=torch.float64).cpu()
+    return frobenius / greatest_eigenvalue(gram, m, _like(call)).cpu()
+
+
+def _like(call: Any) -> Tensor:
+    found: Tensor = call.output
+    return found.new_zeros((), dtype=torch.promote_types(found.dtype, torch.float32))
+
+
+def _of_head(call: Any, head: int) -> Iterator[Tensor]:
+    """[rows, m] in blocks that stay in a core's cache."""
+    if not hasattr(call, "query"):
+        yield shares(call, row_blocks(call)[0])[0, head]
+        return
+    n, m = tokens(call), call.key.shape[2]
+    step = max(1, BLOCK_WEIGHTS // (16 * m))
+    for first in range(0, n, step):
+        yield shares(call, slice(first, min(n, first + step)), [head])[0, 0]
+
+
+def greatest_eigenvalue(matrix: Callable[[Tensor], Tensor], size: int, like: Tensor) -> Tensor:
+    """Lanczos' greatest Ritz value of a symmetric matrix [size, size], with all vectors kept orthogonal."""
+    generator = torch.Generator().manual_seed(0)
+    # Weights are not negative, so that their first singular vector is not either: nearly all of the start lies there.
+    vector = (1 + 0.1 * torch.randn(size, generator=generator, dtype=torch.float64)).to(like)
+    basis = [vector / vector.norm()]
+    steps = min(_LANCZOS, size)
+    tri = torch.zeros(steps, steps, dtype=torch.float64)
+    for k in range(steps):
+        new = matrix(basis[k])
+        tri[k, k] = (new @ basis[k]).double()
+        known = torch.stack(basis)
+        for _ in range(2):
+            new = new - known.T @ (known @ new)
+        size_of = new.norm()
+        if k + 1 == steps or float(size_of) <= 1e-6 * float(tri[0, 0].abs()):
+            return torch.linalg.eigvalsh(tri[: k + 1, : k + 1])[-1]
+        tri[k, k + 1] = tri[k + 1, k] = size_of.double()
+        basis.append(new / size_of)
+    raise AssertionError("a matrix has at least one row")
+
+
+# -- visual tokens ---------------------------------------------------------------------------------------------------
+
+
+class Visual(Measure):
+    """Mass on an image's tokens of the queries after it (of all other tokens, in a model that sees ahead)."""
+
+    def __init__(self) -> None:
+        self.mass, self.sharp = Rows(), Rows()
+
+    def call(self, call: Any, sample: Sample) -> None:
+        image = sample.image
+        if image is None or bool(image.all()):
+            raise ValueError(
+                "visual: no tokens of these inputs stand for an image: give inputs= of a model whose config has an "
+                "image_token_id, or image_span=(start, stop)"
+            )
+        at = torch.arange(len(image), device=image.device)
+        self.asks = ~image if sees_ahead(call) else at > int(image.nonzero()[-1])
+        if not bool(self.asks.any()):
+            raise ValueError("visual: no token comes after the image, so that none can look at it")
+        self.sums = torch.zeros(2, call.heads, dtype=torch.float64)
+
+    def block(self, call: Any, weights: Tensor, rows: slice, sample: Sample) -> None:
+        assert sample.image is not None
+        own = weights[0][:, self.asks[rows]][:, :, sample.image[: weights.shape[-1]]].double()
+        mass = own.sum(-1)
+        p = own / mass.clamp_min(torch.finfo(torch.float64).tiny)[..., None]
+        most = math.log(own.shape[-1]) or 1.0
+        sharp = 1 - torch.special.entr(p).sum(-1) / most
+        self.sums += torch.stack([mass.sum(-1), sharp.sum(-1)]).cpu()
+
+    def done(self, call: Any, sample: Sample) -> None:
+        mean = self.sums / int(self.asks.sum())
+        self.mass.add(call.layer, mean[0])
+        self.sharp.add(call.layer, mean[1])
+
+    def scores(self) -> dict[str, Tensor]:
+        return {"visual": self.mass.mean(), "visual-concentration": self.sharp.mean()}

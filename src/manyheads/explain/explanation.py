@@ -1,0 +1,374 @@
+"""An explanation of one input: what the model says, where its heads look, which tokens count, as views and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from manyheads.loading import Loaded, load_model
+
+if TYPE_CHECKING:
+    from manyheads.explain.views import View
+
+# Called with what is done and what share of the whole that is.
+Progress = Callable[[str, float], None]
+# Measuring faithfulness runs the model once per token.
+FAITHFUL_TOKENS = 256
+# Queries, keys and a plane of them are shown for inputs up to so many tokens.
+VECTOR_TOKENS = 512
+TARGETED = ("logit-flow", "relevance", "attention-gradient", "input-gradient")
+UNTARGETED = ("raw-attention", "rollout", "value-norm")
+
+
+@dataclass
+class Explanation:
+    """report: plain numbers, fit for JSON. views: what a page shows. note: the page's first lines."""
+
+    title: str
+    note: str
+    report: dict[str, Any]
+    views: list[View] = field(repr=False)
+
+    def write(self, folder: str | Path) -> tuple[Path, Path]:
+        """Writes explain.html and explain.json, each whole or not at all."""
+        from manyheads.compare.summary import write_atomically
+        from manyheads.explain.views import write_page
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        page = write_page(folder / "explain.html", self.views, title=self.title, note=self.note)
+        data = folder / "explain.json"
+        write_atomically(data, json.dumps(self.report, indent=1, ensure_ascii=False).encode())
+        return page, data
+
+
+def load_any(name: str | Path | None) -> Loaded:
+    """A model by its own class, as its config names it: decoders, encoders, both, vision."""
+    if name is None:
+        return load_model()
+    config = Path(name) / "config.json"
+    if Path(name).exists() and not config.is_file():
+        return load_model(name)  # says what is wrong with it
+    if config.is_file():
+        try:
+            known = json.loads(config.read_text()).get("architectures") or []
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{config} is not JSON ({error}): give a folder that save_pretrained wrote") from error
+    else:
+        from transformers import AutoConfig
+
+        known = AutoConfig.from_pretrained(str(name), trust_remote_code=False).architectures or []
+    return load_model(name, auto=str(known[0]) if known else "AutoModel")
+
+
+def speaks(model: Any) -> bool:
+    """Whether the model is a causal language model, which answers at its last token."""
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder
+
+
+def explain_text(
+    loaded: Loaded,
+    text: str,
+    *,
+    methods: Sequence[str] | None = None,
+    target: str | None = None,
+    layers: Sequence[int] | None = None,
+    heads: bool = True,
+    page_mb: float = 48,
+    progress: Progress = lambda what, share: None,
+) -> Explanation:
+    """methods: names out of attributions.METHODS; None: some that the model can have. target: for a language model a
+    text whose first token is explained, for a classifier the number of a class; None: what the model itself says.
+    heads: score all heads by the detectors. ValueError for an empty text, one that is too long, an unknown target."""
+    model = loaded.model
+    inputs, tokens = encoded(loaded, text)
+    progress(f"reading {len(tokens)} tokens", 0.0)
+    with torch.no_grad():
+        output = model(**inputs)
+    answer = _answer(loaded, output)
+    chosen = _target(loaded, target, answer)
+    progress("attention of every head", 0.1)
+    views, report = _attention_views(loaded, inputs, tokens, layers, page_mb)
+    report = {"model": _identity(loaded), "text": text, "tokens": tokens, "answer": answer, "target": chosen, **report}
+    progress("attributions", 0.4)
+    shown, report["attributions"] = _attributions(loaded, inputs, tokens, chosen, methods)
+    views[:0] = shown
+    if heads and speaks(model):
+        progress("head detectors", 0.8)
+        table, report["heads"] = _detected(loaded)
+        views.append(table)
+    progress("done", 1.0)
+    return Explanation(f"{loaded.name}: what its heads do", _note(loaded, tokens, answer, chosen), report, views)
+
+
+def encoded(loaded: Loaded, text: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The model's inputs [1, n], and a string per token."""
+    if not text.strip():
+        raise ValueError("the text is empty: give --text or a --file with some words")
+    config = loaded.config
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if loaded.tokenizer is None:
+        ids = torch.tensor([loaded.encode(text)])
+    else:
+        ids = torch.tensor([loaded.tokenizer(text, truncation=False)["input_ids"]])
+    if most is not None and ids.shape[1] > most:
+        raise ValueError(
+            f"the text has {ids.shape[1]:,} tokens, {loaded.name} has positions for {most:,}: give a shorter one"
+        )
+    ids = ids.to(next(loaded.model.parameters()).device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, loaded.tokens(ids[0].tolist())
+
+
+def explain_image(
+    loaded: Loaded,
+    path: str | Path,
+    *,
+    methods: Sequence[str] | None = None,
+    target: str | None = None,
+    layers: Sequence[int] | None = None,
+    page_mb: float = 48,
+    progress: Progress = lambda what, share: None,
+) -> Explanation:
+    """The same of a picture, for a vision model with patches: maps over the image instead of coloured tokens."""
+    from manyheads.explain.views import Panel, read_store, view_heads, view_image, view_maps
+    from manyheads.explain.views import view_model as picture_of_all
+
+    image, inputs = pictured(loaded, path)
+    with torch.no_grad():
+        output = loaded.model(**inputs)
+    answer = _answer(loaded, output)
+    chosen = _target(loaded, target, answer)
+    progress("attention of every head", 0.2)
+    store = read_store(loaded.model, inputs, layers=layers, budget_mb=page_mb, kind="self")
+    tokens = _patches(loaded, store.n)
+    panel = Panel(store, tokens)
+    progress("attributions", 0.5)
+    values = _image_values(loaded, inputs, chosen, methods)
+    grids = {name: _grid(loaded, own) for name, own in values.items()}
+    views = [
+        view_image(image, grids, title="Which patches count"),
+        view_heads(panel),
+        picture_of_all(panel),
+        view_maps(store),
+    ]
+    maps = {name: [[round(float(v), 6) for v in row] for row in own] for name, own in grids.items()}
+    report = {"model": _identity(loaded), "image": Path(path).name, "answer": answer, "target": chosen, "maps": maps}
+    progress("done", 1.0)
+    best = f"; the model's answer: {answer[0]['name']} ({answer[0]['probability']:.1%})" if answer else ""
+    return Explanation(f"{loaded.name}: what its heads see", f"{store.n} tokens{best}.", report, views)
+
+
+def pictured(loaded: Loaded, path: str | Path) -> tuple[Any, dict[str, Tensor]]:
+    """The image as the model gets it, RGB, and the pixels [1, channels, height, width]."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    config = loaded.model.config
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    if size is None or channels not in (1, 3):
+        raise ValueError(f"{loaded.name} reads no images: give --text, or a vision model with image_size in its config")
+    try:
+        with Image.open(path) as opened:
+            if opened.width * opened.height > 10**8:
+                raise ValueError(f"{path} has {opened.width} x {opened.height} pixels: give one below 100 megapixels")
+            if opened.mode not in ("L", "RGB", "RGBA", "P", "1", "LA"):
+                raise ValueError(f"{path} is of mode {opened.mode}: convert it to RGB or L first")
+            image = opened.convert("L" if channels == 1 else "RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no image that can be read: {error}") from error
+    height, width = (size, size) if isinstance(size, int) else size
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(image)).float() / 255
+    pixels = pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)
+    mean, spread = _normalisation(loaded.name, channels)
+    return image, {"pixel_values": ((pixels - mean) / spread)[None]}
+
+
+def _normalisation(name: str, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and spread per channel from the folder's preprocessor_config.json; 0.5 and 0.5 where there is none."""
+    path = Path(name) / "preprocessor_config.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    each = [found.get(key, [0.5] * channels) for key in ("image_mean", "image_std")]
+    mean, spread = (torch.tensor(own, dtype=torch.float32).view(-1, 1, 1) for own in each)
+    return mean, spread
+
+
+def _patches(loaded: Loaded, count: int) -> list[str]:
+    """Names of the tokens: those before the patches, then row.column."""
+    rows, columns = _sides(loaded)
+    extra = count - rows * columns
+    return [f"[{i}]" if extra > 1 else "[CLS]" for i in range(extra)] + [
+        f"{row}.{column}" for row in range(rows) for column in range(columns)
+    ]
+
+
+def _sides(loaded: Loaded) -> tuple[int, int]:
+    config = loaded.model.config
+    size, patch = config.image_size, config.patch_size
+    height, width = (size, size) if isinstance(size, int) else size
+    down, across = (patch, patch) if isinstance(patch, int) else patch
+    return height // down, width // across
+
+
+def _image_values(
+    loaded: Loaded, inputs: dict[str, Tensor], target: int | None, methods: Sequence[str] | None
+) -> dict[str, Tensor]:
+    from manyheads.explain.attributions import METHODS
+
+    names = methods or ((*UNTARGETED, "relevance", "grad-cam") if target is not None else UNTARGETED)
+    values = {}
+    for name in _known(names):
+        method = METHODS[name](loaded.model, None)
+        values[name] = _of_text(method.attribute(inputs, target if method.of_target else None))
+    return values
+
+
+def _known(names: Sequence[str]) -> Sequence[str]:
+    from manyheads.explain.attributions import METHODS
+
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ValueError(f"--method {unknown[0]!r} is none of {', '.join(METHODS)}")
+    return names
+
+
+def _grid(loaded: Loaded, values: Tensor) -> Any:
+    """[rows, columns] of the patches, without the tokens before them."""
+    rows, columns = _sides(loaded)
+    return values[-rows * columns :].view(rows, columns).float().numpy()
+
+
+def _identity(loaded: Loaded) -> dict[str, Any]:
+    config = loaded.config
+    keys = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    known = {key: getattr(config, key, None) for key in keys}
+    return {"name": loaded.name, **{key: value for key, value in known.items() if value is not None}}
+
+
+def _answer(loaded: Loaded, output: Any) -> list[dict[str, Any]]:
+    """The five likeliest next tokens or classes; nothing for a model that only encodes."""
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        return []
+    last = logits[0, -1] if logits.dim() == 3 else logits[0]
+    if not bool(torch.isfinite(last).all()):
+        raise ValueError(f"{loaded.name} gives NaN or infinite logits for this input: its weights are damaged")
+    top = last.float().softmax(-1).topk(min(5, last.numel()))
+    names = getattr(loaded.model.config, "id2label", None) or {}
+    found = []
+    for share, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+        name = loaded.tokens([index])[0] if speaks(loaded.model) else str(names.get(index, index))
+        found.append({"id": index, "name": name, "probability": round(share, 6)})
+    return found
+
+
+def _target(loaded: Loaded, target: str | None, answer: list[dict[str, Any]]) -> int | None:
+    if not answer:
+        if target is not None:
+            raise ValueError(f"{loaded.name} gives no logits, so there is no target to explain: leave --target out")
+        return None
+    if target is None:
+        return int(answer[0]["id"])
+    if speaks(loaded.model):
+        ids = loaded.encode(target)
+        if not ids:
+            raise ValueError("--target is empty: give the token that is to be explained")
+        return ids[0]
+    classes = int(loaded.model.config.num_labels)
+    if not target.isdigit() or int(target) >= classes:
+        raise ValueError(f"--target {target!r}: {loaded.name} has classes 0 to {classes - 1}")
+    return int(target)
+
+
+def _attention_views(
+    loaded: Loaded, inputs: dict[str, Tensor], tokens: list[str], layers: Sequence[int] | None, page_mb: float
+) -> tuple[list[View], dict[str, Any]]:
+    from manyheads.explain.taps import record
+    from manyheads.explain.views import (
+        Panel,
+        read_store,
+        view_embedding,
+        view_flow,
+        view_heads,
+        view_maps,
+        view_neurons,
+    )
+    from manyheads.explain.views import view_model as picture_of_all
+
+    store = read_store(loaded.model, inputs, layers=layers, budget_mb=page_mb * 0.6, kind="self")
+    panel = Panel(store, tokens)
+    views = [view_heads(panel), picture_of_all(panel), view_flow(store, tokens), view_maps(store)]
+    if len(tokens) <= VECTOR_TOKENS:
+        with torch.no_grad(), record(loaded.model, layers=layers, kind="self") as calls:
+            loaded.model(**inputs)
+        views += [view_neurons(calls, tokens, budget_mb=page_mb), view_embedding(calls, tokens)]
+    report = {
+        "layers": list(store.layers),
+        "entropy": _rows(store.entropy),
+        "distance": None if store.distance is None else _rows(store.distance),
+        "kept": _rows(store.share),
+    }
+    return views, report
+
+
+def _rows(grid: Any) -> list[list[float]]:
+    return [[round(float(value), 4) for value in row] for row in grid]
+
+
+def _attributions(
+    loaded: Loaded, inputs: dict[str, Tensor], tokens: list[str], target: int | None, methods: Sequence[str] | None
+) -> tuple[list[View], dict[str, Any]]:
+    """Values for every token, and how faithful each method is where the text is short enough to measure that."""
+    from manyheads.explain.attributions import METHODS, compare_attributions
+    from manyheads.explain.views import view_text
+
+    names = list(_known(methods or ((*TARGETED, *UNTARGETED) if target is not None else UNTARGETED)))
+    found: dict[str, Any] = {}
+    if target is not None and len(tokens) <= FAITHFUL_TOKENS:
+        compared = compare_attributions(loaded.model, inputs, target, names, steps=10)
+        values = {name: own[0] for name, own in compared.attributions.items()}
+        rows = {row.method: row for row in compared.rows}
+        found["faithfulness"] = compared.to_dict()["rows"]
+        labels = {name: f"{name} (deletion {rows[name].deletion:.2f})" for name in values}
+    else:
+        made = {name: METHODS[name](loaded.model, None) for name in names}
+        asked = {name: target if own.of_target else None for name, own in made.items()}
+        values = {name: _of_text(own.attribute(inputs, asked[name])) for name, own in made.items()}
+        labels = {name: name for name in values}
+    found["values"] = {name: [round(float(value), 6) for value in own] for name, own in values.items()}
+    shown = {labels[name]: own.float().cpu().numpy() for name, own in values.items()}
+    return [view_text(tokens, shown, title="Which tokens count")], found
+
+
+def _of_text(found: Any) -> Tensor:
+    """[n]: the one row; of several streams the encoder's."""
+    if isinstance(found, dict):
+        found = found.get("encoder", next(iter(found.values())))
+    own: Tensor = found[0]
+    return own
+
+
+def _detected(loaded: Loaded) -> tuple[View, dict[str, Any]]:
+    from manyheads.explain.detectors import detect, detector_notes
+    from manyheads.explain.views import view_table
+
+    table = detect(loaded)
+    scores = {name: own.numpy() for name, own in table.scores.items()}
+    return view_table(scores, notes=detector_notes(), title="Heads by what they do"), table.to_dict()
+
+
+def _note(loaded: Loaded, tokens: list[str], answer: list[dict[str, Any]], target: int | None) -> str:
+    if not answer:
+        return f"{len(tokens)} tokens; {loaded.name} only encodes: attributions follow its attention, not an answer."
+    best = answer[0]
+    said = f"{len(tokens)} tokens; the model's answer: {best['name']!r} ({best['probability']:.1%})."
+    if target == best["id"]:
+        return said
+    name = loaded.tokens([target])[0] if speaks(loaded.model) and target is not None else str(target)
+    return f"{said} Explained: {name!r}."

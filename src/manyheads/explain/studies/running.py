@@ -1,0 +1,137 @@
+"""Runs a study: every point with every seed is a cell of its own, stored as it finishes and not run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import manyheads
+from manyheads.compare.cells import Cell as Unit
+from manyheads.compare.progress import Progress, duration
+from manyheads.compare.store import Store, now
+from manyheads.compare.summary import SCHEMA, done
+from manyheads.compare.worker import failure
+from manyheads.environment import environment
+from manyheads.explain.studies.study import Cell, Study, create_study, source_of
+
+MOST_SEEDS = 100
+_PRIVATE = ("traceback", "machine")
+
+
+class Shown(Progress):
+    """A comparison's progress, with a study's figures."""
+
+    def __init__(self, units: Sequence[Unit], columns: Mapping[str, str]) -> None:
+        super().__init__(units)
+        self._columns = columns
+
+    def told(self, outcome: Mapping[str, Any]) -> str:
+        took = f" ({duration(outcome['seconds'])})" if "seconds" in outcome else ""
+        if outcome["status"] != "done":
+            return f"{outcome['status']}: {outcome['error']}"
+        figures = [f"{title} {outcome[key]:.3g}" for key, title in self._columns.items() if key in outcome]
+        return ", ".join(figures) + took
+
+
+def run_study(
+    name: str,
+    out: str | Path,
+    *,
+    seeds: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Runs what is not stored in `out` yet, writes study.json and study.html there, and returns the results.
+
+    seeds: how many, the study's own number without it. settings: the study's fields where they are not the defaults.
+    An interrupted run keeps the cells that are finished; the same call goes on from there.
+    """
+    from manyheads.explain.studies.report import write_outputs
+
+    study = create_study(name, **(settings or {}))
+    count = study.seeds if seeds is None else seeds
+    if not 1 <= count <= MOST_SEEDS:
+        raise ValueError(f"{name}: {count} seeds; want 1 to {MOST_SEEDS}")
+    _check_folder(Path(out), name)
+    asked = {"study": name, "seeds": count, **study.config}
+    with Store(out) as store:
+        facts = environment()
+        store.save_experiment(asked, facts)
+        cells = _outcomes(study, list(_units(study, count)), store, Path(out))
+        results = {
+            "schema": SCHEMA,
+            "manyheads": manyheads.__version__,
+            "created": now(),
+            "environment": facts,
+            "experiment": asked,
+            "cells": [{key: value for key, value in cell.items() if key not in _PRIVATE} for cell in cells],
+        }
+        return write_outputs(study, results, Path(out))
+
+
+def _units(study: Study, seeds: int) -> Iterator[Unit]:
+    """Seed by seed, so that a run that is stopped early has every point once."""
+    source = hashlib.sha256(source_of(study).encode()).hexdigest()[:16]
+    for seed in range(seeds):
+        for point in study.points():
+            place = {key: value for key, value in point.items() if key != "label"} | {"seed": seed}
+            settings = {"study": study.name, "config": study.config, "source": source, **place}
+            yield Unit("study", str(point["label"]), place, settings, "")
+
+
+def _outcomes(study: Study, units: list[Unit], store: Store, out: Path) -> list[Cell]:
+    stored = {unit.key: held for unit in units if (held := store.load(unit)) is not None and done(held)}
+    seen = Shown(units, study.columns)
+    for warning in store.warnings:
+        seen.note(f"warning: {warning}")
+    cells: list[Cell] = []
+    try:
+        for unit in units:
+            if unit.key in stored:
+                cells.append(stored[unit.key])
+                seen.known(unit, cells[-1])
+                continue
+            seen.begin(unit)
+            cells.append(run_unit(study, unit))
+            store.save(unit, cells[-1])
+            seen.end(unit, cells[-1])
+    except BaseException:
+        seen.close()
+        seen.note(
+            f"stopped with {len(cells)} of {len(units)} cells finished and kept in {out}; "
+            "run the same command again to go on from there"
+        )
+        raise
+    seen.close()
+    return cells
+
+
+def run_unit(study: Study, unit: Unit) -> dict[str, Any]:
+    """Whatever happens becomes a row: a point that diverges leaves the others alone."""
+    began = time.perf_counter()
+    outcome: dict[str, Any] = {**unit.row, "status": "done", "error": None}
+    point = {**unit.place, "label": unit.mechanism}
+    try:
+        found = study.measure(point, unit.place["seed"])
+        wild = [key for key, value in found.items() if key != "curve" and not math.isfinite(value)]
+        if wild:
+            raise ArithmeticError(f"training diverged: {', '.join(wild)} is not finite")
+        outcome |= found
+    except Exception as error:
+        outcome |= failure(error)
+    return outcome | {"seconds": time.perf_counter() - began}
+
+
+def _check_folder(out: Path, name: str) -> None:
+    """A folder holds one study."""
+    try:
+        held = json.loads((out / "experiment.json").read_text(encoding="utf-8"))["experiment"].get("study")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if held != name:
+        what = "other results" if held is None else f"the study {held}"
+        raise ValueError(f"{out} holds {what}; {name} wants another folder: choose one with --out")

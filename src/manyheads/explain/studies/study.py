@@ -1,0 +1,160 @@
+"""What a study is: a published claim about training dynamics, made small enough to be run and looked at.
+
+A study is a frozen dataclass: its fields are its settings. It names the points that it measures (a model, a width, a
+learning rate), measures one point with one seed at a time, and says from the cells whether the claim was seen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from statistics import mean
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+
+from manyheads.registry import suggest
+
+if TYPE_CHECKING:
+    from manyheads.compare.charts import Plot
+
+Point = Mapping[str, Any]
+Cell = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """seen: whether the claim was seen; None where too little was measured to say. numbers: what that rests on.
+    lines: the same in words."""
+
+    seen: bool | None
+    numbers: dict[str, float] = field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+
+
+class Study(ABC):
+    """title, claim and reference: of the paper. simplified: what differs from it here, and why. columns: the figures of
+    a cell that a short table shows, key to title. seeds: how many are run unless asked otherwise."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    claim: ClassVar[str]
+    reference: ClassVar[str]
+    simplified: ClassVar[str]
+    columns: ClassVar[Mapping[str, str]]
+    seeds: ClassVar[int] = 2
+
+    @abstractmethod
+    def points(self) -> list[Point]:
+        """What is compared; `label` says it in words, the other keys are columns."""
+
+    @abstractmethod
+    def measure(self, point: Point, seed: int) -> dict[str, Any]:
+        """Figures by name, all finite floats; `curve`, where there is one, holds a row per recorded step."""
+
+    @abstractmethod
+    def verdict(self, cells: Sequence[Cell]) -> Verdict:
+        """From the cells that are done, which may be fewer than planned."""
+
+    @abstractmethod
+    def plots(self, cells: Sequence[Cell]) -> list[Plot]:
+        """The study's figures."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload]
+
+
+S = TypeVar("S", bound=type[Study])
+_registered: dict[str, type[Study]] = {}
+
+
+def register_study(cls: S) -> S:
+    """Class decorator: makes a study known by its name."""
+    _registered[cls.name] = cls
+    return cls
+
+
+def _load_all() -> None:
+    import manyheads.explain.studies as package
+
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+
+
+def list_studies() -> list[str]:
+    """Names of all studies, sorted."""
+    _load_all()
+    return sorted(_registered)
+
+
+def study_class(name: str) -> type[Study]:
+    _load_all()
+    if name not in _registered:
+        raise ValueError(f"unknown study {name!r}{suggest(name, _registered)}; there are {', '.join(list_studies())}")
+    return _registered[name]
+
+
+def create_study(name: str, **settings: Any) -> Study:
+    """The study `name`; `settings` are its fields, all of them positive numbers or tuples of such."""
+    cls = study_class(name)
+    known = {own.name: own.default for own in fields(cls)}  # type: ignore[arg-type]
+    for given, value in settings.items():
+        if given not in known:
+            raise ValueError(f"{name} has no setting {given!r}{suggest(given, known)}; it has {', '.join(known)}")
+        _check(name, given, value, known[given])
+    return cls(**settings)
+
+
+def _check(study: str, name: str, value: Any, default: Any) -> None:
+    many = isinstance(default, tuple)
+    values = value if many and isinstance(value, tuple | list) else [value]
+    kind = type(default[0] if many else default)
+    right = values and all(
+        isinstance(one, kind if kind is not float else (int, float)) and not isinstance(one, bool) for one in values
+    )
+    if not right or (kind is not str and min(values) <= 0):
+        want = f"{'some ' if many else 'a '}{'text' if kind is str else f'positive {kind.__name__}'}{'s' if many else ''}"
+        raise ValueError(f"{study}: {name}={value!r}; want {want}, as in the default {default!r}")
+
+
+# -- what studies share ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def seeded(*purpose: str | int) -> Iterator[None]:
+    """torch's own generator, seeded for `purpose` while inside and as it was afterwards: initial weights."""
+    from manyheads.tasks.draw import generator
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(*purpose).initial_seed())
+        yield
+
+
+def average(cells: Iterable[Cell], key: str, **where: Any) -> float | None:
+    """The mean of a figure over the cells whose columns are as given; None where there is none."""
+    found = [float(cell[key]) for cell in cells if all(cell.get(k) == v for k, v in where.items()) and key in cell]
+    return mean(found) if found else None
+
+
+def checkpoints(steps: int, count: int = 40) -> set[int]:
+    """Steps at which a curve is recorded: dense at first, the last one always."""
+    spread = {round(steps * (i / count) ** 2) for i in range(count + 1)}
+    return spread | {0, steps}
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def source_of(study: Study) -> str:
+    """The text that a study's figures come from: who edits it gets new figures, not the stored ones."""
+    from manyheads.explain.studies import tiny
+
+    return "".join(inspect.getsource(module) for module in (inspect.getmodule(type(study)), tiny) if module)

@@ -1,0 +1,175 @@
+"""Views of queries and keys: their product dimension by dimension, and all of them in one plane.
+
+Embedding: Yeh et al., AttentionViz (arXiv 2305.03210). In each head, softmax does not change when a vector is added to
+all keys, and dot products do not when q / c and c k take the place of q and k, so the two clouds can be laid over one
+another: k <- c (k - mean k) + mean q / c, then one projection of both. Divergence: the paper takes the c at which
+distance follows the dot product best, from a search whose code is not published; here c makes the clouds equally wide,
+c = sqrt(rms |q - mean q| / rms |k - mean k|).
+
+Neuron view: after Vig, A Multiscale Visualization of Attention (arXiv 1906.05714).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .attention import Panel, checked_tokens
+from .chunks import deflate, planes
+from .page import View
+from .store import BASE64, AttentionStore, rounded
+
+METHODS = ("pca", "tsne")
+
+
+def view_neurons(
+    calls: Sequence[Any],
+    tokens: Sequence[str],
+    *,
+    key_tokens: Sequence[str] | None = None,
+    heads: Sequence[int] | None = None,
+    batch: int = 0,
+    budget_mb: float = 32,
+    title: str = "Neuron view",
+    theme: str = "auto",
+) -> View:
+    """For a chosen pair of tokens, query, key and their product per dimension, from recorded calls, one per layer.
+
+    Vectors are kept in half precision; score = scale * sum_d q_d k_d, before a mask, a bias or a soft cap; the weights
+    are the model's own. Half of the budget is the weights'.
+    """
+    _need_vectors(calls)
+    first = calls[0]
+    chosen = first.check_heads(heads)
+    n, m, dim = first.query.shape[2], first.key.shape[2], first.query.shape[3]
+    size = len(calls) * len(chosen) * (n + m) * dim * 2 * BASE64 / 1e6
+    if size > budget_mb / 2:
+        raise ValueError(
+            f"queries and keys of {len(calls)} layers, {len(chosen)} heads and {n} tokens take {size:.0f} MB of a "
+            f"page; choose fewer layers or heads, or a budget_mb above {2 * size:.0f}"
+        )
+    store = AttentionStore.from_calls(calls, heads=chosen, batch=batch, budget_mb=budget_mb / 2, signed=False)
+    vectors = {}
+    for layer, call in enumerate(calls):
+        query, key = _joint(call, chosen, batch)
+        for place in range(len(chosen)):
+            both = torch.cat([query[place].ravel(), key[place].ravel()]).clamp(-65504, 65504).half().numpy()
+            vectors[f"{layer}/{place}"] = deflate(planes(both.view(np.uint16), 2))
+    name = _key(vectors.values())
+    blobs = {f"{name}/{at}": data for at, data in vectors.items()} | store.blobs(store.key)
+    payload = {
+        "panel": Panel(store, tokens, key_tokens).spec(store.key), "key": name, "dim": dim,
+        "scale": [call.scale for call in calls],
+    }  # fmt: skip
+    return View("neuron", title, payload, blobs, theme)
+
+
+def view_embedding(
+    calls: Sequence[Any],
+    tokens: Sequence[str],
+    *,
+    method: str = "pca",
+    heads: Sequence[int] | None = None,
+    points: int = 100_000,
+    batch: int = 0,
+    seed: int = 0,
+    title: str = "Queries and keys",
+    theme: str = "auto",
+) -> View:
+    """Queries and keys of all heads in the plane, each head in a field of its own; self-attention, one call per layer.
+
+    method: "pca" or "tsne" (scikit-learn's, slow). With more than `points` of them, evenly spaced positions are shown.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    _need_vectors(calls)
+    chosen = calls[0].check_heads(heads)
+    n, m = calls[0].query.shape[2], calls[0].key.shape[2]
+    if n != m:
+        raise ValueError(f"queries and keys must be of the same tokens; got {n} and {m}")
+    names = checked_tokens(tokens, n, "queries")
+    room = points // (2 * len(calls) * len(chosen))
+    if room < 1:
+        raise ValueError(f"points={points} leaves none for each of {len(calls)} layers and {len(chosen)} heads")
+    positions = np.unique(np.linspace(0, n - 1, min(n, room)).round().astype(int))
+    places, norms, most, explained = [], [], [], []
+    for call in calls:
+        query, key = (vectors[:, positions] for vectors in _joint(call, chosen, batch))
+        for place in range(len(chosen)):
+            plane, share = _flat(query[place], key[place], method, seed)
+            lengths = torch.cat([query[place], key[place]]).norm(dim=1).numpy()
+            places.append(plane)
+            most.append(float(lengths.max()))
+            norms.append((255 * lengths / (most[-1] or 1)).round().astype(np.uint8))
+            explained.append(share)
+    flat = (np.concatenate(places) * 65535).round().astype(np.uint16)
+    data = deflate(planes(flat[:, 0], 2) + planes(flat[:, 1], 2) + np.concatenate(norms).tobytes())
+    name = _key([data])
+    payload = {
+        "layers": [call.layer for call in calls], "heads": chosen, "positions": positions.tolist(),
+        "tokens": [names[position] for position in positions], "points": name, "norms": rounded(np.array(most), 4),
+        "method": {"pca": "principal components", "tsne": "t-SNE"}[method],
+        "explained": rounded(np.array(explained)) if method == "pca" else None,
+        "sampled": n if len(positions) < n else None,
+    }  # fmt: skip
+    return View("embedding", title, payload, {name: data}, theme)
+
+
+def align(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries q / c and keys c (k - mean k) + mean q / c, [n, d], whose attention is that of q and k."""
+    wide = [float((each - each.mean(0)).square().sum(1).mean().sqrt()) for each in (query, key)]
+    c = (wide[0] / wide[1]) ** 0.5 if min(wide) > 0 else 1.0
+    query = query / c
+    return query, c * (key - key.mean(0)) + query.mean(0)
+
+
+def _flat(query: Tensor, key: Tensor, method: str, seed: int) -> tuple[NDArray[np.float64], float]:
+    """Both in the unit square [2n, 2], and the share of variance that it holds."""
+    both = torch.cat(align(query.double(), key.double()))
+    centred = both - both.mean(0)
+    if method == "tsne":
+        from sklearn.manifold import TSNE
+
+        near = max(1.0, min(30.0, (len(both) - 1) / 3))
+        plane = TSNE(perplexity=near, init="random", random_state=seed).fit_transform(centred.numpy()).astype(float)
+        share = float("nan")
+    else:
+        values, axes = torch.linalg.eigh(centred.T @ centred)
+        axes = axes[:, -2:].flip(1)
+        # An axis may point either way: its largest part is made positive, so that a page can be made again.
+        axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+        plane = torch.nn.functional.pad(centred @ axes, (0, 2 - axes.shape[1])).numpy()
+        share = float(values[-2:].sum() / values.sum()) if float(values.sum()) > 0 else 1.0
+    low, wide = plane.min(0), float((plane.max(0) - plane.min(0)).max()) or 1.0
+    return (plane - low) / wide + (1 - (plane.max(0) - low) / wide) / 2, share
+
+
+def _joint(call: Any, heads: list[int], batch: int) -> tuple[Tensor, Tensor]:
+    chosen = torch.tensor(heads, device=call.query.device)
+    query, key = call.query.detach()[batch, chosen], call.of_heads(call.key, chosen).detach()[batch]
+    if not (bool(torch.isfinite(query).all()) and bool(torch.isfinite(key).all())):
+        raise ValueError(f"{call.site.path}: queries or keys hold NaN or infinite numbers")
+    return query.float().cpu(), key.float().cpu()
+
+
+def _need_vectors(calls: Sequence[Any]) -> None:
+    if not calls:
+        raise ValueError("no calls were recorded; run the model inside `with record(model) as calls`")
+    for call in calls:
+        if not hasattr(call, "query"):
+            raise ValueError(f"{call.site.path}: {type(call.site.module).__name__} offers no queries and keys")
+        if call.query.shape[1:] != calls[0].query.shape[1:] or call.key.shape[2] != calls[0].key.shape[2]:
+            raise ValueError("the calls differ in heads, tokens or head dimension; record one stack and kind")
+
+
+def _key(blobs: Any) -> str:
+    digest = hashlib.blake2b(digest_size=6)
+    for blob in blobs:
+        digest.update(blob)
+    return digest.hexdigest()

