@@ -15,7 +15,7 @@ BUNDLED = Path(__file__).parent / "bundled" / "byte_llama"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode with its way from text to tokens and back. tokenizer: None where bytes or images are read."""
+    """A model in eval mode with its way from text to tokens and back. tokenizer: None if it reads bytes or images."""
 
     model: Any
     tokenizer: Any | None

@@ -177,8 +177,7 @@ def measure_text(model: Any, policy: Policy | None, trials: Sequence[Trial], den
 
         held += follow(model, policy, prefix, tail, see)
         greedy = dense.greedy[here]
-        same = continuation(model, policy, prefix, greedy.shape[1]).cpu() == greedy
-        alike.append(same.long().cumprod(1).double())
+        alike.append(agreed(continuation(model, policy, prefix, greedy.shape[1]).cpu(), greedy))
         done += len(batch)
     nats, kl, top = (sums / count).tolist()
     return _text_outcome(nats / math.log(2), count) | {
@@ -188,6 +187,11 @@ def measure_text(model: Any, policy: Policy | None, trials: Sequence[Trial], den
         "greedy_tokens": dense.greedy.shape[1],
         "cache_bytes": held / len(trials),
     }
+
+
+def agreed(given: Tensor, wanted: Tensor) -> Tensor:
+    """[b]: the share of [b, count] tokens that come before the first other one."""
+    return (given == wanted).double().cumprod(1).mean(1)
 
 
 def _text_outcome(bits: float, tokens: int) -> dict[str, Any]:

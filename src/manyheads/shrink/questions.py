@@ -178,7 +178,7 @@ def split(loaded: Loaded, question: str, answer: str) -> tuple[list[int], list[i
 
 def keys_in(length: int) -> int:
     """How many keys a recall trial has."""
-    return max(2, min(6, length // 128))
+    return max(2, min(4, length // 128))
 
 
 @lru_cache(maxsize=1)

@@ -145,9 +145,9 @@ def _curve(
     if dense:
         rule = alt.Chart(alt.Data(values=dense)).mark_rule(strokeDash=[5, 4], strokeWidth=1.5).encode(y=up)
         layers.insert(0, rule)
-    text = (
-        "Up and left is better; the dashed line is the dense cache. Measured; bytes are counted from the tensors held."
-    )
+    text = "Up and left is better" + ("; the axis is turned, since less is better. " if turned else ". ")
+    text += "The dashed line is the dense cache. " if dense else "The dense cache is what this is measured against. "
+    text += "Measured; bytes are those of the tensors held, the mean over lengths."
     return Plot(name, title, text, alt.layer(*layers))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from manyheads import shrink
 from manyheads.compare.command import parse_name
 from manyheads.loading import BUNDLED, Loaded
 from manyheads.shrink import policies
@@ -117,7 +119,7 @@ def _inner(arguments: Mapping[str, Any]) -> str:
     return f"[{','.join(f'{key}={value}' for key, value in arguments.items())}]" if arguments else ""
 
 
-def _check_arguments(cls: type[Policy], arguments: Mapping[str, Any]) -> None:
+def _check_arguments(cls: Any, arguments: Mapping[str, Any]) -> None:
     known = [own.name for own in fields(cls) if own.init]
     unknown = [key for key in arguments if key not in known]
     if unknown:
@@ -125,12 +127,16 @@ def _check_arguments(cls: type[Policy], arguments: Mapping[str, Any]) -> None:
 
 
 def _resolved(value: Any) -> Any:
-    """What can only be written as a name, such as allocation=adakv, as the object of that name."""
-    if not isinstance(value, str):
+    """What can only be written as a name, allocation=adakv or storage=quantised(bits=8), as the object of that name."""
+    written = re.fullmatch(r"(\w+)(?:\((.*)\))?", value) if isinstance(value, str) else None
+    named = {key.lower(): getattr(shrink, key) for key in shrink.__all__}
+    found = named.get(written[1].lower()) if written else None
+    if written is None or not isinstance(found, type) or issubclass(found, Policy):
         return value
-    named = {key.lower(): getattr(policies, key) for key in policies.__all__}
-    found = named.get(value.lower())
-    return found() if isinstance(found, type) and not issubclass(found, Policy) else value
+    entry = parse_name(f"{written[1]}[{written[2] or ''}]")
+    arguments = {key: own for key, own in entry.items() if key != "name"}
+    _check_arguments(found, arguments)
+    return found(**arguments)
 
 
 # -- head profiles -----------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ values of unit vectors, W_O from the map that reads the heads, so that fused and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +26,13 @@ from manyheads.explain.detectors.subject import Subject
 from manyheads.explain.taps import AttentionCall, Site, record, tap
 from manyheads.loading import Loaded
 
-# Numbers in one block of projected tokens.
+# Numbers in one block of projected tokens, and rows in one pass.
 _BLOCK = 2**24
-_ROWS = 64
+_ROWS = 256
+
+
+class _Enough(Exception):
+    """The layer that was asked for has run."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,14 @@ class Salient:
 
 @dataclass
 class Maps:
-    """value [layers][g, dim, e], output [layers][h, e, dim]; embedding and mapped (E') [V, dim]; unembedding [V, dim].
-
-    The loaded model, for its tokens' names, or None.
-    """
+    """value [layers][g, dim, e], output [layers][h, e, dim]; embedding and unembedding [V, dim]. first: rows of E to
+    those of E'. loaded: for tokens' names, or None."""
 
     value: list[Tensor]
     output: list[Tensor]
     embedding: Tensor
-    mapped: Tensor
     unembedding: Tensor
+    first: Callable[[Tensor], Tensor]
     loaded: Loaded | None = None
 
     @classmethod
@@ -71,10 +74,15 @@ class Maps:
             value, output, heads = _parameters(subject)
             if embedding.shape[1] != value[0].shape[1] or unembedding.shape[1] != output[0].shape[2]:
                 raise ValueError(f"maps: {subject.name}'s embedding has another width than its layers")
-            mapped = _first_mlp(subject, embedding, heads) if first_mlp else embedding
         finally:
             subject.model.train(training)
-        return cls(value, output, embedding, mapped, unembedding, subject.loaded)
+        if not first_mlp:
+            return cls(value, output, embedding, unembedding, lambda rows: rows, subject.loaded)
+        block = subject.block(subject.sites[0])
+        if block is None:
+            raise ValueError(f"maps: {subject.name}'s first attention is not part of a layer: use first_mlp=False")
+        bias = heads[0].bias
+        return cls(value, output, embedding, unembedding, partial(_first_mlp, subject, block, bias), subject.loaded)
 
     def written(self, layer: int, head: int, sources: Tensor) -> Tensor:
         """e' W_VO of the source tokens, [sources, dim]."""
@@ -82,9 +90,11 @@ class Maps:
             raise ValueError(
                 f"there is no head {layer}.{head} among {len(self.output)} layers of {len(self.output[0])}"
             )
+        return self._write(layer, head, self._sources(layer, sources))
+
+    def _write(self, layer: int, head: int, rows: Tensor) -> Tensor:
         groups, heads = len(self.value[layer]), len(self.output[layer])
-        value = self.value[layer][head // (heads // groups)]
-        return self._sources(layer, sources) @ value @ self.output[layer][head]
+        return rows @ self.value[layer][head // (heads // groups)] @ self.output[layer][head]
 
     def rows(self, layer: int, head: int, sources: Sequence[int] | Tensor) -> Tensor:
         """Rows of M, [sources, V]."""
@@ -98,11 +108,12 @@ class Maps:
             raise ValueError(f"k={k}: a row has 1 to {len(self.unembedding)} greatest tokens")
         sign = -1.0 if suppress else 1.0
         found = torch.full((len(self.output), max(map(len, self.output))), torch.nan)
+        below, above = self._sources(0, sources), self._sources(1, sources)
         for layer, heads in enumerate(self.output):
             for head in range(len(heads)):
                 best = [
-                    (sign * (self.written(layer, head, part) @ self.unembedding.T)).topk(k, -1).indices
-                    for part in sources.split(self._rows)
+                    (sign * (self._write(layer, head, rows) @ self.unembedding.T)).topk(k, -1).indices
+                    for rows in (above if layer else below).split(self._rows)
                 ]
                 found[layer, head] = (torch.cat(best) == targets[:, None]).any(-1).double().mean()
         return found
@@ -116,10 +127,10 @@ class Maps:
     def saliency(self, layer: int, head: int) -> Tensor:
         """|e' W_VO| / |e'| of every token, [V]."""
         every = torch.arange(len(self.embedding), device=self.embedding.device)
-        parts = [
-            self.written(layer, head, part).norm(dim=-1) / self._sources(layer, part).norm(dim=-1)
-            for part in every.split(self._rows)
-        ]
+        parts = []
+        for chosen in every.split(self._rows):
+            rows = self._sources(layer, chosen)
+            parts.append(self._write(layer, head, rows).norm(dim=-1) / rows.norm(dim=-1))
         return torch.cat(parts).nan_to_num(0.0)
 
     def salient(self, layer: int, head: int, sources: int = 10, targets: int = 5) -> list[Salient]:
@@ -135,10 +146,11 @@ class Maps:
 
     @property
     def _rows(self) -> int:
-        return max(1, _BLOCK // len(self.unembedding))
+        return max(_ROWS, _BLOCK // len(self.unembedding))
 
     def _sources(self, layer: int, tokens: Tensor) -> Tensor:
-        return (self.embedding if layer == 0 else self.mapped)[tokens]
+        rows = self.embedding[tokens]
+        return rows if layer == 0 else self.first(rows)
 
     def _tokens(self, tokens: Sequence[int] | Tensor) -> Tensor:
         found = torch.as_tensor(tokens, device=self.embedding.device).reshape(-1)
@@ -180,8 +192,8 @@ def _parameters(subject: Subject) -> tuple[list[Tensor], list[Tensor], list[Writ
     found: dict[int, Write] = {}
     units = torch.eye(dim, device=subject.device, dtype=subject.model.get_input_embeddings().weight.dtype)
     probe = torch.randn(dim, generator=torch.Generator().manual_seed(0)).to(units)
-    for first in range(0, dim, _ROWS):
-        tokens = torch.cat([torch.zeros_like(units[:1]), probe[None], units[first : first + _ROWS]])
+    for some in units.split(_room(subject) - 2):
+        tokens = torch.cat([torch.zeros_like(units[:1]), probe[None], some])
         with _hidden(subject, tokens), record(subject.model, stack=subject.stack, kind="self") as calls:
             if found:
                 _run(subject, len(tokens))
@@ -199,8 +211,8 @@ def _parameters(subject: Subject) -> tuple[list[Tensor], list[Tensor], list[Writ
     values = []
     for layer in sorted(parts):
         weight = torch.cat([part[:, 2:] for part in parts[layer]], 1)
-        torch_probe = parts[layer][0][:, 1]
-        _check_linear(torch_probe, probe @ weight, subject)
+        given = parts[layer][0][:, 1]
+        _check_linear(given, probe @ weight, subject)
         values.append(weight)
     heads = [found[index] for index in range(len(values))]
     return values, [write.weight for write in heads], heads
@@ -214,21 +226,26 @@ def _check_linear(given: Tensor, expected: Tensor, subject: Subject) -> None:
         )
 
 
-def _first_mlp(subject: Subject, embedding: Tensor, heads: list[Write]) -> Tensor:
-    """The first layer's MLP of its norm of every token: what the layer adds while its heads are silent."""
-    block = subject.block(subject.sites[0])
-    if block is None:
-        raise ValueError(f"maps: {subject.name}'s first attention is not part of a layer: use first_mlp=False")
-    bias = heads[0].bias
-    parts = []
-    for tokens in embedding.split(_ROWS):
-        # A far greater copy of one row tells whether the layer keeps what it reads, or normalises it away.
-        rows = torch.cat([tokens, tokens[:1] * 1e4])
-        given = _through(subject, block, rows)
-        keeps = float(given[-1].norm()) > 0.1 * float(rows[-1].norm())
-        added = given[:-1] - tokens - (0 if bias is None else bias) if keeps else given[:-1]
-        parts.append(added)
+@torch.no_grad()
+def _first_mlp(subject: Subject, block: nn.Module, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """The first layer's MLP of its norm of every row: what the layer adds while its heads are silent."""
+    parts, training = [], subject.model.training
+    subject.model.eval()
+    try:
+        for part in rows.split(_room(subject) - 1):
+            # A far greater copy of one row tells whether the layer keeps what it reads, or normalises it away.
+            given = _through(subject, block, torch.cat([part, part[:1] * 1e4]))
+            keeps = float(given[-1].norm()) > 1e3 * float(part[0].norm())
+            parts.append(given[:-1] - part - (0 if bias is None else bias) if keeps else given[:-1])
+    finally:
+        subject.model.train(training)
     return torch.cat(parts)
+
+
+def _room(subject: Subject) -> int:
+    """Rows that one pass takes."""
+    longest = getattr(subject.config, "max_position_embeddings", None)
+    return min(_ROWS, longest) if isinstance(longest, int) and longest > 4 else _ROWS
 
 
 def _through(subject: Subject, block: nn.Module, rows: Tensor) -> Tensor:
@@ -240,8 +257,9 @@ def _through(subject: Subject, block: nn.Module, rows: Tensor) -> Tensor:
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         kept.append((output[0] if isinstance(output, tuple) else output).reshape(len(rows), -1))
+        raise _Enough
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, suppress(_Enough):
         stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.callback(block.register_forward_hook(leave).remove)
         where: dict[str, Any] = {"layers": [0], "stack": subject.stack, "kind": "self"}
