@@ -303,8 +303,11 @@ def _attention_views(
 
     store = read_store(loaded.model, inputs, layers=layers, budget_mb=page_mb * 0.6, kind="self")
     panel = Panel(store, tokens)
-    views = [view_heads(panel), picture_of_all(panel), view_flow(store, tokens), view_maps(store)]
-    if len(tokens) <= VECTOR_TOKENS:
+    # Taking the heads' mean of a store opens every matrix in it again: for long texts another run is cheaper.
+    short = len(tokens) <= VECTOR_TOKENS
+    mean = store if short else read_store(loaded.model, inputs, layers=layers, budget_mb=8, kind="self", mean=True)
+    views = [view_heads(panel), picture_of_all(panel), view_flow(mean, tokens), view_maps(store)]
+    if short:
         with torch.no_grad(), record(loaded.model, layers=layers, kind="self") as calls:
             loaded.model(**inputs)
         views += [view_neurons(calls, tokens, budget_mb=page_mb), view_embedding(calls, tokens)]

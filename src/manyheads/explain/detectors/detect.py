@@ -73,6 +73,7 @@ QUICK = (
 _KINDS = {"echo": "repeats", "induction": "repeats"} | dict.fromkeys(
     ("dormant", "switch", "value-drain", "residual-peak"), "domains"
 )
+_HAYSTACK = 128
 _IMPORTANCE = ("gate", "ablation", "mean-ablation", "pruning")
 
 
@@ -100,7 +101,7 @@ def detect(
     samples = Samples(subject, inputs=inputs, text=text, length=length, count=count, seed=seed, image_span=image_span)
     found = _read(subject, samples, [name for name in wanted if name not in (*_IMPORTANCE, "retrieval", "maps-copy")])
     if "retrieval" in wanted:
-        found["retrieval"] = _retrieval(subject, length, seed)
+        found["retrieval"] = _retrieval(subject, samples)
     if "maps-copy" in wanted:
         found["maps-copy"] = Maps.of(model, subject.stack).copying()
     if set(wanted) & set(_IMPORTANCE):
@@ -158,13 +159,18 @@ def _measures(names: Sequence[str], subject: Subject) -> list[Measure]:
     return measures + [made[name]() for name in once]
 
 
-def _retrieval(subject: Subject, length: int, seed: int) -> Tensor:
+def _retrieval(subject: Subject, samples: Samples) -> Tensor:
     if subject.loaded is None or not subject.generates:
         raise ValueError(
             f"retrieval: {subject.name} must write an answer: give a Loaded (load_model) of a causal language model"
         )
-    scores, _ = retrieval(Inputs(subject.loaded, seed=seed), lengths=(length // 2, length))
+    scores, _ = retrieval(Inputs(subject.loaded, seed=samples.seed), lengths=(_haystack(samples),))
     return scores.mean(-1) if scores.shape[-1] else scores.sum(-1)
+
+
+def _haystack(samples: Samples) -> int:
+    """Tokens that a hidden key is told in: not fewer than it takes with its question."""
+    return max(samples.length, _HAYSTACK)
 
 
 def _importance(importance: Importance, names: Sequence[str]) -> dict[str, Tensor]:
@@ -186,7 +192,7 @@ def _settings(name: str, samples: Samples, text: str | None, inputs: Any) -> dic
     if name == "maps-copy":
         return {"on": "parameters"}
     if name == "retrieval":
-        return {"on": "needles", "lengths": [samples.length // 2, samples.length], "seed": samples.seed}
+        return {"on": "needles", "length": _haystack(samples), "seed": samples.seed}
     if inputs is not None:
         return {"on": "inputs", "rows": len(samples.own)}
     own = "text" if text is not None else f"synthetic {_KINDS.get(name, 'text')}"

@@ -118,7 +118,7 @@ class Maps:
                 found[layer, head] = (torch.cat(best) == targets[:, None]).any(-1).double().mean()
         return found
 
-    def copying(self, k: int = 1, tokens: int = 512) -> Tensor:
+    def copying(self, k: int = 1, tokens: int = 256) -> Tensor:
         """The relation of every token (so many, evenly spread) with itself, [layers, heads]."""
         size = len(self.embedding)
         chosen = torch.linspace(0, size - 1, min(tokens, size), dtype=torch.float64).long().tolist()
@@ -233,9 +233,11 @@ def _first_mlp(subject: Subject, block: nn.Module, bias: Tensor | None, rows: Te
     subject.model.eval()
     try:
         for part in rows.split(_room(subject) - 1):
-            # A far greater copy of one row tells whether the layer keeps what it reads, or normalises it away.
-            given = _through(subject, block, torch.cat([part, part[:1] * 1e4]))
-            keeps = float(given[-1].norm()) > 1e3 * float(part[0].norm())
+            # A far greater row tells whether the layer keeps what it reads, or normalises it away.
+            far = part[part.norm(dim=-1).argmax()]
+            far = far / far.norm().clamp_min(torch.finfo(far.dtype).tiny) * 1e4
+            given = _through(subject, block, torch.cat([part, far[None]]))
+            keeps = float(given[-1].norm()) > 1e3
             parts.append(given[:-1] - part - (0 if bias is None else bias) if keeps else given[:-1])
     finally:
         subject.model.train(training)

@@ -112,7 +112,7 @@ class LinearRegression(Study):
     )
     reference = "arXiv:2503.12734"
     simplified = (
-        "5 dimensions, 40 examples, noise variance 0.1 and fresh prompts as in the paper, but 3,000 steps with a "
+        "5 dimensions, 40 examples, noise variance 0.1 and fresh prompts as in the paper, but 2,000 steps with a "
         "decaying rate instead of hundreds of thousands, and KQ and OV trained as products instead of as factors."
     )
     columns = {"error": "error", "debiased_error": "debiased GD", "plain_error": "plain GD", "bayes_error": "Bayes",
@@ -122,7 +122,7 @@ class LinearRegression(Study):
     examples: int = 40
     noise: float = 0.1
     heads: tuple[int, ...] = (1, 2, 4)
-    steps: int = 3000
+    steps: int = 2000
     batch: int = 256
     learning_rate: float = 0.02
 

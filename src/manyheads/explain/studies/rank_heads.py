@@ -73,13 +73,14 @@ class RankHeads(Study):
         "paper's bound concerns what can be represented; this is what training finds."
     )
     columns = {"error": "error", "hits": "nearest found", "parameters": "parameters"}
+    seeds = 1
 
     dim: int = 16
     count: int = 8
-    ranks: tuple[int, ...] = (16, 8, 4, 2, 1)
+    ranks: tuple[int, ...] = (16, 8, 4, 1)
     more: int = 4
-    steps: int = 1000
-    batch: int = 256
+    steps: int = 600
+    batch: int = 128
     learning_rate: float = 0.02
 
     def points(self) -> list[Point]:

@@ -45,7 +45,9 @@ def summarise(study: Study, cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def summary_table(study: Study, rows: Sequence[dict[str, Any]]) -> tuple[list[Column], list[list[Entry]]]:
     columns = [Column("condition", number=False), *(Column(title) for title in study.columns.values())]
-    return columns, [[Entry(row["condition"], row["condition"]), *(_entry(row, k) for k in study.columns)] for row in rows]
+    return columns, [
+        [Entry(row["condition"], row["condition"]), *(_entry(row, k) for k in study.columns)] for row in rows
+    ]
 
 
 def _entry(row: dict[str, Any], key: str) -> Entry:

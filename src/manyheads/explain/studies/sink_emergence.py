@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from manyheads.explain.studies.bigram_backcopy import draw_bigrams, draw_sequences
 from manyheads.explain.studies.drawing import curve_plot
 from manyheads.explain.studies.study import Cell, Point, Study, Verdict, average, checkpoints, register_study, seeded
 from manyheads.explain.studies.tiny import Look, TinyTransformer, shares
+from manyheads.tasks.draw import generator
 
 if TYPE_CHECKING:
     from manyheads.compare.charts import Plot
@@ -57,87 +61,104 @@ class SinkEmergence(Study):
         "bytes, some hundred steps at a high learning rate; the paper's have 60 million parameters and 5 billion tokens. "
         "Figures depend on the installed Python's sources."
     )
-    columns = {"sinks": "sink heads", "first": "mean on first", "bits": "bits per byte"}
+    columns = {"sinks": "sink heads", "first": "mean on first", "bits": "bits per token"}
     seeds = 1
 
-    length: int = 64
-    dim: int = 64
+    vocab: int = 32
+    length: int = 32
+    dim: int = 32
     heads: int = 4
     layers: int = 2
-    steps: int = 600
-    batch: int = 16
-    learning_rates: tuple[float, ...] = (3e-3, 1e-2)
+    steps: int = 700
+    batch: int = 32
+    learning_rate: float = 0.01
     epsilon: float = 0.3
 
     def points(self) -> list[Point]:
         return [
-            {"label": f"{kind}, rate {rate:g}", "attention": kind, "learning_rate": rate}
-            for rate in self.learning_rates
+            {"label": f"{kind}, {data}", "attention": kind, "data": data}
+            for data in ("language", "text")
             for kind in ("softmax", "sigmoid")
         ]
 
     def measure(self, point: Point, seed: int) -> dict[str, Any]:
-        from manyheads.tasks import create_task
-
-        text = create_task("text", n=self.length, max_bytes=1_000_000, eval_windows=64)
-        held = next(iter(text.eval_batches(64)))
+        make = self._text if point["data"] == "text" else self._language
+        vocab, held, batches = make(seed)
         with seeded(self.name, "weights", seed):
-            model = TinyTransformer(256, self.length, kind=point["attention"], dim=self.dim, heads=self.heads,
-                                    layers=self.layers, rotary=True)  # fmt: skip
-        optimiser = torch.optim.AdamW(model.parameters(), point["learning_rate"], betas=(0.9, 0.95), weight_decay=0.1)
-        warm = max(1, self.steps // 10)
+            model = TinyTransformer(vocab, self.length, kind=point["attention"], dim=self.dim, heads=self.heads,
+                                    layers=self.layers)  # fmt: skip
+        optimiser = torch.optim.AdamW(model.parameters(), self.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+        warm = torch.optim.lr_scheduler.LinearLR(optimiser, 0.1, total_iters=max(1, self.steps // 10))
         curve, marks = [], checkpoints(self.steps, 20)
-        batches = text.train_batches(self.batch, seed)
         for step in range(self.steps + 1):
             if step in marks:
-                curve.append({"step": step} | self._figures(model, held.inputs["input_ids"], held.targets))
-            batch = next(batches)
-            logits = model(batch.inputs["input_ids"])
-            for group in optimiser.param_groups:
-                group["lr"] = point["learning_rate"] * min(1.0, (step + 1) / warm)
+                curve.append({"step": step} | self._figures(model, held))
+            tokens = next(batches)
             optimiser.zero_grad()
-            F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).backward()
+            F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
+            warm.step()
         return {key: value for key, value in curve[-1].items() if key != "step"} | {"curve": curve}
 
+    def _language(self, seed: int) -> tuple[int, Tensor, Iterator[Tensor]]:
+        """Vocabulary, held-out sequences and batches [b, length + 1] of bigrams with copies, without their <s>."""
+        bigrams = draw_bigrams(self.vocab, 3, generator(self.name, "table", seed))
+
+        def draw(rows: int, rng: Generator) -> Tensor:
+            return draw_sequences(bigrams, rows, self.length + 2, rng)[:, 1:]
+
+        rng = generator(self.name, "train", seed)
+        many = (part for _ in repeat(None) for part in draw(25 * self.batch, rng).split(self.batch))
+        return self.vocab, draw(128, generator(self.name, "eval", seed)), many
+
+    def _text(self, seed: int) -> tuple[int, Tensor, Iterator[Tensor]]:
+        from manyheads.tasks import create_task
+
+        text = create_task("text", n=self.length, max_bytes=1_000_000, eval_windows=128)
+
+        def whole(batch: Any) -> Tensor:
+            return torch.cat([batch.inputs["input_ids"], batch.targets[:, -1:]], 1)
+
+        held = whole(next(iter(text.eval_batches(128))))
+        return 256, held, (whole(batch) for batch in text.train_batches(self.batch, seed))
+
     @torch.no_grad()
-    def _figures(self, model: TinyTransformer, inputs: Tensor, targets: Tensor) -> dict[str, float]:
+    def _figures(self, model: TinyTransformer, held: Tensor) -> dict[str, float]:
         looks: list[Look] = []
-        loss = F.cross_entropy(model(inputs, looks).flatten(0, 1), targets.flatten())
+        loss = F.cross_entropy(model(held[:, :-1], looks).flatten(0, 1), held[:, 1:].flatten())
         weights = [shares(look.weights) for look in looks]
         first = torch.stack([received(own)[..., 0] for own in weights]).mean()
         sinks = sink_share(weights, self.epsilon)
-        return {"sinks": sinks, "first": float(first), "bits": float(loss) / 0.6931471805599453}
+        return {"sinks": sinks, "first": float(first), "bits": float(loss) / math.log(2)}
 
     def verdict(self, cells: Sequence[Cell]) -> Verdict:
         numbers = {
-            f"{key}_{kind}_{rate:g}": found
+            f"{key}_{kind}_{data}": found
             for key in ("sinks", "first", "bits")
             for kind in ("softmax", "sigmoid")
-            for rate in self.learning_rates
-            if (found := average(cells, key, attention=kind, learning_rate=rate)) is not None
+            for data in ("language", "text")
+            if (found := average(cells, key, attention=kind, data=data)) is not None
         }
-        if len(numbers) < 6 * len(self.learning_rates):
+        if len(numbers) < 12:
             return Verdict(None, numbers, ("Not every condition was measured.",))
-        rate = max(self.learning_rates, key=lambda own: numbers[f"sinks_softmax_{own:g}"])
-        with_softmax = numbers[f"sinks_softmax_{rate:g}"]
-        most = max(numbers[f"sinks_sigmoid_{own:g}"] for own in self.learning_rates)
         start = max((row["sinks"] for cell in cells for row in cell.get("curve", ())[:1]), default=0.0)
-        lines = (
-            f"Softmax: {with_softmax:.1%} of the heads are sinks after training at a rate of {rate:g}, {start:.1%} "
-            "before.",
-            f"Sigmoid: at most {most:.1%}.",
-            f"Bits per byte at that rate: {numbers[f'bits_softmax_{rate:g}']:.2f} with softmax, "
-            f"{numbers[f'bits_sigmoid_{rate:g}']:.2f} with sigmoid.",
+        lines = tuple(
+            f"{title}: {numbers[f'sinks_softmax_{data}']:.1%} of the heads are sinks with softmax, "
+            f"{numbers[f'sinks_sigmoid_{data}']:.1%} with sigmoid, {start:.1%} before training, at "
+            f"{numbers[f'bits_softmax_{data}']:.2f} and {numbers[f'bits_sigmoid_{data}']:.2f} bits per token."
+            for data, title in (("language", "Synthetic language"), ("text", "Text"))
         )
-        return Verdict(with_softmax > start + 0.02 and with_softmax > 2 * most, numbers, lines)
+        sinks = numbers["sinks_softmax_language"]
+        return Verdict(sinks > start + 0.05 and sinks > 2 * numbers["sinks_sigmoid_language"], numbers, lines)
 
     def plots(self, cells: Sequence[Cell]) -> list[Plot]:
-        sinks = f"Share of heads whose first key gets more than {self.epsilon:g} of the attention, over held-out text."
+        sinks = (
+            f"Share of heads whose first key gets more than {self.epsilon:g} of the attention, over held-out sequences."
+        )
         first = "Mean over heads of what the first key gets; for sigmoid of its share of a row."
         return [
             *curve_plot(cells, "sinks", "Sink heads", sinks, "share of heads"),
             *curve_plot(cells, "first", "Attention on the first token", first, "share"),
-            *curve_plot(cells, "bits", "Loss", "On held-out text.", "bits per byte"),
+            *curve_plot(cells, "bits", "Loss", "On held-out sequences.", "bits per token"),
         ]

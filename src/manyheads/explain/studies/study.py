@@ -120,7 +120,9 @@ def _check(study: str, name: str, value: Any, default: Any) -> None:
         isinstance(one, kind if kind is not float else (int, float)) and not isinstance(one, bool) for one in values
     )
     if not right or (kind is not str and min(values) <= 0):
-        want = f"{'some ' if many else 'a '}{'text' if kind is str else f'positive {kind.__name__}'}{'s' if many else ''}"
+        want = (
+            f"{'some ' if many else 'a '}{'text' if kind is str else f'positive {kind.__name__}'}{'s' if many else ''}"
+        )
         raise ValueError(f"{study}: {name}={value!r}; want {want}, as in the default {default!r}")
 
 
