@@ -8,7 +8,7 @@ import pytest
 import torch
 from recorder import feed
 from tiny_families import prompt, tiny
-from transformers import (
+from transformers import CompileConfig, (
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
@@ -277,6 +277,8 @@ def test_other_caches_are_refused_inside() -> None:
                 model(tokens, past_key_values=cache)
         with pytest.raises(ValueError, match="cache_implementation='static'"):
             model.generate(tokens, cache_implementation="static")
+        with pytest.raises(ValueError, match="compile_config asks for a static graph"):
+            model.generate(tokens, compile_config=CompileConfig())
         cache = model(tokens).past_key_values
     with pytest.raises(ValueError, match="no longer attends"):
         model(tokens, past_key_values=cache)

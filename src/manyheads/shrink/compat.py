@@ -391,6 +391,11 @@ def intercepted(model: Any, check: Callable[[Any], Any]) -> Iterator[None]:
                 f"cache_implementation={kwargs['cache_implementation']!r} asks for a cache that a policy "
                 "cannot shrink; leave it out"
             )
+        if kwargs.get("compile_config") is not None:
+            raise ValueError(
+                "compile_config asks for a static graph, and a shrunk cache changes its shapes from token to token; "
+                "leave it out"
+            )
         if kwargs.get("use_cache", True):
             kwargs["past_key_values"] = check(kwargs.get("past_key_values"))
         return generate(*args, **kwargs)
