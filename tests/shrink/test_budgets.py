@@ -8,12 +8,13 @@ import pytest
 import torch
 from recorder import feed
 from tiny_families import prompt, tiny
-from transformers import CompileConfig, (
+from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
     BertModel,
+    CompileConfig,
     DynamicCache,
     StaticCache,
     T5Config,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -92,7 +92,8 @@ class BigramBackcopy(Study):
     weight somewhere, learns to put it on <s> and to empty the value there. Measured: attention on <s> by queries that
     are triggers and by others, the norm of its value and of its residual relative to the other tokens'.
     Divergence: random bigrams over a small vocabulary instead of Shakespeare's characters, width 32 instead of 256,
-    some hundred steps instead of many thousand. The released listing lacks the model's file: relu attention is not normalised here.
+    some hundred steps instead of many thousand. ReLU attention is not normalised here; the
+    repository's listing lacks the file that would say.
     """
 
     name = "bigram-backcopy"
@@ -107,7 +108,7 @@ class BigramBackcopy(Study):
         "256, batches of 32 instead of 512, learned positions, and some hundred steps at a high rate instead of many "
         "thousand. ReLU weights are not normalised; their shares of a row are compared."
     )
-    columns = {"dormant_sink": "sink, dormant", "active_sink": "sink, active", "drain": "value of <s>",
+    columns: ClassVar[Mapping[str, str]] = {"dormant_sink": "sink, dormant", "active_sink": "sink, active", "drain": "value of <s>",
                "peak": "residual of <s>", "copy_loss": "copy loss", "excess_loss": "excess loss"}  # fmt: skip
     seeds = 1
 
@@ -116,7 +117,7 @@ class BigramBackcopy(Study):
     length: int = 32
     dim: int = 32
     depths: tuple[int, ...] = (1, 3)
-    steps: int = 700
+    steps: int = 1000
     batch: int = 32
     learning_rate: float = 0.01
 

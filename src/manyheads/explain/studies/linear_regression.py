@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -115,7 +115,7 @@ class LinearRegression(Study):
         "5 dimensions, 40 examples, noise variance 0.1 and fresh prompts as in the paper, but 2,000 steps with a "
         "decaying rate instead of hundreds of thousands, and KQ and OV trained as products instead of as factors."
     )
-    columns = {"error": "error", "debiased_error": "debiased GD", "plain_error": "plain GD", "bayes_error": "Bayes",
+    columns: ClassVar[Mapping[str, str]] = {"error": "error", "debiased_error": "debiased GD", "plain_error": "plain GD", "bayes_error": "Bayes",
                "diagonal": "KQ diagonal", "last_entry": "OV last", "zero_sum": "OV sum"}  # fmt: skip
 
     dim: int = 5

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -51,8 +52,8 @@ def memorised(right: float, count: int, classes: int) -> float:
 
 
 def feature_rank(weights: Tensor) -> int:
-    """weights [h, t, n] -> the rank of [t, h n]: with values and output free, a layer with these weights fits any labels
-    of that many examples, and no more, exactly. At most h (n - 1) + 1, for every head's weights sum to 1."""
+    """weights [h, t, n] -> the rank of [t, h n]: with values and output free, a layer with these weights fits any
+    labels of that many examples, and no more, exactly. At most h (n - 1) + 1, for every head's weights sum to 1."""
     return int(torch.linalg.matrix_rank(weights.double().permute(1, 0, 2).flatten(1), rtol=1e-6))
 
 
@@ -73,16 +74,21 @@ class Memorisation(Study):
     name = "memorisation"
     title = "Memorisation capacity of multi-head attention"
     claim = (
-        "The number of examples that one attention layer can memorise grows linearly with the number of heads, and with "
-        "the context and the head size as long as the latter is below the former."
+        "The number of examples that one attention layer can memorise grows linearly with the number of heads, and "
+        "with the context and the head size as long as the latter is below the former."
     )
     reference = "arXiv:2306.02010"
     simplified = (
-        "32 dimensions, 768 examples of 10 random classes that share one context, some hundred full-batch steps of Adam. "
-        "Training finds less than what the layer could hold; the rank of the untrained weights counts what a linear "
+        "32 dimensions, 768 examples of 10 random classes that share one context, some hundred full-batch steps of "
+        "Adam. Training finds less than what the layer could hold; the rank of the untrained weights counts what a linear "
         "read-out can fit."
     )
-    columns = {"memorised": "memorised", "accuracy": "accuracy", "rank": "rank", "bound": "bound"}
+    columns: ClassVar[Mapping[str, str]] = {
+        "memorised": "memorised",
+        "accuracy": "accuracy",
+        "rank": "rank",
+        "bound": "bound",
+    }
     seeds = 1
 
     dim: int = 32
@@ -182,7 +188,7 @@ class Memorisation(Study):
 
 def rises(values: Sequence[float], slack: float) -> bool:
     """Ends above where it began, and no value is below the one before by more than a share `slack` of it."""
-    return values[-1] > values[0] and all(b > a * (1 - slack) for a, b in zip(values, values[1:], strict=False))
+    return values[-1] > values[0] and all(b > a * (1 - slack) for a, b in pairwise(values))
 
 
 def linear_share(x: Sequence[float], y: Sequence[float]) -> float:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -72,7 +72,7 @@ class RankHeads(Study):
         "16 dimensions and 8 points, one attention layer without MLP, some hundred steps of Adam on fresh draws. The "
         "paper's bound concerns what can be represented; this is what training finds."
     )
-    columns = {"error": "error", "hits": "nearest found", "parameters": "parameters"}
+    columns: ClassVar[Mapping[str, str]] = {"error": "error", "hits": "nearest found", "parameters": "parameters"}
     seeds = 1
 
     dim: int = 16

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -57,8 +57,8 @@ def attention_over(chances: Tensor, z: Tensor) -> Tensor:
 
 
 def scan_figures(chances: Tensor, z: Tensor, common: int) -> dict[str, float]:
-    """common: attention on common tokens. frequent: on the half of the distinct tokens that is more frequent, as a share
-    of that on all distinct ones. entropy: of c, in nats. order: the rank correlation of z with P(l | n) over a class'
+    """common: attention on common tokens. frequent: on the half of the distinct tokens that is more frequent, as a
+    share of that on all distinct ones. entropy: of c, in nats. order: the rank correlation of z with P(l | n) over a class'
     distinct tokens. spread: the deviation of z over all tokens. Means over classes."""
     found = attention_over(chances, z)
     entropy = -(found * found.clamp_min(1e-30).log()).sum(1).mean()
@@ -110,7 +110,7 @@ class ScanAndSnap(Study):
         "paper's theorems assume long contexts and a fixed ratio of rates; here contexts have 127 tokens and SGD has "
         "momentum 0.9, as in the released runs."
     )
-    columns = {"common": "on common", "frequent": "on frequent", "order": "order", "entropy": "entropy",
+    columns: ClassVar[Mapping[str, str]] = {"common": "on common", "frequent": "on frequent", "order": "order", "entropy": "entropy",
                "slowing": "late growth"}  # fmt: skip
     seeds = 5
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def received(weights: Tensor) -> Tensor:
-    """weights [b, h, n, n], causal -> [b, h, n]: alpha_k = sum_i a_ik / (n - k), the mean attention that key k gets from
-    the queries that see it."""
+    """weights [b, h, n, n], causal -> [b, h, n]: alpha_k = sum_i a_ik / (n - k), the mean attention that key k gets
+    from the queries that see it."""
     n = weights.shape[-1]
     return weights.sum(-2) / torch.arange(n, 0, -1, dtype=weights.dtype, device=weights.device)
 
@@ -61,7 +61,7 @@ class SinkEmergence(Study):
         "bytes, some hundred steps at a high learning rate; the paper's have 60 million parameters and 5 billion tokens. "
         "Figures depend on the installed Python's sources."
     )
-    columns = {"sinks": "sink heads", "first": "mean on first", "bits": "bits per token"}
+    columns: ClassVar[Mapping[str, str]] = {"sinks": "sink heads", "first": "mean on first", "bits": "bits per token"}
     seeds = 1
 
     vocab: int = 32

@@ -61,7 +61,7 @@ class Look:
 class Layer(nn.Module):
     def __init__(self, kind: str, dim: int, heads: int, rotary: bool) -> None:
         super().__init__()
-        config = {"rotary": {}} if rotary else {}
+        config: dict[str, Any] = {"rotary": {}} if rotary else {}
         self.attention = causal_attention(kind, dim, heads, **config)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
