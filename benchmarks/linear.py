@@ -19,6 +19,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "aaren": {},
     "mega": {"chunk": 128},
     "dynamic-convolution": {},
+    "flow": {},
+    "lln": {},
+    "transnormerllm": {},
+    "fastmax": {"p": 1},
+    "h3": {"state_dim": 16},
+    "titans": {"form": "mag"},
 }
 
 

@@ -298,12 +298,16 @@ def test_card_names_are_checked() -> None:
         Card(name="My_Attention", title="", reference="", family=Family.PLAIN, patterns={"pool"}, time="", state="")
 
 
-def test_each_file_under_mechanisms_registers_one_mechanism() -> None:
+def test_each_file_under_mechanisms_is_one_paper() -> None:
     root = Path(manyheads.__file__).parent / "mechanisms"
     files = {p for p in root.rglob("*.py") if p.name != "__init__.py"}
     classes = [manyheads.mechanism_class(name) for name in list_attentions()]
     own = [c for c in classes if c.__module__.startswith("manyheads.")]
-    assert len(own) == len(files)
+    papers: dict[str, set[str]] = {}
+    for cls in own:
+        papers.setdefault(cls.__module__, set()).add(cls.card.reference)
+    assert len(papers) == len(files)
+    assert {module: found for module, found in papers.items() if len(found) > 1} == {}
     for cls in own:
         assert cls.__bases__[0] in (SoftmaxAttention, manyheads.Mechanism), f"{cls} subclasses another mechanism"
         assert cls.card.family.value == cls.__module__.split(".")[2]

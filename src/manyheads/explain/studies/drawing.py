@@ -30,7 +30,7 @@ def chart(
     scale = alt.Scale(domain=order)
     pick = alt.selection_point(name="pick", fields=[by], bind="legend")
     base = alt.Chart(alt.Data(values=list(rows))).encode(
-        x=alt.X(f"{x}:Q", title=across, axis=alt.Axis(grid=False), scale=_scale("x" in log)),
+        x=alt.X(f"{x}:Q", title=across, axis=_axis(rows, x, "x" in log), scale=_scale("x" in log)),
         y=alt.Y(f"{y}:Q", title=up, scale=_scale("y" in log)),
         color=alt.Color(f"{by}:N", scale=scale),
         opacity=alt.condition(pick, alt.value(1), alt.value(0.1)),
@@ -46,7 +46,16 @@ def chart(
 def _scale(logarithmic: bool) -> Any:
     import altair as alt
 
-    return alt.Scale(type="log", nice=False, padding=10) if logarithmic else alt.Scale(zero=False, padding=6)
+    return (
+        alt.Scale(type="log", nice=False, padding=10) if logarithmic else alt.Scale(zero=False, nice=False, padding=6)
+    )
+
+
+def _axis(rows: Sequence[dict[str, Any]], x: str, logarithmic: bool) -> Any:
+    """Marks at the measured values of a logarithmic axis, of which there are few."""
+    import altair as alt
+
+    return alt.Axis(grid=False, values=sorted({row[x] for row in rows}) if logarithmic else alt.Undefined)
 
 
 def curve_plot(

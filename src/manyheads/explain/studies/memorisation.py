@@ -80,8 +80,8 @@ class Memorisation(Study):
     reference = "arXiv:2306.02010"
     simplified = (
         "32 dimensions, 768 examples of 10 random classes that share one context, some hundred full-batch steps of "
-        "Adam. Training finds less than what the layer could hold; the rank of the untrained weights counts what a linear "
-        "read-out can fit."
+        "Adam. Training finds less than what the layer could hold; the rank of the untrained weights counts what a "
+        "linear read-out can fit."
     )
     columns: ClassVar[Mapping[str, str]] = {
         "memorised": "memorised",

@@ -72,7 +72,11 @@ class RankHeads(Study):
         "16 dimensions and 8 points, one attention layer without MLP, some hundred steps of Adam on fresh draws. The "
         "paper's bound concerns what can be represented; this is what training finds."
     )
-    columns: ClassVar[Mapping[str, str]] = {"error": "error", "hits": "nearest found", "parameters": "parameters"}
+    columns: ClassVar[Mapping[str, str]] = {
+        "squared_error": "error",
+        "hits": "nearest found",
+        "parameters": "parameters",
+    }
     seeds = 1
 
     dim: int = 16
@@ -113,8 +117,8 @@ class RankHeads(Study):
         return {k: v for k, v in curve[-1].items() if k != "step"} | {"parameters": parameters, "curve": curve}
 
     def verdict(self, cells: Sequence[Cell]) -> Verdict:
-        full = average(cells, "error", rank=max(self.ranks))
-        low = {own["label"]: average(cells, "error", rank=own["rank"], heads=own["heads"])
+        full = average(cells, "squared_error", rank=max(self.ranks))
+        low = {own["label"]: average(cells, "squared_error", rank=own["rank"], heads=own["heads"])
                for own in self.points() if own["rank"] <= self.dim // 4}  # fmt: skip
         measured = {label: value for label, value in low.items() if value is not None}
         if full is None or not measured:
@@ -132,12 +136,12 @@ class RankHeads(Study):
 
         words = {"equal": "as many parameters", f"{self.more} times": f"{self.more} times the parameters"}
         rows = [{"condition": words.get(c["budget"], c["budget"]), "seed": c["seed"], "rank": c["rank"],
-                 "error": round(c["error"], 6)} for c in cells]  # fmt: skip
-        drawn = chart(rows, "rank", "error", across="rank of a head", up="share of the error left", log="x")
+                 "squared_error": round(c["squared_error"], 6)} for c in cells]  # fmt: skip
+        drawn = chart(rows, "rank", "squared_error", across="rank of a head", up="share of the error left", log="x")
         text = "1 is the best constant, 0 is perfect. At rank r there are d / r heads, and several times as many."
         return [
             Plot("error-rank", "Error over rank", text, drawn),
-            *curve_plot(cells, "error", "Error over training", "On held-out draws.", "share of the error left"),
+            *curve_plot(cells, "squared_error", "Error over training", "On held-out draws.", "share of the error left"),
         ]
 
 
@@ -148,6 +152,6 @@ def evaluate(model: nn.Module, query: Tensor, points: Tensor) -> dict[str, float
     found, target = model(query, points), nearest(query, points)
     chosen = nearest(found, points)
     return {
-        "error": float((found - target).square().sum(-1).mean()),
+        "squared_error": float((found - target).square().sum(-1).mean()),
         "hits": float((chosen == target).all(-1).float().mean()),
     }

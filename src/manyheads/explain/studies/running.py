@@ -117,6 +117,7 @@ def run_unit(study: Study, unit: Unit) -> dict[str, Any]:
     point = {**unit.place, "label": unit.mechanism}
     try:
         found = study.measure(point, unit.place["seed"])
+        assert not found.keys() & outcome.keys(), "a figure has the name of a column"
         wild = [key for key, value in found.items() if key != "curve" and not math.isfinite(value)]
         if wild:
             raise ArithmeticError(f"training diverged: {', '.join(wild)} is not finite")

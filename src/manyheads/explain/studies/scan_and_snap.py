@@ -58,8 +58,8 @@ def attention_over(chances: Tensor, z: Tensor) -> Tensor:
 
 def scan_figures(chances: Tensor, z: Tensor, common: int) -> dict[str, float]:
     """common: attention on common tokens. frequent: on the half of the distinct tokens that is more frequent, as a
-    share of that on all distinct ones. entropy: of c, in nats. order: the rank correlation of z with P(l | n) over a class'
-    distinct tokens. spread: the deviation of z over all tokens. Means over classes."""
+    share of that on all distinct ones. entropy: of c, in nats. order: the rank correlation of z with P(l | n) over a
+    class' distinct tokens. spread: the deviation of z over all tokens. Means over classes."""
     found = attention_over(chances, z)
     entropy = -(found * found.clamp_min(1e-30).log()).sum(1).mean()
     distinct = (chances.shape[1] - common) // len(chances)
@@ -110,8 +110,13 @@ class ScanAndSnap(Study):
         "paper's theorems assume long contexts and a fixed ratio of rates; here contexts have 127 tokens and SGD has "
         "momentum 0.9, as in the released runs."
     )
-    columns: ClassVar[Mapping[str, str]] = {"common": "on common", "frequent": "on frequent", "order": "order", "entropy": "entropy",
-               "slowing": "late growth"}  # fmt: skip
+    columns: ClassVar[Mapping[str, str]] = {
+        "common": "on common",
+        "frequent": "on frequent",
+        "order": "order",
+        "entropy": "entropy",
+        "slowing": "late growth",
+    }
     seeds = 5
 
     common: int = 10
@@ -163,7 +168,7 @@ class ScanAndSnap(Study):
             f"Scan: from {start['common']:.0%} on common tokens to {common:.0%}; of what is on distinct ones the "
             f"frequent half goes from {start['frequent']:.0%} to {frequent:.0%}, rank correlation of logits with "
             f"frequency {values[f'order_{low}']:.2f}: {'yes' if scans else 'no'}.",
-            f"Snap: in the last half logits grow at {values[f'slowing_{low}']:.1%} of their first rate: "
+            f"Snap: in the last half logits grow at {abs(values[f'slowing_{low}']):.1%} of their first rate: "
             f"{'yes' if snaps else 'no'}.",
             f"Rates: entropy {values[f'entropy_{low}']:.2f} at eta_Y / eta_Z = {low}, {values[f'entropy_{high}']:.2f} "
             f"at {high}, {start['entropy']:.2f} before training: {'yes' if ordered else 'no'}.",

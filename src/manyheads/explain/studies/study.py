@@ -109,12 +109,12 @@ def create_study(name: str, **settings: Any) -> Study:
         if given not in known:
             raise ValueError(f"{name} has no setting {given!r}{suggest(given, known)}; it has {', '.join(known)}")
         _check(name, given, value, known[given])
-    return cls(**settings)
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
 
 
 def _check(study: str, name: str, value: Any, default: Any) -> None:
     many = isinstance(default, tuple)
-    values = value if many and isinstance(value, tuple | list) else [value]
+    values = value if many and isinstance(value, tuple | list) else () if many else [value]
     kind = type(default[0] if many else default)
     right = values and all(
         isinstance(one, kind if kind is not float else (int, float)) and not isinstance(one, bool) for one in values
