@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyheads.explain.attributions.feed import Feed
 from manyheads.explain.attributions.writes import Write, writes
 from manyheads.explain.detectors.subject import Subject
 from manyheads.explain.taps import AttentionCall, Site, record, tap
@@ -63,9 +64,7 @@ class Maps:
     def of(cls, model: nn.Module | Loaded, stack: str | None = None, *, first_mlp: bool = True) -> Maps:
         """first_mlp: E' as above; False: E everywhere."""
         subject = Subject(model, stack)
-        if subject.bare or subject.pictures or not hasattr(subject.model, "get_input_embeddings"):
-            raise ValueError(f"maps: {subject.name} has no embedding of tokens that its heads could map")
-        embedding = subject.model.get_input_embeddings().weight.detach()
+        embedding = _embedding(subject)
         head = subject.model.get_output_embeddings()
         unembedding = embedding if head is None else head.weight.detach()
         training = subject.model.training
@@ -185,6 +184,17 @@ class Maps:
         return ids[0] if len(ids) == 1 else None
 
 
+def _embedding(subject: Subject) -> Tensor:
+    own = None
+    if hasattr(subject.model, "get_input_embeddings") and not subject.pictures:
+        with suppress(NotImplementedError):  # models of text and images at once
+            own = subject.model.get_input_embeddings()
+    if own is None or getattr(own, "weight", None) is None or own.weight.dim() != 2:
+        raise ValueError(f"maps: {subject.name} has no embedding of tokens that its heads could map")
+    found: Tensor = own.weight.detach()
+    return found
+
+
 def _parameters(subject: Subject) -> tuple[list[Tensor], list[Tensor], list[Write]]:
     """W_V [g, dim, e] and W_O [h, e, dim] of every layer, from values of the unit vectors less that of zero."""
     dim = _width(subject)
@@ -295,10 +305,9 @@ def _width(subject: Subject) -> int:
 
 def _run(subject: Subject, n: int) -> None:
     """A pass over so many tokens, whatever they are."""
-    ids = torch.zeros(1, n, dtype=torch.long, device=subject.device)
+    padding = getattr(subject.config, "pad_token_id", None)
+    ids = torch.full((1, n), 1 if padding == 0 else 0, device=subject.device)
     named: Mapping[str, Tensor] = {"input_ids": ids}
-    from manyheads.explain.attributions.feed import Feed
-
     if Feed(subject.model, {}).takes("decoder_input_ids"):
         named = {**named, "decoder_input_ids": ids}
     subject.feed(named)

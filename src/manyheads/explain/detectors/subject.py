@@ -92,11 +92,13 @@ class Subject:
         return _BYTES if self.bare else int(getattr(self.config, "vocab_size", 0) or 0)
 
     def block(self, site: Site) -> nn.Module | None:
-        """The layer of a stack that the site is a part of: what reads and writes the residual."""
+        """The layer of a stack that the site is a part of, which reads and writes the residual: the largest numbered
+        module with this self attention alone."""
         parts = site.path.split(".")
-        for end in range(len(parts) - 1, 0, -1):
-            if parts[end - 1].isdigit():
-                found: nn.Module = self.model.get_submodule(".".join(parts[:end]))
+        for end in range(1, len(parts)):
+            prefix = ".".join(parts[:end])
+            if parts[end - 1].isdigit() and sum(own.path.startswith(f"{prefix}.") for own in self.sites) == 1:
+                found: nn.Module = self.model.get_submodule(prefix)
                 return found
         return None
 
