@@ -31,12 +31,12 @@ def token_max_similarity(
     no [a, t, n, m] is held.
 
     The two directions differ. FILIP's contrastive loss takes softmax(image_to_text / temperature) over texts and
-    softmax(text_to_image / temperature) over images. Its released models drop out padded text tokens, as here.
+    softmax(text_to_image / temperature) over images. Padded tokens neither match nor count, as in the paper.
     """
     if image.ndim != 3 or text.ndim != 3 or image.shape[2] != text.shape[2]:
         raise ValueError(
-            f"token_max_similarity: image has shape {tuple(image.shape)} and text {tuple(text.shape)}; want [a, n, d] and "
-            "[t, m, d]"
+            f"token_max_similarity: image has shape {tuple(image.shape)} and text {tuple(text.shape)}; want "
+            "[a, n, d] and [t, m, d]"
         )
     image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
     image_real = _real(image, image_real)

@@ -1,0 +1,95 @@
+"""Music Transformer's relative attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manyheads.card import Card, Family
+from manyheads.functional.grouped import masked_softmax
+from manyheads.functional.skew import skew
+from manyheads.registry import register
+from manyheads.softmax import SoftmaxAttention, Where
+
+
+@register
+class MusicTransformer(SoftmaxAttention):
+    """Keys have a learned vector for their distance behind the query, read off by skewing: memory n d, not n^2 d.
+
+        softmax((q k^T + skew(q E^T)) / sqrt(d)) v,   E [heads, max_distance, d]; distances beyond it count as zero
+
+    block: the local form. Positions are cut into blocks; a query sees its own block so far and all of the block before,
+    in blocks of queries, with time and memory n block. Without padding, masks, given positions or a state; these go
+    through the [n, m] matrix under the same rule.
+    Source: Huang et al., arXiv:1809.04281, and its code in tensor2tensor (`dot_product_self_attention_relative_v2`,
+    `masked_relative_local_attention_1d`): both terms are scaled, tables differ by head and start at N(0, 1 / d), and
+    what is farther than the table reaches is zero, not clipped. Distances are between places in the sequence.
+    """
+
+    card = Card(
+        name="music-transformer",
+        title="Music Transformer",
+        reference="arXiv:1809.04281",
+        family=Family.POSITION,
+        patterns={"causal-self"},
+        time="n^2",
+        state="n",
+        example={"max_distance": 6},
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        causal: bool = True,
+        max_distance: int = 512,
+        block: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(dim, heads, causal=causal, bias=bias)
+        if max_distance < 1 or (block is not None and block < 1):
+            raise ValueError(f"music-transformer: max_distance={max_distance} and block={block} must be positive")
+        self.max_distance, self.block = max_distance, block
+        self.span = None if block is None else 2 * block
+        self.distances = nn.Parameter(torch.randn(heads, max_distance, self.head_dim) * self.head_dim**-0.5)
+
+    def score(self, q: Tensor, k: Tensor, where: Where) -> Tensor:
+        q = q * self.scale
+        return q @ k.transpose(-1, -2) + self._relative(q, k.shape[2])
+
+    def select(self, q: Tensor, k: Tensor, where: Where) -> Tensor | None:
+        allowed = where.allowed()
+        if self.block is None:
+            return allowed
+        of_query, of_key = where.query_positions // self.block, where.key_positions // self.block
+        near = (of_key[:, None, None] >= of_query[:, None, :, None] - 1) & (where.j <= where.i[:, None])
+        return near if allowed is None else allowed & near
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor | None:
+        plain = where.padding is None and where.dense is None and where.square
+        if self.block is None or not plain or q.shape[2] <= self.block:
+            return None
+        # Blocks are cut by position, so that left padding moves none of them; here positions must be places.
+        if not torch.equal(where.query_positions, where.i[None].expand_as(where.query_positions)):
+            return None
+        return self._in_blocks(q, k, v, self.block)
+
+    def _relative(self, q: Tensor, m: int) -> Tensor:
+        """q [b, h, n, d] or blocks of it [b, h, c, n, d] -> the term by distance, [.., n, m]."""
+        table = self.distances[:, : min(m, self.max_distance)].flip(1).transpose(-1, -2)
+        by_distance = q @ (table if q.ndim == 4 else table[:, None])
+        return skew(F.pad(by_distance, (m - table.shape[-1], 0)), m)
+
+    def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+        n = q.shape[2]
+        q, k, v = (F.pad(t, (0, 0, 0, -n % block)).unflatten(2, (-1, block)) for t in (q * self.scale, k, v))
+        # Each block of keys behind the one before it; before the first there are none.
+        keys, values = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[:, :, :-1], t], 3) for t in (k, v))
+        scores = q @ keys.transpose(-1, -2) + self._relative(q, 2 * block)
+        j = torch.arange(2 * block, device=q.device) - block
+        allowed = j <= torch.arange(block, device=q.device)[:, None]
+        first = torch.arange(q.shape[2], device=q.device)[:, None, None] == 0
+        weights = masked_softmax(scores, allowed & ~(first & (j < 0)))
+        return (weights @ values).flatten(2, 3)[:, :, :n]

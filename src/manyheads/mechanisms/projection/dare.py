@@ -1,0 +1,86 @@
+"""Decoupled attention and representation embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.card import Card, Family
+from manyheads.functional.grouped import masked_softmax
+from manyheads.functional.weighted import attend_weighted
+from manyheads.mechanism import Call, Mechanism, Result
+from manyheads.registry import register
+
+
+@register
+class DARE(Mechanism):
+    """Target attention that searches a history with one set of embeddings, and reads it with another.
+
+        a_ij = softmax over the top_k of t^A_i . c^A_j / sqrt(side_dim),  h_i = sum_j a_ij c^R_j
+        output = W_o [t^R_i; h_i; t^R_i * h_i],   x = [t^R; t^A], context = [c^R; c^A]
+
+    x: the target items [b, n, dim]; context: the behaviours. Their last `side_dim` features are the attention embedding
+    A, from a table of its own and smaller than the representation R before it; there are no projections, which did not
+    decouple the two. W_o stands for the first layer of the classifier, which takes t, h and the target-aware product.
+    top_k: behaviours left by the search (None: all). heads cut A and R into slices; heads=1 is the paper's.
+    Source: Feng et al., arXiv:2410.02604, and its code (scaled dot product). There a part of the embedding for the time
+    of a behaviour has a scale of its own.
+    """
+
+    card = Card(
+        name="dare",
+        title="Long-Sequence Recommendation Models Need Decoupled Embeddings",
+        reference="arXiv:2410.02604",
+        family=Family.PROJECTION,
+        patterns={"noncausal-cross", "causal-cross"},
+        time="n^2 side_dim",
+        state="1",
+        example={"side_dim": 8, "top_k": 4},
+        notes="the state keeps nothing but the count of tokens: the context is read again at every pass",
+    )
+
+    def __init__(
+        self, dim: int, heads: int, *, causal: bool = False, side_dim: int = 16, top_k: int | None = 20
+    ) -> None:
+        super().__init__(dim, heads, causal=causal)
+        if not 1 <= side_dim < dim or side_dim % heads or (dim - side_dim) % heads:
+            raise ValueError(
+                f"dare: side_dim={side_dim} of dim={dim} is the attention embedding, the rest the representation; want "
+                f"both positive and multiples of heads={heads}"
+            )
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"dare: top_k={top_k} must be positive (None: no search)")
+        self.side_dim, self.top_k = side_dim, top_k
+        self.scale = (side_dim // heads) ** -0.5
+        self.o_proj = nn.Linear(3 * (dim - side_dim), dim)
+
+    def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+        if call.state is not None:
+            call.state.advance(x.shape[1])
+        sizes = [self.dim - self.side_dim, self.side_dim]
+        (target, q), (values, k) = x.split(sizes, -1), context.split(sizes, -1)
+        q, k, v = self._split(q), self._split(k), self._split(values)
+        allowed = call.dense if call.padding is None else call.padding[:, None, None]
+        if self.top_k is None:
+            mixed, weights = attend_weighted(q, k, v, allowed, scale=self.scale, need_weights=call.need_weights)
+        else:
+            mixed, weights = self._search(q, k, v, allowed, self.top_k)
+        history = mixed.transpose(1, 2).flatten(-2)
+        output = self.o_proj(torch.cat([target, history, target * history], -1))
+        return Result(output, weights if call.need_weights else None)
+
+    def _search(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
+        scores = q * self.scale @ k.transpose(-1, -2)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        best, index = scores.topk(min(top_k, scores.shape[-1]), -1)
+        share = masked_softmax(best, None if allowed is None else best > -torch.inf)
+        rows = torch.arange(len(v), device=v.device)[:, None, None, None]
+        heads = torch.arange(self.heads, device=v.device)[:, None, None]
+        mixed = (share[..., None, :] @ v[rows, heads, index]).squeeze(-2)
+        return mixed, torch.zeros_like(scores).scatter(-1, index, share)
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -1,0 +1,139 @@
+"""Luong's global and local attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.card import Card, Family
+from manyheads.functional.grouped import masked_softmax
+from manyheads.functional.weighted import attend_weighted
+from manyheads.mechanism import Call, Mechanism, Result
+from manyheads.registry import register
+
+SCORES = ("dot", "general", "concat")
+REACHES = ("global", "local-m", "local-p")
+
+
+@register
+class Luong(Mechanism):
+    """A decoder's state x_t weighs the states s_j of an encoder, all of them or a window, and is mixed with the result.
+
+        score: dot x_t . s_j,  general x_t . W_a s_j,  concat v_a . tanh(W_q x_t + W_s s_j);  no 1 / sqrt(d)
+        reach: global; local-m: p_t = t;  local-p: p_t = (S - 1) sigmoid(v_p . tanh(W_p x_t)); S real tokens
+        a_tj = softmax over j of the score, locally over |j - floor(p_t)| <= window, and for local-p then times
+        exp(-2 (j - p_t)^2 / window^2), not renormalised;   output = tanh(W_c [sum_j a_tj s_j; x_t])
+
+    heads cut x, s and the context into slices with scores and windows of their own; heads=1 is the paper's. Local
+    reaches gather 2 window + 1 tokens per query. t is the query's position, at most S - 1.
+    Source: Luong et al., arXiv:1508.04025, and its code (nmt.matlab), whence S - 1 where the paper has S. Input feeding
+    belongs to the decoder. Its code reads the source backwards.
+    """
+
+    card = Card(
+        name="luong",
+        title="Effective Approaches to Attention-based Neural Machine Translation",
+        reference="arXiv:1508.04025",
+        family=Family.PROJECTION,
+        patterns={"noncausal-cross", "causal-cross"},
+        time="n^2",
+        state="1",
+        example={"score": "general", "reach": "local-p", "window": 2},
+        notes="the state keeps nothing but the count of tokens: the context is read again at every pass",
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        causal: bool = False,
+        score: str = "general",
+        reach: str = "global",
+        window: int = 10,
+    ) -> None:
+        super().__init__(dim, heads, causal=causal)
+        d = self._split_heads()
+        if score not in SCORES or reach not in REACHES:
+            raise ValueError(
+                f"luong: score={score!r}, reach={reach!r}; want one of {list(SCORES)} and one of {list(REACHES)}"
+            )
+        if window < 1:
+            raise ValueError(f"luong: window={window} must be positive")
+        self.kind, self.reach, self.window = score, reach, window
+        self.q_proj = nn.Parameter(d**-0.5 * torch.randn(heads, d, d)) if score != "dot" else None
+        self.k_proj = nn.Parameter(d**-0.5 * torch.randn(heads, d, d)) if score == "concat" else None
+        self.score_vector = nn.Parameter(d**-0.5 * torch.randn(heads, d)) if score == "concat" else None
+        self.place_proj = nn.Linear(dim, dim, bias=False) if reach == "local-p" else None
+        self.place_vector = nn.Parameter(d**-0.5 * torch.randn(heads, d)) if reach == "local-p" else None
+        self.o_proj = nn.Linear(2 * dim, dim, bias=False)
+
+    def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+        positions = call.query_positions(x)
+        if call.state is not None:
+            call.state.advance(x.shape[1])
+        values = self._split(context)
+        q, k = self._split(x), values
+        if self.q_proj is not None:
+            q = q @ self.q_proj
+        if self.k_proj is not None:
+            k = k @ self.k_proj
+        if self.reach == "global":
+            found = self._global(q, k, values, call)
+        else:
+            found = self._local(x, q, k, values, positions, call)
+        output = self.o_proj(torch.cat([found[0].transpose(1, 2).flatten(-2), x], -1)).tanh()
+        return Result(output, found[1])
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """q [b, h, n, 1, d], k [b, h, n or 1, keys, d] -> [b, h, n, keys]."""
+        if self.score_vector is not None:
+            return ((q + k).tanh() @ self.score_vector[:, None, :, None]).squeeze(-1)
+        return (q * k).sum(-1)
+
+    def _global(self, q: Tensor, k: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        allowed = call.dense if call.padding is None else call.padding[:, None, None]
+        if self.score_vector is None:
+            return attend_weighted(q, k, values, allowed, scale=1.0, need_weights=call.need_weights)
+        weights = masked_softmax(self._scores(q[:, :, :, None], k[:, :, None]), allowed)
+        return weights @ values, weights if call.need_weights else None
+
+    def _local(
+        self, x: Tensor, q: Tensor, k: Tensor, values: Tensor, positions: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor | None]:
+        (b, h, m, _), n = values.shape, x.shape[1]
+        real = torch.ones(1, m, dtype=torch.bool, device=x.device) if call.padding is None else call.padding
+        # Real tokens first, in order: a window counts those only.
+        order = torch.argsort((~real).byte(), dim=1, stable=True)
+        last = real.sum(1)[:, None, None] - 1
+        place = self._place(x, positions, last)
+        offsets = torch.arange(-self.window, self.window + 1, device=x.device)
+        near = place.detach().floor().long()[..., None] + offsets
+        inside = ((near >= 0) & (near <= last[..., None])).expand(b, h, n, -1)
+        near = near.clamp(0, m - 1)
+        index = order.expand(b, -1)[:, None, None].expand(-1, h, n, -1).gather(-1, near.expand(b, h, n, -1))
+        if call.dense is not None:
+            inside = inside & call.dense.expand(b, h, n, m).gather(-1, index)
+        rows = torch.arange(b, device=x.device)[:, None, None, None]
+        heads = torch.arange(h, device=x.device)[:, None, None]
+        weights = masked_softmax(self._scores(q[:, :, :, None], k[rows, heads, index]), inside)
+        if self.reach == "local-p":
+            weights = weights * (-2 * (near - place[..., None]).square() / self.window**2).exp().to(x.dtype)
+        mixed = (weights[..., None, :] @ values[rows, heads, index]).squeeze(-2)
+        if not call.need_weights:
+            return mixed, None
+        # Places outside of the context are clamped onto its ends with weight zero: they add nothing.
+        return mixed, weights.new_zeros(b, h, n, m).scatter_add(-1, index, weights)
+
+    def _place(self, x: Tensor, positions: Tensor, last: Tensor) -> Tensor:
+        """p_t, [b or 1, h or 1, n], at least float32: bfloat16 cannot count to a thousand."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.place_proj is None or self.place_vector is None:
+            return torch.minimum(positions[:, None], last).to(wide)
+        hidden = self._split(self.place_proj(x).tanh())
+        return (hidden.to(wide) @ self.place_vector[..., None].to(wide)).squeeze(-1).sigmoid() * last
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)

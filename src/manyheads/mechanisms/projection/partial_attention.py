@@ -1,0 +1,115 @@
+"""Partial attention language model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manyheads.card import Card, Family
+from manyheads.functional.passes import attend_where, joined
+from manyheads.functional.weighted import attend_weighted
+from manyheads.mechanism import Call, Mechanism, Result
+from manyheads.registry import register
+from manyheads.softmax import Where
+
+
+class _Heads(nn.Module):
+    def __init__(self, dim: int, heads: int, bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
+
+    def split(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def join(self, mixed: Tensor) -> Tensor:
+        return self.o_proj(mixed.transpose(1, 2).flatten(-2))
+
+
+@register
+class PartialAttention(Mechanism):
+    """A decoder-only block that goes on looking at its source: attention to the source alone, behind the ordinary one.
+
+        c = A(x),   output = c + A'(LN(x + c), F(x_source)),   F = W_2 tanh(W_1 ..),  A, A' multi-head attention
+
+    The first `source_length` positions are the source. A is causal over all tokens; A' of a target token sees the whole
+    source, A' of a source token what stands before it, so that nothing leaks: in the model sources attend both ways.
+    Weights: the mean of the two matrices. Positions that start again at the target, the embedding of which part a token
+    is of, and the loss that reconstructs the source are the model's.
+    Source: Fu et al., arXiv:2304.04052 (PALM); its text gives the idea, the equation is that of a public port
+    (christianThardy/Partial-Attention-Mechanism). Norms and residuals of the port, which come after each sublayer, are
+    here before A', and around the block.
+    """
+
+    card = Card(
+        name="partial-attention",
+        title="Decoder-Only or Encoder-Decoder? Interpreting Language Model as a Regularized Encoder-Decoder",
+        reference="arXiv:2304.04052",
+        family=Family.PROJECTION,
+        patterns={"causal-self"},
+        time="n^2",
+        state="n",
+        example={"source_length": 4},
+    )
+
+    def __init__(
+        self, dim: int, heads: int, *, causal: bool = True, source_length: int = 128, bias: bool = True
+    ) -> None:
+        super().__init__(dim, heads, causal=causal)
+        self.scale = self._split_heads() ** -0.5
+        if source_length < 1:
+            raise ValueError(f"partial-attention: source_length={source_length} must be positive")
+        self.source_length = source_length
+        self.attention, self.partial = _Heads(dim, heads, bias), _Heads(dim, heads, bias)
+        self.norm = nn.LayerNorm(dim)
+        self.source_map = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, dim))
+
+    def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+        own, need, seen = self.attention, call.need_weights, call.seen
+        k, v = own.split(own.k_proj(x)), own.split(own.v_proj(x))
+        where, (k, v) = joined(call, x, self.causal, keys=k, values=v)
+        mixed, weights = attend_where(own.split(own.q_proj(x)), k, v, where, scale=self.scale, need_weights=need)
+        first = own.join(mixed)
+        k, v, allowed = self._source(x, seen, where, call)
+        q = self.partial.split(self.partial.q_proj(self.norm(x + first)))
+        mixed, partial = attend_weighted(q, k, v, allowed, scale=self.scale, need_weights=need)
+        output = first + self.partial.join(mixed)
+        if weights is None or partial is None:
+            return Result(output)
+        return Result(output, (weights + F.pad(partial, (0, weights.shape[-1] - partial.shape[-1]))) / 2)
+
+    def _source(self, x: Tensor, seen: int, where: Where, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of the columns that hold source tokens, and who may attend to them."""
+        columns = self._columns(where, call)
+        mapped = self.source_map(x[:, : max(columns - seen, 0)])
+        k, v = (self.partial.split(p(mapped)) for p in (self.partial.k_proj, self.partial.v_proj))
+        if call.state is not None:
+            k, v = call.state.append("source_keys", k), call.state.append("source_values", v)
+        if k.shape[2] != columns:
+            raise ValueError(
+                f"partial-attention: positions came back to below source_length={self.source_length} after the target "
+                "had begun; a state takes one source, at the start"
+            )
+        positions = where.key_positions[:, :columns]
+        real = positions < self.source_length
+        return (
+            k,
+            v,
+            replace(
+                where,
+                j=where.j[:columns],
+                key_positions=positions,
+                padding=real if where.padding is None else real & where.padding[:, :columns],
+                dense=None if where.dense is None else where.dense[..., :columns],
+            ).allowed(),
+        )
+
+    def _columns(self, where: Where, call: Call) -> int:
+        """How many of the first tokens hold the source in any row; with left padding rows differ."""
+        if call.positions is None and (call.state is None or "positions" not in call.state.grown):
+            return min(len(where.j), self.source_length)
+        inside = (where.key_positions < self.source_length).any(0)
+        return int((inside * (where.j + 1)).max())

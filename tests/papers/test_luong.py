@@ -1,0 +1,96 @@
+"""Luong's attention: each score and each reach as loops, and what a window leaves out."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from manyheads.mechanisms.projection.luong import Luong
+
+close = torch.testing.assert_close
+
+
+def raw_score(module: Luong, h: int, query: Tensor, key: Tensor) -> float:
+    if module.kind == "dot":
+        return float(query @ key)
+    if module.kind == "general":
+        return float(query @ module.q_proj[h] @ key)
+    return float(module.score_vector[h] @ (query @ module.q_proj[h] + key @ module.k_proj[h]).tanh())
+
+
+def loops(module: Luong, x: Tensor, source: Tensor) -> Tensor:
+    """One sequence; t counts from 0."""
+    n, s, d, dim = len(x), len(source), module.dim // module.heads, module.dim
+    mixed = torch.zeros(n, dim, dtype=x.dtype)
+    for t, h in product(range(n), range(module.heads)):
+        part, place = slice(h * d, (h + 1) * d), float(min(t, s - 1))
+        if module.reach == "local-p":
+            hidden = (module.place_proj.weight @ x[t]).tanh()[part]
+            place = (s - 1) / (1 + math.exp(-float(module.place_vector[h] @ hidden)))
+        near = [j for j in range(s) if module.reach == "global" or abs(j - math.floor(place)) <= module.window]
+        scores = [raw_score(module, h, x[t, part], source[j, part]) for j in near]
+        total = sum(math.exp(score) for score in scores)
+        for j, score in zip(near, scores, strict=True):
+            weight = math.exp(score) / total
+            if module.reach == "local-p":
+                sigma = module.window / 2
+                weight *= math.exp(-((j - place) ** 2) / (2 * sigma**2))
+            mixed[t, part] += weight * source[j, part]
+    return (torch.cat([mixed, x], 1) @ module.o_proj.weight.T).tanh()
+
+
+@pytest.mark.parametrize("score", ["dot", "general", "concat"])
+@pytest.mark.parametrize("reach", ["global", "local-m", "local-p"])
+@pytest.mark.parametrize(("heads", "m"), [(1, 7), (2, 3)])
+@torch.no_grad()
+def test_equals_loops(score: str, reach: str, heads: int, m: int) -> None:
+    torch.manual_seed(0)
+    module = Luong(8, heads, score=score, reach=reach, window=2).double()
+    x, source = torch.randn(1, 5, 8, dtype=torch.float64), torch.randn(1, m, 8, dtype=torch.float64)
+    close(module(x, source).output[0], loops(module, x[0], source[0]), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("reach", ["global", "local-m", "local-p"])
+@torch.no_grad()
+def test_padding_is_not_part_of_the_source(reach: str) -> None:
+    """On either side: S and the places in it count real tokens only."""
+    torch.manual_seed(0)
+    module = Luong(8, 2, reach=reach, window=1).double()
+    x, source = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 7, 8, dtype=torch.float64)
+    mask = torch.tensor([[False] * 3 + [True] * 4, [True] * 5 + [False] * 2])
+    result = module(x, source, mask=mask, need_weights=True)
+    for row in range(2):
+        alone = module(x[row : row + 1], source[row : row + 1, mask[row]], need_weights=True)
+        close(result.output[row], alone.output[0], rtol=1e-12, atol=1e-12)
+        close(result.weights[row][..., mask[row]], alone.weights[0], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_the_gaussian_is_not_renormalised() -> None:
+    torch.manual_seed(0)
+    module = Luong(8, 2, reach="local-p", window=3).double()
+    x, source = torch.randn(1, 5, 8, dtype=torch.float64), torch.randn(1, 9, 8, dtype=torch.float64)
+    total = module(x, source, need_weights=True).weights.sum(-1)
+    assert bool((total < 1).all())
+    module.reach = "local-m"
+    close(module(x, source, need_weights=True).weights.sum(-1), torch.ones_like(total))
+
+
+@torch.no_grad()
+def test_a_wide_window_around_the_query_is_global() -> None:
+    torch.manual_seed(0)
+    local, wide = (Luong(8, 2, reach=reach, window=20).double() for reach in ("local-m", "global"))
+    local.load_state_dict(wide.state_dict())
+    x, source = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 9, 8, dtype=torch.float64)
+    close(local(x, source).output, wide(x, source).output, rtol=1e-12, atol=1e-12)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="score='location'"):
+        Luong(8, 2, score="location")
+    with pytest.raises(ValueError, match="reach='local'"):
+        Luong(8, 2, reach="local")
+    with pytest.raises(ValueError, match="window=0"):
+        Luong(8, 2, window=0)
