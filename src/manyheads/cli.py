@@ -1,4 +1,4 @@
-"""The command line: list, show, check, compare, heads, shrink, explain, info."""
+"""The command line: list, show, check, compare, heads, shrink, explain, serve, info."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from manyheads.explain.command import explain
 from manyheads.heads.command import heads
 from manyheads.mechanism import Mechanism
 from manyheads.registry import list_attentions, mechanism_class
+from manyheads.serve.command import serve
 from manyheads.shrink.command import shrink
 from manyheads.softmax import changed_stages
 
@@ -201,6 +202,7 @@ def find_class(target: str) -> type[Mechanism]:
 app.command()(compare)
 app.command()(heads)
 app.command()(shrink)
+app.command()(serve)
 app.add_typer(explain, name="explain")
 
 

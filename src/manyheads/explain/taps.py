@@ -32,8 +32,8 @@ from manyheads.mechanism import Mechanism, Result
 from manyheads.shrink.attend import Scoring, masked_attention, pack, probabilities
 
 NAME = "manyheads_tapped"
-# Weights in one block of rows: 2^21 float32 numbers are 8 MiB, and the steps of a softmax hold some four of them.
-BLOCK_WEIGHTS = 2**21
+# Weights in one block of rows: 2^20 float32 numbers are 4 MiB, and the steps of a softmax hold six of them.
+BLOCK_WEIGHTS = 2**20
 # A weight block and its rows -> the block that takes its place.
 Edit = Callable[[Tensor, slice], Tensor]
 

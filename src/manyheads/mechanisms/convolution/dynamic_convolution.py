@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.taps import band_matrix, dense_at_taps, surround, tap_columns
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
-from manyheads.state import State
 
 STRETCH = 2048  # tokens of a long causal pass that are worked on at once: what lies between stays in the cache
 
@@ -66,13 +66,15 @@ class DynamicConvolution(Mechanism):
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if call.padding is None else call.padding
         if call.padding is not None:
             u = u.masked_fill(~real[..., None], 0.0)
-        rows, real = self._surround(u, real, call.state)
+        rows, real = surround(u, real, self.left, self.kernel_size - 1 - self.left, call.state)
+        columns = tap_columns(n, seen, self.left, self.kernel_size, x.device)
         if call.dense is not None:
-            taps = taps * self._band(call.dense, n, seen)
+            taps = taps * dense_at_taps(call.dense, columns)
         mixed = self._convolve(rows, taps)
-        weights = (
-            self._matrix(taps * real.unfold(1, self.kernel_size, 1)[:, :, None], seen) if call.need_weights else None
-        )
+        weights = None
+        if call.need_weights:
+            seen_taps = taps * real.unfold(1, self.kernel_size, 1)[:, :, None]
+            weights = band_matrix(seen_taps, columns, seen + n)
         return Result(self.out_proj(mixed), weights)
 
     def _in_stretches(self, x: Tensor, call: Call) -> Tensor:
@@ -85,21 +87,6 @@ class DynamicConvolution(Mechanism):
             outputs.append(self.attend(x[:, now], None, replace(call, padding=padding, state=state)).output)
         return torch.cat(outputs, 1)
 
-    def _surround(self, u: Tensor, real: Tensor, state: State | None) -> tuple[Tensor, Tensor]:
-        """u [b, n, e] and what is real of it, with the rows before and after that the outer taps fall on."""
-        right = self.kernel_size - 1 - self.left
-        if state is None:
-            return F.pad(u, (0, 0, self.left, right)), F.pad(real, (self.left, right))
-        held = state.fixed if state.fixed else {"rows": u[:, :0], "real": real[:, :0]}
-        missing = self.left - held["rows"].shape[1]
-        rows = torch.cat([F.pad(held["rows"], (0, 0, missing, 0)), u], 1)
-        real = torch.cat([F.pad(held["real"], (missing, 0)), real], 1)
-        # Copies: a view would keep the whole pass alive.
-        state.fixed["rows"] = rows[:, u.shape[1] :].clone()
-        state.fixed["real"] = real[:, u.shape[1] :].clone()
-        state.advance(u.shape[1])
-        return rows, real
-
     def _convolve(self, rows: Tensor, taps: Tensor) -> Tensor:
         """rows [b, n + K - 1, e], taps [b, n, h, K] -> [b, n, e]; one tap at a time, so that no window is copied."""
         n = taps.shape[1]
@@ -108,20 +95,3 @@ class DynamicConvolution(Mechanism):
         for k in range(1, self.kernel_size):
             mixed = torch.addcmul(mixed, taps[..., k : k + 1], rows[:, k : k + n])
         return mixed.flatten(-2)
-
-    def _columns(self, n: int, seen: int, device: torch.device) -> Tensor:
-        """The key that tap k of query t falls on, [n, K]; below 0 or beyond the last where there is none."""
-        t = torch.arange(seen, seen + n, device=device)[:, None]
-        return t - self.left + torch.arange(self.kernel_size, device=device)
-
-    def _band(self, dense: Tensor, n: int, seen: int) -> Tensor:
-        """The dense mask [b, 1 or h, n, m] where the taps fall, as [b, n, 1 or h, K]."""
-        columns = self._columns(n, seen, dense.device).clamp(0, seen + n - 1)
-        return dense.gather(-1, columns.expand(*dense.shape[:2], -1, -1)).transpose(1, 2)
-
-    def _matrix(self, taps: Tensor, seen: int) -> Tensor:
-        """taps [b, n, h, K], zero where they fall on nothing -> [b, h, n, seen + n]."""
-        b, n, h, _ = taps.shape
-        columns = self._columns(n, seen, taps.device).clamp(0, seen + n - 1)
-        empty = taps.new_zeros(b, h, n, seen + n)
-        return empty.scatter_add(-1, columns.expand(b, h, -1, -1), taps.transpose(1, 2))

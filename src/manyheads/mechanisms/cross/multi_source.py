@@ -10,36 +10,12 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import masked_softmax
-from manyheads.functional.weighted import attend_weighted
+from manyheads.functional.multihead import Heads, key_mask
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 from manyheads.state import State
 
 MODES = ("serial", "parallel", "flat", "hierarchical")
-
-
-class _Heads(nn.Module):
-    """Multi-head attention whose keys and values can be computed once and kept."""
-
-    def __init__(self, dim: int, heads: int, bias: bool) -> None:
-        super().__init__()
-        self.heads, self.scale = heads, (dim // heads) ** -0.5
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
-
-    def split(self, projected: Tensor) -> Tensor:
-        """[.., n, e] -> [.., h, n, d]"""
-        return projected.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
-
-    def read(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.k_proj(source)), self.split(self.v_proj(source))
-
-    def forward(
-        self, x: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, need_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        q = self.split(self.q_proj(x))
-        allowed = None if padding is None else padding[:, None, None, :]
-        mixed, weights = attend_weighted(q, k, v, allowed, scale=self.scale, need_weights=need_weights)
-        return self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights
 
 
 @register
@@ -88,9 +64,9 @@ class MultiSource(Mechanism):
         if sources < 2:
             raise ValueError(f"{self.card.name}: sources={sources}; want at least 2 (for one, use 'softmax')")
         self.sources, self.mode = sources, mode
-        self.attention = nn.ModuleList(_Heads(dim, heads, bias) for _ in range(1 if mode == "flat" else sources))
+        self.attention = nn.ModuleList(Heads(dim, heads, bias) for _ in range(1 if mode == "flat" else sources))
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(sources - 1 if mode == "serial" else 0))
-        self.combine = _Heads(dim, heads, bias) if mode == "hierarchical" else None
+        self.combine = Heads(dim, heads, bias) if mode == "hierarchical" else None
 
     def attend(self, x: Tensor, context: Sequence[Tensor], call: Call) -> Result:
         kept = self._read(context, call.state)
@@ -99,12 +75,12 @@ class MultiSource(Mechanism):
         paddings: list[Any] = [None] * self.sources if call.padding is None else list(call.padding)
         if self.mode == "flat":
             padding = None if call.padding is None else torch.cat(paddings, 1)
-            return Result(*self.attention[0](x, *kept[0], padding, call.need_weights))
+            return Result(*self.attention[0](x, *kept[0], key_mask(padding), call.need_weights))
         if self.mode == "serial":
             return self._serial(x, kept, paddings, call.need_weights)
         parts, weights = [], []
         for attention, keys_values, padding in zip(self.attention, kept, paddings, strict=True):
-            part, weight = attention(x, *keys_values, padding, call.need_weights)
+            part, weight = attention(x, *keys_values, key_mask(padding), call.need_weights)
             parts.append(part)
             weights.append(weight)
         if self.mode == "parallel":
@@ -119,7 +95,7 @@ class MultiSource(Mechanism):
         stream, weights = x, []
         for i, (attention, keys_values) in enumerate(zip(self.attention, kept, strict=True)):
             query = stream if i == 0 else self.norms[i - 1](stream)
-            part, weight = attention(query, *keys_values, paddings[i], need_weights)
+            part, weight = attention(query, *keys_values, key_mask(paddings[i]), need_weights)
             stream = stream + part
             weights.append(weight)
         return Result(stream - x, torch.cat(weights, -1) if need_weights else None)
