@@ -22,6 +22,9 @@ def compare(
             "A bare name has the arguments that the experiment or preset gives it. Default: all of those.",
         ),
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every causal mechanism; where the preset does not name it, as on its card.")
+    ] = False,
     experiment: Annotated[Path | None, typer.Option(help="A YAML file that says what to run.")] = None,
     preset: Annotated[str | None, typer.Option(help="quick (minutes), standard, or full.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
@@ -40,7 +43,11 @@ def compare(
     from .summary import done, summarise
 
     changes = read_experiment(experiment) if experiment else {}
+    if everything:
+        names = _all_names(changes, names)
     changes |= changes_of(changes, names, preset, task, seeds, section)
+    if everything:
+        changes["mechanisms"] = [as_on_card(entry) for entry in changes["mechanisms"]]
     built = create_experiment(changes, where=str(experiment or "compare"))
     results = run_experiment(built, out, scheduler=scheduler, retry_failed=retry_failed)
     if as_json:
@@ -55,6 +62,24 @@ def compare(
         typer.echo(f"\nreport: {out / 'report.html'}")
     if not any(done(cell) for cell in results["cells"]):
         raise typer.Exit(1)
+
+
+def _all_names(changes: Mapping[str, Any], names: list[str] | None) -> list[str]:
+    from manyheads.registry import list_attentions
+
+    if names or "mechanisms" in changes:
+        raise ValueError("--all names every causal mechanism: leave names, and the experiment's mechanisms, out")
+    return list_attentions(pattern="causal-self")
+
+
+def as_on_card(entry: Any) -> Any:
+    """A bare name with the arguments of its card's example, which are small enough to matter at a task's lengths."""
+    from manyheads.registry import card
+
+    if not isinstance(entry, str):
+        return entry
+    example = {key: value for key, value in card(entry).example.items() if key not in ("dim", "heads", "causal")}
+    return {"name": entry, **example} if example else entry
 
 
 def changes_of(

@@ -289,7 +289,7 @@ def _target(loaded: Loaded, target: str | None, answer: list[dict[str, Any]]) ->
 def _attention_views(
     loaded: Loaded, inputs: dict[str, Tensor], tokens: list[str], layers: Sequence[int] | None, page_mb: float
 ) -> tuple[list[View], dict[str, Any]]:
-    from manyheads.explain.taps import record
+    from manyheads.explain.taps import AttentionCall, record
     from manyheads.explain.views import (
         Panel,
         read_store,
@@ -310,7 +310,9 @@ def _attention_views(
     if short:
         with torch.no_grad(), record(loaded.model, layers=layers, kind="self") as calls:
             loaded.model(**inputs)
-        views += [view_neurons(calls, tokens, budget_mb=page_mb), view_embedding(calls, tokens)]
+        # A manyheads mechanism gives its weights; what its queries and keys are is its own affair.
+        if all(isinstance(call, AttentionCall) for call in calls):
+            views += [view_neurons(calls, tokens, budget_mb=page_mb), view_embedding(calls, tokens)]
     report = {
         "layers": list(store.layers),
         "entropy": _rows(store.entropy),

@@ -1,0 +1,92 @@
+"""The command `manyheads serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="A folder or hub name; the packaged byte-level model without it.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free.")] = 0,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    reports: Annotated[Path | None, typer.Option(help="Folder whose reports can be browsed.")] = None,
+    browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the link in the browser.")] = True,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Listen beyond this machine; what is sent is not encrypted.")
+    ] = False,
+) -> None:
+    """Open a small web app on this machine: type a text, explain it, intervene and see the change, browse reports."""
+    if not _local(host) and not allow_remote:
+        raise ValueError(f"--host {host} can be reached from other machines: add --allow-remote if that is wanted")
+    if reports is not None and not reports.is_dir():
+        raise ValueError(f"--reports {reports} is no folder")
+    from .guard import LOOPBACK, Session
+    from .jobs import Jobs
+
+    with _listen(host, port) as listener:
+        typer.echo("loading the model ...", err=True)
+        from manyheads.explain.explanation import load_any
+
+        from .app import create_app
+
+        port = int(listener.getsockname()[1])
+        session, jobs = Session(f"manyheads-{port}"), Jobs()
+        names = {*LOOPBACK, host} | ({socket.gethostname(), socket.getfqdn()} if allow_remote else set())
+        app = create_app(
+            load_any(model), session, jobs, reports=reports and reports.resolve(), names=names, any_address=allow_remote
+        )
+        place = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        url = f"http://{f'[{place}]' if ':' in place else place}:{port}/?token={session.token}"
+        typer.echo(f"{url}\nThe link opens once, in one browser. Ctrl-C ends.")
+        _run(app, listener, url if browser else None)
+    typer.echo("ended", err=True)
+    if not jobs.close(3):
+        # The model is in the middle of a step that cannot be broken off.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=256)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot listen on {host} port {port} ({why}): choose another --port or --host") from error
+
+
+def _run(app: object, listener: socket.socket, url: str | None) -> None:
+    import threading
+    import webbrowser
+
+    import uvicorn
+
+    # No access log: it would hold the token.
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off", limit_concurrency=256,
+        timeout_graceful_shutdown=2,
+    )  # fmt: skip
+    # A browser of the terminal would use the link up.
+    if url is not None and (sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        threading.Timer(0.5, webbrowser.open, [url]).start()
+    with suppress(KeyboardInterrupt):  # by then the server has ended in good order
+        uvicorn.Server(config).run(sockets=[listener])
