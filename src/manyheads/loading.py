@@ -57,7 +57,7 @@ def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausa
     transformers.utils.logging.disable_progress_bar()  # a second's bar for files that are already here
     options = {"dtype": "float32", "use_safetensors": True, **options, "trust_remote_code": False}
     try:
-        model = getattr(transformers, auto).from_pretrained(where, **options)
+        model = _class(auto).from_pretrained(where, **options)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{where} cannot be loaded by {auto}: {error}") from error
     except OSError:
@@ -68,6 +68,18 @@ def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausa
         if shown:
             transformers.utils.logging.enable_progress_bar()
     return Loaded(model.eval(), _tokenizer(where, model), "byte_llama" if name is None else str(name))
+
+
+def _class(name: str) -> Any:
+    """A model class of transformers, or one of ours."""
+    import transformers
+
+    import manyheads.models as ours
+
+    found = getattr(ours, name, None) or getattr(transformers, name, None)
+    if found is None:
+        raise ValueError(f"{name} is no model class that transformers {transformers.__version__} or manyheads knows")
+    return found
 
 
 def _place(name: str | Path | None) -> str:

@@ -73,6 +73,20 @@ def test_an_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert all(math.isfinite(value) for value in values)
 
 
+@pytest.mark.parametrize("mechanism", ["softmax", "hedgehog"])
+def test_a_model_of_manyheads(mechanism: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model of mechanisms: weights, and what can be said from them."""
+    from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
+
+    config = ManyheadsConfig(
+        vocab_size=256, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, layers=[mechanism, mechanism]
+    )
+    ManyheadsForCausalLM(config).save_pretrained(tmp_path / "model")
+    report = explained(capsys, str(tmp_path / "model"), "--text", "import os", "--out", str(tmp_path / "out"))
+    assert len(report["entropy"]) == 2
+    assert set(report["attributions"]["values"]) >= {"rollout", "raw-attention"}
+
+
 @pytest.fixture
 def vit(tmp_path: Path) -> Path:
     torch.manual_seed(0)

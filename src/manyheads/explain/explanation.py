@@ -229,6 +229,16 @@ def _image_values(
     return values
 
 
+def _defaults(loaded: Loaded, targeted: bool) -> tuple[str, ...]:
+    """Methods that the model can have: of a manyheads mechanism there are weights, and nothing from inside."""
+    from manyheads.explain.taps import sites
+    from manyheads.mechanism import Mechanism
+
+    if any(isinstance(site.module, Mechanism) for site in sites(loaded.model)):
+        return (*(("input-gradient",) if targeted else ()), "raw-attention", "rollout")
+    return (*TARGETED, *UNTARGETED) if targeted else UNTARGETED
+
+
 def _known(names: Sequence[str]) -> Sequence[str]:
     from manyheads.explain.attributions import METHODS
 
@@ -333,7 +343,7 @@ def _attributions(
     from manyheads.explain.attributions import METHODS, compare_attributions
     from manyheads.explain.views import view_text
 
-    names = list(_known(methods or ((*TARGETED, *UNTARGETED) if target is not None else UNTARGETED)))
+    names = list(_known(methods or _defaults(loaded, target is not None)))
     found: dict[str, Any] = {}
     if target is not None and len(tokens) <= FAITHFUL_TOKENS:
         compared = compare_attributions(loaded.model, inputs, target, names, steps=10)
