@@ -30,7 +30,7 @@ class Loaded:
         """Token ids, without the tokenizer's special tokens."""
         if self.tokenizer is None:
             return list(text.encode())
-        return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: list[int]) -> str:
         if self.tokenizer is None:

@@ -79,10 +79,11 @@ def test_a_slow_pass_stops_the_longer_ones() -> None:
 
 @pytest.mark.parametrize("name", list_attentions())
 def test_every_mechanism_is_measured_by_a_pattern_that_it_declares(name: str) -> None:
-    pattern = measured_pattern(name)
-    subject = Subject(settings("speed", name), SIZE, pattern)
+    pattern, args = measured_pattern(name), dict(registry.card(name).example)
+    size = SIZE | {"hidden_size": args.pop("dim", 16), "heads": args.pop("heads", 4)}
+    subject = Subject(settings("speed", name, args=args), size, pattern)
     x, context = subject.inputs(32)
-    assert math.prod(x.shape) == 2 * 32 * 16
+    assert math.prod(x.shape) == 2 * 32 * size["hidden_size"]
     assert subject.module(x, context).output.isfinite().all()
     assert (pattern == "causal-self") == ("causal-self" in registry.card(name).patterns)
 

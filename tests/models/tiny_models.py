@@ -54,7 +54,8 @@ def seq2seq(cross: str, **settings: Any) -> ManyheadsForSeq2SeqLM:
 
 
 def single_source(name: str) -> bool:
-    return mechanism_class(name)(16, 4, causal=True).sources == 1
+    arguments: dict[str, Any] = {"dim": 16, "heads": 4, **card(name).example, "causal": True}
+    return mechanism_class(name)(**arguments).sources == 1
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:

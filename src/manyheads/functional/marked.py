@@ -17,12 +17,13 @@ def unmarked(output: Tensor, kinds: int) -> Tensor:
     return F.pad(output, (0, kinds))
 
 
-def content_width(name: str, dim: int, heads: int, kinds: int, of_what: str) -> int:
-    """dim - kinds, or ValueError where it is no positive multiple of heads."""
+def content_width(name: str, dim: int, heads: int, kinds: int, of_what: str) -> tuple[int, int]:
+    """The features that are not marks, dim - kinds, and the largest multiple of heads that is no more: what heads
+    share. ValueError where there is none."""
     width = dim - kinds
-    if width < 1 or width % heads:
+    if width < heads:
         raise ValueError(
-            f"{name}: dim={dim} holds {kinds} features for {of_what} and {width} others; want those others to be a "
-            f"positive multiple of heads={heads}"
+            f"{name}: dim={dim} holds {kinds} features for {of_what} and {max(width, 0)} others; want at least "
+            f"heads={heads} others"
         )
-    return width
+    return width, width // heads * heads

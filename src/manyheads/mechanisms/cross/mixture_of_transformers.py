@@ -1,0 +1,91 @@
+"""Mixture-of-Transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manyheads.card import Card, Family
+from manyheads.functional.marked import content_width, split_kinds, unmarked
+from manyheads.functional.rotary import Rotary
+from manyheads.functional.routing import grouped_linear
+from manyheads.mechanism import Call
+from manyheads.registry import register
+from manyheads.softmax import SoftmaxAttention
+
+EPS = 1e-5
+
+
+@register
+class MixtureOfTransformers(SoftmaxAttention):
+    """One attention over a mixed sequence, with the projections of each token's own modality m(i).
+
+        q_i, k_i, v_i = W_q^m(i) x_i, W_k^m(i) x_i, W_v^m(i) x_i;  a = softmax(q k^T / sqrt(d)) v over all tokens
+        out_i = norm^m(i)(W_o^m(i) a_i)
+
+    Each token costs what it costs in a model with one modality. norm: RMS norm with gains per modality, after W_o.
+    qk_norm: the same on q and k, per head. x: the last `modalities` features of a token say of which modality it is,
+    the largest wins. They are not attended with, and the output is zero there. Heads share the others, rounded down.
+
+    Source: Liang et al., Mixture-of-Transformers, arXiv:2411.04996, and its released example code, which norms after
+    W_o; norm=False leaves norms to the surrounding block, with its feed-forward layers per modality.
+    """
+
+    card = Card(
+        name="mixture-of-transformers",
+        title="Mixture-of-Transformers: A Sparse and Scalable Architecture for Multi-Modal Foundation Models",
+        reference="arXiv:2411.04996",
+        family=Family.CROSS,
+        patterns={"noncausal-self", "causal-self"},
+        time="n^2",
+        state="n",
+        example={"modalities": 3, "qk_norm": True},
+        notes="the last `modalities` features of x mark the modality of each token",
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        causal: bool = False,
+        modalities: int = 2,
+        norm: bool = True,
+        qk_norm: bool = False,
+        rotary: Rotary | Mapping[str, Any] | None = None,
+    ) -> None:
+        if modalities < 2:
+            raise ValueError(f"mixture-of-transformers: modalities={modalities}; want at least 2 (for one: 'softmax')")
+        width, inner = content_width("mixture-of-transformers", dim, heads, modalities, "the modality of a token")
+        super().__init__(inner, heads, causal=causal, rotary=rotary)
+        del self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        self.dim, self.modalities = dim, modalities
+        self.qkv = nn.Parameter(torch.empty(modalities, width, 3 * inner))
+        self.out = nn.Parameter(torch.empty(modalities, inner, width))
+        for weight in (self.qkv, self.out):
+            nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)  # as nn.Linear does
+        self.norm = nn.Parameter(torch.ones(modalities, width)) if norm else None
+        self.qk_norm = nn.Parameter(torch.ones(2, modalities, self.head_dim)) if qk_norm else None
+
+    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        content, kind = split_kinds(x, self.modalities)
+        q, k, v = self._own(content, kind, self.qkv).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
+        if self.qk_norm is not None:
+            gains = self.qk_norm[:, kind][:, :, :, None]  # [2, b, n, 1, d]
+            q, k = (F.rms_norm(t, (self.head_dim,), eps=EPS) * gain for t, gain in ((q, gains[0]), (k, gains[1])))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def output(self, mixed: Tensor, x: Tensor, call: Call) -> tuple[Tensor, Mapping[str, Tensor]]:
+        _, kind = split_kinds(x, self.modalities)
+        output = self._own(mixed.transpose(1, 2).flatten(-2), kind, self.out)
+        if self.norm is not None:
+            output = F.rms_norm(output, (output.shape[-1],), eps=EPS) * self.norm[kind]
+        return unmarked(output, self.modalities), {}
+
+    def _own(self, rows: Tensor, kind: Tensor, weight: Tensor) -> Tensor:
+        """rows [b, n, in] times the matrix of their modality, weight [modalities, in, out] -> [b, n, out]."""
+        return grouped_linear(rows.flatten(0, 1), kind.flatten(), weight).unflatten(0, rows.shape[:2])
