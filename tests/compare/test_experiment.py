@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from manyheads import list_attentions
 from manyheads.compare import cells as cells_module
 from manyheads.compare.cells import Cell, cells_of_experiment
-from manyheads.compare.command import changes_of, parse_name, parse_seeds
+from manyheads.compare.command import _all_names, as_on_card, changes_of, parse_name, parse_seeds
 from manyheads.compare.experiment import PRESETS, create_experiment, preset, read_experiment
 from manyheads.tasks import list_tasks
 
@@ -236,3 +237,16 @@ def test_bare_names_have_the_arguments_of_the_file() -> None:
     built = create_experiment(file | changes_of(file, ["moba", "mqa"], tasks=["recall"]))
     assert [entry.label for entry in built.mechanisms] == ["moba[block=4]", "moba[block=2]", "mqa"]
     assert [task.args["n"] for task in built.tasks] == [16]
+
+
+def test_all_names_every_causal_mechanism_once() -> None:
+    names = _all_names({}, None)
+    assert names == list_attentions(pattern="causal-self")
+    entries = [as_on_card(name) for name in names]
+    assert [entry if isinstance(entry, str) else entry["name"] for entry in entries] == names
+    built = create_experiment(changes_of({}, names, tasks=["recall"]) | {"mechanisms": entries})
+    assert len(built.mechanisms) == len(names)
+    with pytest.raises(ValueError, match="leave names"):
+        _all_names({}, ["softmax"])
+    with pytest.raises(ValueError, match="leave names"):
+        _all_names({"mechanisms": ["softmax"]}, None)

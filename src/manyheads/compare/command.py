@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -23,7 +24,7 @@ def compare(
         ),
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Every causal mechanism; where the preset does not name it, as on its card.")
+        bool, typer.Option("--all", help="Every causal mechanism, with its defaults where the preset has none.")
     ] = False,
     experiment: Annotated[Path | None, typer.Option(help="A YAML file that says what to run.")] = None,
     preset: Annotated[str | None, typer.Option(help="quick (minutes), standard, or full.")] = None,
@@ -73,13 +74,15 @@ def _all_names(changes: Mapping[str, Any], names: list[str] | None) -> list[str]
 
 
 def as_on_card(entry: Any) -> Any:
-    """A bare name with the arguments of its card's example, which are small enough to matter at a task's lengths."""
-    from manyheads.registry import card
+    """A bare name; where the mechanism cannot be built without arguments, with those of its card's example."""
+    from manyheads.registry import mechanism_class
 
     if not isinstance(entry, str):
         return entry
-    example = {key: value for key, value in card(entry).example.items() if key not in ("dim", "heads", "causal")}
-    return {"name": entry, **example} if example else entry
+    cls = mechanism_class(entry)
+    needed = [p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
+    more = {name: cls.card.example[name] for name in needed if name not in ("dim", "heads")}
+    return {"name": entry, **more} if more else entry
 
 
 def changes_of(
