@@ -12,9 +12,9 @@ NOTHING = -1e30
 def transport_plan(scores: Tensor, allowed: Tensor | None, iterations: int) -> Tensor:
     """scores [..., n, m] -> exp(scores + f + g) whose rows sum to 1 and whose columns sum, once converged, to n / m.
 
-    Columns are brought to their sum, then rows, `iterations` times, so that rows are exact. n and m count the rows and
-    columns with something allowed (broadcasting to scores); others, and pairs that are not allowed, are zero. Computed
-    at least in float32, in which the result is given.
+    Columns are brought to one sum (which, does not matter: rows undo it), then rows to 1, `iterations` times, so that
+    rows are exact. n and m count the rows and columns with something allowed (broadcasting to scores); others, and
+    pairs that are not allowed, are zero. Computed at least in float32, in which the result is given.
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if allowed is None:
@@ -22,12 +22,10 @@ def transport_plan(scores: Tensor, allowed: Tensor | None, iterations: int) -> T
     allowed = allowed.expand_as(scores)
     scores = scores.masked_fill(~allowed, NOTHING)
     rows, columns = allowed.any(-1, keepdim=True), allowed.any(-2, keepdim=True)
-    n, m = (t.sum((-2, -1), keepdim=True).clamp(min=1).to(scores.dtype) for t in (rows, columns))
-    log_column = (n / m).log()
     row_offset = torch.zeros_like(scores[..., :1])
     column_offset = torch.zeros_like(scores[..., :1, :])
     for _ in range(iterations):
-        column_offset = log_column - (scores + row_offset).logsumexp(-2, keepdim=True)
+        column_offset = -(scores + row_offset).logsumexp(-2, keepdim=True)
         column_offset = torch.where(columns, column_offset, 0.0)
         row_offset = -(scores + column_offset).logsumexp(-1, keepdim=True)
         row_offset = torch.where(rows, row_offset, 0.0)

@@ -1,0 +1,89 @@
+"""Gaussian adaptive attention: tokens count by how far they lie from learned centres."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.card import Card, Family
+from manyheads.functional.linear import widen
+from manyheads.mechanism import Call, Mechanism, Result
+from manyheads.registry import register
+
+EPS = 1e-8
+
+
+@register
+class GaussianAdaptive(Mechanism):
+    """Features are rescaled by a density over the tokens: no queries, keys or values, and few parameters.
+
+        y_ifk = (x_if - mean_f - delta_k) / sqrt(var_f + 1e-8)
+        w_if = prod_k exp(-y_ifk^2 / (2 c_k^2)) / (its sum over tokens);  out_if = w_if x_if
+
+    mean, var (unbiased): of feature f over the real tokens; delta, c: [heads, gaussians], head h for its dim / heads
+    features. Weights belong to single features, so that there is no matrix from token to token: weights is None, and
+    `densities(x)` gives w [b, n, dim], of which `importance_factor` makes the explanation that the paper proposes.
+    Source: Ioannides et al., arXiv:2401.11143, and its code, which multiplies densities where the paper speaks of a
+    mixture. There the heads cut the axis that is normalised (the tokens) into stretches, which needs at least as
+    many tokens as heads; here they are features. Padding is not in mean and variance, and its output
+    is zero. The importance factor is not in the code: taken from the paper as remembered.
+    """
+
+    card = Card(
+        name="gaussian-adaptive",
+        title="Gaussian Adaptive Attention is All You Need",
+        reference="arXiv:2401.11143",
+        family=Family.SCORING,
+        patterns={"noncausal-self"},
+        time="n",
+        state="",
+        decodes=False,
+        notes="no causal form: mean and variance are those of the whole sequence",
+    )
+
+    def __init__(self, dim: int, heads: int, *, causal: bool = False, gaussians: int = 4) -> None:
+        super().__init__(dim, heads, causal=causal)
+        self._split_heads()
+        if gaussians < 1:
+            raise ValueError(f"gaussian-adaptive: gaussians={gaussians} must be at least 1")
+        self.mean_offsets = nn.Parameter(torch.zeros(heads, gaussians))
+        self.widths = nn.Parameter(torch.randn(heads, gaussians).exp())
+
+    def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+        if call.dense is not None:
+            raise ValueError(
+                "gaussian-adaptive: a dense mask was given, but a token has one weight for all queries; give key "
+                "padding [batch, n] as the mask"
+            )
+        weights = self.densities(x, mask=call.padding)
+        if call.padding is not None:
+            x = x.masked_fill(~call.padding[..., None], 0.0)
+        return Result(weights * x)
+
+    def densities(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """x [b, n, dim], mask [b, n] True = real -> w [b, n, dim], each feature's sum over the tokens being one."""
+        real = torch.ones_like(x[..., :1], dtype=torch.bool) if mask is None else mask[..., None]
+        wide = widen(x).masked_fill(~real, 0.0)
+        count = real.sum(1, keepdim=True)
+        mean = wide.sum(1, keepdim=True) / count.clamp(min=1)
+        centred = (wide - mean).masked_fill(~real, 0.0)
+        variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1) + EPS
+        by_head = centred.unflatten(-1, (self.heads, -1))[..., None]
+        deviation = variance.sqrt().unflatten(-1, (self.heads, -1))[..., None]
+        offsets, widths = self.mean_offsets.to(wide.dtype)[:, None], self.widths.to(wide.dtype)[:, None]
+        y = (by_head - offsets) / deviation
+        # The factor of each density is the same for all tokens, and is divided out: the rest is a softmax.
+        logits = -(y / widths).square().sum(-1).flatten(-2) / 2
+        weights = logits.masked_fill(~real, -torch.inf).softmax(1)
+        return weights.masked_fill(~real.any(1, keepdim=True), 0.0).to(x.dtype)
+
+
+def importance_factor(densities: Tensor) -> Tensor:
+    """(w - min w) / (max w - min w) over all values: which tokens and features the mechanism brings forward, in [0, 1].
+
+    densities: any shape; of many inputs, average them first. Where all are equal, zeros.
+    """
+    low, high = densities.min(), densities.max()
+    return (densities - low) / torch.where(high > low, high - low, torch.ones_like(high))
