@@ -1,0 +1,66 @@
+"""Conditional attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyheads.card import Card, Family
+from manyheads.functional.grouped import masked_softmax
+from manyheads.mechanism import Call, Mechanism, Result
+from manyheads.registry import register
+
+
+@register
+class ConditionalAttention(Mechanism):
+    """What a text is for (its genre, its readers) turns the scores of its words up, down or around before the softmax.
+
+        a = softmax over t of (w . tanh(h_t)) (u . c);   y = [sum_t a_t h_t, c]
+
+    x: [b, n, dim], at each word its state h_t (a GRU's in the paper) and, as the last `side_dim` features, the
+    condition c of the text, the same at every word (embedded genre and one-hot gender in the paper) -> [b, dim];
+    weights: [b, 1, 1, n]. One distribution: heads is 1.
+
+    Source: Kitada et al., Conversion Prediction Using Multi-task Conditional Attention Networks to Support the Creation
+    of Effective Ad Creatives, arXiv:1905.07289, as in its released gru.py, which pools title and text apart, with one
+    u. Left out: the bias beside w, which softmax cancels.
+    """
+
+    card = Card(
+        name="conditional-attention",
+        title="Conversion Prediction Using Multi-task Conditional Attention Networks to Support the Creation of "
+        "Effective Ad Creative",
+        reference="arXiv:1905.07289",
+        family=Family.POOLING,
+        patterns={"pool"},
+        time="n",
+        state="",
+        decodes=False,
+        example={"heads": 1, "side_dim": 4},
+        notes="the last side_dim features of x are the condition, repeated at every word",
+    )
+
+    def __init__(self, dim: int, heads: int = 1, *, causal: bool = False, side_dim: int = 8) -> None:
+        super().__init__(dim, heads, causal=causal)
+        if heads != 1:
+            raise ValueError(f"conditional-attention: heads={heads}; it has one distribution, want heads=1")
+        if not 0 < side_dim < dim:
+            raise ValueError(f"conditional-attention: side_dim={side_dim}; want 1 to {dim - 1}, a part of dim={dim}")
+        self.side_dim = side_dim
+        self.word = nn.Linear(dim - side_dim, 1, bias=False)
+        self.condition = nn.Linear(side_dim, 1, bias=False)
+
+    def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+        if call.dense is not None:
+            raise ValueError(
+                "conditional-attention pools x into one vector: a dense mask was not expected; give key padding "
+                "[batch, n] as the mask"
+            )
+        if call.padding is not None:
+            x = x.masked_fill(~call.padding[..., None], 0.0)
+        word, condition = x.split([self.dim - self.side_dim, self.side_dim], -1)
+        scores = (self.word(torch.tanh(word)) * self.condition(condition))[..., 0]
+        weights = masked_softmax(scores, call.padding)[:, None]
+        return Result((weights @ x)[:, 0], weights[:, None] if call.need_weights else None)

@@ -1,0 +1,106 @@
+"""HeadMask: training steps without some of the heads, so that none is relied on and none is left untrained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from manyheads.mechanism import Mechanism
+
+
+class HeadMask:
+    """Hooks on all mechanisms of a model that set the outputs of chosen heads to zero: Att_h xi_h, xi_h in {0, 1}.
+
+        with HeadMask(model, count=18) as heads:
+            heads.draw()                        # the next passes lack 18 random heads, or:
+            heads.most_important(loss_of)       # those that the loss of this batch depends on most
+
+    Heads are counted over the whole model and are not scaled up for those missing. Importance of a head: the sum over
+    the batch of |dL / dxi_h|, from one pass with all heads. A model out of training mode is left alone.
+
+    Source: Sun et al., Alleviating the Inequality of Attention Heads for Neural Machine Translation,
+    arXiv:2009.09672: its two ways (at random, by importance), counted as in its results (18 of a model's heads). No
+    code is known; importance is the gradient of Michel et al., arXiv:1905.10650. The hooks sit where head outputs are
+    concatenated, at the input of the linear `output`; a mechanism without it is refused.
+    """
+
+    def __init__(self, model: nn.Module, *, count: int, output: str = "o_proj") -> None:
+        self.model = model
+        self.mechanisms = [part for part in model.modules() if isinstance(part, Mechanism)]
+        for mechanism in self.mechanisms:
+            width = getattr(getattr(mechanism, output, None), "in_features", 0)
+            if width == 0 or width % mechanism.heads:
+                raise ValueError(
+                    f"HeadMask: {mechanism.card.name} has no linear {output!r} that reads its {mechanism.heads} heads "
+                    "side by side; name the one that does with output="
+                )
+        total = sum(mechanism.heads for mechanism in self.mechanisms)
+        if not 0 <= count < max(total, 1):
+            raise ValueError(f"HeadMask: count={count} of {total} heads in the model; want 0 to {total - 1}")
+        self.count, self.total = count, total
+        self.kept = torch.ones(total, dtype=torch.bool)
+        self._gates: list[tuple[int, Tensor]] | None = None  # of the pass that is measured: place of the first head, xi
+        self._handles: list[RemovableHandle] = []
+        first = 0
+        for mechanism in self.mechanisms:
+            linear = getattr(mechanism, output)
+            self._handles.append(linear.register_forward_pre_hook(self._hook(mechanism, first)))
+            first += mechanism.heads
+
+    def draw(self) -> None:
+        """Masks `count` heads at random."""
+        self._mask(torch.randperm(self.total)[: self.count])
+
+    def most_important(self, loss_of: Callable[[], Tensor]) -> Tensor:
+        """Masks the `count` heads on which the loss depends most, and returns the importance of all. loss_of runs the
+        model on the batch, with all heads, and returns its loss; no gradient is left on the parameters."""
+        self._gates = []
+        self.kept = torch.ones_like(self.kept)
+        try:
+            with torch.enable_grad():
+                loss = loss_of()
+            if not self._gates:
+                raise ValueError("HeadMask: no mechanism ran in training mode; call model.train() first")
+            gradients = torch.autograd.grad(loss, [gate for _, gate in self._gates], allow_unused=True)
+            importance = torch.zeros(self.total, dtype=loss.dtype)
+            for (first, gate), gradient in zip(self._gates, gradients, strict=True):
+                if gradient is not None:
+                    importance[first : first + gate.shape[1]] += gradient.abs().sum(0).cpu().to(loss.dtype)
+        finally:
+            self._gates = None
+        self._mask(importance.topk(self.count).indices)
+        return importance
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> HeadMask:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _mask(self, heads: Tensor) -> None:
+        self.kept = torch.ones_like(self.kept)
+        self.kept[heads] = False
+
+    def _hook(self, mechanism: Mechanism, first: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+        def before(linear: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            joined: Tensor = arguments[0]
+            kept = self.kept[first : first + mechanism.heads]
+            if not mechanism.training or (self._gates is None and bool(kept.all())):
+                return None
+            gate = kept.to(joined).expand(joined.shape[0], -1)
+            if self._gates is not None:
+                gate = gate.clone().requires_grad_()  # one per example, so that examples do not cancel out
+                self._gates.append((first, gate))
+            wide = gate.repeat_interleave(joined.shape[-1] // mechanism.heads, -1)
+            return (joined * wide.view(len(joined), *[1] * (joined.ndim - 2), -1), *arguments[1:])
+
+        return before
