@@ -133,6 +133,17 @@ def test_calibrate_against_loops() -> None:
     assert moved > 3
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_calibrate_does_not_see_padding(left: bool) -> None:
+    model, tokens = tiny("llama").double(), prompt(2, 12)
+    real = torch.ones(2, 12, dtype=torch.bool)
+    real[1, slice(0, 4) if left else slice(8, 12)] = False
+    with calibrate(model, 0.2, alpha=1.2), torch.no_grad():
+        both = model(tokens, attention_mask=real.long()).logits[1][real[1]]
+        alone = model(tokens[1:, real[1]]).logits[0]
+    assert_close(both, alone, atol=1e-6, rtol=1e-6)
+
+
 def test_calibrate_remembers_the_prompts_sinks() -> None:
     model, tokens = llama(), prompt(1, 9)
     with calibrate(model, 0.2, alpha=1.2), torch.no_grad():

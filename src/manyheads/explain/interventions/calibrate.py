@@ -12,17 +12,30 @@ from manyheads.explain.interventions.common import Heads, changed, check_share
 from manyheads.explain.taps import AttentionCall
 
 
+def real_keys(call: AttentionCall) -> Tensor:
+    """[b or 1, 1 or h, m] bool: keys that some query may see; padding is seen by none."""
+    if call.mask is None:
+        return torch.ones(1, 1, call.key.shape[2], dtype=torch.bool, device=call.key.device)
+    seen = call.mask if call.mask.dtype == torch.bool else call.mask > torch.finfo(call.mask.dtype).min / 2
+    return seen.any(-2)
+
+
 def column_means(call: AttentionCall, heads: list[int] | None) -> Tensor:
-    """[b, heads, m]: the attention that a key gets, on average over the queries that may see it (all, where n < m)."""
+    """[b, heads, m]: the attention that a key gets, on average over the real queries that come no earlier than it."""
     n, m = call.query.shape[2], call.key.shape[2]
-    total = torch.cat([call.weights(heads, rows).sum(2, keepdim=True) for rows in call.blocks(heads)], 2).sum(2)
-    viewers = torch.arange(m, 0, -1, device=total.device).clamp_max(n)
-    return total / viewers
+    queries = real_keys(call)[:, :1, m - n :].float()
+    parts = [
+        (call.weights(heads, rows) * queries[:, :, rows, None]).sum(2, keepdim=True) for rows in call.blocks(heads)
+    ]
+    later = queries.flip(-1).cumsum(-1).flip(-1)
+    viewers = torch.cat([later[..., :1].expand(-1, -1, m - n), later], -1)
+    return torch.cat(parts, 2).sum(2) / viewers.clamp_min(1)
 
 
 def sinks_of(call: AttentionCall, heads: list[int] | None, alpha: float) -> Tensor:
-    """[b, heads, m] bool: keys whose mean attention exceeds alpha / m, but for the first such key of a head."""
-    above = column_means(call, heads) > alpha / call.key.shape[2]
+    """[b, heads, m] bool: keys whose mean attention exceeds alpha / (real keys), but for a head's first such key."""
+    real = real_keys(call)[:, :1]
+    above = (column_means(call, heads) > alpha / real.sum(-1, keepdim=True)) & real
     return above & (above.long().cumsum(-1) > 1)
 
 
@@ -30,9 +43,9 @@ def sinks_of(call: AttentionCall, heads: list[int] | None, alpha: float) -> Tens
 def calibrate(model: nn.Module, beta: float, *, alpha: float = 5.0, heads: Heads | None = None) -> Iterator[None]:
     """Claim: sinks in the middle of a text take attention that belongs to its words; turning them down mends answers.
 
-    sinks S_h = {j : mean_i A_ij > alpha / m} without the first of them; A'_ij = beta A_ij for j in S_h, the freed
-    (1 - beta) sum_S A_ij shared among the other keys in proportion to A_ij. Sinks are found on the prompt's full
-    matrix (in blocks of rows) and remembered while decoding. beta 1 changes nothing.
+    sinks S_h = {j : mean_i A_ij > alpha / m} without the first of them, padding not counted; A'_ij = beta A_ij for j in
+    S_h, the freed (1 - beta) sum_S A_ij shared among the other keys in proportion to A_ij. Sinks are found on the
+    prompt's full matrix (in blocks of rows) and remembered while decoding. beta 1 changes nothing.
     Source: arXiv 2406.15765, GATECH-EIC/ACT `atten_process_eval`; there sinks come from one row of the batch alone and
     row 0 is left out; here each row has its own. Heads are chosen on a calibration set in the paper: pass them.
     """
