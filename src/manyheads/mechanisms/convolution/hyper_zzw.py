@@ -1,11 +1,13 @@
-"""The global HyperZZW operator of Terminator."""
+"""HyperZZW, the operator of Terminator: over the whole map, and in a window."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
@@ -16,8 +18,9 @@ EPS = 1e-5
 
 
 class _SlowNet(nn.Module):
-    """A kernel for every place and head, made of the coordinates alone: h_0 = sin(F_0 c),
-    h_i = sin(F_i c) (L_i h_(i-1)) + bias at that place, and a last linear layer."""
+    """A kernel for every place and head, made of the coordinates: h_0 = sin(F_0 c),
+    h_i = sin(F_i c) (L_i h_(i-1)) + bias at that place, and a last linear layer. With scales s_i, maps [b, size, size,
+    hidden], h_i becomes s_i (h_i + h_i / (10 |h_i|)), the norm over the places of a feature."""
 
     def __init__(self, size: int, hidden: int, layers: int, heads: int, omega: float) -> None:
         super().__init__()
@@ -37,13 +40,15 @@ class _SlowNet(nn.Module):
             self.out.bias.zero_()
         self.filters, self.linears = nn.ModuleList(filters), nn.ModuleList(linears)
 
-    def forward(self) -> Tensor:
-        """[size, size, heads]"""
+    def forward(self, scales: Sequence[Tensor] = ()) -> Tensor:
+        """[size, size, heads], with scales [b, size, size, heads]"""
         line = torch.linspace(-1.0, 1.0, self.size, dtype=self.place_bias.dtype, device=self.place_bias.device)
         places = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
         h = self.filters[0](places).sin()
-        for filtered, linear in zip(self.filters[1:], self.linears, strict=True):
+        for i, (filtered, linear) in enumerate(zip(self.filters[1:], self.linears, strict=True)):
             h = filtered(places).sin() * linear(h) + self.place_bias[..., None]
+            if scales:
+                h = scales[i] * (h + 0.1 * F.normalize(h.flatten(-3, -2), dim=-2).view_as(h))
         kernel: Tensor = self.out(h)
         return kernel
 
@@ -61,8 +66,7 @@ class HyperZZW(Mechanism):
     heads = dim. There is no matrix of weights that channels share.
 
     Source: Zhang, HyperZZW Operator Connects Slow-Fast Networks, arXiv:2401.17948, and the released HyperZZW_G,
-    MAGNet_G and mixer branch. The local branches of the Terminator block are not here: as released their kernels are
-    averaged over the batch, so that images change each other.
+    MAGNet_G and mixer branch. A local branch of the Terminator block is hyper-zzw-local.
     """
 
     card = Card(
@@ -112,6 +116,102 @@ class HyperZZW(Mechanism):
         both = min(height, width)  # beyond it one of the two maps is zero
         mixed = torch.einsum("bhve,bvwe->bhwe", rows[:, :, :both], values[:, :both])
         return Result(self.out_proj(mixed))
+
+
+@register
+class HyperZZWLocal(Mechanism):
+    """An image makes the window that it is filtered with: a kernel of coordinates, scaled by the image seen small.
+
+        y_i = GELU(standardise(W_c sum_o K_o z'_{i + o})) + b,   o: places of a window of size x size around i
+        K = out h_l;  h_0 = sin(F_0 c),  h_l = s_l r(sin(F_l c) (L_l h_(l-1)) + p),  r(h) = h + h / (10 |h|)
+        s_l = M_l GELU(W_2 W_1 pool z) per place,   z' = standardise(W_m z)
+
+    pool: means of the real cells in size x size bins over the map, one per place of the window; |h|: over the places,
+    per feature. Head h is a group of dim / heads channels that share K; published: heads = dim. Cells that are not real
+    give zeros. There is no matrix of weights that channels share.
+    Source: Zhang, arXiv:2401.17948, and the released MAGNet_L and LocalConv, as the branch whose window is 7 x 7. The
+    code averages W_1 pool z over the batch, and standardises over it, so that images change each other: this is what it
+    gives for a batch of one image. It cuts the gradient through the first h of r; here that is not cut.
+    """
+
+    card = Card(
+        name="hyper-zzw-local",
+        title="HyperZ.Z.W Operator Connects Slow-Fast Networks for Full Context Interaction (local branch)",
+        reference="arXiv:2401.17948",
+        family=Family.CONVOLUTION,
+        patterns={"grid"},
+        time="height width size^2",
+        state="",
+        decodes=False,
+        example={"size": 3, "hidden": 6},
+        notes="each image has one window for all of its cells; maps of any size",
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        causal: bool = False,
+        size: int = 7,
+        hidden: int = 32,
+        layers: int = 2,
+        omega: float = 10.0,
+    ) -> None:
+        super().__init__(dim, heads, causal=causal)
+        self.head_dim = self._split_heads()
+        if size < 1 or size % 2 == 0 or hidden < 1 or layers < 1:
+            raise ValueError(
+                f"hyper-zzw-local: size={size}, hidden={hidden}, layers={layers}; want size odd and at least 1 of each"
+            )
+        self.size = size
+        self.slow = _SlowNet(size, hidden, layers, heads, omega)
+        self.reduce, self.seen_proj = nn.Linear(dim, hidden), nn.Linear(hidden, hidden)
+        scales = [nn.Linear(hidden, hidden) for _ in range(layers)]
+        for scale in scales:
+            nn.init.ones_(scale.bias)
+        self.scales = nn.ModuleList(scales)
+        # What is standardised next needs no bias.
+        self.mixer, self.channel_mixer = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.fast_bias = nn.Parameter(torch.zeros(1))
+
+    def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+        real = torch.ones_like(x[..., :1], dtype=torch.bool) if call.padding is None else call.padding[..., None]
+        z = x.masked_fill(~real, 0.0)
+        filtered = self._filter(_standardise(self.mixer(z), real), self._windows(z, real))
+        output = F.gelu(_standardise(self.channel_mixer(filtered), real)) + self.fast_bias
+        return Result(output.masked_fill(~real, 0.0))
+
+    def _windows(self, z: Tensor, real: Tensor) -> Tensor:
+        """K of each image, [b, size, size, heads]."""
+        seen = F.gelu(self.seen_proj(self.reduce(_pool(z, real, self.size))))
+        return self.slow([scale(seen) for scale in self.scales])
+
+    def _filter(self, maps: Tensor, windows: Tensor) -> Tensor:
+        """maps [b, h, w, e], zero where nothing is real: every channel of every image by its own window."""
+        kernels = windows.repeat_interleave(self.head_dim, -1).permute(0, 3, 1, 2).flatten(0, 1)[:, None]
+        stacked = maps.permute(0, 3, 1, 2).flatten(0, 1)
+        filtered = F.conv2d(stacked[None], kernels, padding=self.size // 2, groups=len(kernels))
+        return filtered[0].unflatten(0, (len(maps), -1)).permute(0, 2, 3, 1)
+
+
+def _pool(maps: Tensor, real: Tensor, size: int) -> Tensor:
+    """Means of the real cells in size x size bins over the extent of the real cells, [b, size, size, e]; as adaptive
+    average pooling where all is real. maps: zero where not real."""
+    wide = torch.promote_types(maps.dtype, torch.float32)
+    rows, columns = (_bins(real.any(axis)[..., 0], size).to(wide) for axis in (2, 1))
+    sums, counts = (torch.einsum("bih,bhwe,bjw->bije", rows, part.to(wide), columns) for part in (maps, real))
+    return (sums / counts.clamp(min=1)).to(maps.dtype)
+
+
+def _bins(used: Tensor, size: int) -> Tensor:
+    """used [b, n]: which rows have a real cell -> which belong to which of `size` bins, [b, size, n]. Neighbouring
+    bins overlap where the extent, up to the last row used, is not a multiple of size."""
+    at = torch.arange(used.shape[1], device=used.device)
+    extent = ((at + 1) * used).amax(1)[:, None, None]
+    bin_ = torch.arange(size, device=used.device)[:, None]
+    first, end = bin_ * extent // size, ((bin_ + 1) * extent + size - 1) // size
+    return (at >= first) & (at < end)
 
 
 def _standardise(maps: Tensor, real: Tensor) -> Tensor:

@@ -140,8 +140,9 @@ def refuses(case: Case, n: int) -> None:
     must_raise(
         "an unknown argument", lambda: case.cls(**{**case.settings, "no_such_argument": 1}), (TypeError, ValueError)
     )
-    # A pool is called as self attention is; what it declares is another result.
-    declared = case.cls.card.patterns | ({Pattern.NONCAUSAL_SELF} if case.pattern is Pattern.POOL else set())
+    declared = case.cls.card.patterns
+    if Pattern.POOL in declared:  # a pool is called as self attention is, whatever else the card declares
+        declared = declared | {Pattern.NONCAUSAL_SELF}
     for pattern in (p for p in (*SEQUENCES, Pattern.GRID) if p not in declared):
         other = Case(case.cls, pattern, case.config, case.device)
         must_raise(f"the undeclared pattern {pattern.value}", lambda o=other: o.build()(o.x(n), o.context(n)))  # type: ignore[misc]
