@@ -239,7 +239,17 @@ def test_bare_names_have_the_arguments_of_the_file() -> None:
     assert [task.args["n"] for task in built.tasks] == [16]
 
 
-def test_all_names_every_causal_mechanism_once() -> None:
+def test_all_names_every_mechanism_that_a_task_has_a_place_for() -> None:
+    assert _all_names({}, None, tasks=["digits-patches"]) == sorted(
+        {*list_attentions(pattern="noncausal-self"), *list_attentions(pattern="pool")}
+    )
+    assert _all_names({"tasks": [{"name": "lookup"}]}, None) == list_attentions(pattern="noncausal-cross")
+    assert set(_all_names({}, None, tasks=["recall", "lookup"])) == {
+        *list_attentions(pattern="noncausal-cross"),
+        *list_attentions(pattern="causal-self"),
+    }
+    with pytest.raises(ValueError, match="unknown task 'recal'; did you mean 'recall'"):
+        _all_names({}, None, tasks=["recal"])
     names = _all_names({}, None)
     assert names == list_attentions(pattern="causal-self")
     entries = [as_on_card(name) for name in names]

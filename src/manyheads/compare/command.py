@@ -24,7 +24,10 @@ def compare(
         ),
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Every causal mechanism, with its defaults where the preset has none.")
+        bool,
+        typer.Option(
+            "--all", help="Every mechanism that a task has a place for, with its defaults where the preset has none."
+        ),
     ] = False,
     experiment: Annotated[Path | None, typer.Option(help="A YAML file that says what to run.")] = None,
     preset: Annotated[str | None, typer.Option(help="quick (minutes), standard, or full.")] = None,
@@ -45,7 +48,7 @@ def compare(
 
     changes = read_experiment(experiment) if experiment else {}
     if everything:
-        names = _all_names(changes, names)
+        names = _all_names(changes, names, preset, task)
     changes |= changes_of(changes, names, preset, task, seeds, section)
     if everything:
         changes["mechanisms"] = [as_on_card(entry) for entry in changes["mechanisms"]]
@@ -65,12 +68,22 @@ def compare(
         raise typer.Exit(1)
 
 
-def _all_names(changes: Mapping[str, Any], names: list[str] | None) -> list[str]:
+def _all_names(
+    given: Mapping[str, Any], names: list[str] | None, preset: str | None = None, tasks: list[str] | None = None
+) -> list[str]:
+    """Every mechanism that one of the tasks has a place for."""
     from manyheads.registry import list_attentions
+    from manyheads.tasks import task_class
 
-    if names or "mechanisms" in changes:
-        raise ValueError("--all names every causal mechanism: leave names, and the experiment's mechanisms, out")
-    return list_attentions(pattern="causal-self")
+    from .experiment import preset as read_preset
+    from .train import has_place
+
+    if names or "mechanisms" in given:
+        raise ValueError("--all names every mechanism: leave names, and the experiment's mechanisms, out")
+    entries = changes_of(given, preset=preset, tasks=tasks).get("tasks") or given.get("tasks")
+    entries = entries or read_preset(preset or given.get("preset", "quick"))["tasks"]
+    classes = [task_class(entry if isinstance(entry, str) else entry["name"]) for entry in entries]
+    return [name for name in list_attentions() if any(has_place(task, name) for task in classes)]
 
 
 def as_on_card(entry: Any) -> Any:

@@ -142,7 +142,7 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
     return cls(models.ManyheadsConfig(**settings, **placed(task, spec)))
 
 
-def placed(task: Task, spec: Mapping[str, Any]) -> dict[str, Any]:
+def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
     """Where the mechanism goes in the model. Raises ValueError where the task has no place for it."""
     patterns = mechanism_class(spec["name"]).card.patterns
     if task.pattern in patterns:
@@ -157,6 +157,15 @@ def placed(task: Task, spec: Mapping[str, Any]) -> dict[str, Any]:
         return {"layers": ["softmax"], "pooling": dict(spec)}
     declared = ", ".join(sorted(patterns))
     raise ValueError(f"{task.name} needs {task.pattern}; {spec['name']} declares {declared}")
+
+
+def has_place(task: Task | type[Task], name: str) -> bool:
+    """Whether the task's model has a place for the mechanism."""
+    try:
+        placed(task, {"name": name})
+    except ValueError:
+        return False
+    return True
 
 
 def _decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
