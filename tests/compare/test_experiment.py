@@ -12,6 +12,7 @@ from manyheads.compare import cells as cells_module
 from manyheads.compare.cells import Cell, cells_of_experiment
 from manyheads.compare.command import _all_names, as_on_card, changes_of, parse_name, parse_seeds
 from manyheads.compare.experiment import PRESETS, create_experiment, preset, read_experiment
+from manyheads.compare.worker import run_cell
 from manyheads.tasks import list_tasks
 
 TASK = {"name": "recall", "n": 16, "vocabulary": 16, "pairs": 2}
@@ -237,6 +238,18 @@ def test_bare_names_have_the_arguments_of_the_file() -> None:
     built = create_experiment(file | changes_of(file, ["moba", "mqa"], tasks=["recall"]))
     assert [entry.label for entry in built.mechanisms] == ["moba[block=4]", "moba[block=2]", "mqa"]
     assert [task.args["n"] for task in built.tasks] == [16]
+
+
+def test_a_mechanism_of_one_head_keeps_it_in_every_section() -> None:
+    assert as_on_card("label-dependent") == {"name": "label-dependent", "heads": 1}
+    changes = {"mechanisms": ["softmax", as_on_card("label-dependent")], "tasks": ["digits-patches"]}
+    built = create_experiment(changes | {"sections": ["quality", "speed"], "training": {"steps": 1}})
+    cells = [cell for cell in cells_of_experiment(built) if cell.mechanism == "label-dependent[heads=1]"]
+    outcomes = [run_cell(cell.kind, cell.settings) for cell in (cells[0], cells[1])]
+    assert [(cell.kind, outcome["error"]) for cell, outcome in zip(cells[:2], outcomes, strict=True)] == [
+        ("quality", None),
+        ("speed", None),
+    ]
 
 
 def test_all_names_every_mechanism_that_a_task_has_a_place_for() -> None:

@@ -87,14 +87,16 @@ def _all_names(
 
 
 def as_on_card(entry: Any) -> Any:
-    """A bare name; where the mechanism cannot be built without arguments, with those of its card's example."""
+    """A bare name; where the mechanism cannot be built without arguments, or has heads of its own (one, mostly), with
+    those of its card's example."""
     from manyheads.registry import mechanism_class
 
     if not isinstance(entry, str):
         return entry
     cls = mechanism_class(entry)
     needed = [p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
-    more = {name: cls.card.example[name] for name in needed if name not in ("dim", "heads")}
+    own = [name for name in (*needed, "heads") if name in cls.card.example and name != "dim"]
+    more = {name: cls.card.example[name] for name in own}
     return {"name": entry, **more} if more else entry
 
 

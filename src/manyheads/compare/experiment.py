@@ -135,6 +135,8 @@ class Entry(Settings):
 
 
 class MechanismEntry(Entry):
+    """`heads` among its arguments replaces the model's, for mechanisms that have one head."""
+
     @model_validator(mode="after")
     def _exists(self) -> MechanismEntry:
         if "causal" in self.args:
@@ -143,8 +145,7 @@ class MechanismEntry(Entry):
         if self.args:  # a small instance: names and values of arguments are wrong before hours of work, not after
             example = {k: v for k, v in cls.card.example.items() if k in ("dim", "heads")}
             causal = min(cls.card.patterns, key=lambda p: (not p.causal, p)).causal
-            size = {"dim": 64, "heads": 4} | example
-            create_attention(self.name, size["dim"], size["heads"], causal=causal, **self.args)
+            create_attention(self.name, **{"dim": 64, "heads": 4, "causal": causal, **example, **self.args})
         return self
 
 

@@ -41,9 +41,8 @@ class Subject:
         self.pattern, self.batch, self.dim = Pattern(pattern), size["batch"], size["hidden_size"]
         mechanism = settings["mechanism"]
         torch.manual_seed(0)
-        built = create_attention(
-            mechanism["name"], self.dim, size["heads"], causal=self.pattern.causal, **mechanism["args"]
-        )
+        arguments = {"heads": size["heads"], **mechanism["args"]}
+        built = create_attention(mechanism["name"], self.dim, causal=self.pattern.causal, **arguments)
         self.module: Mechanism = built.to(self.device, self.dtype).eval()
 
     def inputs(self, n: int) -> tuple[Tensor, Any]:
