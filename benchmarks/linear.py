@@ -1,14 +1,18 @@
-"""Mechanisms that are linear in the length: the exponent of forward time, decoding at 64k against 1k, state bytes."""
+"""Mechanisms below n^2: the exponent of forward time; where the state is of fixed size, decoding at 64k against 1k.
+
+Which are linear in the length, and whose state is of fixed size, is read off the cards: those have targets.
+"""
 
 from __future__ import annotations
 
+import re
 import statistics
 from typing import Any
 
 import torch
 
 from common import device_argument, exponent, once, save
-from manyheads import Mechanism, create_attention
+from manyheads import Mechanism, create_attention, mechanism_class
 
 DIM, HEADS = 256, 4
 LENGTHS = [2048, 4096, 8192, 16384, 32768]
@@ -16,16 +20,53 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hedgehog": {},
     "based": {},
     "lightning": {},
-    "aaren": {},
-    "mega": {"chunk": 128},
-    "dynamic-convolution": {},
     "flow": {},
     "lln": {},
     "transnormerllm": {},
     "fastmax": {"p": 1},
+    "inline": {},
+    "aaren": {},
+    "mega": {"chunk": 128},
     "h3": {"state_dim": 16},
+    "hyena": {"max_length": 1 << 16},
     "titans": {"form": "mag"},
+    "dynamic-convolution": {},
+    "lightweight-convolution": {},
+    "mossformer": {},
+    "neighborhood": {"window": 128},
+    "mswa": {"window": 128},
+    "dma": {"window": 128},
+    "seqboat": {"window": 128},
+    "routing-transformer": {"clusters": 64, "window": 512},
+    "mosa": {"top_k": 128},
+    "multi-scale": {"scales": [1, 3, 16, 128]},
+    "sparse-sinkhorn": {"block": 128},
+    "linformer": {"max_length": 1 << 15},
+    "agent": {},
+    "induced-set": {},
+    "gaussian-adaptive": {},
+    "context-broadcasting": {},
+    "sdim": {},
+    "tree-cross": {},
+    "moba": {"block": 256, "top_k": 4},
+    "landmark": {"block": 64, "top_k": 4},
+    "combiner": {"block": 256},
+    "cca": {},
 }
+
+
+def build(name: str, config: dict[str, Any], device: str) -> Mechanism:
+    patterns = {pattern.value for pattern in mechanism_class(name).card.patterns}
+    causal = bool(patterns & {"causal-self"})
+    return create_attention(name, DIM, HEADS, causal=causal, **config).to(device).eval()
+
+
+def is_linear(module: Mechanism) -> bool:
+    return "^2" not in module.card.time
+
+
+def holds_a_fixed_state(module: Mechanism) -> bool:
+    return module.causal and module.card.decodes and "n" not in re.findall(r"[a-z_]+", module.card.state)
 
 
 def forward_exponent(module: Mechanism, device: str) -> tuple[float, dict[int, float]]:
@@ -33,9 +74,10 @@ def forward_exponent(module: Mechanism, device: str) -> tuple[float, dict[int, f
     seconds = {}
     for n in LENGTHS:
         x = torch.randn(1, n, DIM, device=device)
+        context = None if any(not p.cross for p in module.card.patterns) else torch.randn(1, n, DIM, device=device)
         with torch.no_grad():
-            module(x)
-            seconds[n] = min(once(lambda: module(x), device) for _ in range(5))  # noqa: B023
+            module(x, context)
+            seconds[n] = min(once(lambda: module(x, context), device) for _ in range(5))  # noqa: B023
     return exponent(LENGTHS, list(seconds.values())), seconds
 
 
@@ -68,10 +110,14 @@ def decode(module: Mechanism, device: str) -> dict[str, Any]:
 def main() -> None:
     device, rows = device_argument(), []
     for name, config in SETTINGS.items():
-        module = create_attention(name, DIM, HEADS, causal=True, **config).to(device).eval()
+        module = build(name, config, device)
         slope, seconds = forward_exponent(module, device)
-        times = {f"ms_{n}": 1e3 * s for n, s in seconds.items()}
-        rows.append({"mechanism": name, "exponent": slope, "target": 1.15, **times, **decode(module, device)})
+        row = {"mechanism": name, **config, "time": module.card.time, "exponent": slope}
+        row |= {"target": 1.15} if is_linear(module) else {}
+        row |= {f"ms_{n}": 1e3 * s for n, s in seconds.items()}
+        row |= decode(module, device) if holds_a_fixed_state(module) else {}
+        print({key: row[key] for key in ("mechanism", "exponent")}, flush=True)
+        rows.append(row)
     save("linear", device, rows)
 
 
