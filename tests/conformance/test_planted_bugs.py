@@ -66,6 +66,24 @@ class FutureThroughNorm(SoftmaxAttention):
         return q, k / (1e-3 + k.norm(dim=2, keepdim=True))
 
 
+class FutureThroughCentroid(SoftmaxAttention):
+    """In training keys are taken relative to a running mean, which all tokens of this pass have moved already."""
+
+    card = bug("future-through-centroid", "causal-self", decodes=False)
+
+    def __init__(self, dim: int, heads: int, *, causal: bool = True) -> None:
+        super().__init__(dim, heads, causal=causal)
+        self.register_buffer("centre", torch.zeros(self.head_dim))
+
+    def score(self, q: Tensor, k: Tensor, where: Where) -> Tensor:
+        assert isinstance(self.centre, Tensor)
+        if self.training:
+            with torch.no_grad():
+                self.centre.lerp_(k.mean((0, 1, 2)), 0.1)
+        near = (k - self.centre).square().sum(-1)[:, :, None]
+        return super().score(q, k, where) - near
+
+
 class CausalIgnored(SoftmaxAttention):
     """The causal flag is taken and not used."""
 
@@ -317,6 +335,7 @@ def scaled_oracle(module: Mechanism, x: Tensor, context: Any) -> Tensor:
 BUGS: list[tuple[type[Mechanism], str]] = [
     (FutureThroughSelection, "no-future"),
     (FutureThroughNorm, "no-future"),
+    (FutureThroughCentroid, "no-future-training"),
     (CausalIgnored, "no-future"),
     (OffByOne, "no-future"),
     (AlwaysCausal, "sees-all"),

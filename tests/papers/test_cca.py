@@ -1,15 +1,30 @@
 """Core context aware attention (arXiv:2412.12465) against loops, and as plain attention at its limits."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyheads.mechanisms.plain.softmax import Softmax
 from manyheads.mechanisms.tokens.cca import CoreContextAware
 
 D = 4
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operator returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(item, Tensor):
+                self.size = max(self.size, item.untyped_storage().nbytes() // item.element_size())
+        return result
 
 
 def by_loops(module: CoreContextAware, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +94,17 @@ def test_the_state_grows_by_a_core_per_group() -> None:
         module(torch.randn(1, 1, 12, dtype=torch.float64), state=state)
     assert len(state.grown["core_keys"]) == 10
     assert state.fixed["keys"].shape[2] == 7
+
+
+@pytest.mark.parametrize("before", [40, 300])  # less than a window, and more
+def test_a_decoded_token_is_the_only_one_that_asks(before: int) -> None:
+    module = CoreContextAware(12, 3, group=8, window=256)
+    state = module.init_state(2)
+    with torch.no_grad():
+        module(torch.randn(2, before, 12), state=state)
+        with Largest() as largest:
+            module(torch.randn(2, 1, 12), state=state)
+    assert largest.size <= 2 * 3 * 300 * 8  # a group of queries, and the keys themselves; not window x window
 
 
 def test_refuses() -> None:

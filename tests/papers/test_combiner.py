@@ -29,7 +29,10 @@ def partition(module: Combiner, i: int, n: int) -> tuple[list[int], list[list[in
             return [j for j in rows[row] if j <= i], rows[:row]
         return rows[row], rows[:row] + rows[row + 1 :]
     direct = [j for j in rows[row] if j <= i] + list(range(i % size, row * size, size))
-    return direct, [list(range(u, row * size, size)) for u in range(size) if u != i % size and row]
+    regions = [list(range(u, row * size, size)) for u in range(size) if u != i % size and row]
+    if module.partition == "mixture":
+        regions += [whole[: i % size] for whole in rows[:row]] + [whole[i % size + 1 :] for whole in rows[:row]]
+    return direct, [region for region in regions if region]
 
 
 def loops(module: Combiner, x: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ def loops(module: Combiner, x: Tensor) -> Tensor:
     return torch.stack(out)
 
 
-FORMS = [("fixed", False), ("fixed", True), ("logsparse", True), ("axial", True)]
+FORMS = [("fixed", False), ("fixed", True), ("logsparse", True), ("axial", True), ("mixture", True)]
 
 
 @pytest.mark.parametrize(("name", "causal"), FORMS)
@@ -86,7 +89,7 @@ def test_one_row_is_plain_attention(causal: bool) -> None:
     torch.testing.assert_close(module(x).output, plain(x).output)
 
 
-@pytest.mark.parametrize("name", ["logsparse", "axial"])
+@pytest.mark.parametrize("name", ["logsparse", "axial", "mixture"])
 def test_conformance_of_the_other_partitions(name: str) -> None:
     names = ["decode", "decode-padded", "padding", "left-padding", "weights", "no-future", "gradcheck", "all-padding"]
     check_mechanism(Combiner, config={"partition": name}, properties=names, patterns=["causal-self"])

@@ -7,13 +7,15 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.doge.configuration_doge import DogeConfig
+from transformers.models.doge.modeling_doge import DogeAttention
 
 from manyheads.mechanisms.plain.softmax import Softmax
 from manyheads.mechanisms.selection.dma import DMA
 
 
-def build(**config: int) -> DMA:
-    module = DMA(16, 4, **config).double()
+def build(**config: object) -> DMA:
+    module = DMA(16, 4, **config).double()  # type: ignore[arg-type]
     torch.nn.init.normal_(module.amount)
     return module
 
@@ -31,20 +33,40 @@ def loops(module: DMA, x: Tensor) -> Tensor:
                 for j in range(i + 1)
             ]
             best = sorted(range(i + 1), key=lambda j, s=delta: -s[j])[: module.window]  # type: ignore[misc]
-            scores = [math.exp(float(q[h][i] @ k[g][j]) / math.sqrt(d) + delta[j]) for j in best]
+            bias = [math.exp(one) if module.exponential else one for one in delta]
+            scores = [math.exp(float(q[h][i] @ k[g][j]) / math.sqrt(d) + bias[j]) for j in best]
             mixed.append(sum(s * v[g][j] for s, j in zip(scores, best, strict=True)) / sum(scores))
         rows.append(module.o_proj.weight @ torch.cat(mixed))
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("exponential", [False, True])
 @pytest.mark.parametrize(("window", "kv_heads", "n"), [(1, 4, 9), (5, 2, 70), (9, 1, 140), (30, 4, 17)])
-def test_equals_loops(window: int, kv_heads: int, n: int) -> None:
-    module = build(window=window, kv_heads=kv_heads)
+def test_equals_loops(window: int, kv_heads: int, n: int, exponential: bool) -> None:
+    module = build(window=window, kv_heads=kv_heads, exponential=exponential)
     x = torch.randn(2, n, 16, dtype=torch.float64)
     with torch.no_grad():
         wanted = torch.stack([loops(module, row) for row in x])
         torch.testing.assert_close(module(x).output, wanted)
         torch.testing.assert_close(module(x, need_weights=True).output, wanted)
+
+
+def test_the_exponential_form_is_that_of_doge_in_transformers() -> None:
+    module = build(window=6, kv_heads=2, exponential=True)
+    size = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "keep_window_size": 6}
+    theirs = DogeAttention(DogeConfig(**size, attn_implementation="eager"), 0).double()
+    theirs.q_norm = theirs.k_norm = torch.nn.Identity()
+    names = {"delta_proj.weight": "dt_proj.weight", "amount": "A"}
+    theirs.load_state_dict({names.get(name, name): value for name, value in module.state_dict().items()})
+    x = torch.randn(2, 19, 16, dtype=torch.float64)
+    turn = torch.ones(2, 19, 4, dtype=x.dtype), torch.zeros(2, 19, 4, dtype=x.dtype)
+    past = torch.full((19, 19), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)[None, None]
+    torch.testing.assert_close(module(x).output, theirs(x, turn, past)[0])
+
+
+def test_a_huge_exponential_stays_finite() -> None:
+    module = build(window=3, exponential=True).float()
+    assert module(1e4 * torch.randn(2, 9, 16)).output.isfinite().all()
 
 
 def test_at_first_it_is_a_sliding_window() -> None:

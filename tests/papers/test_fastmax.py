@@ -60,6 +60,10 @@ def test_equals_the_polynomial_of_every_pair(p: int, causal: bool) -> None:
     assert_close(module(x, other).output, by_loops(module, x, other, causal=False))
 
 
+def test_scores_of_second_order_are_not_divided_and_those_of_first_order_by_the_features() -> None:
+    assert [built(p=p).scale for p in (1, 2)] == [1 / 4, 1.0]
+
+
 @torch.no_grad()
 def test_standardised_tokens_forget_scale_and_offset() -> None:
     x = tokens(4)

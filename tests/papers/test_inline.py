@@ -43,7 +43,15 @@ def far(module: InLine, row: Tensor, phi: object) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize(("name", "phi"), [("identity", lambda x: x), ("relu", lambda x: x.clamp(min=0))])
+KERNELS = [
+    ("identity", lambda x: x),
+    ("relu", lambda x: x.clamp(min=0)),
+    ("leaky-relu", lambda x: x.clamp(min=0) + 0.01 * x.clamp(max=0)),
+    ("exp", lambda x: 2.718281828459045 ** (0.2 * x)),
+]
+
+
+@pytest.mark.parametrize(("name", "phi"), KERNELS)
 @torch.no_grad()
 def test_a_grid_equals_the_equation(name: str, phi: object) -> None:
     module, x = built(kernel=name), noise(2, 3, 4, 12)
@@ -105,6 +113,15 @@ def test_a_kernel_of_one_tap_adds_the_value_itself() -> None:
     module.near_out.bias.view(12, 9)[:, 4] = 1.0
     added = module(x).output - without
     assert_close(added, module.v_proj(x) @ module.o_proj.weight.T)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in KERNELS])
+def test_huge_inputs_stay_finite(name: str) -> None:
+    module, x = built(kernel=name).float(), (1e4 * noise(2, 9, 12)).float().requires_grad_()
+    output = module(x).output
+    output.sum().backward()
+    assert output.isfinite().all()
+    assert x.grad.isfinite().all()
 
 
 def test_what_it_does_not_know_is_refused() -> None:

@@ -100,6 +100,16 @@ def test_no_square_matrix(padded: bool) -> None:
     assert largest.size <= n * 16 * 16
 
 
+def test_grouped_heads_decode_from_the_first_token() -> None:
+    """One query and one key: nothing but the window itself makes the mask, which must still be cut by head."""
+    module, x = MSWA(16, 4, window=4, kv_heads=2).double(), torch.randn(2, 9, 16, dtype=torch.float64)
+    state = module.init_state(2)
+    with torch.no_grad():
+        steps = [module(x[:, i : i + 1], state=state).output for i in range(9)]
+        torch.testing.assert_close(torch.cat(steps, 1), module(x).output)
+        torch.testing.assert_close(module(x[:, :1]).output, steps[0])
+
+
 def test_state_holds_the_widest_window_only() -> None:
     module = MSWA(16, 4, window=4)
     state = module.init_state(1)

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyheads.mechanisms.plain.softmax import Softmax
 from manyheads.mechanisms.selection.multi_window import MultiWindow
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operator returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(item, Tensor):
+                self.size = max(self.size, item.untyped_storage().nbytes() // item.element_size())
+        return result
 
 
 def loops(module: MultiWindow, x: Tensor) -> Tensor:
@@ -45,6 +60,7 @@ def test_equals_loops(n: int) -> None:
 def test_default_windows_grow_and_end_global() -> None:
     assert MultiWindow(16, 8).windows == [2, 4, 8, 16, 32, 64, 0, 0]
     assert MultiWindow(16, 1).windows == [0]
+    assert max(MultiWindow(32, 32).windows) == 512  # a bias of 2 w - 1 numbers each: no doubling without end
 
 
 def test_without_biases_a_window_of_the_whole_length_is_plain_attention() -> None:
@@ -62,6 +78,13 @@ def test_windows_do_not_overlap() -> None:
     blocks = torch.block_diag(*[torch.ones(4, 4)] * 3).bool()
     assert torch.equal(weights[0, 0] > 0, blocks)
     assert (weights[0, 1] > 0).all()
+
+
+def test_padding_makes_no_square_matrix() -> None:
+    n = 2048
+    with Largest() as largest, torch.no_grad():
+        MultiWindow(16, 4)(torch.randn(1, n, 16), mask=torch.arange(n)[None] < n - 5)
+    assert largest.size <= n * 64
 
 
 @pytest.mark.parametrize("windows", [[2, 2], [2, 2, -1, 0]])

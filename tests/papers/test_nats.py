@@ -96,6 +96,11 @@ def test_the_loss_counts_what_is_kept() -> None:
     assert module(torch.randn(1, 5, 8)).losses["sparsity"].item() == pytest.approx(0.5)
 
 
+def test_the_kinds_send_no_gradient_into_the_tokens() -> None:
+    module, x = NAtS(8, 2, window=2), torch.randn(1, 5, 8, requires_grad=True)
+    assert torch.autograd.grad(module(x).losses["sparsity"], x, allow_unused=True)[0] is None
+
+
 def test_refuses() -> None:
     with pytest.raises(ValueError, match="must be positive"):
         NAtS(16, 4, window=0)

@@ -95,6 +95,20 @@ def test_centroids_move_in_training_only_and_not_by_padding() -> None:
         torch.testing.assert_close(module.centroids[0, c], wanted.detach())
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_pass_that_moves_the_centroids_is_routed_by_those_before(causal: bool) -> None:
+    """In training, later tokens and other rows must not decide who is routed where."""
+    module = RoutingTransformer(8, 2, clusters=4, window=3, local_heads=0, decay=0.0, causal=causal).double()
+    x, before = torch.randn(2, 30, 8, dtype=torch.float64), module.centroids.clone()
+    wanted = module.eval()(x).output
+    torch.testing.assert_close(module.train()(x).output, wanted)
+    assert (module.centroids - before).abs().max() > 1e-3
+    module.centroids.copy_(before)
+    if causal:
+        x = torch.cat([x[:, :12], 10 * torch.randn(2, 18, 8, dtype=torch.float64)], 1)
+        torch.testing.assert_close(module(x).output[:, :12], wanted[:, :12])
+
+
 def test_commitment_pulls_to_the_nearest_centroid() -> None:
     module = RoutingTransformer(8, 1, clusters=2, window=4, local_heads=0, causal=True).double().eval()
     x = torch.randn(1, 5, 8, dtype=torch.float64)

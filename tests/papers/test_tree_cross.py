@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manyheads.mechanisms.plain.softmax import Softmax
-from manyheads.mechanisms.selection.tree_cross import TreeCross
+from manyheads.mechanisms.selection.tree_cross import TreeCross, tree_objective
 from manyheads.testing import check_mechanism
 
 
@@ -113,6 +113,61 @@ def test_entropy_of_an_even_choice_is_the_logarithm_of_the_branch() -> None:
     torch.nn.init.zeros_(module.q_proj.weight)
     loss = module(torch.randn(1, 4, 8, dtype=torch.float64), torch.randn(1, 27, 8, dtype=torch.float64)).losses
     assert loss["entropy"].item() == pytest.approx(math.log(3), abs=1e-6)
+
+
+def errors(output: Tensor) -> Tensor:
+    return (output - 0.3).square().sum(-1)
+
+
+@torch.no_grad()
+def test_the_objective_adds_all_leaves_and_the_way_down() -> None:
+    module, plain = TreeCross(8, 2).double().eval(), Softmax(8, 2).double()
+    own = module.state_dict()
+    plain.load_state_dict({name: own[name] for name in plain.state_dict()})
+    x, context = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 11, 8, dtype=torch.float64)
+    mask = torch.arange(11)[None] < torch.tensor([[11], [6]])
+    result, leaves = module(x, context, mask=mask), plain(x, context, mask=mask).output
+    wanted = []
+    for b, real in enumerate((11, 6)):
+        top = tree(module, context[b, :real])
+        wanted += [way(module, x[b, i], top) * float(errors(result.output[b, i])) for i in range(5)]
+    wanted = sum(wanted) / 10 + errors(result.output).mean() + 0.5 * errors(leaves).mean()
+    found = tree_objective(module, x, context, errors, mask=mask, leaves=0.5, bonus=0.2)
+    torch.testing.assert_close(found, wanted - 0.2 * result.losses["entropy"], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="mask has shape"):
+        tree_objective(module, x, context, errors, mask=mask[:, :-1])
+
+
+def way(module: TreeCross, x: Tensor, level: list[Node]) -> float:
+    """The logarithm of the probability of the best children's path."""
+    q, total = (module.q_proj.weight @ x).chunk(module.heads), 0.0
+    while level[0].children:
+        by_head = []
+        for h in range(module.heads):
+            keys = [(module.k_proj.weight @ node.vector).chunk(module.heads)[h] for node in level]
+            by_head.append(softmax([float(q[h] @ k) / math.sqrt(len(k)) for k in keys]))
+        policy = [sum(p[i] for p in by_head) / module.heads for i in range(len(level))]
+        total += math.log(max(policy))
+        level = level[policy.index(max(policy))].children
+    return total
+
+
+def test_its_gradient_is_that_of_the_expected_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over both branches, each weighed by its probability: d/dw sum_c p_c error_c."""
+    module = TreeCross(8, 2).double().train()
+    x, context = torch.randn(1, 1, 8, dtype=torch.float64), torch.randn(1, 4, 8, dtype=torch.float64)
+    nodes = module.aggregator(context.unflatten(1, (2, 2)), torch.ones(1, 2, 2, dtype=torch.bool))
+    q, k = (p(t).unflatten(-1, (2, 4)).transpose(1, 2) for p, t in ((module.q_proj, x), (module.k_proj, nodes)))
+    policy = (q @ k.mT / 2).softmax(-1).mean(1)[0, 0]
+    weights, ours, expected = list(module.parameters()), [], 0.0
+    for branch in range(2):
+        monkeypatch.setattr(module, "_choose", lambda p, c=branch: torch.full_like(p[..., :1], c, dtype=torch.long))
+        expected = expected + policy[branch] * errors(module(x, context).output)[0, 0]
+        one = policy[branch].detach() * tree_objective(module, x, context, errors, leaves=0.0, bonus=0.0)
+        ours.append(torch.autograd.grad(one, weights))
+    wanted = torch.autograd.grad(expected, weights)
+    for first, second, gradient in zip(*ours, wanted, strict=True):
+        torch.testing.assert_close(first + second, gradient, rtol=1e-6, atol=1e-8)
 
 
 def test_conformance_of_a_wider_tree() -> None:

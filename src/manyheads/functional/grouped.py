@@ -53,6 +53,7 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, *, scale: fl
     (b, h, n, d), g = q.shape, k.shape[1]
     if h == g:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+    allowed = allowed[(None,) * (4 - allowed.ndim)]  # an index rule on its own has no axis for the batch
     each = q.view(b, g, h // g, n, d)
     rules = (
         allowed.expand(-1, h, -1, -1).view(-1, g, h // g, *allowed.shape[2:])

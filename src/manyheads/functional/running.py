@@ -37,12 +37,25 @@ def running_top(held: Held, new: Held, *, newest: bool = False) -> tuple[Held, T
     both = Held(*(torch.cat(pair, 2) for pair in zip(held, new, strict=True)))
     k, score = held.scores.shape[2], both.scores.detach()
     order = torch.arange(score.shape[2], device=score.device)
-    first = order[:, None] > order if newest else order[:, None] < order
-    beats = (score[..., None] > score[..., None, :]) | ((score[..., None] == score[..., None, :]) & first)
     # What is not held had k better ones, and so has whatever it beats: counting among these is counting among all.
-    beats = beats.int()
-    rank = beats[:, :, :k].sum(2, keepdim=True) + beats[:, :, k:].cumsum(2)
+    among_held = _ranks(score[:, :, :k], newest)
+    later, earlier = score[:, :, k:, None], score[:, :, None]
+    first = order[k:, None] > order if newest else order[k:, None] < order
+    beats = (later > earlier) | ((later == earlier) & first)  # a new token and any token [b, h, c, k + c]
+    rank = beats.int().cumsum(2)
+    rank[..., :k] += among_held[:, :, None]
+    rank[..., k:] += k - beats[..., :k].sum(3)[:, :, None]
     return both, (rank < k) & (order <= order[k:, None]) & (score != -torch.inf)[..., None, :]
+
+
+def _ranks(score: Tensor, newest: bool) -> Tensor:
+    """[b, h, k] -> how many beat each one."""
+    if newest:
+        return _ranks(score.flip(2), False).flip(2)
+    order = score.argsort(dim=2, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(
+        2, order, torch.arange(score.shape[2], device=score.device).expand_as(order)
+    )
 
 
 def after_chunk(both: Held, inside: Tensor, k: int) -> Held:

@@ -14,7 +14,13 @@ from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
 TAPS = 9
-MAPS = {"identity": lambda x: x, "relu": F.relu, "leaky-relu": F.leaky_relu, "exp": torch.exp}
+# exp: as far as a product of two still fits into single precision.
+MAPS = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "leaky-relu": F.leaky_relu,
+    "exp": lambda x: (x / 5).clamp(max=30).exp(),
+}
 
 
 @register
@@ -26,8 +32,9 @@ class InLine(Mechanism):
         r = W_2 gelu(W_1 mean(x)) [channels, 9], both grouped by head, s = 1 / sqrt(d)
 
     No weight is divided by a sum, each row sums to one and weights can be negative. kernel: a map on q and k,
-    "identity", "relu", "leaky-relu" or "exp". x: [b, height, width, dim], mask [b, height, width]; for a sequence
-    [b, n, dim] the nine neighbours lie in a line. Weights are those of the first term.
+    "identity", "relu", "leaky-relu" or "exp" (of x / 5, as in the code). x: [b, height, width, dim], mask
+    [b, height, width]; for a sequence [b, n, dim] the nine neighbours lie in a line. Weights are those of the first
+    term.
     Source: Han et al., Bridging the Divide, arXiv:2412.06590. The paper writes q . k - mean + 1 / n; the 1 / n on all
     of it and s are the released code's, whose class token, which the residual leaves out, is not here. In the code r is
     predicted before the projection, as here. Padding enters neither mean nor the neighbours.

@@ -26,8 +26,9 @@ class BackAttention(SoftmaxAttention):
     and the dim - side_dim first are the lower layer's. The output is to be added to x: it is W_o's in the lower part,
     and zero in the higher. d = (dim - side_dim) / heads. Then the layers above the lower one are computed again.
     Source: Yu, Belinkov, Ananiadou, arXiv:2502.10835: queries of the lower layer, keys and values of the higher one at
-    all positions, added back to the lower. Read from its abstract and summaries, as no code was at hand; heads, scale
-    and causality are those of the attention that it stands beside. rotary: of queries and keys, off by default.
+    all positions, added back to the lower. Read from its abstract and summaries, as the code that it names was not at
+    hand; heads, scale and causality are those of the attention that it stands beside. rotary: of queries and keys, off
+    by default.
     """
 
     card = Card(

@@ -16,7 +16,7 @@ from manyheads.mechanism import Call, Result
 from manyheads.registry import register
 from manyheads.softmax import SoftmaxAttention
 
-PARTITIONS = ("fixed", "logsparse", "axial")
+PARTITIONS = ("fixed", "logsparse", "axial", "mixture")
 
 # Queries whose tokens and regions are gathered at once.
 ROWS = 64
@@ -39,12 +39,13 @@ class Combiner(SoftmaxAttention):
         value of R: softmax over j in R of ((max of q over R) . k_j / sqrt(d)), times v_j
         weight of j: its own if j is in D_i, else that of R times the share of j in R
 
-    partition, for a sequence cut into rows of `block` tokens; D_i and the regions hold each token 0 .. i once:
+    partition, for a sequence cut into rows of `block` tokens; D_i and the regions hold each token 0 .. i:
         fixed      D: own row;  R: the other rows (causal: those before)
         logsparse  D: i itself;  R: for each bit set in i, the aligned run of that length before it (causal only)
         axial      D: own row up to i, own column above it;  R: the other columns above the row, where max is the
                    running maximum over rows (causal only)
-    Source: arXiv:2107.05768 and its released JAX code; axial is the column part of its axial_mixture. The code
+        mixture    axial, and as R too each row above, left of i's column and right of it: there a token counts twice
+    Source: arXiv:2107.05768 and its released JAX code, whose axial_mixture is the mixture and without rows axial. It
     counts a noncausal token's own row twice, directly and as a region; here it is no region. Rows are counted over real
     tokens. A dense mask is refused: a summary cannot leave tokens out for some queries.
     """
@@ -58,7 +59,8 @@ class Combiner(SoftmaxAttention):
         time="n block + n^2 / block",
         state="n",
         example={"block": 4},
-        notes="partition logsparse costs n log n and axial n sqrt(n) at best; decoding makes the summaries anew.",
+        notes="partition logsparse costs n log n, axial and mixture n sqrt(n) at best; decoding makes the summaries "
+        "anew.",
     )
 
     def __init__(
@@ -116,9 +118,8 @@ class Combiner(SoftmaxAttention):
         self, q: Tensor, k: Tensor, v: Tensor, places: Tensor, count: Tensor, spread: bool
     ) -> tuple[Tensor, Tensor | None]:
         """q, k, v [b, h, m, d] without holes, places [b or 1, n] of the queries, count [b or 1] of real tokens."""
-        regions = (
-            self._axial_regions(q, k, v, spread) if self.partition == "axial" else self._runs(q, k, v, count, spread)
-        )
+        axial = self.partition in ("axial", "mixture")
+        regions = self._axial_regions(q, k, v, spread) if axial else self._runs(q, k, v, count, spread)
         parts = []
         for start in range(0, places.shape[1], ROWS):
             place = places[:, start : start + ROWS].expand(q.shape[0], -1)
@@ -154,7 +155,7 @@ class Combiner(SoftmaxAttention):
         row = torch.arange(min(self.block, m), device=place.device)
         tokens = (place // self.block * self.block)[..., None] + row
         seen = tokens <= place[..., None] if self.causal else tokens < count[:, None, None]
-        if self.partition == "axial":
+        if self.partition != "fixed":
             above = torch.arange(-(-m // self.block), device=place.device) * self.block
             above = (place % self.block)[..., None] + above
             tokens = torch.cat([tokens, above], -1)
@@ -168,11 +169,16 @@ class Combiner(SoftmaxAttention):
             run = place[..., None] >> torch.arange(levels, device=place.device)
             return (run - 1).clamp(min=0) + torch.tensor(starts, device=place.device), run % 2 == 1
         row = (place // self.block)[..., None]
-        if self.partition == "axial":
-            column = torch.arange(self.block, device=place.device)
-            index = (row - 1) * self.block + column
-            return index.clamp(min=0), (row > 0) & (column != (place % self.block)[..., None])
         rows = torch.arange(-(-m // self.block), device=place.device)
+        if self.partition != "fixed":
+            own, column = (place % self.block)[..., None], torch.arange(self.block, device=place.device)
+            index, there = (row - 1) * self.block + column, (row > 0) & (column != own)
+            if self.partition == "mixture":
+                first, size = rows * self.block, len(rows) * self.block
+                index = torch.cat([index, size + first + own - 1, 2 * size + first + own + 1], -1)
+                left, right = (rows < row) & (own > 0), (rows < row) & (own < self.block - 1)
+                there = torch.cat([there, left, right], -1)
+            return index.masked_fill(~there, 0), there
         there = rows < row if self.causal else (rows != row) & (rows * self.block < count[:, None, None])
         return rows.expand(*place.shape, -1), there
 
@@ -186,20 +192,31 @@ class Combiner(SoftmaxAttention):
         return _Regions(torch.cat([p.keys for p in parts], 2), torch.cat([p.values for p in parts], 2), joined)
 
     def _axial_regions(self, q: Tensor, k: Tensor, v: Tensor, spread: bool) -> _Regions:
-        """Region s block + u: column u down to row s."""
+        """Region s block + u: column u down to row s. For the mixture, behind those: row s up to column u, and behind
+        those: row s from column u on."""
         m = k.shape[2]
-        columns = [
-            F.pad(t, (0, 0, 0, -m % self.block)).unflatten(2, (-1, self.block)).transpose(2, 3) for t in (q, k, v)
-        ]
-        q, k, v = columns  # [b, h, block, rows, d]
-        rows = k.shape[3]
-        past = torch.ones(rows, rows, dtype=torch.bool, device=k.device).tril()
-        inner = masked_softmax(q.cummax(3).values @ k.mT, past)
-        keys, values = (t.transpose(2, 3).flatten(2, 3) for t in (k.cummax(3).values, inner @ v))
+        rows = [F.pad(t, (0, 0, 0, -m % self.block)).unflatten(2, (-1, self.block)) for t in (q, k, v)]
+        keys, values, inner = _running(*(t.transpose(2, 3) for t in rows))
+        found = [(keys.transpose(2, 3), values.transpose(2, 3), inner)]
+        if self.partition == "mixture":
+            right = _running(*(t.flip(3) for t in rows))
+            found += [_running(*rows), (right[0].flip(3), right[1].flip(3), right[2].flip(3, 4))]
+        keys, values = (torch.cat([part[side].flatten(2, 3) for part in found], 2) for side in (0, 1))
         if not spread:
             return _Regions(keys, values, None)
-        own = torch.eye(self.block, dtype=inner.dtype, device=k.device)
-        return _Regions(keys, values, torch.einsum("bhust,uw->bhsutw", inner, own).flatten(4, 5).flatten(2, 3)[..., :m])
+        full = []
+        for rule, (_, _, shares) in zip(("bhust,uw->bhsutw", *["bhsuw,st->bhsutw"] * 2), found, strict=False):
+            own = torch.eye(shares.shape[2], dtype=shares.dtype, device=k.device)
+            full.append(torch.einsum(rule, shares, own).flatten(4, 5).flatten(2, 3)[..., :m])
+        return _Regions(keys, values, torch.cat(full, 2))
+
+
+def _running(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each line, the summaries of its first token, its first two, ..: q, k, v [b, h, lines, length, d] -> keys and
+    values alike, and the shares of its tokens [b, h, lines, length, length]."""
+    past = torch.ones(k.shape[3], k.shape[3], dtype=torch.bool, device=k.device).tril()
+    inner = masked_softmax(q.cummax(3).values @ k.mT, past)
+    return k.cummax(3).values, inner @ v, inner
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:

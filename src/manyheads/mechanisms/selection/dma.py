@@ -28,9 +28,9 @@ class DMA(Mechanism):
     token once pushed out stays out: the state holds `window` tokens per key/value head and no more. Equal deltas: the
     newer token wins, so that with A = 0, as it starts, this is a sliding window.
 
-    Source: arXiv:2508.02124 and its released code. Some versions of them take exp(A softplus(..)); this follows the
-    newest code, without the exponential. It leaves equal deltas to the sort. The query and key norms of the Doge models
-    are theirs.
+    Source: arXiv:2508.02124 and its released code, which leaves equal deltas to the sort. exponential: exp(delta_j) in
+    the scores, over the same tokens, as in some versions of them and in the Doge models of transformers (whose query
+    and key norms are theirs); the newest code is without it. Cut off at exp(30), lest it overflow.
     """
 
     card = Card(
@@ -52,6 +52,7 @@ class DMA(Mechanism):
         *,
         window: int = 256,
         kv_heads: int | None = None,
+        exponential: bool = False,
         causal: bool = True,
         bias: bool = False,
         rotary: Rotary | Mapping[str, Any] | None = None,
@@ -64,6 +65,7 @@ class DMA(Mechanism):
         if window < 1:
             raise ValueError(f"{self.card.name}: window={window} must be positive")
         self.window, self.scale, self.rotary = window, d**-0.5, Rotary.of(rotary)
+        self.exponential = exponential
         if self.rotary:
             self.rotary.features(d)
         self.q_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(2))
@@ -110,6 +112,8 @@ class DMA(Mechanism):
 
     def _weights(self, q: Tensor, both: Held, inside: Tensor, dense: Tensor | None) -> Tensor:
         bias = both.scores.masked_fill(both.scores == -torch.inf, 0.0)
+        if self.exponential:
+            bias = bias.clamp(max=30.0).exp()
         scores = grouped_scores(q * self.scale, both.keys) + self._each(bias)[:, :, None]
         allowed = self._each(inside)
         if dense is not None:

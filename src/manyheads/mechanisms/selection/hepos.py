@@ -58,6 +58,5 @@ class Hepos(SoftmaxAttention):
             if where.padding is None:
                 mixed[:, heads] = attend_grouped(*part, scale=self.scale)
             else:
-                allowed = where.padding[:, None, None, tokens].expand(-1, -1, q.shape[2], -1)
-                mixed[:, heads] = attend_masked(*part, allowed, scale=self.scale)
+                mixed[:, heads] = attend_masked(*part, where.padding[:, None, None, tokens], scale=self.scale)
         return mixed

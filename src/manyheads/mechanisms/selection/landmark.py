@@ -45,7 +45,8 @@ class Landmark(SoftmaxAttention):
         time="n^2 / block + n block top_k",
         state="n",
         example={"block": 4, "top_k": 2},
-        notes="Landmark tokens are the caller's to insert. With top_k=None it costs n^2.",
+        notes="Landmark tokens are the caller's to insert. With top_k=None it costs n^2. Equal landmark scores, as of "
+        "one landmark token without positions, are settled by rounding.",
     )
 
     def __init__(

@@ -20,9 +20,9 @@ class MultiWindow(SoftmaxAttention):
 
         softmax over j with j // w_h = i // w_h of (q_i^h . k_j^h / sqrt(d) + b^h_(i - j)), times v_j^h
 
-    windows: one size per head, 0 for a global head; by default 2, 4, 8, .. and 0 for the last quarter of the heads. The
-    paper takes factors of its fixed length, and its code wants them to divide the length; here the last window is
-    shorter where they do not.
+    windows: one size per head, 0 for a global head; by default 2, 4, 8, .. up to 512, and 0 for the last quarter of the
+    heads. The paper takes factors of its fixed length, and its code wants them to divide the length; here the last
+    window is shorter where they do not.
     b: learned, 2 w - 1 numbers per windowed head and none for a global one, as in the released code, whose option of
     shifted windows is left out. Source: arXiv:2306.00561 and its released code.
     """
@@ -51,7 +51,7 @@ class MultiWindow(SoftmaxAttention):
     ) -> None:
         super().__init__(dim, heads, causal=causal, bias=bias)
         if windows is None:
-            windows = [2 * 2**h for h in range(heads - max(heads // 4, 1))]
+            windows = [2 * 2 ** min(h, 8) for h in range(heads - max(heads // 4, 1))]
             windows += [0] * (heads - len(windows))
         if len(windows) != heads or min(windows) < 0:
             raise ValueError(
@@ -92,8 +92,7 @@ class MultiWindow(SoftmaxAttention):
         q, k, v = (t[:, None] for t in (q, k, v))
         if padding is None:
             return attend_grouped(q, k, v, scale=self.scale).squeeze(1)
-        allowed = padding[:, None, None].expand(-1, 1, q.shape[2], -1)
-        return attend_masked(q, k, v, allowed, scale=self.scale).squeeze(1)
+        return attend_masked(q, k, v, padding[:, None, None], scale=self.scale).squeeze(1)
 
     def _windowed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, window: int, padding: Tensor | None) -> Tensor:
         """q, k, v [b, n, d], bias [2 window - 1] -> [b, n, d]."""

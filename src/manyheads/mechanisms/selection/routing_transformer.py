@@ -29,10 +29,10 @@ class RoutingTransformer(Mechanism):
     A token in no cluster gets zero. In training mu_c moves by 1 - decay towards the mean of the q^, k^ nearest to it.
     Losses: `commitment`, mean |q^ - mu|^2 / d over real tokens (and k^), as in lucidrains' code, which weighs it 1e-4.
 
-    Source: arXiv:2003.05997 (algorithm 1; the released code is TensorFlow). Divergence: its causal form takes the best
-    `window` tokens of the whole sequence, so that later tokens decide what earlier ones see. This causal form is the
-    nearest-centroid rule that its section 4 starts from, cut to the newest tokens: it does not leak. Centroids start at
-    random.
+    Source: arXiv:2003.05997 (algorithm 1); the norm of the released code (TensorFlow) takes the 1 / sqrt(d) away again.
+    Divergence: its causal form takes the best `window` tokens of the whole sequence, so that later tokens decide what
+    earlier ones see. This causal form is the nearest-centroid rule that its section 4 starts from, cut to the newest
+    tokens: it does not leak. Centroids start at random, and move after the pass: it is routed by those before.
     """
 
     card = Card(
@@ -83,7 +83,7 @@ class RoutingTransformer(Mechanism):
         k = q[:, :0] if self.k_proj is None else self._split(self.k_proj(x))
         routed = _norm(q[:, local:])
         keys = routed if self.causal else _norm(k[:, local:])
-        losses = self._learn([routed] if self.causal else [routed, keys], call.padding) if self.routed else {}
+        losses, moved = self._learn([routed] if self.causal else [routed, keys], call.padding)
         ids = self._nearest(keys, call.padding) if self.causal else None
         k, real = torch.cat([k[:, :local], keys], 1), call.padding
         if call.state is not None:
@@ -99,6 +99,9 @@ class RoutingTransformer(Mechanism):
         if self.routed:
             way = self._clustered if ids is None else self._causal
             parts.append(way(routed, k[:, local:], v[:, local:], real, ids, call))
+        if moved is not None:
+            # Not before: tokens are routed by centroids that no token of this pass has moved.
+            self.centroids.copy_(moved)
         mixed = torch.cat([part for part, _ in parts], 1)
         weights = torch.cat([weight for _, weight in parts if weight is not None], 1) if call.need_weights else None
         return Result(self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights, losses)
@@ -108,8 +111,10 @@ class RoutingTransformer(Mechanism):
 
     # -- k-means ---------------------------------------------------------------------------------------------------
 
-    def _learn(self, rows: list[Tensor], real: Tensor | None) -> Mapping[str, Tensor]:
-        """The commitment loss of normed rows [b, h, n, d]; in training the centroids move as well."""
+    def _learn(self, rows: list[Tensor], real: Tensor | None) -> tuple[Mapping[str, Tensor], Tensor | None]:
+        """The commitment loss of normed rows [b, h, n, d]; in training also the centroids after this pass."""
+        if not self.routed:
+            return {}, None
         tokens = torch.cat(rows, 2)
         count = torch.ones_like(tokens[:, :1, :, 0]) if real is None else real[:, None].repeat(1, 1, len(rows))
         count = count.to(tokens.dtype)
@@ -118,17 +123,17 @@ class RoutingTransformer(Mechanism):
             2, nearest[..., None].expand(-1, -1, -1, self.head_dim)
         )
         gap = ((tokens - own).square().mean(-1) * count).masked_fill(count == 0, 0.0)
-        loss = gap.sum() / (count.sum().clamp(min=1) * self.routed)
-        if self.training:
-            self._move(tokens.detach(), F.one_hot(nearest, self.clusters).to(tokens.dtype) * count[..., None])
-        return {"commitment": loss}
+        losses = {"commitment": gap.sum() / (count.sum().clamp(min=1) * self.routed)}
+        if not self.training:
+            return losses, None
+        return losses, self._moved(tokens, F.one_hot(nearest, self.clusters).to(tokens.dtype) * count[..., None])
 
     @torch.no_grad()
-    def _move(self, tokens: Tensor, member: Tensor) -> None:
+    def _moved(self, tokens: Tensor, member: Tensor) -> Tensor:
         sums = torch.einsum("bhnc,bhnd->hcd", member, tokens)
         sizes = member.sum((0, 2))[..., None]
         means = torch.where(sizes > 0, sums / sizes.clamp(min=1), self.centroids)
-        self.centroids.lerp_(means, 1 - self.decay)
+        return self.centroids.lerp(means, 1 - self.decay)
 
     def _nearest(self, rows: Tensor, real: Tensor | None) -> Tensor:
         """[b, h, n]; padding is in a cluster of its own."""

@@ -23,6 +23,7 @@ class SDIM(Mechanism):
     The chance that a token counts in one signature is (1 - angle / pi)^bits. Queries and keys are the inputs; V and W_o
     are projections. Sums are made once per context, [heads, groups, 2^bits, d], and a query reads groups of
     them: its cost does not depend on the context's length. normalise=False leaves l2 out, as FuxiCTR's code does.
+    The pool for a target item is a query of one token.
 
     Source: arXiv:2205.10249; the authors' code was not found (its m hash functions are groups x bits here). It hashes
     and adds the raw embeddings of items. That l2 is taken per signature, before the mean, is as remembered.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.grouped import masked_softmax
+from manyheads.functional.grouped import attend_masked, masked_softmax
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -20,6 +21,18 @@ class _Level(NamedTuple):
     keys: Tensor
     values: Tensor
     size: Tensor
+
+
+class _Found(NamedTuple):
+    """What queries meet: scores [b, h, n, s] and values [b, h, n, s, d] of the nodes, which of them are kept [b, n, s],
+    their heights and numbers; the log-probability of each way down [b, n], and the entropy of the choices."""
+
+    scores: Tensor
+    values: Tensor
+    kept: Tensor
+    nodes: list[tuple[int, Tensor]]
+    chance: Tensor
+    entropy: Tensor
 
 
 class _Aggregator(nn.Module):
@@ -56,9 +69,10 @@ class TreeCross(Mechanism):
     branch: children per node. Order matters: the paper sorts tokens (for images and functions, as in a k-d tree).
     Losses: `entropy`, mean of -sum p log p over queries and levels; the paper adds a bonus for it to the task's loss.
 
-    Source: arXiv:2309.17388 and its released code, where p also learns by REINFORCE, with the task's result as reward,
-    and by a second output that attends to all leaves: both are the training loop's, and p learns here through the
-    projections it shares. There the tree is filled up with masked copies of tokens.
+    Source: arXiv:2309.17388 and its released code, where p also learns by REINFORCE, and by a second output that
+    attends to all leaves: `tree_objective` below. Without it p learns through the projections it shares. The code takes
+    the entropy of each head's softmax and not of p, detaches children unless bptt is set, and fills the tree up with
+    masked copies of tokens.
     Weights: a summary's weight is shared evenly by the tokens below it; no exact matrix exists.
     """
 
@@ -70,7 +84,7 @@ class TreeCross(Mechanism):
         patterns={"noncausal-cross", "causal-cross"},
         time="m + n log m",
         state="1",
-        notes="The tree is built once per context; which branch is taken has no gradient of its own.",
+        notes="The tree is built once per context; which branch is taken has a gradient in tree_objective only.",
     )
 
     def __init__(
@@ -100,14 +114,18 @@ class TreeCross(Mechanism):
         levels = self._levels(context, call)
         if call.state is not None:
             call.state.advance(x.shape[1])
-        q = self._split(self.q_proj(x)) * self.head_dim**-0.5
-        scores, values, kept, nodes, entropy = self._search(q, levels)
-        weights = masked_softmax(scores, kept[:, None])
-        mixed = (weights[..., None, :] @ values).squeeze(-2)
-        output = self.o_proj(mixed.transpose(1, 2).flatten(-2))
-        return Result(
-            output, self._spread(weights, nodes, context, call.padding) if call.need_weights else None, entropy
-        )
+        found = self._search(self._split(self.q_proj(x)), levels)
+        output, weights = self._mix(found)
+        if call.need_weights:
+            weights = self._spread(weights, found.nodes, context, call.padding)
+        return Result(output, weights if call.need_weights else None, {"entropy": found.entropy})
+
+    def _mix(self, found: _Found) -> tuple[Tensor, Tensor]:
+        weights = masked_softmax(found.scores, found.kept[:, None])
+        return self._join((weights[..., None, :] @ found.values).squeeze(-2)), weights
+
+    def _join(self, mixed: Tensor) -> Tensor:
+        return self.o_proj(mixed.transpose(1, 2).flatten(-2))
 
     def _split(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -144,12 +162,10 @@ class TreeCross(Mechanism):
 
     # -- the way down ----------------------------------------------------------------------------------------------
 
-    def _search(
-        self, q: Tensor, levels: list[_Level]
-    ) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, Tensor]], dict[str, Tensor]]:
-        """q [b, h, n, d] -> scores [b, h, n, s] and values [b, h, n, s, d] of the nodes met, which of them are kept
-        [b, n, s], their heights and numbers, and the entropy of the choices."""
+    def _search(self, q: Tensor, levels: list[_Level]) -> _Found:
+        """q [b, h, n, d]."""
         b, _, n, d = q.shape
+        q, chance = q * d**-0.5, q.new_zeros(b, n)
         parent = torch.zeros(b, n, 1, dtype=torch.long, device=q.device)
         scores, values, kept, nodes, entropies = [], [], [], [], []
         for height, level in reversed(list(enumerate(levels))):
@@ -162,6 +178,7 @@ class TreeCross(Mechanism):
                 policy = masked_softmax(score, real[:, None]).mean(1)
                 entropies.append(-(policy * (policy + 1e-9).log()).sum(-1))
                 chosen = self._choose(policy.detach())
+                chance = chance + (policy.gather(2, chosen)[..., 0] + 1e-9).log()
                 parent = children.gather(2, chosen)
                 real = real & torch.ones_like(real).scatter(2, chosen, False)
             scores.append(score)
@@ -169,7 +186,7 @@ class TreeCross(Mechanism):
             kept.append(real)
             nodes.append((height, children))
         entropy = torch.stack(entropies).mean() if entropies else q.sum() * 0
-        return torch.cat(scores, -1), torch.cat(values, -2), torch.cat(kept, -1), nodes, {"entropy": entropy}
+        return _Found(torch.cat(scores, -1), torch.cat(values, -2), torch.cat(kept, -1), nodes, chance, entropy)
 
     def _choose(self, policy: Tensor) -> Tensor:
         if not self.training:
@@ -193,3 +210,32 @@ class TreeCross(Mechanism):
             share = below / below.sum(-1, keepdim=True).clamp(min=1)
             full = full + torch.einsum("bhnc,bncm->bhnm", part, share.to(part.dtype))
         return full
+
+
+def tree_objective(
+    module: TreeCross,
+    x: Tensor,
+    context: Tensor,
+    error: Callable[[Tensor], Tensor],
+    *,
+    mask: Tensor | None = None,
+    leaves: float = 1.0,
+    bonus: float = 0.01,
+) -> Tensor:
+    """The paper's training objective, for a module that ends in `error`: its output [b, n, e] -> what each query got
+    wrong, [b, n], by which the way that was drawn is also judged (REINFORCE). mask: key padding [b, m].
+
+        mean of error(tree) + leaves error(all leaves) + error(tree) log p(way),  less bonus times the entropy
+
+    where the last error is a constant. The weights are those of the released code.
+    """
+    pattern = module._check_inputs(x, context)
+    if mask is not None:
+        module._want_mask(mask, [tuple(context.shape[:2])])
+    levels, q = module._levels(context, Call(pattern, mask)), module._split(module.q_proj(x))
+    found, bottom = module._search(q, levels), levels[0]
+    real = (bottom.size > 0)[:, None, None]
+    whole = attend_masked(q, bottom.keys, bottom.values, real, scale=module.head_dim**-0.5)
+    wrong = error(module._mix(found)[0])
+    judged = wrong + leaves * error(module._join(whole)) + wrong.detach() * found.chance
+    return judged.mean() - bonus * found.entropy

@@ -30,7 +30,8 @@ class Agent(Mechanism):
 
     Source: Han et al., Agent Attention: On the Integration of Softmax and Linear Attention, arXiv:2312.08874. The
     released code fixes the grid to window x window and treats a class token apart: here the lines are interpolated
-    too (equal at that size), there is no class token, and the 1-D form is ours. bias: of q, k, v.
+    too (equal at that size), there is no class token, and the 1-D form is ours. No cross form: V of a context does not
+    lie on the grid of x, so that there is nothing to convolve. bias: of q, k, v.
     """
 
     card = Card(

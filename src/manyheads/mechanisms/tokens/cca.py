@@ -92,11 +92,13 @@ class CoreContextAware(Mechanism):
         k, v = _place(k, layout, old_k), _place(v, layout, old_v)
         fresh, pooling = self._pool(q, k, v, layout)
         cores = self._remembered(fresh, call.state)
-        mixed, weights = self._read(q, k, v, cores, pooling if call.need_weights else None, layout)
+        # Slots that every row filled in earlier passes ask nothing any more.
+        new = int(layout.held.min()) if old_k.shape[2] else 0
+        mixed, weights = self._read(q[:, :, new:], k, v, cores, pooling if call.need_weights else None, layout)
         if call.state is not None:
             self._keep(k, v, fresh, layout, call.state)
             call.state.advance(x.shape[1])
-        mixed = _taken(mixed, layout.slots)
+        mixed = _taken(mixed, layout.slots - new)
         if weights is not None:
             weights = _taken(_taken(weights, layout.slots).mT, layout.slots).mT
         return Result(self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights)
@@ -123,7 +125,7 @@ class CoreContextAware(Mechanism):
             base = count = torch.zeros(b, dtype=torch.long, device=x.device)
             tail = (like[:, :, :0], like[:, :, :0])
         real = torch.ones(b, n, dtype=torch.bool, device=x.device) if call.padding is None else call.padding
-        size = tail[0].shape[2] + n
+        size = n + (int(count.max()) if tail[0].shape[2] else 0)
         size += -size % self.group
         slots = torch.where(real, count[:, None] + real.cumsum(1) - 1, size)
         return Layout(slots, base, count, count + real.sum(1), size), tail
@@ -149,11 +151,13 @@ class CoreContextAware(Mechanism):
     def _read(
         self, q: Tensor, k: Tensor, v: Tensor, cores: Cores, pooling: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor | None]:
-        """q, k, v [b, h, size, d] by slots -> what each slot reads, and its weights over slots."""
+        """q [b, h, n, d] by the last n slots, k and v [b, h, size, d] by all -> what each of those n reads, and its
+        weights over slots."""
+        new = layout.size - q.shape[2]
         slot = torch.arange(layout.size, device=q.device)
         outs, rows = [], []
         step, earlier = max(self.group, self.window), cores.keys.shape[2] - layout.size // self.group
-        for start in range(0, layout.size, step):
+        for start in range(new, layout.size, step):
             stop = min(start + step, layout.size)
             first = max(start - self.window + 1, 0) // self.group * self.group
             near = self._near(layout.base[:, None] + slot[start:stop])
@@ -163,7 +167,7 @@ class CoreContextAware(Mechanism):
             seen = seen & (slot[first:stop] <= slot[start:stop, None])
             seen = seen & (slot[start:stop] < layout.filled[:, None])[..., None]
             keys = torch.cat((cores.keys[:, :, :reach], k[:, :, first:stop]), 2)
-            scores = q[:, :, start:stop] * self.scale @ keys.mT
+            scores = q[:, :, start - new : stop - new] * self.scale @ keys.mT
             weights = masked_softmax(scores, torch.cat((far, seen), 2)[:, None])
             outs.append(weights @ torch.cat((cores.values[:, :, :reach], v[:, :, first:stop]), 2))
             if pooling is not None:

@@ -21,8 +21,9 @@ class Linformer(Mechanism):
 
         softmax(Q_i (E_i X W_i^K)^T / sqrt(d)) F_i X W_i^V  per head i;  E_i, F_i: [k, max_length], cut to the length m
 
-    sharing: which E, F are one: "none", "headwise" (E_i = E, F_i = F), "kv" (headwise, and E = F). Padded tokens are
-    zero before the projection over time. A causal form does not exist: every combination holds every token.
+    sharing: which E, F are one: "none", "headwise" (E_i = E, F_i = F), "kv" (headwise, and E = F); for one E in all
+    layers, give their `key_mix` the same parameter. Padded tokens are zero before the projection over time. A causal
+    form does not exist: every combination holds every token.
     Weights: softmax(..) F_i, over tokens; entries may be negative. With bias=True the bias of W^V is beside them.
 
     Source: Wang et al., Linformer: Self-Attention with Linear Complexity, arXiv:2006.04768. As in the released code the

@@ -31,6 +31,28 @@ def no_future(case: Case, n: int) -> None:
             expect_close(dirty[:, :cut], clean[:, :cut], message)
 
 
+@prop(
+    "no-future-training", "nor in training mode, for the same draws", sizes=(2, 9, 33), when=lambda c: c.pattern.causal
+)
+def no_future_training(case: Case, n: int) -> None:
+    context, cut = case.context(n), n // 2
+    for trial in range(3):
+        x = case.x(n, seed=trial)
+        changed = x.clone()
+        changed[:, cut:] = 10 * case.x(n - cut, seed=7 + trial)
+        clean, dirty = (_trained_output(case, tokens, context) for tokens in (x, changed))
+        message = f"tokens from {cut} on were changed in training mode, and an output before them changed"
+        expect_close(dirty[:, :cut], clean[:, :cut], message)
+
+
+def _trained_output(case: Case, x: Tensor, context: Any) -> Tensor:
+    """Of the first pass of a new module: what a pass moves (centroids, averages) stays in it."""
+    module = case.build().train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return case.outputs(module, x, context).output
+
+
 @prop("sees-all", "without causality, or in the context, later tokens do matter", sizes=(4, 9))
 def sees_all(case: Case, n: int) -> None:
     if case.pattern.causal and not case.pattern.cross:
