@@ -20,6 +20,8 @@ PARTITIONS = ("fixed", "logsparse", "axial", "mixture")
 
 # Queries whose tokens and regions are gathered at once.
 ROWS = 64
+# Queries whose scores are held at once where whole rows of them share their keys.
+BY_ROW = 1024
 
 
 class _Regions(NamedTuple):
@@ -120,12 +122,34 @@ class Combiner(SoftmaxAttention):
         """q, k, v [b, h, m, d] without holes, places [b or 1, n] of the queries, count [b or 1] of real tokens."""
         axial = self.partition in ("axial", "mixture")
         regions = self._axial_regions(q, k, v, spread) if axial else self._runs(q, k, v, count, spread)
+        if self.partition == "fixed" and not spread and places.shape[1] >= self.block:
+            return self._by_row(q, k, v, places, regions, count), None
         parts = []
         for start in range(0, places.shape[1], ROWS):
             place = places[:, start : start + ROWS].expand(q.shape[0], -1)
             parts.append(self._rows(_take(q, place), k, v, place, regions, count))
         weights = torch.cat([weight for _, weight in parts if weight is not None], 2) if spread else None
         return torch.cat([mixed for mixed, _ in parts], 2), weights
+
+    def _by_row(self, q: Tensor, k: Tensor, v: Tensor, places: Tensor, regions: _Regions, count: Tensor) -> Tensor:
+        """The queries of a row share their keys, its tokens and all summaries: matrix products, nothing gathered."""
+        size, slots = self.block, torch.arange(self.block, device=q.device)
+        first = int(places.min()) // size
+        q, k, v = (F.pad(t, (0, 0, 0, -t.shape[2] % size)).unflatten(2, (-1, size)) for t in (q, k, v))
+        own = torch.arange(q.shape[2], device=q.device)
+        step, outs = max(1, BY_ROW // size), []
+        for start in range(first, q.shape[2], step):
+            rows = slice(start, start + step)
+            asking, row = q[:, :, rows], own[rows, None]
+            tokens = row * size + slots
+            seen = (slots <= slots[:, None]) if self.causal else (tokens < count[:, None, None])[:, None, :, None]
+            there = own < row if self.causal else (own != row) & (own * size < count[:, None, None])
+            scores = torch.cat((asking @ k[:, :, rows].mT, asking @ regions.keys[:, :, None].mT), -1)
+            seen = seen.expand(len(count), 1, len(row), size, size)
+            there = there.view(-1, 1, len(row), 1, len(own)).expand(len(count), 1, -1, size, -1)
+            near, far = masked_softmax(scores, torch.cat((seen, there), -1)).split([size, len(own)], -1)
+            outs.append((near @ v[:, :, rows] + far @ regions.values[:, :, None]).flatten(2, 3))
+        return _take(torch.cat(outs, 2), (places - first * size).expand(q.shape[0], -1))
 
     def _rows(
         self, q: Tensor, k: Tensor, v: Tensor, place: Tensor, regions: _Regions, count: Tensor
