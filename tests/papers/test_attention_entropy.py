@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from manyheads import create_attention
+from manyheads.registry import list_attentions, mechanism_class
+from manyheads.testing.case import Case, each
 from manyheads.training import EntropyMaximised, negative_attention_entropy
 
 
@@ -17,6 +19,9 @@ def test_by_hand():
     empty = torch.cat([weights, torch.zeros_like(weights)])
     torch.testing.assert_close(negative_attention_entropy(empty), torch.tensor(wanted).double())
     assert negative_attention_entropy(torch.zeros(1, 2, 1, 4)) == 0
+    torch.testing.assert_close(negative_attention_entropy(7 * weights), torch.tensor(wanted).double())
+    signed = torch.cat([weights, torch.full_like(weights[..., :2], -3.0)], -1)
+    torch.testing.assert_close(negative_attention_entropy(signed), torch.tensor(wanted).double())
 
 
 @pytest.mark.parametrize("name", ["efficient-probing", "acmil", "softmax"])
@@ -63,3 +68,24 @@ def test_refuses_a_mechanism_without_weights():
     module = EntropyMaximised(create_attention("gaussian-adaptive", 8, 2)).train()
     with pytest.raises(ValueError, match="no attention weights"):
         module(torch.randn(1, 4, 8))
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_every_mechanism_of_the_registry(name):
+    """The loss lies between even and all on one, also where nothing is real; or there are no weights."""
+    cls = mechanism_class(name)
+    for pattern in sorted(cls.card.patterns):
+        case = Case(cls, pattern)
+        for nothing in (False, True):
+            module, x, context = EntropyMaximised(case.build()).train(), case.x(7).requires_grad_(), case.context(7)
+            mask = each(x if context is None else context, lambda t, n=nothing: torch.full(t.shape[:-1], not n))
+            try:
+                result = module(x, context, mask=mask)
+            except ValueError as error:
+                assert "no attention weights" in str(error)  # noqa: PT017
+                continue
+            (result.output.sum() + sum(result.losses.values())).backward()
+            assert -math.log(100) < result.losses["attention_entropy"] <= 1e-9
+            assert all(
+                bool(g.isfinite().all()) for g in (x.grad, *(p.grad for p in module.parameters())) if g is not None
+            )

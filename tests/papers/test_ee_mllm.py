@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from manyheads.functional.grouped import attend_rows
+from manyheads.mechanisms.cross import ee_mllm
 from manyheads.mechanisms.cross.ee_mllm import CompositeAttention
 from manyheads.mechanisms.plain.softmax import Softmax
 
@@ -59,6 +61,20 @@ def test_decoding_reads_images_once():
     torch.testing.assert_close(torch.cat(parts, 1), wanted)
     with pytest.raises(ValueError, match="start a new state"):
         module(text[:, :1], images[:, :2], state=state)
+
+
+@torch.no_grad()
+def test_a_step_copies_no_keys(monkeypatch):
+    module, text, images = build(), torch.randn(2, 6, 12).double(), torch.randn(2, 4, 12).double()
+    state, read = module.init_state(2), []
+    monkeypatch.setattr(
+        ee_mllm, "attend_rows", lambda q, k, v, *a, **kw: read.append((k, v)) or attend_rows(q, k, v, *a, **kw)
+    )
+    for i in range(6):
+        module(text[:, i : i + 1], images, state=state)
+    for held, name in zip(read[-1], ("keys", "values"), strict=True):
+        assert held.shape[2] == 10
+        assert held.untyped_storage().data_ptr() == state.grown[name].data.untyped_storage().data_ptr()
 
 
 @torch.no_grad()

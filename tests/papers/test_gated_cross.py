@@ -43,7 +43,8 @@ def test_equation_and_tile_tags():
 
 
 def test_a_closed_gate_gives_nothing_but_can_open():
-    module = build(gate=0.0)
+    torch.manual_seed(0)
+    module = GatedCross(12, 3).double()
     output = module(torch.randn(2, 5, 12).double(), torch.randn(2, 6, 12).double()).output
     torch.testing.assert_close(output, torch.zeros_like(output))
     (output * torch.randn_like(output) + output).sum().backward()

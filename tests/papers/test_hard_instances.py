@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from manyheads import create_attention
+from manyheads.card import Pattern
+from manyheads.registry import list_attentions, mechanism_class
+from manyheads.testing import Case
 from manyheads.training import HardInstanceMining
 
 
@@ -44,6 +47,11 @@ def test_lowest_random_and_padding():
     assert counts.min() > 30
     assert build(high=0.9, pick=0.5).kept(scores, real).sum() == 1  # more than all cannot be picked from
     assert build(high=1.0, pick=1.0).kept(scores, real).sum() == 10  # nothing left: all are kept
+    module = build(high=0.9, pick=0.5)
+    module.high = 0.2  # set anew between steps
+    gone = [set((~module.kept(scores, real)[0, :10]).nonzero()[:, 0].tolist()) for _ in range(30)]
+    assert {len(g) for g in gone} == {2}
+    assert set().union(*gone) == set(scores[0, :10].topk(4).indices.tolist())
 
 
 @pytest.mark.parametrize("name", ["efficient-probing", "lama"])
@@ -92,3 +100,17 @@ def test_refusals():
         build("softmax")
     with pytest.raises(ValueError, match="momentum"):
         build(momentum=1.5)
+
+
+@pytest.mark.parametrize("name", list_attentions(pattern="pool"))
+def test_every_pool_of_the_registry(name):
+    case = Case(mechanism_class(name), Pattern.POOL)
+    for nothing in (False, True):
+        module = HardInstanceMining(case.build(), high=0.3, low=0.1, random=0.1).train()
+        x = case.x(9).requires_grad_()
+        result = module(x, mask=torch.full((2, 9), not nothing))
+        (result.output.sum() + sum(result.losses.values())).backward()
+        module.update()
+        assert bool(result.output.isfinite().all())
+        assert all(bool(loss.isfinite()) for loss in result.losses.values())
+        assert bool(x.grad.isfinite().all())

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from manyheads import create_attention
+from manyheads.registry import list_attentions, mechanism_class
+from manyheads.testing import Case
 from manyheads.training import HeadMask
 
 
@@ -107,3 +109,66 @@ def test_refusals():
         HeadMask(TwoLayers(), count=8)
     with pytest.raises(ValueError, match="efficient-probing"):
         HeadMask(create_attention("efficient-probing", 8, 2), count=1)
+
+
+def masked_share(module, case, head):
+    """The gradient of the output by the weights of each head, with one of them masked; None where it cannot be read."""
+    with HeadMask(module, count=0) as heads:
+        heads._mask(torch.tensor([head]))
+        result = module(case.x(5), case.context(5), need_weights=True)
+        weights = result.weights
+        if weights is None or not weights.requires_grad:
+            return None
+        (found,) = torch.autograd.grad(result.output.square().sum(), weights, allow_unused=True)
+        return None if found is None else found.abs().amax((0, 2, 3))
+
+
+NORMED_TOGETHER = {"lightning", "transnormerllm"}  # a norm over all heads before W_o: weights reach each other there
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_a_mechanism_of_the_registry_loses_the_head_that_is_masked_or_is_refused_by_name(name):
+    cls = mechanism_class(name)
+    case = Case(cls, sorted(cls.card.patterns)[0])
+    module = case.build().train()
+    try:
+        HeadMask(module, count=0).remove()
+    except ValueError as error:
+        assert name in str(error)  # noqa: PT017
+        return
+    share = masked_share(module, case, 1)
+    if share is not None and name not in NORMED_TOGETHER:
+        assert share[1] == 0
+        assert (share[[0, *range(2, len(share))]] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["luong", "dual", "dare", "mega"])
+def test_a_linear_that_reads_more_or_less_than_the_heads_is_refused(name):
+    cls = mechanism_class(name)
+    with pytest.raises(ValueError, match=f"{name} has no linear"):
+        HeadMask(Case(cls, sorted(cls.card.patterns)[0]).build(), count=1)
+
+
+@torch.no_grad()
+def test_several_attentions_in_one_mechanism_and_paths_that_are_named():
+    module, x, context = create_attention("lxmert", 8, 4).double().train(), *torch.randn(2, 2, 5, 8).double()
+    with HeadMask(module, count=0) as heads:
+        assert heads.total == 8
+        heads._mask(torch.arange(4))  # all heads of the cross attention
+        found = module(x, context).output
+    module.cross.o_proj.weight.zero_()
+    torch.testing.assert_close(found, module(x, context).output)
+    with HeadMask(module, count=3, outputs=["own.o_proj"]) as heads:
+        assert heads.total == 4
+    with HeadMask(create_attention("mla", 8, 4), count=1, outputs=["o_proj"]) as heads:
+        assert heads.total == 4
+
+
+def test_importance_of_a_head_that_is_used_twice_is_of_both_uses_together():
+    module, x, y = create_attention("wn-duma", 8, 4).double().train(), *torch.randn(2, 2, 5, 8).double()
+
+    def loss_of():
+        return (module(x, y).output - module(x, y).output).sum()  # the two uses cancel out
+
+    with HeadMask(module, count=1) as heads:
+        torch.testing.assert_close(heads.most_important(loss_of), torch.zeros(4).double())

@@ -50,11 +50,12 @@ def by_loops(module, x, real):
     return y
 
 
-@pytest.mark.parametrize(("alpha", "window"), [(0.5, 2), (0.25, 3), (0.0, 2), (1.0, 2), (0.5, 1)])
+@pytest.mark.parametrize(("alpha", "window"), [(0.5, 2), (0.25, 3), (0.7, 2), (0.0, 2), (1.0, 2), (0.5, 1)])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
 def test_equation(alpha, window, bias):
     module, x = build(alpha=alpha, window=window, bias=bias), torch.randn(2, 5, 4, 12).double()
+    assert module.lo_heads == (4 if window == 1 else alpha * 4 // 1)
     torch.testing.assert_close(module(x).output[1], by_loops(module, x[1], torch.ones(5, 4, dtype=torch.bool)))
     real = torch.rand(2, 5, 4, generator=torch.Generator().manual_seed(1)) < 0.6
     found = module(x, mask=real).output[1]

@@ -55,6 +55,15 @@ def test_a_filter_wider_than_the_text_and_a_zero_filter():
 
 
 @torch.no_grad()
+def test_words_that_fit_no_label_weigh_the_same():
+    module, x = build(), torch.randn(2, 7, 6).double()
+    module.filter_bias.fill_(-2.0)  # many words fit no label now
+    result = module(x, need_weights=True)
+    assert (result.weights == result.weights.amin(-1, keepdim=True)).sum() > 4
+    torch.testing.assert_close(result.output[0], by_loops(module, x[0], [True] * 7), rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
 def test_the_word_that_a_label_names_weighs_most():
     module, x = build(ngram=1), torch.randn(1, 7, 6).double()
     module.filter.fill_(1.0)

@@ -83,6 +83,13 @@ def test_interleaved_weights_mix_strided_channels():
     torch.testing.assert_close(module.out_proj((result.weights @ u).permute(0, 2, 3, 1).flatten(2)), result.output)
 
 
+def test_first_weights_are_as_spread_as_in_the_released_module():
+    """Its kernels are [heads, 1, kernel_size] to Xavier's rule: fan in kernel_size, fan out heads kernel_size."""
+    kernel = LightweightConvolution(1024, 512, kernel_size=31).kernel
+    bound = (6 / (31 + 512 * 31)) ** 0.5
+    assert 0.99 * bound < kernel.abs().max() <= bound
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="kernel_size=1"):
         build(kernel_size=1)

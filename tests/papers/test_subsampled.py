@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from manyheads import create_attention
+from manyheads.registry import list_attentions, mechanism_class
+from manyheads.testing.case import Case, each
 from manyheads.training import SubsampledAttention, sampling
 
 
-def build(name="softmax", keep=0.5, **config):
+def build(name="softmax", keep=0.5, as_padding=False, **config):
     torch.manual_seed(0)
-    return SubsampledAttention(create_attention(name, 8, 2, **config).double(), keep=keep).train()
+    mechanism = create_attention(name, 8, 2, **config).double()
+    return SubsampledAttention(mechanism, keep=keep, as_padding=as_padding).train()
 
 
 def drawn(weights):
@@ -95,5 +98,57 @@ def test_refusals():
         module(torch.randn(2, 3, 8).double(), state=module.mechanism.init_state(2))
     with pytest.raises(ValueError, match="keep=0"):
         build(keep=0)
-    with pytest.raises(ValueError, match="sequence"):
-        build("agent")(torch.randn(1, 3, 3, 8).double())
+    with pytest.raises(ValueError, match="as_padding=True"):
+        build("agent")(torch.randn(1, 3, 8).double())
+    with pytest.raises(ValueError, match=r"softmax: mask has shape \(2, 4\)"):
+        module(torch.randn(2, 3, 8).double(), mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="softmax: mask has dtype"):
+        module(torch.randn(2, 3, 8).double(), mask=torch.ones(2, 3))
+
+
+@torch.no_grad()
+def test_tokens_drawn_as_padding():
+    """Three ways to be drawn whole: told so, on a grid, and one by one where there are several contexts."""
+    module, x = build("linformer", as_padding=True), torch.randn(2, 8, 8).double()
+    real = torch.tensor([[True] * 8, [True] * 6 + [False] * 2])
+    seen = set()
+    for _ in range(10):
+        weights = module(x, mask=real, need_weights=True).weights
+        for row, count in enumerate((4, 3)):
+            keys = set((weights[row] != 0).any(0).any(0).nonzero()[:, 0].tolist())
+            assert len(keys) == count
+            assert max(keys) < real[row].sum()
+            seen.add((row, *sorted(keys)))
+    assert len(seen) > 4
+    grid = build("agent")(torch.randn(2, 3, 4, 8).double(), need_weights=True).weights
+    assert ((grid != 0).any(1).any(1).sum(-1) == 6).all()
+    module = build("multi-source", mode="flat")
+    weights = module(x, (x, x[:, :4]), mask=(real, real[:, :4]), need_weights=True).weights
+    assert (weights[:, :, :, :8] != 0).any(1).any(1).sum(-1).tolist() == [4, 3]
+    assert (weights[:, :, :, 8:] != 0).any(1).any(1).sum(-1).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_every_mechanism_of_the_registry(name):
+    """As it is or with as_padding; also where nothing is real."""
+    cls = mechanism_class(name)
+    for pattern in sorted(cls.card.patterns):
+        case = Case(cls, pattern)
+        x, context = case.x(7), case.context(7)
+        wanted = case.build()(x, context).output
+        for nothing in (False, True):
+            full = each(x if context is None else context, lambda t, n=nothing: torch.full(t.shape[:-1], not n))
+            for as_padding in (False, True):
+                module = SubsampledAttention(case.build(), keep=0.3, as_padding=as_padding).train()
+                try:
+                    result = module(x.requires_grad_(), context, mask=full)
+                except ValueError as error:
+                    assert "as_padding=True" in str(error)  # noqa: PT017
+                    assert not as_padding
+                    continue
+                (result.output.sum() + sum(result.losses.values())).backward()
+                assert bool(result.output.isfinite().all())
+                assert all(bool(loss.isfinite()) for loss in result.losses.values())
+                assert bool(x.grad.isfinite().all())
+                if not nothing:
+                    assert (result.output - wanted).abs().max() > 1e-9

@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from manyheads import create_attention
+from manyheads.card import Pattern
+from manyheads.registry import list_attentions, mechanism_class
+from manyheads.testing.case import Case
 from manyheads.training import TokenAwarePooling, attention_diversification
 
 
@@ -79,6 +82,14 @@ def test_grids_go_in_as_grids():
     torch.testing.assert_close(module(x, mask=mask).output, module.mechanism(pooled, mask=mask).output)
 
 
+@torch.no_grad()
+def test_the_norm_of_the_block_comes_after_pooling():
+    module, x = build(norm=torch.nn.LayerNorm(8)), torch.randn(2, 9, 8).double()
+    torch.nn.init.normal_(module.norm.weight)
+    pooled = module.pool(x.unflatten(1, (3, 3)).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(module(x).output, module.mechanism(module.norm(pooled)).output)
+
+
 def diversification_by_loops(weights, threshold, real):
     cosines = []
     for row in range(len(weights)):
@@ -127,5 +138,30 @@ def test_refusals():
         TokenAwarePooling(create_attention("softmax", 8, 2, causal=True))
     with pytest.raises(ValueError, match="width"):
         build()(torch.randn(1, 10, 8).double())
+    with pytest.raises(ValueError, match="softmax: mask has dtype"):
+        build()(torch.randn(1, 9, 8).double(), mask=torch.ones(1, 9))
     with pytest.raises(ValueError, match="no weights given"):
         attention_diversification([])
+
+
+READS_ONE = (Pattern.NONCAUSAL_SELF, Pattern.GRID, Pattern.POOL)
+
+
+@pytest.mark.parametrize("name", [n for n in list_attentions() if mechanism_class(n).card.patterns & set(READS_ONE)])
+def test_every_mechanism_of_the_registry_that_reads_one_sequence(name):
+    cls = mechanism_class(name)
+    for pattern in set(READS_ONE) & cls.card.patterns:
+        case = Case(cls, pattern)
+        for nothing in (False, True):
+            module, x = TokenAwarePooling(case.build(), threshold=1.0).double().train(), case.x(9).requires_grad_()
+            mask = torch.full(x.shape[:-1], not nothing)
+            try:
+                result = module(x, mask=mask)
+            except ValueError as error:
+                assert "no weights to diversify" in str(error)  # noqa: PT017
+                module.threshold = None
+                result = module(x, mask=mask)
+            (result.output.sum() + sum(result.losses.values())).backward()
+            assert bool(result.output.isfinite().all())
+            assert all(bool(loss.isfinite()) for loss in result.losses.values())
+            assert bool(x.grad.isfinite().all())

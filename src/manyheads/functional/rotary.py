@@ -30,7 +30,7 @@ class Rotary:
 
     def features(self, head_dim: int) -> int:
         """How many features of a head are rotated: even, at least two."""
-        rotated = int(head_dim * self.fraction) // 2 * 2
+        rotated = int(head_dim * self.fraction + 1e-6) // 2 * 2  # 98 * (32 / 98) is a little less than 32
         if rotated < 2:
             raise ValueError(
                 f"rotary needs at least two features to turn; head_dim={head_dim}, fraction={self.fraction}"

@@ -19,4 +19,4 @@ def attend_weighted(
         return grouped_mix(weights, v), weights if need_weights else None
     if allowed is None:
         return attend_grouped(q, k, v, scale=scale), None
-    return attend_masked(q, k, v, allowed.expand(-1, -1, q.shape[2], k.shape[2]), scale=scale), None
+    return attend_masked(q, k, v, allowed, scale=scale), None

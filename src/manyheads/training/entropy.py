@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from manyheads.mechanism import Mechanism, Result
@@ -13,15 +14,18 @@ def negative_attention_entropy(weights: Tensor) -> Tensor:
     """Mean over heads and rows of sum_j a_j ln a_j: add it, times a factor, to the loss of the task.
 
     weights: [..., m], as a mechanism returns them. 0 where all weight is on one key, -ln m where it is even. Rows
-    without any weight (nothing to attend to) do not count.
+    without any weight (nothing to attend to) do not count. Rows that do not sum to 1 (linear attention without a
+    normaliser, a gate) are brought to it first, and negative weights count as none.
 
     Source: Zhang et al., AEM: Attention Entropy Maximization for Multiple Instance Learning based Whole Slide Image
     Classification, arXiv:2406.15303, and its released main.py, which takes one bag at a time.
     """
-    # A key that is left out has weight 0 and no part in the sum; as 1 its logarithm has a finite gradient.
-    safe = weights.masked_fill(weights <= 0, 1.0)
-    rows = (safe * safe.log()).sum(-1)
-    return rows.sum() / (weights > 0).any(-1).sum().clamp_min(1)
+    positive = weights.to(torch.promote_types(weights.dtype, torch.float32)).clamp_min(0.0)
+    total = positive.sum(-1, keepdim=True)
+    share = positive / total.masked_fill(total == 0, 1.0)
+    # A key that is left out has share 0 and no part in the sum; as 1 its logarithm has a finite gradient.
+    safe = share.masked_fill(share == 0, 1.0)
+    return (safe * safe.log()).sum() / (total > 0).sum().clamp_min(1)
 
 
 class EntropyMaximised(nn.Module):

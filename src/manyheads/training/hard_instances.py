@@ -21,7 +21,8 @@ class HardInstanceMining(nn.Module):
         losses["consistency"] = -softmax(z_teacher / temperature) . log softmax(z_student)
 
     z: pooled vectors. Call `update()` after each optimiser step: teacher = momentum teacher + (1 - momentum) student.
-    In eval mode it is the student. A bag that would lose all its instances keeps them all.
+    In eval mode it is the student. A bag that would lose all its instances keeps them all. `high` and `momentum` may be
+    set anew between steps: in the released recipes one falls to 0 and the other rises to 1 along a cosine.
 
     Source: Tang et al., Multiple Instance Learning Framework with Masked Hard Instance Mining for Whole Slide Image
     Classification, arXiv:2307.15254, and its released mhim_abmil.py. There the heads of several-headed students vote
@@ -52,9 +53,7 @@ class HardInstanceMining(nn.Module):
             )
         self.student = student
         self.teacher = copy.deepcopy(student).requires_grad_(False).eval()
-        self.high, self.low, self.random = high, low, random
-        # More than everything cannot be picked from: then of everything, the share that is wanted.
-        self.pick = max(pick, high)
+        self.high, self.pick, self.low, self.random = high, pick, low, random
         self.momentum, self.temperature = momentum, temperature
 
     def train(self, mode: bool = True) -> HardInstanceMining:
@@ -86,8 +85,10 @@ class HardInstanceMining(nn.Module):
 
     def kept(self, scores: Tensor, real: Tensor) -> Tensor:
         """The instances left to the student, [b, n] bool, by the teacher's scores [b, n]."""
-        pool = highest(scores, real, share(real, self.high / self.pick))
-        masked = draw(pool, share(pool, self.pick))
+        # More than everything cannot be picked from: then of everything, the share that is wanted.
+        pick = max(self.pick, self.high)
+        pool = highest(scores, real, share(real, self.high / pick))
+        masked = draw(pool, share(pool, pick))
         masked = masked | highest(-scores, real, share(real, self.low)) | draw(real, share(real, self.random))
         left = real & ~masked
         return torch.where(left.any(1, keepdim=True), left, real)

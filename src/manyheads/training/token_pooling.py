@@ -15,15 +15,15 @@ class TokenAwarePooling(nn.Module):
     """Attention over an image whose tokens are averages of their surroundings, each over a span of its own choice.
 
         x'_p = sum over s of softmax(conv(norm(conv(x))))_ps mean of x on the 3x3 grid of step s around p
-        result = mechanism(x')
+        result = mechanism(norm(x'))
 
     s = 0 (the token itself) to `scales` - 1; cells beyond the border count as zeros. x: [b, height, width, dim] for a
     mechanism on grids, else [b, n, dim] read in rows of `width` (by default a square). Padded cells are zeros and
     stay out. threshold: where given, losses["attention_diversification"] is added in training.
 
     Source: Guo et al., Robustifying Token Attention for Vision Transformers, arXiv:2303.11126, and its released
-    tap_robust_models.py (3x3 convolutions without bias and a batch norm between). There, and to be kept so by the
-    caller: pooling comes before the norm of the block, and the residual carries the tokens that are not pooled.
+    tap_robust_models.py (3x3 convolutions without bias and a batch norm between). There pooling comes before the norm
+    of the block, which is given here as `norm`, and the residual carries the tokens that are neither pooled nor normed.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class TokenAwarePooling(nn.Module):
         temperature: float = 1.0,
         width: int | None = None,
         threshold: float | None = None,
+        norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if mechanism.causal:
@@ -42,6 +43,7 @@ class TokenAwarePooling(nn.Module):
             raise ValueError(f"TokenAwarePooling: scales={scales} and temperature={temperature} must be positive")
         self.mechanism, self.scales, self.temperature = mechanism, scales, temperature
         self.width, self.threshold = width, threshold
+        self.norm = nn.Identity() if norm is None else norm
         self.predictor = nn.Sequential(
             nn.Conv2d(mechanism.dim, scales, 3, padding=1, bias=False),
             nn.BatchNorm2d(scales),
@@ -49,12 +51,12 @@ class TokenAwarePooling(nn.Module):
         )
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, need_weights: bool = False) -> Result:
-        real = mask if mask is not None and mask.ndim == x.ndim - 1 else None
+        real = mask if mask is not None and mask.dtype == torch.bool and mask.shape == x.shape[:-1] else None
         grid = x if real is None else x.masked_fill(~real[..., None], 0.0)
         grid = grid if x.ndim == 4 else grid.unflatten(1, (-1, self._width(x.shape[1])))
         pooled = self.pool(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).reshape(x.shape)
         diversify = self.training and self.threshold is not None
-        result: Result = self.mechanism(pooled, mask=mask, need_weights=need_weights or diversify)
+        result: Result = self.mechanism(self.norm(pooled), mask=mask, need_weights=need_weights or diversify)
         if not diversify:
             return result
         if result.weights is None:

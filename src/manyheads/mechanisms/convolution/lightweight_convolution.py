@@ -66,7 +66,8 @@ class LightweightConvolution(Mechanism):
         self.kernel_size, self.head_mapping = kernel_size, head_mapping
         self.left = kernel_size - 1 if causal else kernel_size // 2
         self.in_proj = nn.Linear(dim, 2 * dim, bias=bias)
-        self.kernel = nn.Parameter(nn.init.xavier_uniform_(torch.empty(heads, kernel_size)))
+        # Of the released shape, on which its bound depends: sqrt(6 / (kernel_size + heads kernel_size)).
+        self.kernel = nn.Parameter(nn.init.xavier_uniform_(torch.empty(heads, 1, kernel_size)).squeeze(1))
         self.out_proj = nn.Linear(dim, dim, bias=bias)
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:

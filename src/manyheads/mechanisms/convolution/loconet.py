@@ -26,7 +26,8 @@ class LoCoNet(Mechanism):
     result is y, residuals and norms included. Weights [b, heads, cells, cells]: the attention, zero between speakers.
 
     Source: Wang et al., LoCoNet: Long-Short Context Network for Active Speaker Detection, arXiv:2301.08237, and its
-    released layers, in their order, where 3 speakers are read; the paper lists long before short. Without dropout.
+    released layers, in their order, where 3 speakers are read (here 4 by default); the paper lists long before short.
+    Without dropout.
     """
 
     card = Card(

@@ -77,14 +77,13 @@ class MossFormer(Mechanism):
         value_dim = 2 * dim if value_dim is None else value_dim
         if value_dim < 1 or value_dim % heads:
             raise ValueError(f"mossformer: value_dim={value_dim}; want a positive multiple of heads={heads}")
-        if chunk < 1 or kernel_size < 1 or kernel_size % 2 == 0:
+        if chunk < 1 or query_dim < 2 or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(
-                f"mossformer: chunk={chunk}, kernel_size={kernel_size}; want chunk >= 1 and an odd kernel_size, which "
-                "looks as far ahead as back"
+                f"mossformer: chunk={chunk}, query_dim={query_dim}, kernel_size={kernel_size}; want chunk >= 1, "
+                "query_dim >= 2 and an odd kernel_size, which looks as far ahead as back"
             )
         self.chunk = chunk
         self.rotary = Rotary(fraction=min(1.0, ROTATED / query_dim), interleaved=True)
-        self.rotary.features(query_dim)
         self.to_v, self.to_u = _ConvModule(dim, value_dim, kernel_size), _ConvModule(dim, value_dim, kernel_size)
         self.to_z = _ConvModule(dim, query_dim, kernel_size)
         self.to_out = _ConvModule(value_dim, dim, kernel_size)

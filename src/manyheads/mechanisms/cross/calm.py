@@ -20,8 +20,9 @@ class Calm(SoftmaxAttention):
     Where both models read the same text while it is written, h_A must not show more than h_B has seen: give the
     triangular dense mask [1, 1, n, m] then.
 
-    Source: Bansal et al., LLM Augmented LLMs: Expanding Capabilities through Composition, arXiv:2401.02412; its code is
-    not released.
+    Source: Bansal et al., LLM Augmented LLMs: Expanding Capabilities through Composition, arXiv:2401.02412. The code
+    released for Gemma (google-deepmind/calm) norms the result (RMS) before it is added, has biases and reads its
+    padding mask without using it; this is the paper's form, the norm is left to the caller.
     """
 
     card = Card(

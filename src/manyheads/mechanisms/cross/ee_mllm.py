@@ -29,7 +29,8 @@ class CompositeAttention(SoftmaxAttention):
     A mask speaks of the images: x must hold no padding. Weights [b, heads, n, m]: on the images; the rest is on text.
 
     Source: Ma et al., EE-MLLM, arXiv:2408.11795 (its description: no code is released). How image tokens are carried
-    to the next layer, past the attention, is the surrounding block's.
+    to the next layer, past the attention, is the surrounding block's. The paper's one sequence of images and text is
+    given here in two parts, since image tokens get no output; causal-self is not declared.
     """
 
     card = Card(
@@ -57,23 +58,24 @@ class CompositeAttention(SoftmaxAttention):
 
     def attend(self, x: Tensor, context: Tensor, call: Call) -> Result:
         n, m, state = x.shape[1], context.shape[1], call.state
-        image_keys, image_values, count = self._images(x, context, call)
+        images, count = self._images(x, context, call)
         positions = call.query_positions(x) + count
         q, k, v = self.project(x, x)
         q, k = self.position(q, k, positions, positions)
-        if state is not None:
+        if state is None:
+            k, v = (torch.cat(pair, 2) for pair in zip(images, (k, v), strict=True))
+        else:
             k, v = state.append("keys", k), state.append("values", v)
             state.advance(n)
-        text = k.shape[2]
-        k, v = torch.cat([image_keys, k], 2), torch.cat([image_values, v], 2)
+        text = k.shape[2] - m
         i = torch.arange(text - n, text, device=x.device)
         j = torch.arange(-m, text, device=x.device)  # images stand before all text
         given = call.dense if call.padding is None else call.padding[:, None, None, :]
 
-        def allowed(rows: slice) -> Tensor:
+        def allowed(rows: slice) -> Tensor | None:
             seen = j <= i[rows, None]
             if given is None:
-                return seen[None, None]
+                return seen[None, None] if n > 1 else None
             images = given if call.dense is None else given[:, :, rows]
             return seen & F.pad(images, (0, text), value=True)
 
@@ -86,19 +88,26 @@ class CompositeAttention(SoftmaxAttention):
             mixed = attend_rows(q, k, v, allowed, scale=self.scale, causal=True)
         return Result(self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights)
 
-    def _images(self, x: Tensor, context: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values of the images and how many real ones a row has, [b, 1]; from the state where it has them."""
-        held = {} if call.state is None else call.state.context
-        if not held:
-            q, k, v = self.project(x[:, :0], context)
-            real = torch.ones_like(context[..., 0], dtype=torch.bool) if call.padding is None else call.padding
-            # Padding takes up no place, so that text stands where it would without it.
-            places = (real.cumsum(1) - 1).clamp(min=0)
-            _, k = self.position(q, k, places[:, :0], places)
-            held.update(keys=k, values=v, count=real.sum(1, keepdim=True))
-        if held["keys"].shape[2] != context.shape[1]:
-            raise ValueError(
-                f"ee-mllm: the state was made for a context of {held['keys'].shape[2]} tokens, this one has "
-                f"{context.shape[1]}; start a new state for a new context"
-            )
-        return held["keys"], held["values"], held["count"]
+    def _images(self, x: Tensor, context: Tensor, call: Call) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Keys and values of the images, where the state does not hold them, and how many real ones a row has, [b, 1].
+        In a state they are the first rows of what grows, so that no step copies them."""
+        state = call.state
+        if state is not None and state.context:
+            held = len(state.grown["keys"]) - state.length
+            if held != context.shape[1]:
+                raise ValueError(
+                    f"ee-mllm: the state was made for a context of {held} tokens, this one has {context.shape[1]}; "
+                    "start a new state for a new context"
+                )
+            return (), state.context["count"]
+        q, k, v = self.project(x[:, :0], context)
+        real = torch.ones_like(context[..., 0], dtype=torch.bool) if call.padding is None else call.padding
+        # Padding takes up no place, so that text stands where it would without it.
+        places = (real.cumsum(1) - 1).clamp(min=0)
+        _, k = self.position(q, k, places[:, :0], places)
+        count = real.sum(1, keepdim=True)
+        if state is not None:
+            state.context["count"] = count
+            state.append("keys", k)
+            state.append("values", v)
+        return (k, v), count

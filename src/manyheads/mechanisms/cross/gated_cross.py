@@ -20,7 +20,8 @@ class GatedCross(SoftmaxAttention):
         tanh(g) W_o softmax(q k^T / sqrt(d)) v,  q from the text x, k and v from the images; g one scalar, 0 at first
 
     The result is to be added to x. NVLM-X puts its image tiles end to end in the context; the text token that tags a
-    tile sees that tile only, which a dense mask [batch, 1, n, m] says.
+    tile sees that tile only, which a dense mask [batch, 1, n, m] says. NVLM-H puts a thumbnail among the text, where
+    plain causal self-attention reads it, and only the tiles here.
 
     Source: Dai et al., NVLM, arXiv:2409.11402, gated cross attention as in Flamingo (arXiv:2204.14198), without
     Flamingo's resampler. The gated feed-forward layer that follows belongs to the surrounding block.

@@ -27,7 +27,8 @@ class ThemeTransformer(Mechanism):
     A mask speaks of the theme: x must hold no padding. Weights: on the theme, g_i / 2 in sum.
 
     Source: Shih et al., Theme Transformer, arXiv:2111.04093, and its released decoder layer, whose halving it follows;
-    without dropout. Residual, norm and feed-forward belong to the surrounding block.
+    without dropout. Residual, norm and feed-forward belong to the surrounding block. Without a theme there is nothing
+    to gate: causal-self is not declared.
     """
 
     card = Card(

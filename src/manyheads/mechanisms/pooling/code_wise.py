@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.grouped import masked_softmax
+from manyheads.functional.weighted import attend_weighted
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -24,7 +24,8 @@ class CodeWise(Mechanism):
 
     Source: Biswas et al., TransICD: Transformer Based Code-wise Attention Model for Explainable ICD Coding,
     arXiv:2104.10652, and its released models.py, where W can be wider than dim and u_l has a bias, which softmax
-    cancels. The paper has one distribution per label: heads is 1.
+    cancels. The paper has one distribution per label: heads is 1. The pattern `pool` has one vector for all labels and
+    is not declared.
     """
 
     card = Card(
@@ -51,6 +52,8 @@ class CodeWise(Mechanism):
         if call.padding is not None:
             context = context.masked_fill(~call.padding[..., None], 0.0)
             allowed = call.padding[:, None, None]
-        scores = (x @ torch.tanh(self.w_proj(context)).transpose(1, 2))[:, None]
-        weights = masked_softmax(scores, allowed)
-        return Result(weights[:, 0] @ context, weights if call.need_weights else None)
+        keys = torch.tanh(self.w_proj(context))[:, None]
+        pooled, weights = attend_weighted(
+            x[:, None], keys, context[:, None], allowed, scale=1.0, need_weights=call.need_weights
+        )
+        return Result(pooled[:, 0], weights)
