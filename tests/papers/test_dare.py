@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from manyheads.mechanisms.projection.dare import DARE
 
@@ -61,6 +62,18 @@ def test_the_search_passes_over_padding() -> None:
     result = module(x, context, mask=mask, need_weights=True)
     close(result.output, module(x, context[:, mask[0]]).output, rtol=1e-12, atol=1e-12)
     close((result.weights > 0).sum(-1), torch.full((1, 2, 3), 3))
+
+
+@pytest.mark.parametrize("side_dim", [4, 48])
+@torch.no_grad()
+def test_without_a_search_no_matrix_is_held(side_dim: int) -> None:
+    """Whichever embedding is the wider one."""
+    torch.manual_seed(0)
+    module, x, context = DARE(64, 2, side_dim=side_dim, top_k=None), torch.randn(1, 300, 64), torch.randn(1, 400, 64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        output = module(x, context).output
+    assert max(event.self_cpu_memory_usage for event in trace.events()) < 300 * 400 * 4
+    close(output, module(x, context, need_weights=True).output, rtol=1e-4, atol=1e-5)
 
 
 def test_refusals() -> None:

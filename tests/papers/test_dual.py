@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from manyheads.mechanisms.plain.softmax import Softmax
 from manyheads.mechanisms.projection.dual import Dual
@@ -101,6 +102,31 @@ def test_a_dense_mask_per_head_reaches_its_head() -> None:
     assert bool((weights[:, 3, :, 2] == 0).all())
     assert bool((weights[:, :3] > 0).all())
     close(module(x, mask=mask).output, module(x, mask=mask, need_weights=True).output, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_step_does_not_copy_relation_keys_to_every_head() -> None:
+    torch.manual_seed(0)
+    module, x = Dual(64, 8, causal=True, symbols=5), torch.randn(1, 201, 64)
+    state = module.init_state(1, capacity=300)
+    module(x[:, :200], state=state)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        step = module(x[:, 200:], state=state).output
+    one_head = 201 * 32 * 4
+    assert max(event.self_cpu_memory_usage for event in trace.events()) < 2 * one_head
+    close(step, module(x).output[:, 200:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_many_queries_equal_few() -> None:
+    """Beside the values of all heads side by side (8 features), 9 queries go through the kernel, 8 do not."""
+    torch.manual_seed(0)
+    module, x = Dual(16, 4, causal=True, symbols=5).double(), torch.randn(2, 9, 16, dtype=torch.float64)
+    mask = torch.tensor([[True] * 9, [False, True, True, False, True, True, True, True, True]])
+    for given in (None, mask):
+        few = module(x[:, :8], mask=None if given is None else given[:, :8]).output
+        close(module(x, mask=given).output[:, :8], few, rtol=1e-12, atol=1e-12)
+        close(module(x, mask=given, need_weights=True).output[:, :8], few, rtol=1e-12, atol=1e-12)
 
 
 def test_refusals() -> None:

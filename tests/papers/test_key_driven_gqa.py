@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from manyheads.mechanisms.mixing.key_driven_gqa import DGQA, KDGQA, PGQA, allot, owners
 from manyheads.mechanisms.projection.gqa import GQA
@@ -91,6 +92,26 @@ def test_dgqa_equals_loops_and_evenly_is_gqa(causal: bool) -> None:
     even, grouped = DGQA(16, 8, kv_heads=4, causal=causal).eval(), GQA(16, 8, kv_heads=4, causal=causal)
     grouped.load_state_dict({k: v for k, v in even.state_dict().items() if k.endswith("weight")})
     torch.testing.assert_close(even(x.float()).output, grouped(x.float()).output)
+
+
+@torch.no_grad()
+def test_dgqa_copies_no_keys_to_the_heads_that_share_them() -> None:
+    module, x = DGQA(64, 8, kv_heads=2, allocation=[7, 1], causal=True).eval(), torch.randn(1, 201, 64)
+    state = module.init_state(1, capacity=300)
+    module(x[:, :200], state=state)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        step = module(x[:, 200:], state=state).output
+    assert max(event.self_cpu_memory_usage for event in trace.events()) < 201 * 16 * 4  # those that are held, in bytes
+    torch.testing.assert_close(step, module(x).output[:, 200:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_dgqa_masks_per_head_reach_their_heads() -> None:
+    module = DGQA(16, 8, kv_heads=4, allocation=[3, 0, 4, 1]).double().eval()
+    x, mask = torch.randn(2, 6, 16, dtype=torch.float64), torch.rand(2, 8, 6, 6) < 0.6
+    result = module(x, mask=mask, need_weights=True)
+    assert (result.weights[~mask] == 0).all()
+    torch.testing.assert_close(module(x, mask=mask).output, result.output)
 
 
 @pytest.mark.parametrize("rule", ["ema", "diff"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from manyheads.mechanisms.projection.l_query import LQuery
+from manyheads.mechanisms.projection.l_query import LQuery, transition_loss
 
 close = torch.testing.assert_close
 
@@ -77,6 +77,22 @@ def test_decoding_remembers_the_window() -> None:
     parts = [module(x[:, a:b], state=state).output for a, b in ((0, 1), (1, 3), (3, 9))]
     close(torch.cat(parts, 1)[0], loops(module, x[0], [True] * 9), rtol=1e-11, atol=1e-11)
     assert state.fixed["tail"].shape == (1, 3, 13)
+
+
+def test_transition_loss_equals_loops() -> None:
+    items = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([[0, 4, 1, 0, 0], [0, 0, 2, 2, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [3, 0, 0, 9, 0]])
+    heads, total = [0, 4, 4, 3], 0.0
+    for i in heads:
+        most = max(1, int(counts[i].max()))
+        labels = [math.exp(int(count) / most / 0.5) for count in counts[i]]
+        logits = [math.sqrt(3) * float(items[i].detach() @ item) / 0.5 for item in items.detach()]
+        norm = math.log(sum(math.exp(logit) for logit in logits))
+        total -= sum(label / sum(labels) * (logit - norm) for label, logit in zip(labels, logits, strict=True)) / 4
+    loss = transition_loss(items, counts, torch.tensor([heads]), temperature=0.5)
+    close(loss.item(), total)
+    loss.backward()
+    assert bool((items.grad != 0).any())
 
 
 def test_refusals() -> None:

@@ -6,7 +6,9 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from manyheads.functional import additive
 from manyheads.mechanisms.projection.luong import Luong
 
 close = torch.testing.assert_close
@@ -53,13 +55,14 @@ def test_equals_loops(score: str, reach: str, heads: int, m: int) -> None:
 
 
 @pytest.mark.parametrize("reach", ["global", "local-m", "local-p"])
+@pytest.mark.parametrize("window", [1, 3])
 @torch.no_grad()
-def test_padding_is_not_part_of_the_source(reach: str) -> None:
-    """On either side: S and the places in it count real tokens only."""
+def test_padding_is_not_part_of_the_source(reach: str, window: int) -> None:
+    """On either side and in between: S and the places in it count real tokens only."""
     torch.manual_seed(0)
-    module = Luong(8, 2, reach=reach, window=1).double()
+    module = Luong(8, 2, reach=reach, window=window).double()
     x, source = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 7, 8, dtype=torch.float64)
-    mask = torch.tensor([[False] * 3 + [True] * 4, [True] * 5 + [False] * 2])
+    mask = torch.tensor([[False] * 3 + [True] * 4, [True, True, False, True, True, False, True]])
     result = module(x, source, mask=mask, need_weights=True)
     for row in range(2):
         alone = module(x[row : row + 1], source[row : row + 1, mask[row]], need_weights=True)
@@ -85,6 +88,48 @@ def test_a_wide_window_around_the_query_is_global() -> None:
     local.load_state_dict(wide.state_dict())
     x, source = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 9, 8, dtype=torch.float64)
     close(local(x, source).output, wide(x, source).output, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reach", ["local-m", "local-p"])
+@torch.no_grad()
+def test_a_dense_mask_forbids_keys_in_and_out_of_the_window(reach: str) -> None:
+    torch.manual_seed(0)
+    x, source = torch.randn(1, 5, 8, dtype=torch.float64), torch.randn(1, 7, 8, dtype=torch.float64)
+    mask = torch.rand(1, 2, 5, 7) < 0.6
+    for window in (2, 3, 9):
+        module = Luong(8, 2, reach=reach, window=window).double()
+        result = module(x, source, mask=mask, need_weights=True)
+        assert bool((result.weights[~mask] == 0).all())
+        assert bool((result.weights > 0).any())
+        mixed = (result.weights @ source.unflatten(-1, (2, 4)).transpose(1, 2)).transpose(1, 2).flatten(-2)
+        close(result.output, module.o_proj(torch.cat([mixed, x], -1)).tanh(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"reach": "global"}, {"reach": "local-m", "window": 1000}])
+@torch.no_grad()
+def test_hidden_values_of_pairs_are_not_held_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str | int]
+) -> None:
+    """One per feature, query and key in the concat score; nor are keys gathered again for every query."""
+    monkeypatch.setattr(additive, "HIDDEN", 20000)
+    module, x, source = Luong(32, 2, score="concat", **settings), torch.randn(1, 60, 32), torch.randn(1, 90, 32)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        module(x, source)
+    assert max(event.self_cpu_memory_usage for event in trace.events()) < 60 * 90 * 32
+
+
+@pytest.mark.parametrize("reach", ["global", "local-m"])
+@torch.no_grad()
+def test_the_concat_score_projects_its_context_once(reach: str) -> None:
+    torch.manual_seed(0)
+    module = Luong(8, 2, causal=True, score="concat", reach=reach, window=1).double()
+    x, source = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(2, 7, 8, dtype=torch.float64)
+    wanted, state = module(x, source).output, module.init_state(2)
+    first = module(x[:, :2], source, state=state).output
+    module.k_proj.fill_(torch.nan)
+    close(torch.cat([first, module(x[:, 2:], source, state=state).output], 1), wanted, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="made for a context of 7 tokens, this one has 6"):
+        module(x[:, :1], source[:, :6], state=state)
 
 
 def test_refusals() -> None:

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from manyheads.mechanisms.scoring.monotonic import Monotonic, expected_alignment, stop_logits
 
@@ -83,6 +84,36 @@ def test_hard_heads_stop_at_the_first_likely_place_and_never_turn_back() -> None
                 walked = max(walked, place)
             torch.testing.assert_close(weights[h, i], wanted)
     assert walked > 1
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 16, 17])
+@torch.no_grad()
+def test_alignment_of_any_context_equals_the_recurrence(m: int) -> None:
+    p = torch.rand(1, 2, 4, m, dtype=torch.float64)
+    wanted = torch.tensor([recurrence(head) for head in p[0].tolist()], dtype=torch.float64)
+    torch.testing.assert_close(expected_alignment(p.logit())[0], wanted)
+
+
+def test_long_walks_neither_vanish_nor_blow_up() -> None:
+    """Stops of one in a thousand over 4096 places, then sure ones: division by cumulative products gives NaN."""
+    logits = torch.full((1, 1, 3, 4096), -7.0)
+    logits[..., 1, ::2] = 200.0
+    logits.requires_grad_()
+    alignment = expected_alignment(logits)
+    alignment[..., -1, :].square().sum().backward()
+    assert bool(logits.grad.isfinite().all())
+    stops = torch.tensor(-7.0).sigmoid().double()
+    wanted = stops * (1 - stops) ** torch.arange(4096)
+    torch.testing.assert_close(alignment[0, 0, 0].double(), wanted, rtol=2e-3, atol=1e-9)
+    torch.testing.assert_close(alignment[0, 0, 1].sum().double(), wanted.sum(), rtol=1e-3, atol=0)
+
+
+@torch.no_grad()
+def test_no_pairs_of_places_are_held() -> None:
+    logits = torch.randn(1, 2, 2, 500)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        expected_alignment(logits)
+    assert max(event.self_cpu_memory_usage for event in trace.events()) < 500 * 500
 
 
 def test_sure_and_impossible_stops() -> None:

@@ -88,6 +88,27 @@ def test_the_state_holds_the_source_once() -> None:
     assert len(state.grown["keys"]) == 9
 
 
+@torch.no_grad()
+def test_a_context_is_the_source_before_the_targets() -> None:
+    """Targets come out as those of one sequence, context first; the context is seen whole and may be padded."""
+    module, x = _module(3), torch.randn(2, 5, 12, dtype=torch.float64)
+    context = torch.randn(2, 4, 12, dtype=torch.float64)
+    mask = torch.tensor([[True] * 4, [True, False, True, False]])
+    result = module(x, torch.where(mask[..., None], context, 1e3), mask=mask, need_weights=True)
+    for row in range(2):
+        source = context[row, mask[row]]
+        module.source_length = len(source)
+        wanted = loops(module, torch.cat([source, x[row]]))[len(source) :]
+        close(result.output[row], wanted, rtol=1e-11, atol=1e-11)
+        whole = module(torch.cat([source, x[row]])[None], need_weights=True).weights[0, :, len(source) :]
+        close(result.weights[row][..., mask[row]], whole[..., : len(source)], rtol=1e-11, atol=1e-11)
+    state = module.init_state(2)
+    steps = [module(x[:, i : i + 1], context, mask=mask, state=state).output for i in range(5)]
+    close(torch.cat(steps, 1), result.output, rtol=1e-11, atol=1e-11)
+    with pytest.raises(ValueError, match="made for a context of 4 tokens, this one has 3"):
+        module(x[:, :1], context[:, :3], state=state)
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="source_length=0"):
         PartialAttention(8, 2, source_length=0)

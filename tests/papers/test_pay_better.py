@@ -105,5 +105,6 @@ def test_super_refusals() -> None:
     module = Super(12, 3, max_length=4)
     with pytest.raises(ValueError, match=r"5 tokens .* max_length=4"):
         module(torch.randn(1, 5, 12))
-    with pytest.raises(ValueError, match="position 9 lies beyond"):
-        module(torch.randn(1, 2, 12), positions=torch.tensor([0, 9]))
+    for low, high in ((0, 9), (-1, 2)):
+        with pytest.raises(ValueError, match=f"positions from {low} to {high}"):
+            module(torch.randn(1, 2, 12), positions=torch.tensor([low, high]))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from manyheads.functional import additive
 from manyheads.mechanisms.scoring import visual
 from manyheads.mechanisms.scoring.visual import Baseline, HardVisual, SoftVisual
 
@@ -70,7 +71,7 @@ def test_a_balanced_gaze_costs_nothing() -> None:
 def test_slices_of_rows_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     module, (x, a, _) = SoftVisual(12, 3).double(), inputs()
     whole = module(x, a).output
-    monkeypatch.setattr(visual, "HIDDEN", 1)
+    monkeypatch.setattr(additive, "HIDDEN", 1)
     torch.testing.assert_close(module(x, a).output, whole)
 
 
@@ -125,6 +126,14 @@ def test_reinforce_learns_where_to_look() -> None:
         optimiser.step()
     assert float(rewards.mean()) > 0.8
     assert 0.3 < baseline.value < 1.0
+
+
+def test_the_baseline_is_a_moving_average_of_what_came_before() -> None:
+    baseline = Baseline()
+    assert baseline(torch.tensor([2.0, 4.0])).tolist() == [2.0, 4.0]
+    assert baseline.value == pytest.approx(0.3)
+    torch.testing.assert_close(baseline(torch.tensor([1.0])), torch.tensor([0.7]))
+    assert baseline.value == pytest.approx(0.9 * 0.3 + 0.1)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -168,7 +169,18 @@ class DGQA(SoftmaxAttention):
         return grouped_mix(weights, self._served(v))
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor | None:
-        return attend_where(q, self._served(k), self._served(v), where, scale=self.scale)[0]
+        """One pass per key head, for the query heads that it serves: keys and values are not copied to each of them."""
+        parts, first = [], 0
+        for group, count in enumerate(self.counts.tolist()):
+            if not count:
+                continue
+            served, own = slice(first, first + count), slice(group, group + 1)
+            whose = where
+            if where.dense is not None and where.dense.shape[1] > 1:
+                whose = replace(where, dense=where.dense[:, served])
+            parts.append(attend_where(q[:, served], k[:, own], v[:, own], whose, scale=self.scale)[0])
+            first += count
+        return torch.cat(parts, 1)
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         result = super().attend(x, context, call)

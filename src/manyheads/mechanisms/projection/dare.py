@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
@@ -24,7 +25,8 @@ class DARE(Mechanism):
     x: the target items [b, n, dim]; context: the behaviours. Their last `side_dim` features are the attention embedding
     A, from a table of its own and smaller than the representation R before it; there are no projections, which did not
     decouple the two. W_o stands for the first layer of the classifier, which takes t, h and the target-aware product.
-    top_k: behaviours left by the search (None: all). heads cut A and R into slices; heads=1 is the paper's.
+    top_k: behaviours left by the search (None: all). heads cut A and R into slices; heads=1 is the paper's. A history
+    pooled for one target is x with n = 1.
     Source: Feng et al., arXiv:2410.02604, and its code (scaled dot product). There a part of the embedding for the time
     of a behaviour has a scale of its own.
     """
@@ -64,14 +66,20 @@ class DARE(Mechanism):
         q, k, v = self._split(q), self._split(k), self._split(values)
         allowed = call.dense if call.padding is None else call.padding[:, None, None]
         if self.top_k is None:
+            # PyTorch's kernel that holds no [n, m] matrix wants one size for keys and values: zeros change neither.
+            width, size = v.shape[-1], max(q.shape[-1], v.shape[-1])
+            q, k, v = (F.pad(t, (0, size - t.shape[-1])) for t in (q, k, v))
             mixed, weights = attend_weighted(q, k, v, allowed, scale=self.scale, need_weights=call.need_weights)
+            mixed = mixed[..., :width]
         else:
-            mixed, weights = self._search(q, k, v, allowed, self.top_k)
+            mixed, weights = self._search(q, k, v, allowed, self.top_k, call.need_weights)
         history = mixed.transpose(1, 2).flatten(-2)
         output = self.o_proj(torch.cat([target, history, target * history], -1))
-        return Result(output, weights if call.need_weights else None)
+        return Result(output, weights)
 
-    def _search(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
+    def _search(
+        self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, top_k: int, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
         scores = q * self.scale @ k.transpose(-1, -2)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, -torch.inf)
@@ -80,7 +88,7 @@ class DARE(Mechanism):
         rows = torch.arange(len(v), device=v.device)[:, None, None, None]
         heads = torch.arange(self.heads, device=v.device)[:, None, None]
         mixed = (share[..., None, :] @ v[rows, heads, index]).squeeze(-2)
-        return mixed, torch.zeros_like(scores).scatter(-1, index, share)
+        return mixed, torch.zeros_like(scores).scatter(-1, index, share) if need_weights else None
 
     def _split(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)

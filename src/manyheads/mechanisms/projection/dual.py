@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.grouped import grouped_mix
 from manyheads.functional.passes import attend_where, joined
 from manyheads.functional.weighted import attend_weighted
 from manyheads.mechanism import Call, Mechanism, Result
@@ -84,8 +85,9 @@ class Dual(Mechanism):
             own.append(self._split(self.v_proj(x), self.sensory))
         names = dict(zip(("keys", "relation_keys", "symbols", "values"), (k, *own), strict=False))
         where, (k, relation_k, symbols, *v) = joined(call, x, self.causal, **names)
-        per_head = torch.cat([relation_k.expand(-1, self.relational, -1, -1), symbols], -1)
-        read, alpha = self._attend(q[:, self.sensory :], k[:, self.sensory :], per_head, where, call, self.sensory)
+        read, alpha = self._attend(
+            q[:, self.sensory :], k[:, self.sensory :], symbols, where, call, self.sensory, relation_k
+        )
         parts, weights = [self.relational_o_proj(self._join(self._relate(x, read)))], [alpha]
         if self.o_proj is not None:
             mixed, weight = self._attend(q[:, : self.sensory], k[:, : self.sensory], v[0], where, call, 0)
@@ -93,10 +95,20 @@ class Dual(Mechanism):
             weights.insert(0, weight)
         return Result(torch.cat(parts, -1), torch.cat(weights, 1) if call.need_weights else None)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, where: Where, call: Call, first: int) -> tuple[Tensor, Any]:
-        """Attention of a group of heads, from head `first` on, whose values may be wider than its keys."""
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, where: Where, call: Call, first: int, shared: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Attention of a group of heads, from head `first` on. shared [b, 1, m, .]: values of all of them, read before
+        each one's own v."""
         if where.dense is not None and where.dense.shape[1] > 1:
             where = replace(where, dense=where.dense[:, first : first + q.shape[1]])
+        if shared is not None:
+            if call.need_weights or q.shape[2] <= shared.shape[-1]:
+                # For so few queries the weights are smaller than a copy of `shared` for every head would be.
+                mixed, weights = attend_where(q, k, v, where, scale=self.scale, need_weights=True)
+                assert weights is not None
+                return torch.cat([grouped_mix(weights, shared), mixed], -1), weights
+            v = torch.cat([shared.expand(-1, q.shape[1], -1, -1), v], -1)
         size = v.shape[-1]
         if not call.need_weights:
             # PyTorch's kernel that holds no [n, m] matrix wants one size for keys and values: zeros change neither.

@@ -23,11 +23,12 @@ class LQuery(Mechanism):
         L-query: softmax(q_i . k_j / sqrt(d)) v_j over j <= i,  q_i = W_q mean(x_(i - L + 1) .. x_i) + b
         output = alpha (1-query attention) + (1 - alpha) (L-query attention), each with projections of its own
 
-    window: L; a mean is over the real tokens there are. alpha=0: the L-query attention alone, and the other is not
-    built. Weights: the two matrices combined in the same way, which is exact only where the values agree.
+    window: L; a mean is over the real tokens among the last L places. alpha=0: the L-query attention alone, and the
+    other is not built. Weights: the two matrices combined in the same way, which is exact only where the values agree.
     Source: Zhu et al., arXiv:2311.01056, and its code (MQSA_TED.py): no output projection, biases everywhere. There the
     two run through blocks of their own and meet before the item logits, which are linear: in one block this is the
-    same. The code's norm of the query and its residual, the normed mean, are the block's.
+    same. The code's norm of the query and its residual, the normed mean, are the block's. The loss that teaches item
+    embeddings who follows whom is `transition_loss`.
     """
 
     card = Card(
@@ -87,3 +88,19 @@ class LQuery(Mechanism):
 
     def _split(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def transition_loss(items: Tensor, counts: Tensor, heads: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """Transition-aware embedding distillation: which items follow which is to be read off the embeddings themselves.
+
+        mean over i of -sum_j softmax(counts_i / max_k counts_ik / T)_j log softmax(sqrt(e) items_i items^T / T)_j
+
+    items [v, e]: the embedding table; counts [v, v]: how often item j came after item i; heads [any]: items of a batch,
+    once for each time that they occur in it. The code's weight for it is 0.1, its T the default here; it drops features
+    of items_i out, and so can the caller of what is given.
+    """
+    heads = heads.flatten()
+    seen = counts[heads].to(items.dtype)
+    wanted = (seen / seen.amax(-1, keepdim=True).clamp(min=1) / temperature).softmax(-1)
+    found = (items[heads] * items.shape[-1] ** 0.5) @ items.mT / temperature
+    return -(wanted * found.log_softmax(-1)).sum(-1).mean()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.additive import additive_scores
 from manyheads.functional.grouped import masked_softmax
 from manyheads.functional.weighted import attend_weighted
 from manyheads.mechanism import Call, Mechanism, Result
@@ -27,9 +28,11 @@ class Luong(Mechanism):
         exp(-2 (j - p_t)^2 / window^2), not renormalised;   output = tanh(W_c [sum_j a_tj s_j; x_t])
 
     heads cut x, s and the context into slices with scores and windows of their own; heads=1 is the paper's. Local
-    reaches gather 2 window + 1 tokens per query. t is the query's position, at most S - 1.
+    reaches gather 2 window + 1 tokens per query, where that is less than the context. t is the query's position, at
+    most S - 1.
     Source: Luong et al., arXiv:1508.04025, and its code (nmt.matlab), whence S - 1 where the paper has S. Input feeding
-    belongs to the decoder. Its code reads the source backwards.
+    belongs to the decoder. Its code reads the source backwards. The paper's fourth score, location (softmax(W_a x_t),
+    a row of W_a per place), sees no s_j and holds for one greatest length: it is left out.
     """
 
     card = Card(
@@ -41,7 +44,7 @@ class Luong(Mechanism):
         time="n^2",
         state="1",
         example={"score": "general", "reach": "local-p", "window": 2},
-        notes="the state keeps nothing but the count of tokens: the context is read again at every pass",
+        notes="the state keeps the count of tokens, and keys for the concat score: the rest is read from the context",
     )
 
     def __init__(
@@ -75,11 +78,9 @@ class Luong(Mechanism):
         if call.state is not None:
             call.state.advance(x.shape[1])
         values = self._split(context)
-        q, k = self._split(x), values
+        q, k = self._split(x), self._keys(values, call)
         if self.q_proj is not None:
             q = q @ self.q_proj
-        if self.k_proj is not None:
-            k = k @ self.k_proj
         if self.reach == "global":
             found = self._global(q, k, values, call)
         else:
@@ -87,8 +88,27 @@ class Luong(Mechanism):
         output = self.o_proj(torch.cat([found[0].transpose(1, 2).flatten(-2), x], -1)).tanh()
         return Result(output, found[1])
 
+    def _keys(self, values: Tensor, call: Call) -> Tensor:
+        """What queries are compared with: the context itself, but for the concat score, whose keys the state holds."""
+        if self.k_proj is None or call.state is None:
+            return values if self.k_proj is None else values @ self.k_proj
+        held = call.state.context
+        if "keys" not in held:
+            held["keys"] = values @ self.k_proj
+        if held["keys"].shape[2] != values.shape[2]:
+            raise ValueError(
+                f"luong: the state was made for a context of {held['keys'].shape[2]} tokens, this one has "
+                f"{values.shape[2]}; start a new state for a new context"
+            )
+        return held["keys"]
+
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """q [b, h, n, 1, d], k [b, h, n or 1, keys, d] -> [b, h, n, keys]."""
+        """Of all pairs: q [b, h, n, d], k [b, h, m, d] -> [b, h, n, m]."""
+        return q @ k.mT if self.score_vector is None else additive_scores(q, k, self.score_vector)
+
+    def _own_scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Of each query with keys of its own: q [b, h, n, d], k [b, h, n, keys, d] -> [b, h, n, keys]."""
+        q = q[:, :, :, None]
         if self.score_vector is not None:
             return ((q + k).tanh() @ self.score_vector[:, None, :, None]).squeeze(-1)
         return (q * k).sum(-1)
@@ -97,7 +117,7 @@ class Luong(Mechanism):
         allowed = call.dense if call.padding is None else call.padding[:, None, None]
         if self.score_vector is None:
             return attend_weighted(q, k, values, allowed, scale=1.0, need_weights=call.need_weights)
-        weights = masked_softmax(self._scores(q[:, :, :, None], k[:, :, None]), allowed)
+        weights = masked_softmax(self._scores(q, k), allowed)
         return weights @ values, weights if call.need_weights else None
 
     def _local(
@@ -105,10 +125,12 @@ class Luong(Mechanism):
     ) -> tuple[Tensor, Tensor | None]:
         (b, h, m, _), n = values.shape, x.shape[1]
         real = torch.ones(1, m, dtype=torch.bool, device=x.device) if call.padding is None else call.padding
-        # Real tokens first, in order: a window counts those only.
-        order = torch.argsort((~real).byte(), dim=1, stable=True)
         last = real.sum(1)[:, None, None] - 1
         place = self._place(x, positions, last)
+        if 2 * self.window + 1 >= m:
+            return self._masked(q, k, values, real, place, call)
+        # Real tokens first, in order: a window counts those only.
+        order = torch.argsort((~real).byte(), dim=1, stable=True)
         offsets = torch.arange(-self.window, self.window + 1, device=x.device)
         near = place.detach().floor().long()[..., None] + offsets
         inside = ((near >= 0) & (near <= last[..., None])).expand(b, h, n, -1)
@@ -118,14 +140,29 @@ class Luong(Mechanism):
             inside = inside & call.dense.expand(b, h, n, m).gather(-1, index)
         rows = torch.arange(b, device=x.device)[:, None, None, None]
         heads = torch.arange(h, device=x.device)[:, None, None]
-        weights = masked_softmax(self._scores(q[:, :, :, None], k[rows, heads, index]), inside)
-        if self.reach == "local-p":
-            weights = weights * (-2 * (near - place[..., None]).square() / self.window**2).exp().to(x.dtype)
+        weights = self._faded(masked_softmax(self._own_scores(q, k[rows, heads, index]), inside), near, place)
         mixed = (weights[..., None, :] @ values[rows, heads, index]).squeeze(-2)
         if not call.need_weights:
             return mixed, None
         # Places outside of the context are clamped onto its ends with weight zero: they add nothing.
         return mixed, weights.new_zeros(b, h, n, m).scatter_add(-1, index, weights)
+
+    def _masked(
+        self, q: Tensor, k: Tensor, values: Tensor, real: Tensor, place: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same for a window as wide as the context, by the matrix of all pairs."""
+        at = real.cumsum(1)[:, None, None] - 1
+        inside = real[:, None, None] & ((at - place.detach().floor()[..., None]).abs() <= self.window)
+        if call.dense is not None:
+            inside = inside & call.dense
+        weights = self._faded(masked_softmax(self._scores(q, k), inside), at, place)
+        return weights @ values, weights if call.need_weights else None
+
+    def _faded(self, weights: Tensor, at: Tensor, place: Tensor) -> Tensor:
+        """weights [b, h, n, keys] of tokens at the places `at`: for local-p times the Gaussian about p_t."""
+        if self.reach != "local-p":
+            return weights
+        return weights * (-2 * (at - place[..., None]).square() / self.window**2).exp().to(weights.dtype)
 
     def _place(self, x: Tensor, positions: Tensor, last: Tensor) -> Tensor:
         """p_t, [b or 1, h or 1, n], at least float32: bfloat16 cannot count to a thousand."""

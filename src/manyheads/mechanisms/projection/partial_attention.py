@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,8 +38,9 @@ class PartialAttention(Mechanism):
 
     The first `source_length` positions are the source. A is causal over all tokens; A' of a target token sees the whole
     source, A' of a source token what stands before it, so that nothing leaks: in the model sources attend both ways.
-    Weights: the mean of the two matrices. Positions that start again at the target, the embedding of which part a token
-    is of, and the loss that reconstructs the source are the model's.
+    In cross attention the context is the source, of any length, and A goes over it and the targets so far.
+    Weights: the mean of the two matrices (cross: its columns for the context). Positions that start again at the
+    target, the embedding of which part a token is of, and the loss that reconstructs the source are the model's.
     Source: Fu et al., arXiv:2304.04052 (PALM); its text gives the idea, the equation is that of a public port
     (christianThardy/Partial-Attention-Mechanism). Norms and residuals of the port, which come after each sublayer, are
     here before A', and around the block.
@@ -49,7 +51,7 @@ class PartialAttention(Mechanism):
         title="Decoder-Only or Encoder-Decoder? Interpreting Language Model as a Regularized Encoder-Decoder",
         reference="arXiv:2304.04052",
         family=Family.PROJECTION,
-        patterns={"causal-self"},
+        patterns={"causal-self", "causal-cross"},
         time="n^2",
         state="n",
         example={"source_length": 4},
@@ -69,17 +71,52 @@ class PartialAttention(Mechanism):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         own, need, seen = self.attention, call.need_weights, call.seen
-        k, v = own.split(own.k_proj(x)), own.split(own.v_proj(x))
-        where, (k, v) = joined(call, x, self.causal, keys=k, values=v)
+        if context is None:
+            k, v = own.split(own.k_proj(x)), own.split(own.v_proj(x))
+            where, (k, v) = joined(call, x, self.causal, keys=k, values=v)
+        else:
+            where, k, v = self._behind(x, context, call)
         mixed, weights = attend_where(own.split(own.q_proj(x)), k, v, where, scale=self.scale, need_weights=need)
         first = own.join(mixed)
-        k, v, allowed = self._source(x, seen, where, call)
+        k, v, allowed = self._source(x, seen, where, call) if context is None else self._context(context, call)
         q = self.partial.split(self.partial.q_proj(self.norm(x + first)))
         mixed, partial = attend_weighted(q, k, v, allowed, scale=self.scale, need_weights=need)
         output = first + self.partial.join(mixed)
         if weights is None or partial is None:
             return Result(output)
+        weights = weights if context is None else weights[..., : partial.shape[-1]]
         return Result(output, (weights + F.pad(partial, (0, weights.shape[-1] - partial.shape[-1]))) / 2)
+
+    def _behind(self, x: Tensor, context: Tensor, call: Call) -> tuple[Where, Tensor, Tensor]:
+        """Keys and values of the context and, behind it, of the targets so far. Places in the context are negative."""
+        n, m, state, seen = x.shape[1], context.shape[1], call.state, call.seen
+        if state is not None and "keys" in state.grown and len(state.grown["keys"]) != m + seen:
+            raise ValueError(
+                f"partial-attention: the state was made for a context of {len(state.grown['keys']) - seen} tokens, "
+                f"this one has {m}; start a new state for a new context"
+            )
+        tokens = x if state is not None and "keys" in state.grown else torch.cat([context, x], 1)
+        k, v = (self.attention.split(p(tokens)) for p in (self.attention.k_proj, self.attention.v_proj))
+        if state is not None:
+            k, v = state.append("keys", k), state.append("values", v)
+            state.advance(n)
+        j = torch.arange(-m, seen + n, device=x.device)
+        padding, dense = call.padding, call.dense
+        if padding is not None:
+            padding = F.pad(padding, (0, seen + n), value=True)
+        if dense is not None:
+            dense = F.pad(dense, (0, seen + n), value=True)
+        return Where(j[m + seen :], j, call.query_positions(x), j[None], padding, dense, causal=True), k, v
+
+    def _context(self, context: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of the context as the source, read once, and who may attend to them."""
+        held = {} if call.state is None else call.state.context
+        if "source_keys" not in held:
+            mapped = self.source_map(context)
+            held["source_keys"] = self.partial.split(self.partial.k_proj(mapped))
+            held["source_values"] = self.partial.split(self.partial.v_proj(mapped))
+        allowed = call.dense if call.padding is None else call.padding[:, None, None]
+        return held["source_keys"], held["source_values"], allowed
 
     def _source(self, x: Tensor, seen: int, where: Where, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of the columns that hold source tokens, and who may attend to them."""

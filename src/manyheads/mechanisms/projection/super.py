@@ -63,8 +63,13 @@ class Super(Mechanism):
                 f"super: {m} tokens (x has shape {tuple(x.shape)}), but it was built with "
                 f"max_length={self.max_length}; build it with a larger one, or shorten the input"
             )
-        if call.positions is not None and int(call.positions.max()) >= self.max_length:
-            raise ValueError(f"super: position {int(call.positions.max())} lies beyond max_length={self.max_length}")
+        if call.positions is not None:
+            low, high = (int(end) for end in call.positions.aminmax())
+            if low < 0 or high >= self.max_length:
+                raise ValueError(
+                    f"super: positions from {low} to {high} were given, but max_length={self.max_length}; want 0 to "
+                    f"{self.max_length - 1}"
+                )
         tokens = self._split(x)
         if call.padding is not None:
             tokens = tokens.masked_fill(~call.padding[:, None, :, None], 0.0)

@@ -24,7 +24,8 @@ class GaussianAdaptive(Mechanism):
 
     mean, var (unbiased): of feature f over the real tokens; delta, c: [heads, gaussians], head h for its dim / heads
     features. Weights belong to single features, so that there is no matrix from token to token: weights is None, and
-    `densities(x)` gives w [b, n, dim], of which `importance_factor` makes the explanation that the paper proposes.
+    `densities(x)` gives w [b, n, dim], of which `importance_factor` makes the explanation that the paper proposes. As
+    w sums to one over the tokens, the sum of the output over them is its pooled form.
     Source: Ioannides et al., arXiv:2401.11143, and its code, which multiplies densities where the paper speaks of a
     mixture. There the heads cut the axis that is normalised (the tokens) into stretches, which needs at least as
     many tokens as heads; here they are features. Padding is not in mean and variance, and its output

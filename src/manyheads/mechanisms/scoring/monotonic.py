@@ -24,13 +24,14 @@ class Monotonic(SoftmaxAttention):
         out_i = sum_j a_ij v_j
 
     a_i is where the head is expected to stand for query i, a_{-1} the first place; it sums to one less what walked off
-    the end. The product is taken as it stands, with m x m terms per query: exact, where division by cumulative products
-    is not. hard: p rounded to 0 or 1, the choice made when streaming; no gradient reaches the scores then.
+    the end. The sum over k is a recurrence along j, doubled up in log2 m steps: exact, where division by cumulative
+    products is not. hard: p rounded to 0 or 1, the choice made when streaming; no gradient reaches the scores then.
     In training, noise: deviation of Gaussian noise added to the logits, so that p comes near 0 or 1; head_drop: each
     head is left out with this probability and the others scaled up, so that no few heads do all the work.
     State: a_i, of the size of the context. r starts at `offset`.
-    Source: Raffel et al., arXiv:1704.00784; heads: Ma et al., arXiv:1909.12406. Zhao et al., arXiv:2209.15176, name
-    such attention with a regulariser of heads, without code; head_drop is that of Inaguma et al., arXiv:2005.09394.
+    Source: Raffel et al., arXiv:1704.00784; heads: Ma et al., arXiv:1909.12406, of whose two forms this is the hard one
+    (MMA-H), offset and noise as in its code. Zhao et al., arXiv:2209.15176, name such attention with a regulariser of
+    heads, without code; head_drop is that of Inaguma et al., arXiv:2005.09394.
     """
 
     card = Card(
@@ -39,9 +40,9 @@ class Monotonic(SoftmaxAttention):
         reference="arXiv:1909.12406",
         family=Family.SCORING,
         patterns={"causal-cross"},
-        time="n m^2",
+        time="n^2 log n",
         state="1",
-        notes="queries are visited one after another, each with all pairs of places",
+        notes="queries are visited one after another",
     )
 
     def __init__(
@@ -92,23 +93,26 @@ def stop_logits(logits: Tensor, allowed: Tensor | None, *, hard: bool) -> Tensor
 def expected_alignment(logits: Tensor, before: Tensor | None = None) -> Tensor:
     """logits [b, h, n, m] of stopping, before [b, h, m] of the query that came before -> [b, h, n, m]."""
     m = logits.shape[-1]
-    place = torch.arange(m, device=logits.device)
     if before is None:
-        before = (place == 0).to(logits.dtype).expand(*logits.shape[:2], m)
-    rows, unreached = [], place[:, None] > place
-    for row in logits.unbind(2):
-        walked = _walk(row).masked_fill(unreached, 0.0)
-        before = row.sigmoid() * (before[:, :, None] @ walked)[:, :, 0]
+        before = (torch.arange(m, device=logits.device) == 0).to(logits.dtype).expand(*logits.shape[:2], m)
+    # Not 1 - p, which is lost to rounding where a stop is almost sure.
+    walks = F.pad((-logits).sigmoid()[..., :-1], (1, 0))
+    rows = []
+    for stop, walk in zip(logits.sigmoid().unbind(2), walks.unbind(2), strict=True):
+        before = stop * _arrivals(walk, before)
         rows.append(before)
     return torch.stack(rows, 2)
 
 
-def _walk(row: Tensor) -> Tensor:
-    """[b, h, m] -> probability of coming from k to j without a stop at k .. j - 1, [b, h, m, m]; one for j <= k."""
-    sure = row == torch.inf
-    # A sure stop has the logarithm -inf, whose differences are not numbers: such stops are counted instead.
-    stay = F.logsigmoid(-row.masked_fill(sure, -torch.inf))
-    total = F.pad(stay.cumsum(-1), (1, 0))[..., :-1]
-    count = F.pad(sure.cumsum(-1), (1, 0))[..., :-1]
-    gap = (total[..., None, :] - total[..., :, None]).clamp(max=0.0)
-    return gap.exp() * (count[..., None, :] <= count[..., :, None])
+def _arrivals(walk: Tensor, start: Tensor) -> Tensor:
+    """r_j = walk_j r_(j - 1) + start_j over the last axis: the probability of coming to place j at all.
+
+    After the step with `reach`, r holds what started at most 2 reach - 1 places before, and walk is a product of as
+    many chances: sums and products of probabilities, which nothing divides.
+    """
+    m, reach = start.shape[-1], 1
+    while reach < m:
+        start = start + walk * F.pad(start[..., :-reach], (reach, 0))
+        walk = walk * F.pad(walk[..., :-reach], (reach, 0))
+        reach *= 2
+    return start

@@ -23,8 +23,9 @@ class Sinkhorn(SoftmaxAttention):
 
     Found by Sinkhorn's iterations on logarithms, rows last. n queries (the prompts of a class) and m keys (pixels).
     Source: Kim et al., OTSeg, arXiv:2403.14183, and its code, which has one head whatever it is told, rows that sum to
-    1 / n, and stops when the mean change over the batch is small: here heads are heads, rows sum to one (Sinkformers,
-    arXiv:2110.11773), and the number of iterations is fixed, for a row is not to depend on its neighbours.
+    1 / n, and stops when the mean change over the batch is small, or after 100 iterations: here heads are heads, rows
+    sum to one (Sinkformers, arXiv:2110.11773), and the number of iterations is fixed, for a row is not to depend on its
+    neighbours. What its decoder makes of T beside T v, a map of scores n m T S, is left out.
     """
 
     card = Card(

@@ -6,17 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from manyheads.card import Card, Family
+from manyheads.functional.additive import additive_scores
 from manyheads.functional.grouped import masked_softmax
 from manyheads.functional.linear import widen
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
 TITLE = "Show, Attend and Tell: Neural Image Caption Generation with Visual Attention"
-# Hidden values of the scores held at once, over batch, rows, places and features.
-HIDDEN = 1 << 22
 
 
 class AdditiveScore(nn.Module):
@@ -33,14 +31,7 @@ class AdditiveScore(nn.Module):
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
         """x [b, n, e], places [b, m, e] (projected) -> [b, h, n, m]."""
         q, a = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query_proj(x), places))
-        rows = max(1, HIDDEN // a.numel())
-        if rows >= q.shape[2]:
-            return self._rows(q, a)
-        # Under autograd each slice is computed again in the backward pass: its hidden values are not kept.
-        return torch.cat([checkpoint(self._rows, part, a, use_reentrant=False) for part in q.split(rows, 2)], 2)
-
-    def _rows(self, q: Tensor, a: Tensor) -> Tensor:
-        return torch.einsum("bhnmd,hd->bhnm", (q[:, :, :, None] + a[:, :, None]).tanh(), self.direction)
+        return additive_scores(q, a, self.direction)
 
 
 class Gaze(nn.Module):
