@@ -8,9 +8,9 @@ are made chunk by chunk, at least in float32: those of a long sequence would be 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,8 +122,8 @@ def matrix_read(
 def summarise(k: Tensor, v: Tensor, kernel: Kernel, *, padding: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
     """k, v [b, h, m, .] -> the memory [b, h, f, w]: values summed under their keys' features."""
     memory: Tensor | None = None
-    for part in _parts(k.shape[2], chunk):
-        keys, values = _written(k, v, kernel, padding, part)
+    for keys, values, real in _chunks(chunk, k, v, padding=padding):
+        keys, values = _written(keys, values, kernel, real)
         memory = _remember(memory, kernel.features(keys), values)
     assert memory is not None
     return memory
@@ -131,7 +131,7 @@ def summarise(k: Tensor, v: Tensor, kernel: Kernel, *, padding: Tensor | None = 
 
 def recall(q: Tensor, memory: Tensor, kernel: Kernel, *, chunk: int = CHUNK) -> Tensor:
     """What every query [b, h, n, .] reads from a memory [b, h, f, w]: [b, h, n, d]."""
-    queries = (kernel.query(widen(q[:, :, part])) for part in _parts(q.shape[2], chunk))
+    queries = (kernel.query(widen(part)) for part in q.split(chunk, 2))
     return _joined([_divided(kernel.features(a) @ memory, kernel) for a in queries])
 
 
@@ -164,21 +164,25 @@ def causal_read(
     memory: of the tokens before. padding [b, n]: tokens that are not there are neither read nor age the others.
     slopes [h]: decay per token; none without it. keep: the memory is wanted afterwards.
     """
-    n, outs = q.shape[2], []
-    for part in _parts(n, chunk):
-        queries = kernel.query(widen(q[:, :, part]))
-        keys, values = _written(k, v, kernel, padding, part)
+    outs, alike, last = [], None, (q.shape[2] - 1) // chunk
+    if slopes is not None and padding is None:
+        # Without padding all chunks age alike, the last and shorter one as the beginning of one.
+        alike = _decays(_ticks(widen(q[:, :, :chunk]), None), slopes)
+    for count, (queries, keys, values, real) in enumerate(_chunks(chunk, q, k, v, padding=padding)):
+        queries = kernel.query(widen(queries))
+        keys, values = _written(keys, values, kernel, real)
         inner = kernel.value(queries @ keys.mT).tril()
         age = None
         if slopes is not None:
-            age = _ticks(queries, None if padding is None else padding[:, part])
-            inner = inner * _decays(age, slopes)
+            age = _ticks(queries, real)
+            size = inner.shape[-1]
+            inner = inner * (_decays(age, slopes) if alike is None else alike[..., :size, :size])
         sums = inner @ values
         if memory is not None:
             past = kernel.features(queries) @ memory
             sums = sums + (past if age is None else past * _faded(age, slopes))
         outs.append(_divided(sums, kernel))
-        if keep or part.stop < n:
+        if keep or count < last:
             memory = _remember(memory, kernel.features(keys), values, age, slopes)
     return Read(_joined(outs), memory)
 
@@ -210,14 +214,17 @@ def self_read(
     return Read(recall(q, summarise(k, v, kernel, padding=padding, chunk=chunk), kernel, chunk=chunk))
 
 
-def _parts(n: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
+def _chunks(chunk: int, *tensors: Tensor, padding: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Parts of tensors [b, h, n, .] and of the padding, or None for it. They are split and not sliced: the backward
+    pass of a slice is as long as the whole."""
+    parts = [tensor.split(chunk, 2) for tensor in tensors]
+    real = [None] * len(parts[0]) if padding is None else padding.split(chunk, 1)
+    return zip(*parts, real, strict=True)
 
 
-def _written(k: Tensor, v: Tensor, kernel: Kernel, padding: Tensor | None, part: slice) -> tuple[Tensor, Tensor]:
+def _written(k: Tensor, v: Tensor, kernel: Kernel, real: Tensor | None) -> tuple[Tensor, Tensor]:
     """A chunk of mapped keys, and of values with a one behind them where weights are to be summed."""
-    real = None if padding is None else padding[:, part]
-    keys, values = kernel.key(widen(hide(k[:, :, part], real))), widen(v[:, :, part])
+    keys, values = kernel.key(widen(hide(k, real))), widen(v)
     if kernel.floor is not None:
         values = torch.cat((values, torch.ones_like(values[..., :1])), -1)
     return keys, hide(values, real)

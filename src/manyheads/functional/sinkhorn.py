@@ -18,7 +18,10 @@ def transport_plan(scores: Tensor, allowed: Tensor | None, iterations: int) -> T
     """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if allowed is None:
-        allowed = torch.ones_like(scores[..., :1, :1], dtype=torch.bool)
+        for _ in range(iterations):
+            scores = scores - scores.logsumexp(-2, keepdim=True)
+            scores = scores - scores.logsumexp(-1, keepdim=True)
+        return scores.exp()
     allowed = allowed.expand_as(scores)
     scores = scores.masked_fill(~allowed, NOTHING)
     rows, columns = allowed.any(-1, keepdim=True), allowed.any(-2, keepdim=True)

@@ -107,7 +107,7 @@ class Titans(Mechanism):
         if self.form == "mac":
             out = self._as_context(x, real, fixed, call)
         else:
-            memory = self._walk(x, fixed, call, lambda part, take, weights: self._learn(x[:, part], take, weights))
+            memory = self._walk(x, fixed, call, lambda _, own, take, weights: self._learn(own, take, weights))
             out = memory
             if self.form == "mag":
                 out = self._gated(self._window(x, real, fixed, keep), memory)
@@ -124,10 +124,10 @@ class Titans(Mechanism):
         x: Tensor,
         fixed: dict[str, Tensor],
         call: Call,
-        visit: Callable[[slice, Tensor | None, Weights], tuple[Tensor, Weights]],
+        visit: Callable[[slice, Tensor, Tensor | None, Weights], tuple[Tensor, Weights]],
     ) -> Tensor:
-        """visit(tokens, which of them count or None for all, weights) -> outputs [b, t, e] and weights, over the parts
-        of chunks that the pass consists of.
+        """visit(places, tokens, which of them count or None for all, weights) -> outputs [b, t, e] and weights, over
+        the parts of chunks that the pass consists of.
 
         Without padding, rows begin their chunks together. With it each row has its own count; a stretch of `chunk`
         tokens is then visited twice, for the chunk that a row is in and for the next one.
@@ -136,33 +136,33 @@ class Titans(Mechanism):
         count = fixed.get("count")
         if call.padding is not None and count is None:
             count = torch.full((x.shape[0],), call.seen, device=x.device)
-        start = 0
-        while start < n:
-            size = self.chunk if count is not None else self.chunk - (call.seen + start) % self.chunk
-            part = slice(start, min(start + size, n))
+        first = min(n, self.chunk if count is not None else self.chunk - call.seen % self.chunk)
+        starts = [0, *range(first, n, self.chunk)]
+        # Split and not sliced: the backward pass of a slice is as long as the whole.
+        pieces = x.split([stop - start for start, stop in pairwise([*starts, n])], 1)
+        for start, own in zip(starts, pieces, strict=True):
+            part = slice(start, start + own.shape[1])
             if count is None:
                 if (call.seen + start) % self.chunk == 0:
                     weights = weights.refreshed(None)
-                out, weights = visit(part, None, weights)
+                out, weights = visit(part, own, None, weights)
             else:
-                out, weights, count = self._two_chunks(
-                    part, real_tokens(x, call.padding)[:, part], count, weights, visit
-                )
+                real = real_tokens(x, call.padding)[:, part]
+                out, weights, count = self._two_chunks(part, own, real, count, weights, visit)
             outs.append(out)
-            start = part.stop
         if call.state is not None:
             self._keep(fixed, weights, count)
         return torch.cat(outs, 1)
 
     def _two_chunks(
-        self, part: slice, real: Tensor, count: Tensor, weights: Weights, visit: Callable[..., Any]
+        self, part: slice, x: Tensor, real: Tensor, count: Tensor, weights: Weights, visit: Callable[..., Any]
     ) -> tuple[Tensor, Weights, Tensor]:
         own = (count[:, None] + real.cumsum(1) - 1) // self.chunk
         now, out = count // self.chunk, None
         for later in (0, 1):
             take = real & (own == (now + later)[:, None])
             weights = weights.refreshed(count % self.chunk == 0)
-            found, weights = visit(part, take, weights)
+            found, weights = visit(part, x, take, weights)
             out = found if out is None else torch.where(take[..., None], found, out)
             count = count + take.sum(1)
         assert out is not None
@@ -206,8 +206,8 @@ class Titans(Mechanism):
         keys, values = self._always(q)
         segments = self._segments(real, fixed.get("count"), call)
 
-        def visit(part: slice, take: Tensor | None, weights: Weights) -> tuple[Tensor, Weights]:
-            told = apply(weights.anchor, self._query(_normed(x[:, part]))).transpose(1, 2).flatten(-2)
+        def visit(part: slice, own: Tensor, take: Tensor | None, weights: Weights) -> tuple[Tensor, Weights]:
+            told = apply(weights.anchor, self._query(_normed(own))).transpose(1, 2).flatten(-2)
             rows = {
                 "keys": own_k[:, :, part],
                 "values": own_v[:, :, part],

@@ -65,20 +65,26 @@ class GaussianAdaptive(Mechanism):
 
     def densities(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """x [b, n, dim], mask [b, n] True = real -> w [b, n, dim], each feature's sum over the tokens being one."""
-        real = torch.ones_like(x[..., :1], dtype=torch.bool) if mask is None else mask[..., None]
-        wide = widen(x).masked_fill(~real, 0.0)
-        count = real.sum(1, keepdim=True)
-        mean = wide.sum(1, keepdim=True) / count.clamp(min=1)
-        centred = (wide - mean).masked_fill(~real, 0.0)
+        wide, real = widen(x), None if mask is None else mask[..., None]
+        count = x.new_tensor(x.shape[1], dtype=torch.long) if real is None else real.sum(1, keepdim=True)
+        mean = _hidden(wide, real).sum(1, keepdim=True) / count.clamp(min=1)
+        centred = _hidden(wide - mean, real)
         variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1) + EPS
-        by_head = centred.unflatten(-1, (self.heads, -1))[..., None]
-        deviation = variance.sqrt().unflatten(-1, (self.heads, -1))[..., None]
-        offsets, widths = self.mean_offsets.to(wide.dtype)[:, None], self.widths.to(wide.dtype)[:, None]
-        y = (by_head - offsets) / deviation
-        # The factor of each density is the same for all tokens, and is divided out: the rest is a softmax.
-        logits = -(y / widths).square().sum(-1).flatten(-2) / 2
+        # A product of Gaussian densities is one, of summed precision, up to a factor that all tokens share and that is
+        # divided out: the rest is a softmax.
+        precision = self.widths.to(wide.dtype).square().reciprocal()
+        total = precision.sum(-1)
+        offset = (precision * self.mean_offsets.to(wide.dtype)).sum(-1) / total
+        total, offset = (t.repeat_interleave(self.dim // self.heads) for t in (total, offset))
+        logits = (centred - offset).square() * (-total / (2 * variance))
+        if real is None:
+            return logits.softmax(1).to(x.dtype)
         weights = logits.masked_fill(~real, -torch.inf).softmax(1)
         return weights.masked_fill(~real.any(1, keepdim=True), 0.0).to(x.dtype)
+
+
+def _hidden(tokens: Tensor, real: Tensor | None) -> Tensor:
+    return tokens if real is None else tokens.masked_fill(~real, 0.0)
 
 
 def importance_factor(densities: Tensor) -> Tensor:

@@ -72,32 +72,43 @@ class SparseSinkhorn(Mechanism):
                 "[batch, n] as the mask"
             )
         n, gap = x.shape[1], -x.shape[1] % self.block
-        real = torch.ones_like(x[..., 0], dtype=torch.bool) if call.padding is None else call.padding
-        real = F.pad(real, (0, gap)).unflatten(1, (-1, self.block))
         q, k, v = (self._blocks(p(x), call.padding, gap) for p in (self.q_proj, self.k_proj, self.v_proj))
+        real = None if call.padding is None and not gap else self._real(x, call.padding, gap)
         order = self._order(q, k, real).to(x.dtype)
-        keys, values = (torch.cat((t, torch.einsum("bhij,bhjsd->bhisd", order, t)), 3) for t in (k, v))
-        slots = real.any(1, keepdim=True) & real.any(2, keepdim=True)
-        allowed = torch.cat((real, slots), 2)[:, None, :, None]
-        weights = masked_softmax(q * self.scale @ keys.mT, allowed)
+        keys, values = (torch.cat((t, (order @ t.flatten(3)).view_as(t)), 3) for t in (k, v))
+        allowed = None
+        if real is not None:
+            slots = real.any(1, keepdim=True) & real.any(2, keepdim=True)
+            allowed = torch.cat((real, slots), 2)[:, None, :, None]
+        weights = masked_softmax((q * self.scale) @ keys.mT, allowed)
         mixed = (weights @ values).flatten(2, 3)[:, :, :n]
         output = self.o_proj(mixed.transpose(1, 2).flatten(-2))
-        return Result(output, self._over_tokens(weights, order, real, n) if call.need_weights else None)
+        if not call.need_weights:
+            return Result(output)
+        real = self._real(x, call.padding, gap) if real is None else real
+        return Result(output, self._over_tokens(weights, order, real, n))
 
     def _blocks(self, t: Tensor, padding: Tensor | None, gap: int) -> Tensor:
         """[b, n, e] -> [b, h, c, s, d], zero where nothing stands."""
         t = hide(t.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2), padding)
-        return F.pad(t, (0, 0, 0, gap)).unflatten(2, (-1, self.block))
+        t = F.pad(t, (0, 0, 0, gap)) if gap else t
+        return t.unflatten(2, (-1, self.block)).contiguous()
 
-    def _order(self, q: Tensor, k: Tensor, real: Tensor) -> Tensor:
+    def _real(self, x: Tensor, padding: Tensor | None, gap: int) -> Tensor:
+        """Where a token stands, [b, c, s]."""
+        real = torch.ones_like(x[..., 0], dtype=torch.bool) if padding is None else padding
+        return F.pad(real, (0, gap)).unflatten(1, (-1, self.block))
+
+    def _order(self, q: Tensor, k: Tensor, real: Tensor | None) -> Tensor:
         """[b, h, c, c]: how much of block J comes to stand beside block I."""
-        count = real.sum(2).clamp(min=1).to(q.dtype)[:, None, :, None]
+        count = self.block if real is None else real.sum(2).clamp(min=1).to(q.dtype)[:, None, :, None]
         affinity = ((q.sum(3) / count) @ (k.sum(3) / count).mT * self.scale).relu()
         logits = (widen(affinity) + 1e-6).log()
         if self.training:
             logits = logits - torch.empty_like(logits).exponential_().log()
-        some = real.any(2)
-        return transport_plan(logits / self.temperature, (some[:, :, None] & some[:, None])[:, None], self.iterations)
+        some = None if real is None else real.any(2)
+        pairs = None if some is None else (some[:, :, None] & some[:, None])[:, None]
+        return transport_plan(logits / self.temperature, pairs, self.iterations)
 
     def _over_tokens(self, weights: Tensor, order: Tensor, real: Tensor, n: int) -> Tensor:
         b, h, c, s, _ = weights.shape

@@ -122,13 +122,16 @@ class Agent(Mechanism):
 
     def _biases(self, lines: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """B_1 and the transpose of B_2, [b, h, agents, H W] each."""
-        window = self.line_bias.shape[-1]
-        coarse = [_hats(line, BLOCK, dtype) for line in lines]
-        fine = [_hats(line, window, dtype) for line in lines]
-        block = torch.einsum("zhast,bys,bxt->zbhayx", self.block_bias, *coarse)
-        tall = torch.einsum("zhas,bys->zbhay", self.line_bias[:, 0], fine[0])[..., None]
-        wide = torch.einsum("zhas,bxs->zbhax", self.line_bias[:, 1], fine[1])[..., None, :]
-        asking, answering = (block + tall + wide).flatten(-2)
+        rows, columns = (
+            torch.cat([_hats(line, size, dtype) for size in (BLOCK, self.line_bias.shape[-1])], -1) for line in lines
+        )
+        # What varies along a row is one product: of columns [b, W, 7 + window + 1] and of tables that each row reads.
+        coarse = torch.einsum("zhast,bys->zbhayt", self.block_bias, rows[..., :BLOCK])
+        tall = torch.einsum("zhas,bys->zbhay", self.line_bias[:, 0], rows[..., BLOCK:])[..., None]
+        wide = self.line_bias[:, 1][:, None, :, :, None].expand(*coarse.shape[:-1], -1)
+        columns = torch.cat([columns, torch.ones_like(columns[..., :1])], -1)
+        tables = torch.cat([coarse, wide, tall], -1)
+        asking, answering = (tables.flatten(2, 4) @ columns.mT).view(*tables.shape[:4], -1)
         return asking, answering
 
 
