@@ -1,30 +1,16 @@
 """Core context aware attention (arXiv:2412.12465) against loops, and as plain attention at its limits."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyheads.mechanisms.plain.softmax import Softmax
 from manyheads.mechanisms.tokens.cca import CoreContextAware
+from manyheads.testing import LargestTensor
 
 D = 4
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operator returns."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for item in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(item, Tensor):
-                self.size = max(self.size, item.untyped_storage().nbytes() // item.element_size())
-        return result
 
 
 def by_loops(module: CoreContextAware, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +88,7 @@ def test_a_decoded_token_is_the_only_one_that_asks(before: int) -> None:
     state = module.init_state(2)
     with torch.no_grad():
         module(torch.randn(2, before, 12), state=state)
-        with Largest() as largest:
+        with LargestTensor() as largest:
             module(torch.randn(2, 1, 12), state=state)
     assert largest.size <= 2 * 3 * 300 * 8  # a group of queries, and the keys themselves; not window x window
 

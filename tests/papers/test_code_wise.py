@@ -1,13 +1,11 @@
 """TransICD's code-wise attention against loops over labels and tokens."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyheads.mechanisms.pooling.code_wise import CodeWise
+from manyheads.testing import LargestTensor
 
 
 def by_loops(module, labels, tokens, allowed):
@@ -52,22 +50,9 @@ def test_labels_do_not_see_each_other():
     torch.testing.assert_close(module(x, context).output[:, 1:2], module(x[:, 1:2], context).output)
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operator returns."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for item in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(item, torch.Tensor):
-                self.size = max(self.size, item.numel())
-        return result
-
-
 @torch.no_grad()
 def test_many_labels_hold_no_matrix():
-    with Largest() as largest:
+    with LargestTensor() as largest:
         CodeWise(6).double()(torch.randn(1, 500, 6).double(), torch.randn(1, 400, 6).double())
     assert largest.size < 500 * 400 / 10
 

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyheads.mechanisms.plain.softmax import Softmax
 from manyheads.mechanisms.selection.hepos import Hepos
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operator returns."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for item in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(item, Tensor):
-                self.size = max(self.size, item.untyped_storage().nbytes() // item.element_size())
-        return result
+from manyheads.testing import LargestTensor
 
 
 def loops(module: Hepos, x: Tensor, source: Tensor) -> Tensor:
@@ -66,7 +52,7 @@ def test_stride_one_is_plain_cross_attention() -> None:
 
 def test_padding_makes_no_matrix_of_queries_and_keys() -> None:
     n = 1024
-    with Largest() as largest, torch.no_grad():
+    with LargestTensor() as largest, torch.no_grad():
         Hepos(16, 4)(torch.randn(1, n, 16), torch.randn(1, n, 16), mask=torch.arange(n)[None] < n - 5)
     assert largest.size <= n * 64
 

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyheads.functional.blocks import block_ids, block_means, choose_past_blocks, mean_gates
 from manyheads.kernels import block_sparse
 from manyheads.mechanisms.plain.softmax import Softmax
 from manyheads.mechanisms.selection.moba import MoBA
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operator returns."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for item in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(item, Tensor):
-                self.size = max(self.size, item.untyped_storage().nbytes() // item.element_size())
-        return result
+from manyheads.testing import LargestTensor
 
 
 def loops(module: MoBA, x: Tensor) -> Tensor:
@@ -106,7 +92,7 @@ def test_operator_is_well_formed() -> None:
 def test_no_square_matrix() -> None:
     n = 2048
     q, k, v = (torch.randn(1, 4, n, 4) for _ in range(3))
-    with Largest() as largest:
+    with LargestTensor() as largest:
         index, chosen = choose_past_blocks(q, k, 16, 3, None)
         # What the operators run: from outside, a mode sees each of them as one call.
         out, lse = block_sparse._attend(q, k, v, index, chosen, None, 16, 0.5)

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyheads.functional.banded import banded_attention
 from manyheads.mechanisms.plain.softmax import Softmax
 from manyheads.mechanisms.selection.mswa import MSWA
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operator returns."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for item in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(item, Tensor):
-                self.size = max(self.size, item.untyped_storage().nbytes() // item.element_size())
-        return result
+from manyheads.testing import LargestTensor
 
 
 def loops(module: MSWA, x: Tensor) -> Tensor:
@@ -95,7 +81,7 @@ def test_no_square_matrix(padded: bool) -> None:
     n = 2048
     module, x = MSWA(16, 4, window=16), torch.randn(1, n, 16, requires_grad=True)
     mask = torch.arange(n)[None] < n - 5 if padded else None
-    with Largest() as largest:
+    with LargestTensor() as largest:
         module(x, mask=mask).output.sum().backward()
     assert largest.size <= n * 16 * 16
 

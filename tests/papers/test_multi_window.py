@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyheads.mechanisms.plain.softmax import Softmax
 from manyheads.mechanisms.selection.multi_window import MultiWindow
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operator returns."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for item in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(item, Tensor):
-                self.size = max(self.size, item.untyped_storage().nbytes() // item.element_size())
-        return result
+from manyheads.testing import LargestTensor
 
 
 def loops(module: MultiWindow, x: Tensor) -> Tensor:
@@ -82,7 +68,7 @@ def test_windows_do_not_overlap() -> None:
 
 def test_padding_makes_no_square_matrix() -> None:
     n = 2048
-    with Largest() as largest, torch.no_grad():
+    with LargestTensor() as largest, torch.no_grad():
         MultiWindow(16, 4)(torch.randn(1, n, 16), mask=torch.arange(n)[None] < n - 5)
     assert largest.size <= n * 64
 

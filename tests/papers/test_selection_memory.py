@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyheads import create_attention
+from manyheads.testing import LargestTensor
 
 N, DIM, HEADS = 2048, 16, 4
 SPARSE: list[tuple[str, dict[str, Any]]] = [
@@ -33,24 +32,11 @@ SPARSE: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operator returns."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for item in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(item, Tensor):
-                self.size = max(self.size, item.untyped_storage().nbytes() // item.element_size())
-        return result
-
-
 @pytest.mark.parametrize(("name", "config"), SPARSE)
 def test_no_square_matrix(name: str, config: dict[str, Any]) -> None:
     module = create_attention(name, DIM, HEADS, **config)
     x = torch.randn(1, N, DIM, requires_grad=True)
     context = torch.randn(1, N, DIM) if name in ("sdim", "tree-cross") else None
-    with Largest() as largest:
+    with LargestTensor() as largest:
         module(x, context).output.sum().backward()
     assert largest.size <= N * 1024

@@ -6,6 +6,7 @@
 
 from manyheads.testing.case import Case
 from manyheads.testing.check import Finding, check_mechanism, examine_mechanism
+from manyheads.testing.footprint import LargestTensor
 from manyheads.testing.properties import PROPERTIES
 
-__all__ = ["PROPERTIES", "Case", "Finding", "check_mechanism", "examine_mechanism"]
+__all__ = ["PROPERTIES", "Case", "Finding", "LargestTensor", "check_mechanism", "examine_mechanism"]
