@@ -17,6 +17,7 @@ from manyheads import Mechanism, create_attention, mechanism_class
 DIM, HEADS = 256, 4
 LENGTHS = [2048, 4096, 8192, 16384, 32768]
 SETTINGS: dict[str, dict[str, Any]] = {
+    "softmax": {},  # what they are to be faster than, from some length on
     "hedgehog": {},
     "based": {},
     "lightning": {},

@@ -240,6 +240,20 @@ def test_bare_names_have_the_arguments_of_the_file() -> None:
     assert [task.args["n"] for task in built.tasks] == [16]
 
 
+def test_a_preset_knows_arguments_of_names_that_are_not_in_its_list() -> None:
+    assert changes_of({}, ["h3", "gqa", "moba"])["mechanisms"] == [
+        {"name": "h3", "taps": 4},
+        "gqa",
+        {"name": "moba", "block": 16, "top_k": 2},
+    ]
+    # An experiment that names it means it as it is there.
+    assert changes_of({"mechanisms": ["h3"]}, ["h3"])["mechanisms"] == ["h3"]
+    assert changes_of({}, ["h3[taps=9]"])["mechanisms"] == [{"name": "h3", "taps": 9}]
+    for name in PRESETS:
+        for mechanism, arguments in preset(name).get("arguments", {}).items():
+            assert create_experiment({"preset": name, "mechanisms": [{"name": mechanism, **arguments}]}).mechanisms
+
+
 def test_a_mechanism_of_one_head_keeps_it_in_every_section() -> None:
     assert as_on_card("label-dependent") == {"name": "label-dependent", "heads": 1}
     changes = {"mechanisms": ["softmax", as_on_card("label-dependent")], "tasks": ["digits-patches"]}

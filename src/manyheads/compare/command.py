@@ -114,8 +114,10 @@ def changes_of(
     changes: dict[str, Any] = {} if preset is None else {"preset": preset}
     for key, wanted in (("mechanisms", names), ("tasks", tasks)):
         if wanted:
-            known = given[key] if key in given else read_preset(preset or given.get("preset", "quick"))[key]
-            changes[key] = [entry for name in wanted for entry in _as_known(parse_name(name), known)]
+            base = read_preset(preset or given.get("preset", "quick"))
+            known = given[key] if key in given else base[key]
+            others = base.get("arguments", {}) if key == "mechanisms" else {}
+            changes[key] = [entry for name in wanted for entry in _as_known(parse_name(name), known, others)]
     if seeds is not None:
         changes["seeds"] = parse_seeds(seeds)
     if sections:
@@ -123,10 +125,13 @@ def changes_of(
     return changes
 
 
-def _as_known(entry: Any, known: Any) -> list[Any]:
-    """A bare name stands for the entries that the experiment has under it, with their arguments."""
+def _as_known(entry: Any, known: Any, others: Mapping[str, Any]) -> list[Any]:
+    """A bare name stands for the entries that the experiment has under it, with their arguments, or for the one that
+    the preset has besides."""
     entries = known if isinstance(known, list) else []
     same = [other for other in entries if isinstance(other, dict) and other.get("name") == entry]
+    if not same and entry not in entries and isinstance(entry, str) and entry in others:
+        return [{"name": entry, **others[entry]}]
     return same or [entry]
 
 

@@ -218,7 +218,8 @@ def read_experiment(path: str | Path) -> dict[str, Any]:
 
 
 def preset(name: str) -> dict[str, Any]:
-    """A preset as it stands in its file: an experiment file with `recipes` for tasks beside."""
+    """A preset as it stands in its file: an experiment file with `recipes` for tasks beside, and `arguments` for
+    mechanisms that are asked for by name and are not in its list."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}{suggest(str(name), PRESETS)}; want one of {list(PRESETS)}")
     text = files("manyheads.compare").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
@@ -234,6 +235,7 @@ def _resolve(changes: dict[str, Any], where: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{where}: preset: {error}") from None
     recipes = base.pop("recipes")
+    base.pop("arguments", None)
     shared = {key: _over({}, changes.pop(key, {})) for key in ("model", "training")}
     whole = base | {"preset": name}
     for key, value in changes.items():

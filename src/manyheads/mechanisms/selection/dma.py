@@ -87,11 +87,12 @@ class DMA(Mechanism):
         kept = None if call.state is None or not call.state.fixed else Held(**call.state.fixed)
         held = nothing_held(k, delta, self.window) if kept is None else kept
         mixed, weights = [], []
-        for start in range(0, n, CHUNK):
-            part = slice(start, start + CHUNK)
-            new = Held(k[:, :, part], v[:, :, part], delta[:, :, part], places[:, :, part])
-            both, inside = running_top(held, new, newest=True)
-            weight = self._weights(q[:, :, part], both, inside, None if call.dense is None else call.dense[:, :, part])
+        # Split and not sliced: the backward pass of a slice is as long as the whole.
+        chunks = zip(*(t.split(CHUNK, 2) for t in (q, k, v, delta, places)), strict=True)
+        dense = [None] * -(-n // CHUNK) if call.dense is None else call.dense.split(CHUNK, 2)
+        for (query, *new), allowed in zip(chunks, dense, strict=True):
+            both, inside = running_top(held, Held(*new), newest=True)
+            weight = self._weights(query, both, inside, allowed)
             held = after_chunk(both, inside, self.window)
             mixed.append(grouped_mix(weight, both.values))
             if call.need_weights:

@@ -1,0 +1,129 @@
+"""The page of measured figures, made from the results: `python benchmarks/page.py > docs/measured.md`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+
+
+def measured_page() -> str:
+    parts = ["# What was measured", "", *_lead()]
+    for title, name, words, table in (
+        ("Recall", "recall", RECALL, _quality),
+        ("Digits", "digits", DIGITS, _quality),
+        ("Time over the length", "linear", LENGTH, _linear),
+        ("Against other packages", "peers", PEERS, _peers),
+    ):
+        results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        parts += ["", f"## {title}", "", words, "", *table(results["rows"]), "", _where(results["environment"])]
+    return "\n".join(parts) + "\n"
+
+
+def _lead() -> list[str]:
+    return [
+        "Figures of `benchmarks/`, each with the environment it came from; this page is generated from the files under",
+        "`benchmarks/results/`. The other results there are named in [the benchmarks](../benchmarks/README.md).",
+    ]
+
+
+RECALL = (
+    "`python benchmarks/quality.py recall`: multi-query associative recall by `manyheads compare --all --task recall`, "
+    "n 64, 8 pairs, one layer of width 128 behind a short convolution, one seed, 300 steps. What stays below 95% was "
+    "trained once more for five times as long (until it reached 95%): the last column tells what is slow to learn from "
+    "what cannot. The card says why."
+)
+DIGITS = (
+    "`python benchmarks/quality.py digits`: handwritten digits in 16 patches of four pixels (in a grid of 64 where a "
+    "mechanism takes nothing else), two layers of width 64, one seed, 400 steps; 364 images to answer, so that one "
+    "image is 0.3%."
+)
+LENGTH = (
+    "`python benchmarks/linear.py`: width 256, 4 heads; forward milliseconds of the mechanism alone, and the slope "
+    "of log time over log n from 2k to 32k. Decode: a step at a context of 64k over one at 1k, where the state is of "
+    "fixed size."
+)
+PEERS = (
+    "`python benchmarks/peers.py`: the same operator with the same weights in another package, outputs and gradients "
+    "equal before anything is timed. Ratios are our time over theirs: below one, manyheads is faster."
+)
+
+
+def _quality(rows: list[Row]) -> list[str]:
+    longer = any("longer" in row for row in rows)
+    head = ["mechanism", "as", "parameters", "accuracy", *(["in five times the steps"] if longer else [])]
+    body = []
+    for row in rows:
+        cells = [row["mechanism"], row["pattern"], f"{row['parameters']:,}" if row["parameters"] else "", _percent(row)]
+        if longer:
+            cells.append(_percent(row, "longer") if "longer" in row else "")
+        body.append(cells)
+    return _table(head, body)
+
+
+def _percent(row: Row, key: str = "accuracy") -> str:
+    return row.get("error", "not run") if row[key] is None else f"{100 * row[key]:.1f}%"
+
+
+def _linear(rows: list[Row]) -> list[str]:
+    lengths = [key for key in rows[0] if key.startswith("ms_")]
+    head = ["mechanism", "time", "exponent", *(f"n {key[3:]}" for key in lengths), "decode"]
+    return _table(
+        head,
+        (
+            [
+                row["mechanism"],
+                row["time"],
+                f"{row['exponent']:.2f}",
+                *(f"{row[key]:.1f}" for key in lengths),
+                f"{row['decode_ratio']:.2f}" if "decode_ratio" in row else "",
+            ]
+            for row in rows
+        ),
+    )
+
+
+def _peers(rows: list[Row]) -> list[str]:
+    """A line per mechanism, peer and length, both passes side by side; then what could not be timed."""
+    lines: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if "ratio" in row:
+            lines.setdefault((row["mechanism"], row["peer"], row["n"]), dict(row))[row["pass"]] = row
+    table = _table(
+        ["mechanism", "peer", "n", "forward", "with backward", "difference"],
+        (
+            [mechanism, peer, n, _ratio(line, "forward"), _ratio(line, "forward+backward"), _difference(line)]
+            for (mechanism, peer, n), line in lines.items()
+        ),
+    )
+    absent = [f"- {row['mechanism']}, {row['peer']}: {row['left_out']}" for row in rows if "left_out" in row]
+    return [*table, "", "Known and not timed:", "", *absent] if absent else table
+
+
+def _ratio(line: Row, name: str) -> str:
+    return f"{line[name]['ratio']:.2f}" if name in line else ""
+
+
+def _difference(line: Row) -> str:
+    equal = f"{line['equal']:.0e}" if "equal" in line else "shapes alone compared"
+    return f"{equal}; {line['differs']}" if "differs" in line else equal
+
+
+def _table(head: list[str], body: Iterable[list[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *body]
+    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def _where(environment: Row) -> str:
+    return (
+        f"*{environment['cpu']}, {environment['cores']} cores, {environment['threads']} threads, torch "
+        f"{environment['torch']}, commit {environment['commit']}.*"
+    )
+
+
+if __name__ == "__main__":
+    print(measured_page(), end="")
