@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import re
 import statistics
@@ -22,6 +24,15 @@ def device_argument() -> str:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     return str(parser.parse_args().device)
+
+
+def keep_pages() -> None:
+    """Keeps what is freed in the process: glibc gives large tensors back to the system, which then fills pages with
+    zeros at every pass, from some length on; a light mechanism's time would be that."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def once(call: Callable[[], Any], device: str = "cpu") -> float:

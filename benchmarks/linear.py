@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from common import device_argument, exponent, once, save
+from common import device_argument, exponent, keep_pages, once, save
 from manyheads import Mechanism, create_attention, mechanism_class
 
 DIM, HEADS = 256, 4
@@ -110,6 +110,7 @@ def decode(module: Mechanism, device: str) -> dict[str, Any]:
 
 def main() -> None:
     device, rows = device_argument(), []
+    keep_pages()
     for name, config in SETTINGS.items():
         module = build(name, config, device)
         slope, seconds = forward_exponent(module, device)

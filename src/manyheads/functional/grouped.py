@@ -45,6 +45,10 @@ def attend_grouped(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: boo
         # The heads of a group stand in line as queries of the one head that they share.
         packed = q.reshape(b, g, h // g * n, d)
         return F.scaled_dot_product_attention(packed, k, v, scale=scale).view(b, h, n, v.shape[-1])
+    if g == 1:
+        # A view, and no copy; the kernel's backward pass would give one head's keys to one core.
+        k, v = (t.expand(-1, h, -1, -1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 
