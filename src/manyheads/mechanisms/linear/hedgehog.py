@@ -58,7 +58,8 @@ class Hedgehog(Mechanism):
         time="n",
         state="1",
         example={"chunk": 4},
-        notes="With a state, neither dense masks nor weights reach back to earlier passes.",
+        notes="With a state, neither dense masks nor weights reach back to earlier passes. Its features sharpen "
+        "slowly: 79% on quick recall, 95% in five times the steps.",
     )
 
     def __init__(

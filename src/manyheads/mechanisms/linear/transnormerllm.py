@@ -41,8 +41,9 @@ class TransNormerLLM(Mechanism):
         time="n",
         state="1",
         example={"chunk": 4},
-        notes="Its weights are signed and do not sum to one. With a state, neither dense masks nor weights reach back "
-        "to earlier passes.",
+        notes="Its weights are signed and do not sum to one. With a state, neither dense masks nor weights reach "
+        "back to earlier passes. Slower to learn lookup than softmax: 88% on quick recall, 96% in five times "
+        "the steps.",
     )
 
     def __init__(

@@ -50,6 +50,8 @@ class MixtureOfAttentionHeads(Mechanism):
         time="n^2 active / heads",
         state="n / active",
         example={"active": 2},
+        notes="Its three losses, computed in every pass, cost up to a seventh more time than transformers' JetMoe "
+        "takes.",
     )
 
     def __init__(

@@ -42,6 +42,8 @@ class Dual(Mechanism):
         time="n^2 relational_heads",
         state="n",
         example={"relational_heads": 2, "relations": 4, "symbols": 5},
+        notes="At 512 tokens it takes 1.2 times as long as the authors' dual-attention, which holds the matrix; at "
+        "2,048 less than half.",
     )
 
     def __init__(

@@ -36,7 +36,8 @@ class Aaren(Mechanism):
         state="1",
         example={"chunk": 4},
         notes="Its query does not depend on the input. With a state, neither dense masks nor weights reach back to "
-        "earlier passes.",
+        "earlier passes. No lookup by content, since the query does not depend on the input: 12% on quick "
+        "recall, 13% in five times the steps.",
     )
 
     def __init__(self, dim: int, heads: int, *, causal: bool = True, chunk: int = CHUNK, bias: bool = False) -> None:

@@ -48,7 +48,8 @@ class Mega(Mechanism):
         time="n chunk",
         state="1",
         example={"chunk": 4, "ema_dim": 3},
-        notes="with chunk=None time is n^2 and the state n",
+        notes="With chunk=None time is n^2 and the state n. Slower to learn lookup than softmax: 32% on quick "
+        "recall, 96% in five times the steps.",
     )
 
     def __init__(

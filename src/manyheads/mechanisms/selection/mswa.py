@@ -37,7 +37,8 @@ class MSWA(SoftmaxAttention):
         time="n w",
         state="w",
         example={"window": 4},
-        notes="A layer sees no further back than 2 window tokens; reach grows with depth.",
+        notes="A layer sees no further back than 2 window tokens; reach grows with depth. With windows of 4 to 32 "
+        "tokens, which do not reach every pair: 75% on quick recall, 75% in five times the steps.",
     )
 
     def __init__(

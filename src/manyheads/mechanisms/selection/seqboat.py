@@ -56,7 +56,9 @@ class SeqBoat(Mechanism):
         time="n w",
         state="w",
         example={"window": 3, "ema_dim": 3},
-        notes="Weights are those among active tokens, before their gate; the moving average is beside them.",
+        notes="Weights are those among active tokens, before their gate; the moving average is beside them. A third "
+        "of the tokens is inactive at first, and no key for others: 1% on quick recall, 11% in five times the "
+        "steps.",
     )
 
     def __init__(

@@ -61,8 +61,8 @@ class CoreContextAware(Mechanism):
         time="n^2 / group + n window",
         state="n / group + window",
         example={"group": 3, "window": 4},
-        notes="Far tokens are seen in groups: 94% on quick recall with group=4 and window=8. With a state, "
-        "neither dense masks nor weights reach back to earlier passes.",
+        notes="Far tokens are seen in groups. With a state, neither dense masks nor weights reach back to earlier "
+        "passes.",
     )
 
     def __init__(

@@ -1,0 +1,71 @@
+"""The page of measured figures is what the results say, and cards own up to what fell short."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from manyheads.registry import list_attentions, mechanism_class
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def page_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("page", ROOT / "benchmarks" / "page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "page", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_generated_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = ROOT / "docs" / "measured.md"
+    assert page.read_text() == page_module(monkeypatch).measured_page(), (
+        "run `python benchmarks/page.py > docs/measured.md`"
+    )
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return found
+
+
+@pytest.mark.parametrize("task", ["recall", "digits"])
+def test_cards_tell_the_figure_that_fell_short(task: str) -> None:
+    """Below the target, the card's notes hold the number measured, and the one of the longer run."""
+    short = [row for row in rows(task) if row["accuracy"] < row["target"]]
+    for row in short:
+        notes = mechanism_class(row["mechanism"].split("[")[0]).card.notes
+        wanted = f"{100 * row['accuracy']:.0f}% on quick {task}"
+        assert wanted in notes, f"{row['mechanism']}: its card's notes want {wanted!r} and the reason"
+        longer = f"{100 * row['longer']:.0f}% in five times the steps"
+        assert longer in notes, f"{row['mechanism']}: its card's notes want {longer!r}"
+
+
+def test_no_card_tells_a_figure_that_was_not_measured() -> None:
+    for task in ("recall", "digits"):
+        measured = {row["mechanism"].split("[")[0]: row for row in rows(task)}
+        for name in list_attentions():
+            notes = mechanism_class(name).card.notes
+            if f"% on quick {task}" in notes:
+                assert f"{100 * measured[name]['accuracy']:.0f}% on quick {task}" in notes
+
+
+@pytest.mark.parametrize("task", ["recall", "digits"])
+def test_no_row_is_of_a_mechanism_that_is_gone(task: str) -> None:
+    assert {row["mechanism"].split("[")[0] for row in rows(task)} <= set(list_attentions())
+
+
+def test_cards_tell_which_package_is_faster() -> None:
+    """A fifth or more at any length; less than that differs from run to run."""
+    for row in rows("peers"):
+        if row.get("ratio", 0.0) > 1.2:
+            package, notes = row["peer"].split("==")[0], mechanism_class(row["mechanism"]).card.notes
+            assert package in notes, f"{row['mechanism']} takes {row['ratio']:.2f} times as long as {package}"
