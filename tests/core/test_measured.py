@@ -40,6 +40,7 @@ def rows(name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("task", ["recall", "digits"])
 def test_cards_tell_the_figure_that_fell_short(task: str) -> None:
     """Below the target, the card's notes hold the number measured, and the one of the longer run."""
+    assert [row for row in rows(task) if "error" in row] == []
     short = [row for row in rows(task) if row["accuracy"] < row["target"]]
     for row in short:
         notes = mechanism_class(row["mechanism"].split("[")[0]).card.notes

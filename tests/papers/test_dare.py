@@ -26,7 +26,7 @@ def loops(module: DARE, x: Tensor, context: Tensor) -> Tensor:
             for j in found:
                 history[read] += math.exp(scores[j]) / total * context[j, read]
         features = torch.cat([target[:cut], history, target[:cut] * history])
-        rows.append(module.o_proj.weight @ features + module.o_proj.bias)
+        rows.append(module.joint_proj.weight @ features + module.joint_proj.bias)
     return torch.stack(rows)
 
 

@@ -142,6 +142,12 @@ def test_a_mechanism_of_the_registry_loses_the_head_that_is_masked_or_is_refused
         assert (share[[0, *range(2, len(share))]] > 0).all()
 
 
+def test_a_width_that_happens_to_fit_is_no_place_for_heads() -> None:
+    """DARE reads three parts of dim - side_dim features, here dim in all: they are not its heads."""
+    with pytest.raises(ValueError, match="dare"):
+        HeadMask(create_attention("dare", 24, 2, side_dim=16), count=1)
+
+
 @pytest.mark.parametrize("name", ["luong", "dual", "dare", "mega"])
 def test_a_linear_that_reads_more_or_less_than_the_heads_is_refused(name):
     cls = mechanism_class(name)

@@ -56,7 +56,8 @@ class DARE(Mechanism):
             raise ValueError(f"dare: top_k={top_k} must be positive (None: no search)")
         self.side_dim, self.top_k = side_dim, top_k
         self.scale = (side_dim // heads) ** -0.5
-        self.o_proj = nn.Linear(3 * (dim - side_dim), dim)
+        # No o_proj, whose input would be heads side by side.
+        self.joint_proj = nn.Linear(3 * (dim - side_dim), dim)
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         if call.state is not None:
@@ -74,7 +75,7 @@ class DARE(Mechanism):
         else:
             mixed, weights = self._search(q, k, v, allowed, self.top_k, call.need_weights)
         history = mixed.transpose(1, 2).flatten(-2)
-        output = self.o_proj(torch.cat([target, history, target * history], -1))
+        output = self.joint_proj(torch.cat([target, history, target * history], -1))
         return Result(output, weights)
 
     def _search(

@@ -45,7 +45,7 @@ class Agent(Mechanism):
         decodes=False,
         example={"agents": 4, "window": 6},
         notes="No causal form: the agents are averages over all queries. Its biases of every place and its "
-        "convolution, which agent-attention-pytorch leaves out, cost a third more time than that takes.",
+        "convolution, which agent-attention-pytorch leaves out, cost a quarter to a half more time than that takes.",
     )
 
     def __init__(
