@@ -97,7 +97,7 @@ def exponent(lengths: list[int], seconds: list[float]) -> float:
 def save(name: str, device: str, rows: list[dict[str, Any]]) -> None:
     """Writes the results with the environment, and prints them."""
     # Late: the rest of this file also serves where manyheads is not installed.
-    from manyheads.environment import environment
+    from manyheads.runs.environment import environment
 
     for row in rows:
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)

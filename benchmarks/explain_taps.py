@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common import device_argument, pair, peak_bytes, save
-from manyheads.explain.taps import tap
+from manyheads.hosts.taps import tap
 
 
 def llama(layers: int, device: str, width: int = 512) -> LlamaForCausalLM:

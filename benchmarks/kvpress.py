@@ -148,8 +148,8 @@ class Ours(Side):
 
     @torch.no_grad()
     def record(self) -> None:
+        from manyheads.hosts.attend import pack
         from manyheads.shrink import Full
-        from manyheads.shrink.attend import pack
         from manyheads.shrink.cache import RaggedLayer
         from manyheads.shrink.compress import Pass
 

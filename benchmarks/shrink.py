@@ -14,9 +14,9 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from common import device_argument, once, pair, peak_bytes, save
+from manyheads.hosts.attend import Scoring
+from manyheads.hosts.attention import Visibility
 from manyheads.shrink import H2O, TOVA, AdaKV, Duo, Full, KeyNorm, Policy, SnapKV, StreamingLLM
-from manyheads.shrink.attend import Scoring
-from manyheads.shrink.compat import Visibility
 from manyheads.shrink.compress import Pass, shrink
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 32, 8, 128

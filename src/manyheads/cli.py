@@ -209,7 +209,7 @@ app.add_typer(explain, name="explain")
 @app.command()
 def info(as_json: AsJson = False) -> None:
     """Versions, devices and which fast paths are available here."""
-    from manyheads.environment import environment, fast_paths
+    from manyheads.runs.environment import environment, fast_paths
 
     if as_json:
         return _print_json({"environment": environment(), "fast_paths": fast_paths()})

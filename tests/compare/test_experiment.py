@@ -9,10 +9,12 @@ import pytest
 
 from manyheads import list_attentions
 from manyheads.compare import cells as cells_module
-from manyheads.compare.cells import Cell, cells_of_experiment
-from manyheads.compare.command import _all_names, as_on_card, changes_of, parse_name, parse_seeds
+from manyheads.compare.cells import cells_of_experiment
+from manyheads.compare.command import _all_names, as_on_card, changes_of, parse_seeds
 from manyheads.compare.experiment import PRESETS, create_experiment, preset, read_experiment
 from manyheads.compare.worker import run_cell
+from manyheads.runs.cells import Cell
+from manyheads.runs.names import parse_name
 from manyheads.tasks import list_tasks
 
 TASK = {"name": "recall", "n": 16, "vocabulary": 16, "pairs": 2}

@@ -17,9 +17,10 @@ from manyheads.card import Card
 from manyheads.compare import measure
 from manyheads.compare.cells import measured_pattern
 from manyheads.compare.measure import Subject, counted, measure_decode, measure_memory, measure_speed
-from manyheads.compare.worker import _available_bytes, memory_bounded, run_cell
+from manyheads.compare.worker import run_cell
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import list_attentions
+from manyheads.runs.outcome import _available_bytes, memory_bounded
 from manyheads.softmax import SoftmaxAttention
 
 SIZE = {"hidden_size": 16, "heads": 4, "batch": 2}
@@ -170,7 +171,7 @@ def test_peak_memory_of_a_fresh_process() -> None:
 
 def test_the_meter_reads_what_is_allocated() -> None:
     code = """
-from manyheads.compare.measure import _ProcessMeter
+from manyheads.runs.memory import _ProcessMeter
 spike = bytearray(300 * 2**20)  # before: must not count
 del spike
 meter = _ProcessMeter()

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from manyheads.compare import report
-from manyheads.compare.charts import INKS, PALETTES, POINTS_PER_CHART, SHAPES, log_ticks, plots, write_png
-from manyheads.compare.report import script_json, write_report
-from manyheads.compare.tables import bytes_text, count_text, headline, print_table
+from manyheads.compare.charts import POINTS_PER_CHART, plots, write_png
+from manyheads.compare.report import write_report
+from manyheads.compare.tables import headline, print_table
+from manyheads.runs import page
+from manyheads.runs.charts import INKS, PALETTES, SHAPES, log_ticks
+from manyheads.runs.page import script_json
+from manyheads.runs.tables import bytes_text, count_text
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
 LOADING = {"src", "href", "srcset", "data", "action", "poster", "formaction"}
@@ -78,7 +81,7 @@ LIBRARIES = "window.vegaEmbed=0;"  # stands in for the real bundle, which takes 
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(report, "_libraries", lambda: LIBRARIES)
+    monkeypatch.setattr(page, "_libraries", lambda: LIBRARIES)
     return lambda results: write_report(results, tmp_path / "report.html").read_text(encoding="utf-8")
 
 

@@ -18,13 +18,16 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from manyheads.compare import run, worker
-from manyheads.compare.cells import Cell, cells_of_experiment
+from manyheads.compare import worker
+from manyheads.compare.cells import cells_of_experiment
 from manyheads.compare.command import compare
 from manyheads.compare.experiment import Experiment, create_experiment
-from manyheads.compare.progress import Estimate, Progress, duration
-from manyheads.compare.run import Chain, mark_best, run_experiment
+from manyheads.compare.run import mark_best, run_experiment
 from manyheads.compare.summary import summarise
+from manyheads.runs import cluster
+from manyheads.runs.cells import Cell
+from manyheads.runs.loop import Chain
+from manyheads.runs.progress import Estimate, Progress, duration
 
 TASK = {"name": "recall", "n": 16, "vocabulary": 16, "pairs": 2, "eval_examples": 8}
 TINY = {
@@ -345,14 +348,14 @@ def test_a_worker_that_dies_leaves_a_failed_row(tmp_path: Path, monkeypatch: pyt
 
 
 def test_workers_of_another_version(tmp_path: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "version", lambda: "0.0.7")
+    monkeypatch.setattr(cluster, "version", lambda: "0.0.7")
     with pytest.raises(ValueError, match=r"workers have other versions than .*0\.0\.7"):
         run_experiment(tiny(), tmp_path, scheduler=scheduler)
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense://x", "127.0.0.1:no"])
 def test_no_scheduler_there(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(cluster, "_CONNECT_SECONDS", 0.5)
     with pytest.raises(ValueError, match="no Dask scheduler answers at"):
         run_experiment(tiny(), tmp_path, scheduler=address)
 

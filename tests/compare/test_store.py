@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from manyheads.compare.cells import Cell
-from manyheads.compare.store import Store
+from manyheads.runs.cells import Cell
+from manyheads.runs.store import Store
 
 CELL = Cell("speed", "gqa", {"n": 8}, {"n": 8, "mechanism": {"name": "gqa"}}, "speed gqa")
 OUTCOME = {**CELL.row, "status": "done", "error": None, "forward_s": 0.25}
@@ -99,7 +99,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 
 
 def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
-    code = f"import os, sys; from manyheads.compare.store import Store; s = Store({str(tmp_path)!r}); os._exit(9)"
+    code = f"import os, sys; from manyheads.runs.store import Store; s = Store({str(tmp_path)!r}); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     Store(tmp_path).close()
 

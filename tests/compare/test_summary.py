@@ -14,17 +14,16 @@ import pytest
 
 from manyheads.compare.summary import (
     crossover,
-    failures_of,
     fitted_exponent,
     missing_sections,
     pareto,
     quality_against_state,
     summarise,
     tasks_of,
-    write_atomically,
     write_csv,
-    write_json,
 )
+from manyheads.runs.files import write_atomically
+from manyheads.runs.results import failures_of, write_json
 
 
 def results_of(*cells: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from manyheads.loading import BUNDLED, load_model
+from manyheads.hosts.loading import BUNDLED, load_model
 
 QUESTION = "\nWhat is the pass key? The pass key is "
 

@@ -33,8 +33,8 @@ from manyheads.explain.attributions import (
     rollout,
     token_grid,
 )
-from manyheads.explain.taps import record, tap
-from manyheads.loading import load_model
+from manyheads.hosts.loading import load_model
+from manyheads.hosts.taps import record, tap
 
 FIRST = [[1.0, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]]
 SECOND = [[1.0, 0, 0], [0.4, 0.6, 0], [0.5, 0.25, 0.25]]

@@ -17,14 +17,14 @@ from written_heads import planted, random_llama
 from zoo import EVERY, OTHERS, build, inputs
 
 from manyheads import create_attention
-from manyheads.explain import taps
 from manyheads.explain.attributions import base
 from manyheads.explain.detectors import DETECTORS, QUICK, Detector, HeadTable, detect, detector_notes, massive_values
 from manyheads.explain.detectors import patterns as patterns_module
 from manyheads.explain.detectors.patterns import greatest_eigenvalue
-from manyheads.explain.taps import record
 from manyheads.heads import Profile
-from manyheads.loading import Loaded, load_model
+from manyheads.hosts import taps
+from manyheads.hosts.loading import Loaded, load_model
+from manyheads.hosts.taps import record
 
 TEXT = "the cat sat on the mat and the dog sat on the log while the cat ate a rat near the vat of the old bat" * 3
 SHARES = [name for name, own in DETECTORS.items() if own.threshold is not None and name not in ("next", "visual")]

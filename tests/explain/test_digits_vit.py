@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 from manyheads.explain.attributions import METHODS, compare_attributions, token_grid
-from manyheads.explain.taps import record
+from manyheads.hosts.taps import record
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from manyheads.cli import main
 from manyheads.explain.command import _numbers
-from manyheads.loading import BUNDLED
+from manyheads.hosts.loading import BUNDLED
 
 PROMPT = "import os\nThe pass key is 40718. Remember it.\nx = 1\nWhat is the pass key? The pass key is "
 

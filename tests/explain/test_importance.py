@@ -15,8 +15,8 @@ from zoo import build, inputs
 
 from manyheads import create_attention
 from manyheads.explain.detectors import Importance, detect
-from manyheads.explain.taps import record, tap
-from manyheads.loading import load_model
+from manyheads.hosts.loading import load_model
+from manyheads.hosts.taps import record, tap
 
 
 def gated(model: Any, layer: int, head: int, gate: float, ids: Tensor) -> float:

@@ -29,8 +29,8 @@ from manyheads.explain.interventions import (
     scaled,
     steer,
 )
-from manyheads.explain.taps import record, tap
-from manyheads.loading import load_model
+from manyheads.hosts.loading import load_model
+from manyheads.hosts.taps import record, tap
 
 NEUTRAL: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
     "boost": lambda model: boost(model, slice(0, 4), 1.0),

@@ -14,7 +14,7 @@ from zoo import build
 
 from manyheads import create_attention
 from manyheads.explain.detectors import Maps, detect
-from manyheads.loading import Loaded, load_model
+from manyheads.hosts.loading import Loaded, load_model
 
 
 def parts(family: str, model: Any, layer: int, head: int) -> tuple[Tensor, Tensor]:

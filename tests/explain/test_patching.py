@@ -20,8 +20,8 @@ from manyheads.explain.detectors import (
     logit_difference,
     path_patching,
 )
-from manyheads.explain.taps import record, tap
-from manyheads.loading import Loaded, load_model
+from manyheads.hosts.loading import Loaded, load_model
+from manyheads.hosts.taps import record, tap
 
 
 def formula(

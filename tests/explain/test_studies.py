@@ -47,7 +47,7 @@ SEED = generator("test-studies")
 @pytest.fixture(autouse=True)
 def _no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages without the drawing library, which takes a second to put together; the report of compare has it tested."""
-    monkeypatch.setattr("manyheads.compare.report._libraries", lambda: "")
+    monkeypatch.setattr("manyheads.runs.page._libraries", lambda: "")
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from zoo import EVERY, build, inputs
 
 from manyheads import create_attention
-from manyheads.explain.taps import record, sites, tap
+from manyheads.hosts.taps import record, sites, tap
 from manyheads.shrink import Full
 
 
@@ -121,7 +121,7 @@ def test_gradients_come_without_trainable_parameters() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bert", "t5"])
 def test_mixing_with_the_same_weights_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manyheads.explain.taps.BLOCK_WEIGHTS", 200)  # several blocks of rows
+    monkeypatch.setattr("manyheads.hosts.taps.BLOCK_WEIGHTS", 200)  # several blocks of rows
     model, batch = build(name), inputs(name)
     with torch.no_grad():
         with tap(model, lambda call: None):

@@ -20,7 +20,6 @@ from torch import Tensor
 from zoo import build, inputs
 
 from manyheads import create_attention
-from manyheads.explain.taps import record
 from manyheads.explain.views import (
     AttentionStore,
     Panel,
@@ -42,6 +41,7 @@ from manyheads.explain.views import (
     view_text,
     write_page,
 )
+from manyheads.hosts.taps import record
 
 NASTY = ["</script><script>window.hacked=1</script>", "<b>&amp;", "שלום", " ", "\n", "", "\u202e", "\u2028", "\ud83d"]
 

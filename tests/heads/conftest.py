@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from manyheads.loading import Loaded, load_model
+from manyheads.hosts.loading import Loaded, load_model
 
 
 @pytest.fixture(autouse=True)

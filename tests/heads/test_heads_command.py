@@ -20,8 +20,9 @@ from written_heads import random_llama
 
 from manyheads.cli import main
 from manyheads.heads import Profile, command, read_duo, read_retrieval
-from manyheads.heads.running import Progress, Tell, within_memory
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
+from manyheads.runs.memory import within_memory
+from manyheads.runs.steps import Progress, Tell
 from manyheads.shrink import Duo
 
 

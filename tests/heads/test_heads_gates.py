@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from written_heads import random_llama
 
-from manyheads.explain.taps import record
 from manyheads.heads import GateSettings, Inputs, learn_gates
 from manyheads.heads.gates import GateRun, mixed, streaming
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
+from manyheads.hosts.taps import record
 
 QUICK = GateSettings(length=256, sink_size=8, recent_size=32, steps=12, rows=1, pool=3)
 

@@ -9,10 +9,10 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 from written_heads import random_llama
 
-from manyheads.explain.taps import tap
 from manyheads.heads import Inputs, Span, influence
 from manyheads.heads.influence import beyond, effects, of_sequence
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
+from manyheads.hosts.taps import tap
 
 
 def test_effects_are_exact_for_a_linear_loss() -> None:

@@ -9,10 +9,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from written_heads import random_llama
 
-from manyheads.explain.taps import record
 from manyheads.heads import Inputs, retrieval
 from manyheads.heads.retrieval import answer, recall, score
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
+from manyheads.hosts.taps import record
 
 
 def words_tokenizer(loaded: Loaded) -> Loaded:

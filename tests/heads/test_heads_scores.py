@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from written_heads import planted, random_llama
 
-from manyheads.explain.taps import record
 from manyheads.heads import Inputs, on_repeats, on_text
 from manyheads.heads.scores import Meter, copies, equal_tokens
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
+from manyheads.hosts.taps import record
 
 TEXT = "the cat sat on the mat and the dog sat on the log while the cat ate a rat near the vat of the old bat" * 3
 

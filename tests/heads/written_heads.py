@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
 
 CODE, PLACES, HEADS = 48, 96, 4
 SIZE = CODE + PLACES

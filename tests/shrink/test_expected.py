@@ -14,7 +14,7 @@ from tiny_families import prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
-from manyheads.loading import load_model
+from manyheads.hosts.loading import load_model
 from manyheads.shrink import AdaKV, ExpectedAttention, KeyNorm, release
 from manyheads.shrink.cache import RaggedLayer
 

@@ -18,9 +18,9 @@ from tiny_families import prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
-from manyheads.loading import load_model
+from manyheads.hosts.attend import Scoring
+from manyheads.hosts.loading import load_model
 from manyheads.shrink import H2O, AdaKV, ExpectedAttention, LoCoCo, Policy, Razor, StreamingLLM, fit_lococo, release
-from manyheads.shrink.attend import Scoring
 from manyheads.shrink.cache import RaggedLayer
 
 ENDS = [14, 15, 16, 17, 20, 21, 22, 23]

@@ -14,7 +14,7 @@ from test_merging import divergence, passkeys
 from tiny_families import prompt, tiny
 from transformers import DynamicCache
 
-from manyheads.loading import load_model
+from manyheads.hosts.loading import load_model
 from manyheads.shrink import AdaKV, MoA, plan_spans, release
 
 ENDS = [14, 15, 16, 17, 20, 21, 22]

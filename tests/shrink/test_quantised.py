@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
-from manyheads.loading import load_model
+from manyheads.hosts.attend import Scoring, probabilities, with_bias
+from manyheads.hosts.attention import Visibility
+from manyheads.hosts.loading import load_model
 from manyheads.shrink import (
     H2O,
     TOVA,
@@ -40,8 +42,6 @@ from manyheads.shrink import (
     StreamingLLM,
     TidalDecode,
 )
-from manyheads.shrink.attend import Scoring, probabilities, with_bias
-from manyheads.shrink.compat import Visibility
 from manyheads.shrink.quantised import ROOM, Codec
 from manyheads.shrink.store import Group, Store
 

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from manyheads.cli import main
-from manyheads.heads.profile import Profile, fingerprint
-from manyheads.loading import Loaded
+from manyheads.heads.profile import Profile
+from manyheads.hosts.fingerprint import fingerprint
+from manyheads.hosts.loading import Loaded
 from manyheads.shrink import H2O, AdaKV, Duo, Policy, Quantised, policies, run
 from manyheads.shrink.command import choose_variants
 from manyheads.shrink.variants import Profiles, find_policy, known_policies, read_variants
@@ -42,9 +43,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer steps and windows, and pages that draw nothing: what is tested is what happens around them."""
     for name, value in {"TAIL": 8, "GREEDY": 4, "WINDOWS": 2, "STEPS": 3, "REPEATS": 1}.items():
         monkeypatch.setattr(run, name, value)
-    monkeypatch.setattr(
-        "manyheads.compare.report._libraries", lambda: ""
-    )  # the charts' scripts take a second to bundle
+    monkeypatch.setattr("manyheads.runs.page._libraries", lambda: "")  # the charts' scripts take a second to bundle
 
 
 @pytest.fixture

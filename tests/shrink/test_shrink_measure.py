@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from manyheads.heads.inputs import NAMES
-from manyheads.loading import Loaded, load_model
+from manyheads.hosts.loading import Loaded, load_model
+from manyheads.hosts.probes import NAMES
+from manyheads.hosts.questions import Questions, Trial, held_out, keys_in, split
 from manyheads.shrink import Full, SnapKV, StreamingLLM, measure, release
 from manyheads.shrink.measure import (
     agreed,
@@ -23,7 +24,6 @@ from manyheads.shrink.measure import (
     take_reference,
     windows_cut,
 )
-from manyheads.shrink.questions import Questions, Trial, held_out, keys_in, split
 
 SIZES = {"layers": 2, "kv_heads": 2, "head_dim": 8}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from manyheads.compare import report as shared
+from manyheads.runs import page as shared
 from manyheads.shrink.report import plots, write_outputs
 from manyheads.shrink.summary import depth_table, headline, print_summary, summarise, summary_table
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
 from manyheads.serve.app import create_app
 from manyheads.serve.command import _listen
 from manyheads.serve.guard import Session

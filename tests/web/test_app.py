@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 from serving import Served, serving
 
-from manyheads.loading import load_model
+from manyheads.hosts.loading import load_model
 
 PROMPT = "The pass key is 40718. Remember it.\nWhat is the pass key? The pass key is "
 # Tries everything that a report must not do.

@@ -29,7 +29,7 @@ from zoo import build
 from manyheads.cli import main
 from manyheads.explain.explanation import load_any
 from manyheads.explain.interventions import boost, scaled
-from manyheads.loading import Loaded, load_model
+from manyheads.hosts.loading import Loaded, load_model
 from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
 from manyheads.serve.app import create_app
 from manyheads.serve.change import KINDS, Change, intervene

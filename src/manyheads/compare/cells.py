@@ -4,52 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import manyheads
 from manyheads.registry import mechanism_class
+from manyheads.runs.cells import Cell
 from manyheads.tasks import Task, create_task
 
-from .summary import SCHEMA
 from .train import placed
 
 if TYPE_CHECKING:
     from .experiment import Experiment, TaskEntry
-
-
-@dataclass(frozen=True)
-class Cell:
-    """kind: quality, speed, memory or decode. mechanism: its label. place: the columns that say which cell this is.
-    settings: everything that the outcome depends on, as JSON values: what the worker is given. chain: cells of one
-    chain run in order, and where one takes too long the rest is not tried; '' for a cell that stands by itself.
-    undeclared: why it cannot be run."""
-
-    kind: str
-    mechanism: str
-    place: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    chain: str
-    undeclared: str = ""
-    key: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        facts = {"schema": SCHEMA, "manyheads": manyheads.__version__, "kind": self.kind, **self.settings}
-        text = json.dumps(facts, sort_keys=True, default=str)
-        object.__setattr__(self, "key", f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}")
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """The columns that every outcome of this cell carries."""
-        return {"kind": self.kind, "mechanism": self.mechanism, **self.place}
-
-    @property
-    def title(self) -> str:
-        words = {"task": "", "learning_rate": "lr ", "pattern": ""}
-        place = [f"{words.get(key, key + ' ')}{value}" for key, value in self.place.items() if key != "causal"]
-        return ", ".join([f"{self.kind} of {self.mechanism}", *place])
 
 
 def cells_of_experiment(experiment: Experiment) -> list[Cell]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
+
+from manyheads.runs.names import parse_name
 
 
 def compare(
@@ -42,9 +43,11 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare mechanisms by quality, speed, memory and decode cost. Stopped runs go on where they were."""
+    from manyheads.compare.summary import summarise
+    from manyheads.runs.results import done
+
     from .experiment import create_experiment, read_experiment
     from .run import run_experiment
-    from .summary import done, summarise
 
     changes = read_experiment(experiment) if experiment else {}
     if everything:
@@ -133,20 +136,6 @@ def _as_known(entry: Any, known: Any, others: Mapping[str, Any]) -> list[Any]:
     if not same and entry not in entries and isinstance(entry, str) and entry in others:
         return [{"name": entry, **others[entry]}]
     return same or [entry]
-
-
-def parse_name(text: str) -> Any:
-    """'moba' as it is; 'moba[block=64]' as {'name': 'moba', 'block': 64}."""
-    found = re.fullmatch(r"([^\[\]]+)\[(.*)\]", text)
-    if not found:
-        return text
-    arguments: dict[str, Any] = {"name": found[1]}
-    for part in re.split(r",(?![^\[\]]*\])", found[2]) if found[2] else ():
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(f"{text!r}: {part!r} is no argument; want NAME[key=value,key=value]")
-        arguments[key.strip()] = yaml.safe_load(value)
-    return arguments
 
 
 def parse_seeds(text: str) -> list[int]:

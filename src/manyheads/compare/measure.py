@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
 import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import lru_cache, partial
-from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +19,7 @@ from torch import Tensor
 from manyheads.card import Pattern
 from manyheads.mechanism import Mechanism
 from manyheads.registry import create_attention
+from manyheads.runs.memory import memory_meter, trim_memory
 from manyheads.state import State
 
 Settings = Mapping[str, Any]
@@ -275,64 +273,3 @@ def _warm_up(subject: Subject) -> None:
     subject.module(x.requires_grad_(), context).output.sum().backward()
     subject.module = module
     trim_memory()
-
-
-def trim_memory() -> None:
-    """Freed memory goes back to the system, and counts when it is taken again."""
-    with suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-class Meter(Protocol):
-    """baseline: bytes held when the meter was made; peak(): bytes above that since then."""
-
-    baseline: int
-
-    def peak(self) -> int: ...
-
-
-def memory_meter(device: torch.device) -> Meter:
-    return _CudaMeter() if device.type == "cuda" else _ProcessMeter()
-
-
-class _CudaMeter:
-    def __init__(self) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        self.baseline = torch.cuda.memory_allocated()
-
-    def peak(self) -> int:
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - self.baseline
-
-
-class _ProcessMeter:
-    """The high-water mark of this process: on Linux set back to what is resident now, elsewhere as it stands."""
-
-    def __init__(self) -> None:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.baseline = _status("VmRSS")
-        except OSError:
-            self.baseline = self._high()
-
-    def peak(self) -> int:
-        return max(0, self._high() - self.baseline)
-
-    @staticmethod
-    def _high() -> int:
-        try:
-            return _status("VmHWM")
-        except OSError:
-            import resource  # not on Windows
-
-            highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            return highest if sys.platform == "darwin" else highest * 1024
-
-
-def _status(key: str) -> int:
-    """Bytes in a line of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")

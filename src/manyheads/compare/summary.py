@@ -10,14 +10,14 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-SCHEMA = 1
+from manyheads.runs.files import write_atomically
+from manyheads.runs.results import Cell, Results, cells_of, done, failures_of, mechanisms_of, number
+
 REFERENCE = "softmax"
 
 # Where each figure comes from, in the words that tables and the report use.
@@ -43,48 +43,6 @@ MISSING = {
     "memory": "No memory cells: peak memory and its growth are left out.",
     "decode": "No decode cells: decode time, state bytes and the chart of quality against state are left out.",
 }
-
-Cell = Mapping[str, Any]
-Results = Mapping[str, Any]
-
-
-def cells_of(results: Results) -> list[Cell]:
-    """The cells, after a check that this version can read them."""
-    found = results.get("schema", SCHEMA)
-    if found != SCHEMA:
-        written = results.get("manyheads", "another version")
-        raise ValueError(
-            f"results have schema {found!r}, written by manyheads {written}; this version reads schema {SCHEMA}: "
-            "run the comparison again into a new folder, or read it with the version that wrote it"
-        )
-    return list(results.get("cells", ()))
-
-
-def mechanisms_of(results: Results) -> list[str]:
-    """Every mechanism that has a cell, in order of appearance; the charts' colours follow this order."""
-    return list(dict.fromkeys(cell["mechanism"] for cell in cells_of(results)))
-
-
-def done(cell: Cell) -> bool:
-    return cell.get("status") == "done"
-
-
-def number(value: Any) -> float | None:
-    """`value` where it is a finite number, else None: a diverged run has no figure, and shows as a failure."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
-
-
-def failures_of(results: Results) -> list[dict[str, Any]]:
-    """Every cell without a figure, each with its reason: the failed, and those whose quality is not finite."""
-    failures = []
-    for cell in cells_of(results):
-        if not done(cell):
-            failures.append({**cell, "error": cell.get("error") or f"status {cell.get('status')!r}, no error given"})
-        elif cell["kind"] == "quality" and number(cell.get("value")) is None:
-            failures.append({**cell, "error": f"the run ended with {cell.get('metric')} = {cell.get('value')}"})
-    return failures
 
 
 def missing_sections(results: Results) -> list[str]:
@@ -286,35 +244,6 @@ def quality_against_state(results: Results, task: str) -> tuple[list[dict[str, A
         points.append({"mechanism": row["mechanism"], "state_bytes": row["state_bytes"], "context": context, **kept})
     higher = all(point["higher_is_better"] for point in points)
     return pareto(points, "state_bytes", "mean", higher_y=higher), left_out
-
-
-def write_atomically(path: str | Path, content: str | bytes) -> Path:
-    """The whole file or the old one: written beside the target, then put in its place."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(draft, path)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
-        advice = "make room or choose another folder; finished cells are kept"
-        raise OSError(error.errno, f"could not write it ({error.strerror}): {advice}", str(path)) from error
-    return path
-
-
-def write_json(results: Results, path: str | Path) -> Path:
-    """The results as strict JSON: a figure that is not finite becomes null."""
-    return write_atomically(path, json.dumps(_finite(results), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_csv(results: Results, path: str | Path) -> list[Path]:

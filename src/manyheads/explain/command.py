@@ -103,7 +103,7 @@ def _told() -> Any:
 
     from rich.console import Console
 
-    from manyheads.compare.progress import duration
+    from manyheads.runs.progress import duration
 
     console, begun = Console(stderr=True, highlight=False), time.perf_counter()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from manyheads.loading import Loaded, load_model
+from manyheads.hosts.loading import Loaded, load_model
 
 if TYPE_CHECKING:
     from manyheads.explain.views import View
@@ -37,8 +37,8 @@ class Explanation:
 
     def write(self, folder: str | Path) -> tuple[Path, Path]:
         """Writes explain.html and explain.json, each whole or not at all."""
-        from manyheads.compare.summary import write_atomically
         from manyheads.explain.views import write_page
+        from manyheads.runs.files import write_atomically
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def _image_values(
 
 def _defaults(loaded: Loaded, targeted: bool) -> tuple[str, ...]:
     """Methods that the model can have: of a manyheads mechanism there are weights, and nothing from inside."""
-    from manyheads.explain.taps import sites
+    from manyheads.hosts.taps import sites
     from manyheads.mechanism import Mechanism
 
     if any(isinstance(site.module, Mechanism) for site in sites(loaded.model)):
@@ -299,7 +299,6 @@ def _target(loaded: Loaded, target: str | None, answer: list[dict[str, Any]]) ->
 def _attention_views(
     loaded: Loaded, inputs: dict[str, Tensor], tokens: list[str], layers: Sequence[int] | None, page_mb: float
 ) -> tuple[list[View], dict[str, Any]]:
-    from manyheads.explain.taps import AttentionCall, record
     from manyheads.explain.views import (
         Panel,
         read_store,
@@ -310,6 +309,7 @@ def _attention_views(
         view_neurons,
     )
     from manyheads.explain.views import view_model as picture_of_all
+    from manyheads.hosts.taps import AttentionCall, record
 
     store = read_store(loaded.model, inputs, layers=layers, budget_mb=page_mb * 0.6, kind="self")
     panel = Panel(store, tokens)

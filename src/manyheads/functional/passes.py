@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from manyheads.functional.grouped import attend_grouped, attend_rows, grouped_mix, grouped_scores, masked_softmax
+from manyheads.functional.where import Where
 from manyheads.mechanism import Call
-from manyheads.softmax import Where
 
 
 def joined(call: Call, x: Tensor, causal: bool, **rows: Tensor) -> tuple[Where, tuple[Tensor, ...]]:

@@ -53,3 +53,12 @@ def rotate(x: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
         a, b = turned.chunk(2, -1)
         out = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
     return torch.cat((out.to(x.dtype), rest), -1) if rest.shape[-1] else out.to(x.dtype)
+
+
+def turn(keys: Tensor, by: Tensor, angles: Tensor) -> Tensor:
+    """Keys [..., d] moved on by so many positions; the first 2 * len(angles) features turn, in halves."""
+    half = angles.numel()
+    angle = by[..., None] * angles
+    cos, sin = angle.cos(), angle.sin()
+    left, right, rest = keys.double().split([half, half, keys.shape[-1] - 2 * half], -1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin, rest], -1).to(keys.dtype)

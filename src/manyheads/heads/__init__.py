@@ -3,10 +3,11 @@
 from manyheads.heads.formats import DuoPattern, read_duo, read_retrieval, write_duo, write_retrieval
 from manyheads.heads.gates import GateSettings, learn_gates
 from manyheads.heads.influence import Span, influence
-from manyheads.heads.inputs import Inputs
-from manyheads.heads.profile import Fingerprint, Profile, fingerprint
+from manyheads.heads.profile import Profile
 from manyheads.heads.retrieval import retrieval
 from manyheads.heads.scores import on_repeats, on_text
+from manyheads.hosts.fingerprint import Fingerprint, fingerprint
+from manyheads.hosts.probes import Inputs
 
 __all__ = [
     "DuoPattern",

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from manyheads.hosts.probes import read_text
+
 MEASURES = ("retrieval", "echo", "induction", "sink", "local", "gates", "influence")
 ON_REQUEST = ("previous", "duplicate")
 _SHORTEST = 64
@@ -56,15 +58,6 @@ def parse_measures(text: str) -> list[str]:
     return [name for name in known if name in wanted]
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise ValueError(f"--text {path} cannot be read: {error.strerror}") from None
-
-
 class Study:
     """The measurements of one model in one folder: what is there already stays, what is missing is measured."""
 
@@ -80,15 +73,16 @@ class Study:
         where: str = "the text",
         progress: Any = None,
     ):
-        from manyheads.heads.inputs import Inputs
-        from manyheads.heads.profile import Profile, fingerprint
-        from manyheads.heads.running import Progress
-        from manyheads.loading import load_model
-        from manyheads.shrink.compat import plan
+        from manyheads.heads.profile import Profile
+        from manyheads.hosts.families import layer_plans
+        from manyheads.hosts.fingerprint import fingerprint
+        from manyheads.hosts.loading import load_model
+        from manyheads.hosts.probes import Inputs
+        from manyheads.runs.steps import Progress
 
         self.out, self.steps, self.seed = out, steps, seed
         self.loaded = load_model(model)
-        plan(self.loaded.model)
+        layer_plans(self.loaded.model)
         self.length = _fitting(length, self.loaded.config, self.loaded.name)
         self.inputs = Inputs(self.loaded, seed=seed, text=text, where=where)
         self.text = "" if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -120,7 +114,7 @@ class Study:
 
     def _group(self, names: list[str], run: Callable[[list[str], int, dict[str, Any]], None]) -> None:
         """Measures that come from one run over the model; skipped where all are there with the same settings."""
-        from manyheads.heads.running import within_memory
+        from manyheads.runs.memory import within_memory
 
         if not names:
             return

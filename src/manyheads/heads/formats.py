@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.compare.store import write_durably
+from manyheads.runs.files import write_durably
 
 CONFIG, GATES = "config.json", "full_attention_heads.tsv"
 
@@ -48,8 +48,6 @@ def write_duo(folder: str | Path, pattern: DuoPattern) -> None:
 
 
 def read_duo(folder: str | Path) -> DuoPattern:
-    from manyheads.shrink import Duo
-
     folder = Path(folder)
     missing = [name for name in (CONFIG, GATES) if not (folder / name).is_file()]
     if missing:
@@ -63,10 +61,21 @@ def read_duo(folder: str | Path) -> DuoPattern:
         ) from (error)
     if not all(isinstance(size, int) and size >= 0 for size in sizes):
         raise ValueError(f"{folder / CONFIG}: sink_size and recent_size must be whole numbers from 0 on; got {sizes}")
-    gates = torch.tensor(Duo.read_gates(folder / GATES), dtype=torch.float64)
+    gates = torch.tensor(read_gates(folder / GATES), dtype=torch.float64)
     if not gates.isfinite().all():
         raise ValueError(f"{folder / GATES} has gates that are not finite: it is damaged, learn them again")
     return DuoPattern(gates.clamp(0, 1), sizes[0], sizes[1], config)
+
+
+def read_gates(path: str | Path) -> list[list[float]]:
+    """DuoAttention's full_attention_heads.tsv: a row of gates for every layer."""
+    try:
+        rows = [[float(cell) for cell in line.split()] for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path} is not a table of gates (one row of numbers per layer): {error}") from error
+    if not rows or len({len(row) for row in rows}) != 1:
+        raise ValueError(f"{path} is not a table of gates: rows have {sorted({len(row) for row in rows})} columns")
+    return rows
 
 
 def write_retrieval(path: str | Path, scores: Tensor) -> None:

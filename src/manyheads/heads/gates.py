@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.compare.store import write_durably
-from manyheads.heads.inputs import Inputs
-from manyheads.heads.profile import Fingerprint, fingerprint, read_tensors
-from manyheads.heads.running import Tell, device_of, frozen, silent
-from manyheads.shrink.attend import masked_attention, pack
+from manyheads.heads.profile import read_tensors
+from manyheads.hosts.attend import masked_attention, pack
+from manyheads.hosts.device import device_of, frozen
+from manyheads.hosts.fingerprint import Fingerprint, fingerprint
+from manyheads.hosts.probes import Inputs
+from manyheads.runs.files import write_durably
+from manyheads.runs.steps import Tell, silent
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 # Steps between checkpoints.
@@ -121,7 +123,7 @@ class GateRun:
         return [(length, number) for number in numbers]
 
     def loss(self, gates: Tensor, examples: list[tuple[int, int]]) -> Tensor:
-        from manyheads.explain.taps import tap
+        from manyheads.hosts.taps import tap
 
         needles = [self.inputs.needles(n, number, keys=self.inputs.room(n)) for n, number in examples]
         ids = torch.stack([needle.ids for needle in needles]).to(gates.device)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from manyheads.heads.inputs import Inputs
-from manyheads.heads.running import Tell, device_of, frozen, silent
+from manyheads.hosts.device import device_of, frozen
+from manyheads.hosts.probes import Inputs
+from manyheads.runs.steps import Tell, silent
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def influence(
 
 def of_sequence(model: Any, ids: Tensor, labels: Tensor, windows: Sequence[int], sink_size: int) -> Tensor:
     """[windows, layers, heads] for ids [n]; the loss is the mean over the tokens after the labelled ones, bool [n]."""
-    from manyheads.explain.taps import record
+    from manyheads.hosts.taps import record
 
     ids, labels = ids.to(device_of(model)), labels.to(device_of(model))
     with frozen(model), record(model, gradients=True, kind="self") as calls:

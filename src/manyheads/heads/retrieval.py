@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.heads.inputs import Inputs, Needles
-from manyheads.heads.running import Tell, device_of, silent
+from manyheads.hosts.device import device_of
+from manyheads.hosts.probes import Inputs, Needles
+from manyheads.runs.steps import Tell, silent
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _BEYOND = 8
@@ -61,7 +62,7 @@ def recall(wanted: Sequence[int], said: Sequence[int]) -> float:
 @torch.no_grad()
 def answer(inputs: Inputs, needle: Needles) -> tuple[Tensor, list[int]]:
     """The key that each head attends to most at every step [steps, layers, heads], and the tokens generated."""
-    from manyheads.explain.taps import tap
+    from manyheads.hosts.taps import tap
 
     model, device = inputs.loaded.model, device_of(inputs.loaded.model)
     prompt = needle.ids[: needle.asked[0][0]].to(device)

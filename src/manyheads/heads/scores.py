@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.heads.inputs import Inputs
-from manyheads.heads.running import Tell, device_of, silent
+from manyheads.hosts.device import device_of
+from manyheads.hosts.probes import Inputs
+from manyheads.runs.steps import Tell, silent
 
 REPEATED = ("echo", "induction")
 TEXTUAL = ("sink", "local", "previous", "duplicate")
@@ -80,7 +81,7 @@ class Meter:
 
 def measure(model: Any, sequences: Iterable[tuple[Tensor, dict[str, Rule]]]) -> dict[str, Tensor]:
     """One forward pass for every sequence of ids [n]; each rule's score [layers, heads]."""
-    from manyheads.explain.taps import tap
+    from manyheads.hosts.taps import tap
 
     meters: dict[str, Meter] = {}
     for ids, rules in sequences:

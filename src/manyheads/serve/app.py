@@ -23,10 +23,10 @@ from starlette.requests import Request
 
 from manyheads.explain.attributions import METHODS
 from manyheads.explain.explanation import TARGETED, UNTARGETED, encoded, explain_text
-from manyheads.explain.taps import sites
 from manyheads.explain.views.figures import view_text
 from manyheads.explain.views.page import page, safe_json, script, style
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
+from manyheads.hosts.taps import sites
 from manyheads.mechanism import Mechanism
 
 from .change import KINDS, MEASURES, Change, intervene

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manyheads.explain.explanation import Progress, _answer, _target, encoded, speaks
 from manyheads.explain.interventions import boost, calibrate, perturb, scaled
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
 
 # What is measured must run the changed model: weights that are read off a tap do not see the change of their own layer.
 MEASURES = ("leave-one-out", "input-gradient", "integrated-gradients", "saliency")

@@ -1,8 +1,8 @@
 """The ragged cache: transformers' cache interface over one ragged store per layer.
 
-`update` gives back a handle in the place of keys and values; the attention function registered in compat.py hands it
-the queries, and the layer attends group by group and then lets the policy drop what is over budget. With nothing
-dropped it is simply a cache that does not copy itself for every token.
+`update` gives back a handle in the place of keys and values; the attention function registered in hosts/attention.py
+hands it the queries, and the layer attends group by group and then lets the policy drop what is over budget. With
+nothing dropped it is simply a cache that does not copy itself for every token.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from manyheads.shrink import compat
-from manyheads.shrink.attend import Mask, Scoring, causal_attention, masked_attention, pack, with_bias
+from manyheads.hosts.attend import Mask, Scoring, causal_attention, masked_attention, pack, with_bias
+from manyheads.hosts.attention import Visibility, is_attached
+from manyheads.hosts.families import layer_plans
 from manyheads.shrink.compress import Pass, make_room, shrink
 from manyheads.shrink.store import Group, Store, room_for
 
 if TYPE_CHECKING:
-    from manyheads.shrink.policy import Policy
+    from manyheads.shrink.rules import Rules
 
 # Queries that look at one slice of a counted buffer, where a window or a chunk needs a mask.
 _BAND = 512
@@ -91,7 +92,7 @@ class RaggedLayer(CacheLayerMixin):
     def total(self) -> int:
         return self.seen
 
-    def attend(self, query: Tensor, scoring: Scoring, seen: compat.Visibility) -> Tensor:
+    def attend(self, query: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
         """query [b, h, n, d] -> [b, n, h, dv], as transformers' attention functions do."""
         packed = pack(query, sum(len(group.heads) for group in self.store.groups))
         part = None
@@ -110,13 +111,13 @@ class RaggedLayer(CacheLayerMixin):
             self.last = done.first_queries(0)
         return out.flatten(1, 2).transpose(1, 2).contiguous()
 
-    def _settle(self, seen: compat.Visibility) -> None:
+    def _settle(self, seen: Visibility) -> None:
         self.store.own(self.spare)
         if self.store.codec is not None:
             pending = sum(done.queries.shape[3] for done in self.recorded)
             self.store.codec.settle(self.store.groups, self.spare, seen.real, pending)
 
-    def ordinary(self, queries: Tensor, scoring: Scoring, seen: compat.Visibility) -> Tensor:
+    def ordinary(self, queries: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
         """Attention [b, g, r, n, dv] of the first queries of a pass, [b, g, r, n, d], to all that is held."""
         groups = self.store.groups
         if len(groups) == 1 and groups[0].in_order:
@@ -223,10 +224,10 @@ class RaggedLayer(CacheLayerMixin):
 class RaggedCache(Cache):
     """One RaggedLayer per layer of the model. Made by `policy.make_cache(model)`."""
 
-    def __init__(self, model: nn.Module, policy: Policy):
+    def __init__(self, model: nn.Module, policy: Rules):
         self.policy = policy
         self._model = weakref.ref(model)
-        plans = compat.plan(model)
+        plans = layer_plans(model)
         self.depth = len(plans)
         self.shared: dict[str, Any] = {}
         super().__init__(layers=[RaggedLayer(self, i, own.window) for i, own in enumerate(plans)])
@@ -251,7 +252,7 @@ class RaggedCache(Cache):
 
     def check_attached(self) -> None:
         model = self._model()
-        if model is not None and not compat.is_attached(model):
+        if model is not None and not is_attached(model):
             raise ValueError(
                 f"{type(model).__name__} no longer attends through ragged caches (its `with` block has ended): "
                 "use the cache inside the block, or make it with policy.make_cache(model)"
@@ -275,7 +276,7 @@ def _without_last(passes: list[Pass], count: int) -> list[Pass]:
     return left[::-1]
 
 
-def _attend_group(queries: Tensor, group: Group, scoring: Scoring, seen: compat.Visibility) -> Tensor:
+def _attend_group(queries: Tensor, group: Group, scoring: Scoring, seen: Visibility) -> Tensor:
     if group.codec is not None:
         return group.codec.attend(group, queries, scoring, seen)
     keys, values = group.view("keys"), group.view("values")
@@ -293,7 +294,7 @@ def _attend_group(queries: Tensor, group: Group, scoring: Scoring, seen: compat.
     return masked_attention(queries, keys, values, scoring, lambda rows: with_bias(seen.allowed(rows, slots), bias))
 
 
-def _bands(queries: Tensor, group: Group, scoring: Scoring, seen: compat.Visibility) -> Tensor:
+def _bands(queries: Tensor, group: Group, scoring: Scoring, seen: Visibility) -> Tensor:
     """Counted slots: every block of queries reads only the keys between its window's start and its own last token."""
     assert group.first is not None
     keys, values, slots = group.view("keys"), group.view("values"), group.slots()
@@ -315,6 +316,6 @@ def _bands(queries: Tensor, group: Group, scoring: Scoring, seen: compat.Visibil
     return out[0] if len(out) == 1 else torch.cat(out, 3)
 
 
-def _shifted(seen: compat.Visibility, start: int, slots: Tensor) -> Mask:
+def _shifted(seen: Visibility, start: int, slots: Tensor) -> Mask:
     """The mask of a block that begins at query `start`."""
     return lambda rows: seen.allowed(slice(rows.start + start, rows.stop + start), slots)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from manyheads.loading import Loaded
+    from manyheads.hosts.loading import Loaded
     from manyheads.shrink.variants import Budget, Profiles, Variant
 
 TASKS = ("passkey", "needle", "recall", "perplexity")
@@ -55,7 +55,7 @@ def shrink(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Shrink a model's KV cache, and tell what that saves and what it costs. Stopped runs go on where they were."""
-    from manyheads.heads.command import read_text
+    from manyheads.hosts.probes import read_text
 
     wanted = parse_tasks(tasks)
     budgets = read_budgets(budget_tokens, budget_bytes, compression_ratio)
@@ -69,8 +69,9 @@ def shrink(
     content = None if text is None else read_text(text)
     loaded = load(model, device, dtype)
 
-    from manyheads.shrink.questions import Questions
-    from manyheads.shrink.run import Plan, Study, run_study
+    from manyheads.hosts.questions import Questions
+    from manyheads.shrink.plan import Plan
+    from manyheads.shrink.run import Study, run_study
     from manyheads.shrink.variants import Profiles
 
     variants = choose_variants(policy, budgets, Profiles(loaded, heads), sweep)
@@ -82,7 +83,7 @@ def shrink(
 
 
 def tell(results: dict[str, Any], out: Path, as_json: bool) -> None:
-    from manyheads.compare.summary import done
+    from manyheads.runs.results import done
     from manyheads.shrink.summary import print_summary, summarise
 
     if as_json:
@@ -99,7 +100,7 @@ def load(name: str | None, device: str, dtype: str) -> Loaded:
     """The model in eval mode on its device, with nothing said about it but errors."""
     import torch
 
-    from manyheads.loading import load_model
+    from manyheads.hosts.loading import load_model
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from manyheads.shrink.attend import Scoring, probabilities, query_blocks, received, with_bias
+from manyheads.hosts.attend import Scoring, probabilities, query_blocks, received, with_bias
 from manyheads.shrink.store import Group
 
 if TYPE_CHECKING:
-    from manyheads.shrink.compat import Visibility
+    from manyheads.hosts.attention import Visibility
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.compare.measure import memory_meter, trim_memory
-from manyheads.heads.running import device_of
-from manyheads.shrink import compat
+from manyheads.hosts.device import device_of
+from manyheads.hosts.generation import library_cache
+from manyheads.hosts.questions import Trial
+from manyheads.runs.memory import memory_meter, trim_memory
 from manyheads.shrink.cache import RaggedCache
 from manyheads.shrink.policy import Policy, release
-from manyheads.shrink.questions import Trial
 
 # Tokens of all rows of a batch together.
 TOKENS_AT_ONCE = 16_384
@@ -37,7 +37,7 @@ See = Callable[[int, Tensor], None]
 def filled(model: Any, policy: Policy | None) -> Iterator[Any]:
     """A new cache of the policy, for as long as the model attends through it; or the dense cache."""
     if policy is None:
-        yield compat.library_cache(model)
+        yield library_cache(model)
         return
     cache = policy.make_cache(model)
     try:

@@ -11,39 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+
+from manyheads.hosts.attention import attach, detach, is_attached
+from manyheads.hosts.generation import check_supported, intercepted
+from manyheads.shrink.rules import Rules
 
 if TYPE_CHECKING:
-    from manyheads.shrink.attend import Scoring
     from manyheads.shrink.cache import RaggedCache
-    from manyheads.shrink.compat import Visibility
-    from manyheads.shrink.compress import View
-    from manyheads.shrink.quantised import Codec
-    from manyheads.shrink.store import Group
-
-PER = ("head", "layer", "model")
-WHEN = ("prefill", "decode", "both")
-
-
-class Allocation(Protocol):
-    """How a budget is shared out, given the mean [b or 1] per head; entries in, entries out."""
-
-    def of_layer(self, mean: Tensor, layer: int, layers: int, count: Tensor) -> Tensor: ...
-
-    def of_heads(self, scores: Tensor, targets: Tensor) -> Tensor: ...
-
-
-class Storage(Protocol):
-    """How keys and values are held where not as they are: see quantised.py."""
-
-    @property
-    def residual(self) -> int: ...
-
-    def codec(self) -> Codec: ...
 
 
 class Active:
@@ -54,182 +32,31 @@ class Active:
 
 
 @dataclass(kw_only=True)
-class Policy:
-    """Budget and moment, common to all policies. At most one budget; none keeps everything.
-
-    compression_ratio: the share of the tokens that is dropped (0.75 keeps a quarter). budget_tokens: entries for each
-    KV head on average; budget_bytes: bytes for the whole cache; budget_per="head", "layer" or "model" counts either
-    otherwise.
-    when: at prefill (passes of several tokens), at decode (single tokens), or both. interval: decoding lets a head grow
-    this many entries over before it is cut back. storage: Quantised(bits=4) holds keys and values as codes.
-    """
-
-    compression_ratio: float | None = None
-    budget_tokens: int | None = None
-    budget_bytes: int | None = None
-    budget_per: str | None = None
-    when: str = "both"
-    interval: int = 1
-    allocation: Allocation | None = None
-    storage: Storage | None = None
-
-    # Numbers kept beside every entry.
-    notes: ClassVar[tuple[str, ...]] = ()
-    # Room is made before a token comes, so that no query sees more than the budget; the rule then has no new query.
-    evicts_before: ClassVar[bool] = False
-    # Entries carry a note "bias", which is added to their scores: the logarithm of how many tokens each stands for.
-    weighted: ClassVar[bool] = False
-    # Nothing is dropped: budget_tokens says how many entries a query reads of each head, and `read` which.
-    reads: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        if self.reads:
-            self._check_reads()
-        given = {
-            key: getattr(self, key)
-            for key in ("compression_ratio", "budget_tokens", "budget_bytes")
-            if getattr(self, key) is not None
-        }
-        if len(given) > 1:
-            raise ValueError(f"{name}: one budget, please; got {', '.join(given)}")
-        ratio = self.compression_ratio
-        if ratio is not None and not 0 <= ratio < 1:
-            raise ValueError(f"{name}: compression_ratio is the share that is dropped, from 0 to below 1; got {ratio}")
-        for key in ("budget_tokens", "budget_bytes"):
-            if key in given and (not isinstance(given[key], int) or given[key] < 1):
-                raise ValueError(f"{name}: {key} must be a whole number of at least 1; got {given[key]!r}")
-        if self.budget_per is not None and self.budget_per not in PER:
-            raise ValueError(f"{name}: budget_per is one of {', '.join(PER)}; got {self.budget_per!r}")
-        if self.budget_per is not None and self.budget_tokens is None and self.budget_bytes is None:
-            raise ValueError(f"{name}: budget_per says what budget_tokens or budget_bytes counts; give one of them")
-        if self.when not in WHEN:
-            raise ValueError(f"{name}: when is one of {', '.join(WHEN)}; got {self.when!r}")
-        if not isinstance(self.interval, int) or self.interval < 1:
-            raise ValueError(f"{name}: interval must be a whole number of tokens of at least 1; got {self.interval!r}")
-        _check_storage(name, self.storage)
-        if self.budget_tokens is not None and self.budget_per in (None, "head") and self.budget_tokens < self.smallest:
-            raise ValueError(
-                f"{name}: budget_tokens={self.budget_tokens} is below the {self.smallest} that it always keeps"
-            )
-
-    def _check_reads(self) -> None:
-        name = type(self).__name__
-        for field in fields(Policy):
-            if field.name != "budget_tokens" and getattr(self, field.name) != field.default:
-                raise ValueError(
-                    f"{name} keeps everything as it came, so {field.name}={getattr(self, field.name)!r} "
-                    "has no meaning; budget_tokens says how many entries are read"
-                )
-
-    # What a policy says.
-
-    @property
-    def smallest(self) -> int:
-        """Entries that a head keeps whatever the budget: protected ones, and one more."""
-        return 1
-
-    @property
-    def is_full(self) -> bool:
-        none = self.compression_ratio is None and self.budget_tokens is None and self.budget_bytes is None
-        return none or self.reads
-
-    def score(self, view: View) -> Tensor:
-        """[b, g, m], higher stays longer."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has a budget and no rule: use a policy such as StreamingLLM, or override `score`"
-        )
-
-    def observe(self, view: View) -> None:
-        """Called after every pass, for notes that add up."""
-
-    def merge(self, view: View, keep: Tensor) -> Tensor:
-        """Called before entries are dropped, with those that stay, keep [b, g, m]: may overwrite entries by view.put
-        and name others that stay, as many of them."""
-        return keep
-
-    def read(self, layer: Any, queries: Tensor, group: Group, scoring: Scoring, seen: Visibility) -> Tensor | None:
-        """Where `reads`: attention [b, g, r, n, dv] of queries [b, g, r, n, d] to the entries that they choose, None
-        for the ordinary attention. layer.memo holds what the layer keeps, layer.shared what layers share in a pass,
-        layer.read how many entries a query read of each head."""
-        return None
-
-    def prepare(self, model: Any, cache: RaggedCache) -> None:
-        """Called once for every new cache."""
-
-    def placed(self, layer: Any, view: View) -> None:
-        """Called for every group of heads after entries were dropped."""
-
-    def targets(self, mean: Tensor, layer: Any, heads: int) -> Tensor:
-        """[b or 1, H]: entries for every head, from their mean [b or 1]."""
-        return mean.long()[:, None].expand(-1, heads).clamp_min(self.smallest)
-
-    # What the cache asks.
-
-    def acts(self, decoding: bool) -> bool:
-        return self.when == "both" or self.when == ("decode" if decoding else "prefill")
-
-    def mean_target(self, layer: Any, view: View) -> Tensor:
-        """[b or 1]: entries per head, on average."""
-        if self.compression_ratio is not None:
-            # As exact as the ratio was written: 10 tokens less a ratio of 0.9 is one token, not 0.99999.
-            return (view.count.cpu().double() * (1 - self.compression_ratio) + 1e-9).floor()
-        return torch.tensor([self.fixed_target(layer)], dtype=torch.float64)
-
-    def fixed_target(self, layer: Any) -> float:
-        groups = layer.store.groups
-        heads = sum(len(group.heads) for group in groups)
-        if self.budget_tokens is not None:
-            share = {"head": 1, "layer": heads, "model": heads * layer.layers}[self.budget_per or "head"]
-            return self._enough(self.budget_tokens / share, "budget_tokens", self.budget_tokens)
-        assert self.budget_bytes is not None
-        batch = groups[0].rows["keys"].shape[0]
-        fixed = 0 if layer.store.codec is None else layer.store.codec.fixed_nbytes()
-        share = {"head": 1, "layer": heads, "model": heads * layer.layers}[self.budget_per or "model"]
-        # The interval's entries are held too.
-        entries = (self.budget_bytes / share / batch - fixed) / layer.store.entry_nbytes() - self.interval
-        return self._enough(entries, "budget_bytes", self.budget_bytes)
-
-    def _enough(self, entries: float, name: str, value: int) -> float:
-        if entries < self.smallest:
-            raise ValueError(
-                f"{type(self).__name__}: {name}={value} comes to {max(0, int(entries))} entries per head; "
-                f"it always keeps {self.smallest}"
-            )
-        return entries
-
-    def room(self, layer: Any) -> int | None:
-        """Entries of room beyond a fixed budget that decoding keeps to; None where heads go on growing."""
-        fixed = not self.reads and (self.budget_tokens is not None or self.budget_bytes is not None)
-        return self.interval if fixed and self.acts(decoding=True) else None
-
-    # What users call.
+class Policy(Rules):
+    __doc__ = Rules.__doc__
 
     def make_cache(self, model: nn.Module) -> RaggedCache:
         """A cache for model.generate(past_key_values=...) or model(...). The model then attends through ragged layers
         whenever it is given one, and as before otherwise; `release(model)` undoes that."""
-        from manyheads.shrink import compat
         from manyheads.shrink.cache import RaggedCache
 
         self.check(model)
-        compat.attach(model)
+        attach(model)
         return RaggedCache(model, self)
 
     def check(self, model: nn.Module) -> None:
         """A ValueError with the reason, if the model's cache cannot be shrunk this way."""
-        from manyheads.shrink import compat
         from manyheads.shrink.cache import RaggedCache
 
-        compat.check_supported(model, lambda own: RaggedCache(own, Policy()))
+        check_supported(model, lambda own: RaggedCache(own, Policy()))
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[Active]:
         """Every call of the model inside gets a cache of this policy; afterwards the model is as it was."""
-        from manyheads.shrink import compat
         from manyheads.shrink.cache import RaggedCache
 
         self.check(model)
-        active, before = Active(), compat.is_attached(model)
+        active, before = Active(), is_attached(model)
 
         def ours(given: Any) -> RaggedCache:
             if given is not None and not isinstance(given, RaggedCache):
@@ -240,27 +67,15 @@ class Policy:
             active.cache = given if given is not None else RaggedCache(model, self)
             return active.cache
 
-        compat.attach(model)
+        attach(model)
         try:
-            with compat.intercepted(model, ours):
+            with intercepted(model, ours):
                 yield active
         finally:
             if not before:
-                compat.detach(model)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None
-        }
-
-
-def _check_storage(name: str, storage: Any) -> None:
-    if storage is not None and not callable(getattr(storage, "codec", None)):
-        raise ValueError(f"{name}: storage is Quantised(bits=4), Quantised(bits=8) or nothing; got {storage!r}")
+                detach(model)
 
 
 def release(model: nn.Module) -> None:
     """Gives a model that make_cache changed its own attention back."""
-    from manyheads.shrink import compat
-
-    compat.detach(model)
+    detach(model)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from manyheads.shrink.attend import Scoring, masked_scores, with_bias
+from manyheads.hosts.attend import Scoring, masked_scores, with_bias
 from manyheads.shrink.store import Group, Spare
 
 if TYPE_CHECKING:
-    from manyheads.shrink.compat import Visibility
+    from manyheads.hosts.attention import Visibility
 
 # Numbers decoded at a time, for all heads together: 1 MiB of float32, which stays in a core's cache.
 BLOCK = 2**18

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from manyheads.compare.charts import BYTES, Plot, theme
-from manyheads.compare.report import cells_html, charts_html, failures_html, settings_html, table_html, write_page
-from manyheads.compare.summary import Results, cells_of, done, write_json
-from manyheads.shrink.run import DENSE
+from manyheads.runs.charts import BYTES, Plot, theme
+from manyheads.runs.page import cells_html, charts_html, failures_html, settings_html, table_html, write_page
+from manyheads.runs.results import Results, cells_of, done, write_json
+from manyheads.shrink.plan import DENSE
 from manyheads.shrink.summary import ANSWERED, Row, depth_table, headline, summarise, summary_table
 
 NOTES = (

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import manyheads
-from manyheads.compare import worker
-from manyheads.compare.cells import Cell
-from manyheads.compare.progress import Progress, duration
-from manyheads.compare.store import Store, now
-from manyheads.compare.summary import SCHEMA
-from manyheads.environment import environment
-from manyheads.heads.profile import fingerprint
-from manyheads.loading import Loaded
-from manyheads.shrink import compat
+from manyheads.hosts.families import layer_plans
+from manyheads.hosts.fingerprint import fingerprint
+from manyheads.hosts.loading import Loaded
+from manyheads.hosts.questions import Questions, Trial
+from manyheads.runs.cells import Cell
+from manyheads.runs.environment import environment
+from manyheads.runs.loop import Outcome, here, public, run_cells
+from manyheads.runs.outcome import outcome_of
+from manyheads.runs.progress import Progress, duration
+from manyheads.runs.results import SCHEMA
+from manyheads.runs.store import Store, now
 from manyheads.shrink.measure import (
     Reference,
     follow,
@@ -29,45 +30,10 @@ from manyheads.shrink.measure import (
     take_reference,
     windows_cut,
 )
+from manyheads.shrink.plan import DENSE, DEPTHS, GREEDY, REPEATS, STEPS, TAIL, WINDOWS, Plan
 from manyheads.shrink.policy import Policy
-from manyheads.shrink.questions import Questions, Trial
+from manyheads.shrink.report import write_outputs
 from manyheads.shrink.variants import Variant
-
-TASKS = ("passkey", "needle", "recall", "perplexity")
-DENSE = "dense"
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-# Text continued token by token, and greedy continuations.
-TAIL, GREEDY = 128, 48
-WINDOWS = 4
-# One-token steps and repeats of a timed run.
-STEPS, REPEATS = 24, 3
-_PRIVATE = ("traceback", "stop", "machine")
-Outcome = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure. ask: 'after' gives questions token by token, 'within' puts them into the prompt."""
-
-    variants: list[Variant]
-    tasks: tuple[str, ...] = TASKS
-    lengths: tuple[int, ...] = (512, 1024, 2048)
-    trials: int = 2
-    ask: str = "after"
-    seed: int = 0
-
-    @property
-    def context(self) -> int:
-        """Tokens of the windows of text, and of the prompt that is timed."""
-        return max(self.lengths)
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "policies": [variant.title for variant in self.variants],
-            **{key: list(getattr(self, key)) for key in ("tasks", "lengths")},
-            **{key: getattr(self, key) for key in ("trials", "ask", "seed")},
-            "depths": list(DEPTHS),
-        }
 
 
 class Study:
@@ -81,7 +47,7 @@ class Study:
     def _check(self) -> None:
         """What would fail in every cell is said before the first."""
         model, plan = self.loaded.model, self.plan
-        compat.plan(model)
+        layer_plans(model)
         most = getattr(self.loaded.config, "max_position_embeddings", None)
         if most is not None and max(plan.lengths) + STEPS > most:
             raise ValueError(
@@ -174,7 +140,7 @@ class Study:
 def _probe(model: Any, variant: Variant, trial: Trial) -> None:
     import torch
 
-    from manyheads.heads.running import device_of
+    from manyheads.hosts.device import device_of
 
     def unseen(i: int, logits: Any) -> None:
         pass
@@ -203,11 +169,11 @@ class Shown(Progress):
 
 def run_study(study: Study, out: str | Path, *, retry_failed: bool = False) -> dict[str, Any]:
     """Runs what is not stored in `out` yet, writes report.json and report.html there, and returns the results."""
-    from manyheads.shrink.report import write_outputs
-
     with Store(out) as store:
         store.save_experiment(study.plan.describe(), environment())
-        outcomes = _outcomes(study, store, Path(out), retry_failed)
+        outcomes = run_cells(
+            study.cells, store, here(lambda cell: run_cell(study, cell)), Shown, retry_failed=retry_failed
+        )
         results = {
             "schema": SCHEMA,
             "manyheads": manyheads.__version__,
@@ -219,51 +185,14 @@ def run_study(study: Study, out: str | Path, *, retry_failed: bool = False) -> d
                 for own in study.plan.variants
             ],
             "experiment": study.plan.describe(),
-            "cells": [{k: v for k, v in own.items() if k not in _PRIVATE} for own in outcomes],
+            "cells": public(outcomes),
         }
         write_outputs(results, Path(out))
     return results
 
 
-def _outcomes(study: Study, store: Store, out: Path, retry_failed: bool) -> list[Outcome]:
-    cells = study.cells
-    held = {cell.key: store.load(cell) for cell in cells}
-    stored = {k: v for k, v in held.items() if v is not None and not (retry_failed and v["status"] == "failed")}
-    seen = Shown(cells)
-    for warning in store.warnings:
-        seen.note(f"warning: {warning}")
-    outcomes: list[Outcome] = []
-    try:
-        for cell in cells:
-            if cell.key in stored:
-                outcomes.append(stored[cell.key])
-                seen.known(cell, outcomes[-1])
-                continue
-            seen.begin(cell)
-            outcomes.append(run_cell(study, cell))
-            store.save(cell, outcomes[-1])
-            seen.end(cell, outcomes[-1])
-    except BaseException:
-        seen.close()
-        seen.note(
-            f"stopped with {len(outcomes)} of {len(cells)} cells finished and kept in {out}; "
-            "run the same command again to go on from there"
-        )
-        raise
-    seen.close()
-    return outcomes
-
-
 def run_cell(study: Study, cell: Cell) -> Outcome:
-    """Whatever happens becomes a row: a cell that runs out of memory leaves the others alone."""
-    began = time.perf_counter()
-    outcome: Outcome = {**cell.row, "status": "done", "error": None}
-    try:
-        with worker.memory_bounded():
-            outcome |= study.measure(cell)
-    except Exception as error:
-        outcome |= worker.failure(error)
-    return outcome | {"seconds": time.perf_counter() - began, "machine": worker.machine()}
+    return {**cell.row, **outcome_of(lambda: study.measure(cell))}
 
 
 def _model_facts(loaded: Loaded) -> dict[str, Any]:

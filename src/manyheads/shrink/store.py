@@ -8,13 +8,14 @@ Order inside a buffer means nothing once slots are explicit: an evicted entry's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from manyheads.shrink.quantised import Codec
+    from manyheads.hosts.attend import Scoring
+    from manyheads.hosts.attention import Visibility
 
 # Room for tokens to come: a 32nd of what is held. Growing then copies 32 entries per token, a trifle beside the
 # attention that reads them all, and memory never stands more than 3% above need.
@@ -295,3 +296,34 @@ def _join(parts: Iterable[Group]) -> Group:
     joined = Group(heads, rows, parts[0].length, first=None, filled=all(part.filled for part in parts))
     joined.codec = parts[0].codec
     return joined
+
+
+class Codec(Protocol):
+    """What codes the keys and values of one layer; see quantised.py."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def value_dim(self) -> int: ...
+
+    def entry_nbytes(self) -> int: ...
+
+    def fixed_nbytes(self) -> int: ...
+
+    def adopt(self, new: dict[str, Tensor], slot: int) -> None: ...
+
+    def take(self, new: dict[str, Tensor], slot: int) -> dict[str, Tensor]: ...
+
+    def settle(self, groups: list[Group], spare: Spare, real: Callable[[Tensor], Tensor], pending: int) -> None: ...
+
+    def truncate(self, end: int) -> None: ...
+
+    def on_batch(self, change: Callable[[Tensor], Tensor]) -> None: ...
+
+    def view(self, group: Group, name: str) -> Tensor: ...
+
+    def pick(self, group: Group, name: str, at: Tensor) -> Tensor: ...
+
+    def put(self, group: Group, name: str, at: Tensor, new: Tensor) -> None: ...
+
+    def attend(self, group: Group, queries: Tensor, scoring: Scoring, seen: Visibility) -> Tensor: ...

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from manyheads.compare.summary import Cell, Results, cells_of, done, number
-from manyheads.compare.tables import Column, Entry, bytes_text, failure_lines, rich_table, seconds_text
-from manyheads.shrink.run import DENSE
+from manyheads.runs.results import Cell, Results, cells_of, done, number
+from manyheads.runs.tables import Column, Entry, bytes_text, failure_lines, rich_table, seconds_text
+from manyheads.shrink.plan import DENSE
 
 ANSWERED = {"passkey": "Passkey", "needle": "Needle", "recall": "Recall"}
 NEAR = 0.95  # of the dense cache's share of right answers

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from manyheads import shrink
-from manyheads.compare.command import parse_name
-from manyheads.loading import BUNDLED, Loaded
+from manyheads.hosts.loading import BUNDLED, Loaded
+from manyheads.runs.names import parse_name
 from manyheads.shrink import policies
 from manyheads.shrink.policy import Policy
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from manyheads.explain.attributions.feed import Feed, Position, Score, Target, logits_of, places, score_of, still
 from manyheads.explain.attributions.grid import prefix
-from manyheads.explain.taps import AttentionCall, Site, record, sites
+from manyheads.hosts.taps import AttentionCall, Site, record, sites
 
 Fuse = Literal["mean", "max", "min"]
 FUSES = ("mean", "max", "min")

@@ -13,7 +13,7 @@ from manyheads.explain.attributions.base import Attributed, Attribution, Trace, 
 from manyheads.explain.attributions.feed import Feed, Position, Target
 from manyheads.explain.attributions.grid import prefix
 from manyheads.explain.attributions.raw import pick
-from manyheads.explain.taps import sites
+from manyheads.hosts.taps import sites
 
 
 class GradCAM(Attribution):

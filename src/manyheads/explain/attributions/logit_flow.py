@@ -14,7 +14,7 @@ from manyheads.explain.attributions.base import Attributed, Attribution, Trace, 
 from manyheads.explain.attributions.feed import Feed, Position, Target, per_row, places, still
 from manyheads.explain.attributions.frozen import Frozen, freeze, is_norm
 from manyheads.explain.attributions.writes import Write, writes
-from manyheads.explain.taps import AttentionCall
+from manyheads.hosts.taps import AttentionCall
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from manyheads.explain.attributions.base import Attributed, Attribution, Step, Trace, blocks, check_fuse, fused, size
 from manyheads.explain.attributions.feed import Feed, Position, Target
-from manyheads.explain.taps import AttentionCall
+from manyheads.hosts.taps import AttentionCall
 
 
 class Rollout(Attribution):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.explain.taps import AttentionCall
+from manyheads.hosts.taps import AttentionCall
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from manyheads.explain.detectors.reading import Measure, read
 from manyheads.explain.detectors.subject import Samples, Subject
 from manyheads.explain.detectors.table import Detector, HeadTable
 from manyheads.heads import Inputs, retrieval
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
 
 _SHARE = 0.5
 _MASSES = {

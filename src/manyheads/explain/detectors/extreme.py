@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from manyheads.explain.detectors.patterns import tokens
 from manyheads.explain.detectors.reading import Measure, Rows
 from manyheads.explain.detectors.subject import Sample, Subject
-from manyheads.explain.taps import AttentionCall
+from manyheads.hosts.taps import AttentionCall
 
 
 class Dormant(Measure):

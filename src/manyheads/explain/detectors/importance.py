@@ -24,8 +24,8 @@ from torch.nn.functional import cross_entropy
 from manyheads.explain.attributions.feed import still
 from manyheads.explain.detectors.reading import even
 from manyheads.explain.detectors.subject import Sample, Samples, Subject
-from manyheads.explain.taps import AttentionCall, record, tap
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
+from manyheads.hosts.taps import AttentionCall, record, tap
 
 # The model's output and its inputs by name -> one number.
 Loss = Callable[[Any, dict[str, Any]], Tensor]

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from manyheads.explain.attributions.feed import Feed
 from manyheads.explain.attributions.writes import Write, writes
 from manyheads.explain.detectors.subject import Subject
-from manyheads.explain.taps import AttentionCall, Site, record, tap
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
+from manyheads.hosts.taps import AttentionCall, Site, record, tap
 
 # Numbers in one block of projected tokens, and rows in one pass.
 _BLOCK = 2**24

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from manyheads.explain.detectors.reading import Measure, even, read
 from manyheads.explain.detectors.subject import Sample, Samples, Subject
-from manyheads.explain.taps import AttentionCall
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
+from manyheads.hosts.taps import AttentionCall
 
 LAMBDA = 5.0
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from manyheads.explain.attributions.feed import Feed, still
 from manyheads.explain.detectors.subject import Subject
-from manyheads.explain.taps import AttentionCall, tap
-from manyheads.loading import Loaded
-from manyheads.shrink.attend import Scoring
+from manyheads.hosts.attend import Scoring
+from manyheads.hosts.loading import Loaded
+from manyheads.hosts.taps import AttentionCall, tap
 
 Head = tuple[int, int]
 # The model's output -> one number per row [b], or one number.

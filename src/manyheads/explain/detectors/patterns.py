@@ -24,7 +24,6 @@ from manyheads.explain.attributions.feed import Feed
 from manyheads.explain.attributions.grid import patches, prefix
 from manyheads.explain.detectors.reading import Measure, Rows, even, row_blocks, shares
 from manyheads.explain.detectors.subject import Sample, Subject, sees_ahead
-from manyheads.explain.taps import BLOCK_WEIGHTS
 from manyheads.heads.scores import (
     SINKS,
     Rule,
@@ -35,6 +34,7 @@ from manyheads.heads.scores import (
     last_tokens,
     token_before,
 )
+from manyheads.hosts.taps import BLOCK_WEIGHTS
 
 _LANCZOS = 24
 

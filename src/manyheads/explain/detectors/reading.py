@@ -16,7 +16,7 @@ from torch import Tensor
 
 from manyheads.explain.attributions.base import blocks
 from manyheads.explain.detectors.subject import Sample, Subject
-from manyheads.explain.taps import AttentionCall, tap
+from manyheads.hosts.taps import AttentionCall, tap
 
 
 class Measure:

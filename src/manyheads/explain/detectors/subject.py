@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.explain.attributions.feed import Feed
-from manyheads.explain.taps import AttentionCall, Site, sites
-from manyheads.heads.inputs import Inputs
-from manyheads.heads.running import device_of
-from manyheads.loading import Loaded
+from manyheads.hosts.device import device_of
+from manyheads.hosts.loading import Loaded
+from manyheads.hosts.probes import Inputs
+from manyheads.hosts.taps import AttentionCall, Site, sites
 from manyheads.mechanism import Mechanism
 
 # Tokens that random text of a model without a tokenizer is drawn from: few, so that they come again.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 import manyheads
-from manyheads.compare.store import write_durably
-from manyheads.heads.profile import Profile, fingerprint, read_tensors
+from manyheads.heads.profile import Profile, read_tensors
+from manyheads.hosts.fingerprint import fingerprint
+from manyheads.runs.files import write_durably
 
 FORMAT = "manyheads head table"
 SCHEMA = 1

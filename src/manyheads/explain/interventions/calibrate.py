@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.explain.interventions.common import Heads, changed, check_share
-from manyheads.explain.taps import AttentionCall
+from manyheads.hosts.taps import AttentionCall
 
 
 def real_keys(call: AttentionCall) -> Tensor:

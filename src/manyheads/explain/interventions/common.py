@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.explain.taps import AttentionCall, sites, tap
+from manyheads.hosts.taps import AttentionCall, sites, tap
 
 # (layer, query head) pairs, as detectors name them.
 Heads = Sequence[tuple[int, int]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manyheads.explain.interventions.common import companions, heads_by_layer
-from manyheads.explain.taps import AttentionCall, tap
+from manyheads.hosts.taps import AttentionCall, tap
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def juice(model: Any, scales: Mapping[tuple[int, int], float]) -> Iterator[None]
 def head_effects(model: Any, input_ids: Tensor, wanted: Tensor, unwanted: Tensor, scale: float = 1.0) -> Tensor:
     """[layers, heads]: how much strengthening each head by juice moves the last token's log p(wanted) - log
     p(unwanted), ids [b] each, on average; high: the head speaks for wanted. One run per head."""
-    from manyheads.explain.taps import sites
+    from manyheads.hosts.taps import sites
 
     def margin() -> Tensor:
         logits = model(input_ids, use_cache=False).logits[:, -1].log_softmax(-1)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.explain.taps import AttentionCall, tap
-from manyheads.shrink.attend import probabilities
+from manyheads.hosts.attend import probabilities
+from manyheads.hosts.taps import AttentionCall, tap
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def position_invariant(model: Any, documents: Sequence[tuple[int, int]]) -> Iter
     if len(spans) < 2:
         yield
         return
-    from manyheads.shrink.compat import rotations
+    from manyheads.hosts.families import rotations
 
     angles = rotations(model)
 
@@ -139,6 +139,6 @@ def _shifts(query: Tensor, keys: Tensor, scale: float, spans: list[tuple[int, in
 
 def _turn(rows: Tensor, by: Tensor, angle: Tensor) -> Tensor:
     """Rows [..., n, d] moved on by so many positions [n] or [..., n]."""
-    from manyheads.shrink.policies.streaming import turn
+    from manyheads.functional.rotary import turn
 
     return turn(rows, by.to(rows.device).double(), angle.to(rows.device))

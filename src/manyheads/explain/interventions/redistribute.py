@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.explain.interventions.common import check_share, positions
-from manyheads.explain.taps import AttentionCall, sites, tap
+from manyheads.hosts.taps import AttentionCall, sites, tap
 
 
 @contextmanager

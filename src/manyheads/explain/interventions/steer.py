@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.explain.interventions.common import Heads, changed
-from manyheads.explain.taps import AttentionCall
+from manyheads.hosts.taps import AttentionCall
 
 Offsets = Mapping[tuple[int, int], Tensor]
 
@@ -98,7 +98,7 @@ def pick_heads(
 ) -> list[tuple[int, int]]:
     """LoFiT's first step: a learned scale per head, o' = (1 + a_h) o_h, with an L1 penalty on a; the heads of greatest
     |a_h|. The paper scales every feature of a head and takes the vector's norm; here one number stands for the head."""
-    from manyheads.explain.taps import record
+    from manyheads.hosts.taps import record
 
     with torch.no_grad(), record(model, kind="self") as calls:
         model(input_ids[:1, :1], use_cache=False)
@@ -120,7 +120,7 @@ def pick_heads(
 
 @torch.no_grad()
 def _head_width(model: Any, token: Tensor) -> int:
-    from manyheads.explain.taps import record
+    from manyheads.hosts.taps import record
 
     with record(model, kind="self", layers=[0]) as calls:
         model(token, use_cache=False)

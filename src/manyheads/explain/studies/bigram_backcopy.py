@@ -16,7 +16,7 @@ from manyheads.explain.studies.tiny import Look, TinyTransformer, shares
 from manyheads.tasks.draw import generator
 
 if TYPE_CHECKING:
-    from manyheads.compare.charts import Plot
+    from manyheads.runs.charts import Plot
 
 START = 0  # <s>, first in every sequence and nowhere else
 

@@ -31,9 +31,9 @@ def study(
             typer.echo(f"{own.name:<20} {own.title}, {own.reference}")
         return
 
-    from manyheads.compare.summary import done
     from manyheads.explain.studies.report import print_summary
     from manyheads.explain.studies.running import run_study
+    from manyheads.runs.results import done
 
     study_class(name)
     folder = Path(f"study-{name}") if out is None else out

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from manyheads.compare.charts import Plot
 from manyheads.explain.studies.study import Cell
+from manyheads.runs.charts import Plot
 
 
 def curve_rows(cells: Sequence[Cell], key: str, x: str = "step") -> list[dict[str, Any]]:

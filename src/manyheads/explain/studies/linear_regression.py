@@ -14,7 +14,7 @@ from manyheads.explain.studies.study import Cell, Point, Study, Verdict, average
 from manyheads.tasks.draw import generator
 
 if TYPE_CHECKING:
-    from manyheads.compare.charts import Plot
+    from manyheads.runs.charts import Plot
 
 
 def draw_prompts(rows: int, count: int, dim: int, noise: float, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:

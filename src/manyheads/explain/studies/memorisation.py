@@ -16,7 +16,7 @@ from manyheads.explain.studies.study import Cell, Point, Study, Verdict, average
 from manyheads.tasks.draw import generator
 
 if TYPE_CHECKING:
-    from manyheads.compare.charts import Plot
+    from manyheads.runs.charts import Plot
 
 
 def draw_examples(count: int, context: int, dim: int, classes: int, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +175,7 @@ class Memorisation(Study):
         ]
 
     def _sweep_plot(self, cells: Sequence[Cell], key: str, title: str, text: str, across: str) -> Plot:
-        from manyheads.compare.charts import Plot
+        from manyheads.runs.charts import Plot
 
         rows = [
             {"condition": f"over {name.replace('_dim', ' size')}", "seed": seed, "value": value, key: round(mean, 3)}

@@ -14,7 +14,7 @@ from manyheads.explain.studies.study import Cell, Point, Study, Verdict, average
 from manyheads.tasks.draw import generator
 
 if TYPE_CHECKING:
-    from manyheads.compare.charts import Plot
+    from manyheads.runs.charts import Plot
 
 
 def draw_sphere(rows: int, count: int, dim: int, rng: Generator) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ class RankHeads(Study):
         return Verdict(full < 0.5 * measured[best], numbers, (line,))
 
     def plots(self, cells: Sequence[Cell]) -> list[Plot]:
-        from manyheads.compare.charts import Plot
+        from manyheads.runs.charts import Plot
 
         words = {"equal": "as many parameters", f"{self.more} times": f"{self.more} times the parameters"}
         rows = [{"condition": words.get(c["budget"], c["budget"]), "seed": c["seed"], "rank": c["rank"],

@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from manyheads.compare.charts import theme
-from manyheads.compare.report import cells_html, charts_html, failures_html, settings_html, table_html, write_page
-from manyheads.compare.summary import done, number, write_json
-from manyheads.compare.tables import Column, Entry
 from manyheads.explain.studies.study import Cell, Study, Verdict, study_class
+from manyheads.runs.charts import theme
+from manyheads.runs.page import cells_html, charts_html, failures_html, settings_html, table_html, write_page
+from manyheads.runs.results import done, number, write_json
+from manyheads.runs.tables import Column, Entry
 
 WORDS = {True: "seen", False: "not seen", None: "not decided"}
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import manyheads
-from manyheads.compare.cells import Cell as Unit
-from manyheads.compare.progress import Progress, duration
-from manyheads.compare.store import Store, now
-from manyheads.compare.summary import SCHEMA, done
-from manyheads.compare.worker import failure
-from manyheads.environment import environment
-from manyheads.explain.studies.study import Cell, Study, create_study, source_of
+from manyheads.explain.studies.study import Study, create_study, source_of
+from manyheads.runs.cells import Cell as Unit
+from manyheads.runs.environment import environment
+from manyheads.runs.loop import here, public, run_cells
+from manyheads.runs.outcome import outcome_of
+from manyheads.runs.progress import Progress, duration
+from manyheads.runs.results import SCHEMA
+from manyheads.runs.store import Store, now
 
 MOST_SEEDS = 100
-_PRIVATE = ("traceback", "machine")
 
 
 class Shown(Progress):
@@ -61,14 +60,20 @@ def run_study(
     with Store(out) as store:
         facts = environment()
         store.save_experiment(asked, facts)
-        cells = _outcomes(study, list(_units(study, count)), store, Path(out))
+        cells = run_cells(
+            list(_units(study, count)),
+            store,
+            here(lambda unit: run_unit(study, unit)),
+            lambda units: Shown(units, study.columns),
+            retry_failed=True,
+        )
         results = {
             "schema": SCHEMA,
             "manyheads": manyheads.__version__,
             "created": now(),
             "environment": facts,
             "experiment": asked,
-            "cells": [{key: value for key, value in cell.items() if key not in _PRIVATE} for cell in cells],
+            "cells": public(cells),
         }
         return write_outputs(study, results, Path(out))
 
@@ -83,48 +88,18 @@ def _units(study: Study, seeds: int) -> Iterator[Unit]:
             yield Unit("study", str(point["label"]), place, settings, "")
 
 
-def _outcomes(study: Study, units: list[Unit], store: Store, out: Path) -> list[Cell]:
-    stored = {unit.key: held for unit in units if (held := store.load(unit)) is not None and done(held)}
-    seen = Shown(units, study.columns)
-    for warning in store.warnings:
-        seen.note(f"warning: {warning}")
-    cells: list[Cell] = []
-    try:
-        for unit in units:
-            if unit.key in stored:
-                cells.append(stored[unit.key])
-                seen.known(unit, cells[-1])
-                continue
-            seen.begin(unit)
-            cells.append(run_unit(study, unit))
-            store.save(unit, cells[-1])
-            seen.end(unit, cells[-1])
-    except BaseException:
-        seen.close()
-        seen.note(
-            f"stopped with {len(cells)} of {len(units)} cells finished and kept in {out}; "
-            "run the same command again to go on from there"
-        )
-        raise
-    seen.close()
-    return cells
-
-
 def run_unit(study: Study, unit: Unit) -> dict[str, Any]:
-    """Whatever happens becomes a row: a point that diverges leaves the others alone."""
-    began = time.perf_counter()
-    outcome: dict[str, Any] = {**unit.row, "status": "done", "error": None}
-    point = {**unit.place, "label": unit.mechanism}
-    try:
-        found = study.measure(point, unit.place["seed"])
-        assert not found.keys() & outcome.keys(), "a figure has the name of a column"
-        wild = [key for key, value in found.items() if key != "curve" and not math.isfinite(value)]
-        if wild:
-            raise ArithmeticError(f"training diverged: {', '.join(wild)} is not finite")
-        outcome |= found
-    except Exception as error:
-        outcome |= failure(error)
-    return outcome | {"seconds": time.perf_counter() - began}
+    """A point that diverges becomes a failed row and leaves the others alone."""
+    return {**unit.row, **outcome_of(lambda: _figures(study, unit))}
+
+
+def _figures(study: Study, unit: Unit) -> dict[str, Any]:
+    found = study.measure({**unit.place, "label": unit.mechanism}, unit.place["seed"])
+    assert not found.keys() & {*unit.row, "status", "error"}, "a figure has the name of a column"
+    wild = [key for key, value in found.items() if key != "curve" and not math.isfinite(value)]
+    if wild:
+        raise ArithmeticError(f"training diverged: {', '.join(wild)} is not finite")
+    return found
 
 
 def _check_folder(out: Path, name: str) -> None:

@@ -15,7 +15,7 @@ from manyheads.explain.studies.study import Cell, Point, Study, Verdict, average
 from manyheads.tasks.draw import generator
 
 if TYPE_CHECKING:
-    from manyheads.compare.charts import Plot
+    from manyheads.runs.charts import Plot
 
 
 def token_chances(common: int, distinct: int, classes: int) -> Tensor:
@@ -176,7 +176,7 @@ class ScanAndSnap(Study):
         return Verdict(scans and snaps and ordered, values, lines)
 
     def plots(self, cells: Sequence[Cell]) -> list[Plot]:
-        from manyheads.compare.charts import Plot
+        from manyheads.runs.charts import Plot
 
         rows = [{"condition": "end of training", "seed": c["seed"], "ratio": c["ratio"],
                  "entropy": round(c["entropy"], 6)} for c in cells]  # fmt: skip

@@ -19,7 +19,7 @@ from manyheads.explain.studies.tiny import Look, TinyTransformer, shares
 from manyheads.tasks.draw import generator
 
 if TYPE_CHECKING:
-    from manyheads.compare.charts import Plot
+    from manyheads.runs.charts import Plot
 
 
 DATA = ("language with <s>", "language", "text")

@@ -22,7 +22,7 @@ import torch
 from manyheads.registry import suggest
 
 if TYPE_CHECKING:
-    from manyheads.compare.charts import Plot
+    from manyheads.runs.charts import Plot
 
 Point = Mapping[str, Any]
 Cell = Mapping[str, Any]

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .page import THEMES, View
+from .page import THEMES
 from .store import AttentionStore
+from .view import View
 
 # What byte-level and sentencepiece vocabularies write in the place of spaces and of control characters.
 SPACES = {"Ġ": " ", "▁": " "}

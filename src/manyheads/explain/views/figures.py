@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from .attention import Panel, checked_tokens
 from .chunks import deflate
-from .page import View
 from .store import AttentionStore, rounded
+from .view import View
 
 # An image is shown at most this many pixels wide or tall.
 SIDE = 1024

@@ -11,49 +11,32 @@ import hashlib
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 KINDS = ("head", "model", "neuron", "flow", "text", "image", "maps", "table", "embedding")
 THEMES = ("auto", "light", "dark")
 
 
-@dataclass(frozen=True)
-class View:
-    """A view and what it shows. kind: which script shows it. blobs: deflated bytes, opened when they are looked at."""
-
-    kind: str
-    title: str
-    payload: dict[str, Any] = field(repr=False)
-    blobs: dict[str, bytes] = field(default_factory=dict, repr=False)
-    theme: str = "auto"
+class View(Protocol):
+    """A view and what it shows; see view.py."""
 
     @property
-    def data(self) -> str:
-        """The page, by the name that IPython's HTML objects have for it."""
-        return self.html()
+    def kind(self) -> str: ...
 
-    def html(self) -> str:
-        return page([self], title=self.title, theme=self.theme)
+    @property
+    def title(self) -> str: ...
 
-    def write(self, path: str | Path) -> Path:
-        return write_page(path, [self], title=self.title, theme=self.theme)
+    @property
+    def payload(self) -> dict[str, Any]: ...
 
-    def widget(self) -> Any:
-        """The same view as an anywidget, for notebooks."""
-        from .widget import widget
+    @property
+    def blobs(self) -> dict[str, bytes]: ...
 
-        return widget(self)
-
-    def _repr_html_(self) -> str:
-        """For notebooks without widgets: the page in a frame of its own, which may run scripts and nothing else."""
-        return (
-            f'<iframe sandbox="allow-scripts" style="width:100%;height:640px;border:0" '
-            f'title="{html.escape(self.title)}" srcdoc="{html.escape(self.html())}"></iframe>'
-        )
+    @property
+    def theme(self) -> str: ...
 
 
 def write_page(

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from manyheads.explain.taps import sites, tap
+from manyheads.hosts.taps import sites, tap
 
 from .chunks import Rows, deflate, encode, open_chunk, pack
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .attention import Panel, checked_tokens
 from .chunks import deflate, planes
-from .page import View
 from .store import BASE64, AttentionStore, rounded
+from .view import View
 
 METHODS = ("pca", "tsne")
 

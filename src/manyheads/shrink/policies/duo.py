@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from manyheads.heads.formats import read_gates
 from manyheads.shrink.compress import View
 from manyheads.shrink.policies.streaming import recency
 from manyheads.shrink.policy import Policy
@@ -53,15 +54,7 @@ class Duo(Policy):
     @staticmethod
     def read_gates(path: str | Path) -> list[list[float]]:
         """DuoAttention's full_attention_heads.tsv: a row of gates for every layer."""
-        try:
-            rows = [
-                [float(cell) for cell in line.split()] for line in Path(path).read_text().splitlines() if line.strip()
-            ]
-        except (OSError, UnicodeDecodeError, ValueError) as error:
-            raise ValueError(f"{path} is not a table of gates (one row of numbers per layer): {error}") from error
-        if not rows or len({len(row) for row in rows}) != 1:
-            raise ValueError(f"{path} is not a table of gates: rows have {sorted({len(row) for row in rows})} columns")
-        return rows
+        return read_gates(path)
 
     @property
     def smallest(self) -> int:

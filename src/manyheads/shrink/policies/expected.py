@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.functional.rotary import turn
 from manyheads.shrink.compress import Pass, View
-from manyheads.shrink.policies.streaming import turn
 from manyheads.shrink.policy import Policy
 
 
@@ -51,7 +51,7 @@ class ExpectedAttention(Policy):
     def prepare(self, model: Any, cache: Any) -> None:
         if self.is_full or not self.rotary:
             return
-        from manyheads.shrink.compat import rotations
+        from manyheads.hosts.families import rotations
 
         try:
             found = rotations(model)

@@ -239,9 +239,9 @@ class _Sample:
 
 
 def _check_fit(model: Any, ids: Tensor, policy: LoCoCo, prefix: int, kernel_size: int) -> int:
-    from manyheads.shrink import compat
+    from manyheads.hosts.families import layer_plans
 
-    if any(own.window is not None for own in compat.plan(model)):
+    if any(own.window is not None for own in layer_plans(model)):
         raise ValueError(f"fit_lococo: {type(model).__name__} has sliding windows, behind which nothing is compressed")
     if ids.dim() != 2 or not 0 < prefix < ids.shape[1]:
         raise ValueError(f"fit_lococo: ids must be [rows, n] with n above prefix={prefix}; got {tuple(ids.shape)}")
@@ -276,7 +276,7 @@ def _fresh(layers: list[Any], slots: int, kernel: int, start: float, seed: int) 
 
 
 def _loss(model: Any, sample: _Sample, layers: list[dict[str, Tensor]], policy: LoCoCo, budget: int) -> Tensor:
-    from manyheads.shrink.compat import library_cache
+    from manyheads.hosts.generation import library_cache
 
     cache, prefix = library_cache(model), sample.layers[0][0].shape[2]
     for i, (own, held) in enumerate(zip(layers, sample.layers, strict=True)):

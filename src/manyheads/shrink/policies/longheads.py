@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from manyheads.shrink.attend import Scoring
-from manyheads.shrink.compat import Visibility
-from manyheads.shrink.policies.streaming import turn
+from manyheads.functional.rotary import turn
+from manyheads.hosts.attend import Scoring
+from manyheads.hosts.attention import Visibility
 from manyheads.shrink.policies.tidal import head_blocks, take
 from manyheads.shrink.policy import Policy
 from manyheads.shrink.store import Group
@@ -62,7 +62,7 @@ class LongHeads(Policy):
     def prepare(self, model: Any, cache: Any) -> None:
         if self.budget_tokens is None:
             return
-        from manyheads.shrink.compat import rotations
+        from manyheads.hosts.families import rotations
 
         try:
             found = rotations(model)

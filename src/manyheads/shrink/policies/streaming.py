@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from manyheads.functional.rotary import turn
 from manyheads.shrink.compress import View
 from manyheads.shrink.policy import Policy
 
@@ -45,7 +46,7 @@ class StreamingLLM(Policy):
     def prepare(self, model: Any, cache: Any) -> None:
         if self.positions == "text" or self.is_full or not self.sink_size:
             return
-        from manyheads.shrink.compat import rotations
+        from manyheads.hosts.families import rotations
 
         for layer, angles in zip(cache.layers, rotations(model), strict=True):
             # Behind a window no sink is ever seen.
@@ -64,15 +65,6 @@ class StreamingLLM(Policy):
         turned = torch.where(sinks, turn(came, gap[..., None], layer.angles.to(here.device)), here)
         view.put(order, keys=turned)
         layer.memo = {"sinks": came, "gap": gap}
-
-
-def turn(keys: Tensor, by: Tensor, angles: Tensor) -> Tensor:
-    """Keys [..., d] moved on by so many positions; the first 2 * len(angles) features turn, in halves."""
-    half = angles.numel()
-    angle = by[..., None] * angles
-    cos, sin = angle.cos(), angle.sin()
-    left, right, rest = keys.double().split([half, half, keys.shape[-1] - 2 * half], -1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin, rest], -1).to(keys.dtype)
 
 
 def recency(view: View, sink_size: int) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from manyheads.shrink.attend import Mask, Scoring, masked_attention
-from manyheads.shrink.compat import Visibility
+from manyheads.hosts.attend import Mask, Scoring, masked_attention
+from manyheads.hosts.attention import Visibility
 from manyheads.shrink.policy import Policy
 from manyheads.shrink.store import Group
 

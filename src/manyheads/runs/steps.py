@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from manyheads.compare.progress import duration
+from manyheads.runs.progress import duration
 
-T = TypeVar("T")
 # Seconds between lines where there is no terminal to draw a bar on.
 _EVERY = 10.0
-_SHORTEST = 64
 # Told (steps done, steps, what there is to say).
 Tell = Callable[[int, int, str], None]
 
@@ -72,49 +67,3 @@ class Progress:
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """Parameters that get no gradient, and no dropout, while inside."""
-    wanted, training = [p for p in model.parameters() if p.requires_grad], model.training
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-def within_memory(measure: Callable[[int], T], length: int, note: Callable[[str], None] | None = None) -> tuple[T, int]:
-    """measure(length), or with half the length as often as memory runs out; and the length that it took."""
-    while True:
-        try:
-            return measure(length), length
-        except (MemoryError, RuntimeError) as error:
-            if not _is_shortage(error):
-                raise
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if length // 2 < _SHORTEST:
-            raise ValueError(
-                f"out of memory even with {length} tokens: load the model in bfloat16 or measure on a larger machine"
-            )
-        length //= 2
-        if note is not None:
-            note(f"out of memory: again with {length} tokens")
-
-
-def _is_shortage(error: BaseException) -> bool:
-    text = str(error)
-    known = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text.lower() for words in known)
-
-
-def device_of(model: Any) -> torch.device:
-    found: torch.device = next(model.parameters()).device
-    return found

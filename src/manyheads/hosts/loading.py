@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BUNDLED = Path(__file__).parent / "bundled" / "byte_llama"
+BUNDLED = Path(__file__).parent.parent / "bundled" / "byte_llama"
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import manyheads
-
-from .cells import Cell
-from .summary import SCHEMA
+from manyheads.runs.cells import Cell
+from manyheads.runs.files import write_durably
+from manyheads.runs.results import SCHEMA
 
 _RESERVE = 256 * 1024  # room for the cell that is being computed when the disk fills up
 
@@ -141,21 +141,6 @@ class Store:
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """The whole file or the old one, also when the machine loses power."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError:
-        with suppress(OSError):
-            draft.unlink()
-        raise
 
 
 def _explained(error: OSError, path: Path) -> OSError:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from .cells import Cell
+from manyheads.runs.cells import Cell
 
 
 class Estimate:

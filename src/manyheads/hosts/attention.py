@@ -10,26 +10,19 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from manyheads.shrink.attend import Scoring, causal_attention, masked_attention, pack
+from manyheads.hosts.attend import Scoring, causal_attention, masked_attention, pack
+from manyheads.hosts.families import layer_plans
 
 NAME = "manyheads_ragged"
 
-# Families whose outputs are tested against the dense cache. Others are probed when first used.
-TESTED = (
-    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "smollm3", "gpt2", "gpt_neox",
-    "gpt_oss",
-)  # fmt: skip
 
-_WINDOWED = ("sliding_attention",)
-_FULL = ("full_attention",)
 # Arguments of an attention call that change its result and that nothing here computes.
 _FOREIGN = ("position_bias", "cache")
 
@@ -213,69 +206,6 @@ def _on_tensors(
     return out.flatten(1, 2).transpose(1, 2).contiguous()
 
 
-@dataclass(frozen=True)
-class LayerPlan:
-    """What a model's attention layer asks of its cache."""
-
-    window: int | None
-
-
-def plan(model: Any) -> list[LayerPlan]:
-    """The layers of a causal language model, or a ValueError that says why it cannot be shrunk."""
-    from transformers import PreTrainedModel
-
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{name} is not a transformers model; give one that AutoModelForCausalLM loads")
-    config = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder or not model.can_generate() or _is_encoder(model):
-        raise ValueError(f"{name} is not a causal language model: it has no cache to shrink")
-    if not getattr(config, "is_causal", True):
-        raise ValueError(f"{name} has is_causal=False: tokens see the future, so nothing may be cached")
-    if not model._can_set_attn_implementation():
-        raise ValueError(f"{name} does not use transformers' attention interface, so its cache cannot be ragged")
-    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
-        raise ValueError(f"{name} shares keys between layers, which a ragged cache does not support")
-    if getattr(config, "kv_lora_rank", None):
-        raise ValueError(f"{name} caches latents (MLA), which are already shared by all heads")
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-    strange = sorted(set(kinds) - set(_WINDOWED) - set(_FULL))
-    if strange:
-        raise ValueError(
-            f"{name} has layers of kind {', '.join(strange)}; only full and sliding attention can be shrunk"
-        )
-    return [LayerPlan(window if kind in _WINDOWED else None) for kind in kinds]
-
-
-def _is_encoder(model: Any) -> bool:
-    """Encoders that may become decoders say so by is_decoder; some decoders leave that at its default, False."""
-    config = model.config.get_text_config(decoder=True)
-    return config.model_type not in TESTED and getattr(config, "is_decoder", True) is False
-
-
-def rotations(model: Any) -> list[Tensor | None]:
-    """Per layer the angles [d / 2] by which one position turns a key's halves, None where it has no position."""
-    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
-    if config.model_type not in TESTED:
-        raise ValueError(f"{name}: how it rotates keys is not known here; use positions='text'")
-    kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
-    rotary = [module for module in model.modules() if hasattr(module, "rope_type")]
-    if len(rotary) != 1:
-        raise ValueError(f"{name} has no rotary positions that could be moved; use positions='text'")
-    rotated = getattr(config, "no_rope_layers", None) or [1] * len(kinds)
-    found: list[Tensor | None] = []
-    for kind, turns in zip(kinds, rotated, strict=True):
-        own = rotary[0].rope_type
-        if (own[kind] if isinstance(own, dict) else own) in ("dynamic", "longrope"):
-            raise ValueError(f"{name}: its rotary angles change with the length; use positions='text'")
-        angles = getattr(rotary[0], f"{kind}_inv_freq") if isinstance(own, dict) else rotary[0].inv_freq
-        found.append(angles.double() if turns else None)
-    return found
-
-
 def register() -> None:
     """Makes the two functions known to transformers, under our own name; harmless when repeated."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -295,7 +225,7 @@ def attach(model: Any) -> None:
     """Lets the model attend through ragged layers. Configs are copied first: several models may share one."""
     if is_attached(model):
         return
-    plan(model)
+    layer_plans(model)
     register()
     kept: list[tuple[nn.Module, Any]] = []
     memo: dict[int, Any] = {}
@@ -316,102 +246,3 @@ def detach(model: Any) -> None:
     """Gives the model its own configs back, and with them its own attention."""
     for module, config in _originals.pop(model, []):
         module.config = config
-
-
-def library_cache(model: Any) -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
-
-
-_probed: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def check_supported(model: Any, make_full: Callable[[Any], Any]) -> None:
-    """Families that are tested pass; any other model must give the dense cache's logits on a short probe."""
-    plan(model)
-    if model.config.get_text_config(decoder=True).model_type in TESTED or model in _probed:
-        return
-    name, training = type(model).__name__, model.training
-    attached = is_attached(model)
-    model.eval()
-    try:
-        detach(model)
-        wanted = _probe(model, library_cache(model))
-        attach(model)
-        given = _probe(model, make_full(model))
-    except Exception as error:
-        raise ValueError(f"{name} is not among the tested families and a probe of it failed: {error}") from error
-    finally:
-        model.train(training)
-        if not attached:
-            detach(model)
-    worst = float((wanted - given).abs().max() / wanted.abs().max().clamp_min(1e-6))
-    limit = 1e-4 if wanted.dtype in (torch.float32, torch.float64) else 3e-2
-    if not worst <= limit:
-        raise ValueError(
-            f"{name} is not among the tested families ({', '.join(TESTED)}), and on a probe its logits with a full "
-            f"ragged cache differ from the dense cache's by {worst:.2g} of their size (allowed: {limit:g}): not shrunk"
-        )
-    _probed.add(model)
-
-
-@torch.no_grad()
-def _probe(model: Any, cache: Any) -> Tensor:
-    """Logits of a padded prompt, a chunk and three single tokens."""
-    device = next(model.parameters()).device
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    tokens = torch.arange(2 * 25, device=device).view(2, 25).mul(7919).add(11) % vocabulary
-    padding = torch.ones_like(tokens)
-    padding[1, :5] = 0
-    positions = (padding.cumsum(1) - 1).clamp_min(0)
-    logits, start = [], 0
-    for end in (17, 22, 23, 24, 25):
-        out = model(
-            tokens[:, start:end],
-            attention_mask=padding[:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits.append(out.logits[:, max(0, 5 - start) :])
-        start = end
-    return torch.cat(logits, 1)
-
-
-@contextmanager
-def intercepted(model: Any, check: Callable[[Any], Any]) -> Iterator[None]:
-    """While active every call of the model, and of its generate, gets its cache from check(the cache given or None)."""
-    inner = model.__dict__.get("generate")
-    generate = model.generate
-
-    def with_cache(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("cache_implementation"):
-            raise ValueError(
-                f"cache_implementation={kwargs['cache_implementation']!r} asks for a cache that a policy "
-                "cannot shrink; leave it out"
-            )
-        if kwargs.get("compile_config") is not None:
-            raise ValueError(
-                "compile_config asks for a static graph, and a shrunk cache changes its shapes from token to token; "
-                "leave it out"
-            )
-        if kwargs.get("use_cache", True):
-            kwargs["past_key_values"] = check(kwargs.get("past_key_values"))
-        return generate(*args, **kwargs)
-
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        wanted = kwargs.get("use_cache")
-        if kwargs.get("past_key_values") is not None or (module.config.use_cache if wanted is None else wanted):
-            kwargs["past_key_values"] = check(kwargs.get("past_key_values"))
-        return args, kwargs
-
-    hook = model.register_forward_pre_hook(before, with_kwargs=True)
-    model.generate = with_cache
-    try:
-        yield
-    finally:
-        hook.remove()
-        del model.generate
-        if inner is not None:
-            model.generate = inner

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyheads.hosts.attend import Scoring, masked_attention, pack, probabilities
 from manyheads.mechanism import Mechanism, Result
-from manyheads.shrink.attend import Scoring, masked_attention, pack, probabilities
 
 NAME = "manyheads_tapped"
 # Weights in one block of rows: 2^20 float32 numbers are 4 MiB, and the steps of a softmax hold six of them.

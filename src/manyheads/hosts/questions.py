@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from manyheads.heads.inputs import DIGITS, NAMED_QUESTION, NAMED_STATEMENT, NAMES, QUESTION, STATEMENT
-from manyheads.loading import Loaded
+from manyheads.hosts.loading import Loaded
+from manyheads.hosts.probes import DIGITS, NAMED_QUESTION, NAMED_STATEMENT, NAMES, QUESTION, STATEMENT
 
 # Characters that text is cut to before a tokenizer reads it.
 _TEXT = 600_000
