@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from manyheads.hosts.attend import lies_by_feature
+
 if TYPE_CHECKING:
     from manyheads.hosts.attend import Scoring
     from manyheads.hosts.attention import Visibility
@@ -23,6 +25,13 @@ GROWTH = 32
 LEAST_ROOM = 32
 # Room that heads of this length are given.
 Spare = Callable[[int, list[int]], int]
+
+
+def room_like(row: Tensor, heads: int, capacity: int) -> Tensor:
+    """An empty buffer [b, heads, capacity, ...] for more of such rows, laid out as attention reads it fastest."""
+    if lies_by_feature(row):
+        return row.new_empty((row.shape[0], heads, row.shape[3], capacity)).transpose(2, 3)
+    return row.new_empty((row.shape[0], heads, capacity, *row.shape[3:]))
 
 
 def room_for(length: int, heads: list[int] | None = None) -> int:
@@ -137,14 +146,17 @@ class Group:
                 row[:, :, : self.length] = held
                 continue
             # One row after the other, so that no more than one of them is ever there twice.
-            fresh = row.new_empty((*row.shape[:2], capacity, *row.shape[3:]))
+            fresh = room_like(row, row.shape[1], capacity)
             fresh[:, :, : self.length] = held
             self.rows[name] = fresh
             del row, held
         self.start, self.owned = 0, True
 
     def on_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.rows = {name: change(row) for name, row in self.rows.items()}
+        for name, row in self.rows.items():
+            # The layout of a buffer survives a change of its rows where it is changed as it lies.
+            lies = row.dim() == 4 and row.stride(3) != 1
+            self.rows[name] = change(row.transpose(2, 3)).transpose(2, 3) if lies else change(row)
 
     def truncate(self, end: int) -> None:
         """Forgets every token from slot `end` on."""
@@ -183,7 +195,7 @@ class Group:
         for name, row in self.rows.items():
             source = row[:, :, self.start : self.start + self.length].index_select(1, chosen)
             at = order.reshape(*order.shape, *(1,) * (row.dim() - 3)).expand(*order.shape, *row.shape[3:])
-            fresh = row.new_empty((*order.shape[:2], length + spare, *row.shape[3:]))
+            fresh = room_like(row, order.shape[1], length + spare)
             fresh[:, :, :length] = source.gather(2, at)
             rows[name] = fresh
         slots = self.slots().expand(keep.shape[0], len(self.heads), -1).index_select(1, chosen).gather(2, order)
@@ -224,7 +236,7 @@ class Store:
             assert self.codec is None
             heads, count = new["keys"].shape[1:3]
             room = spare(count, list(range(heads)))
-            rows = {name: row.new_empty((*row.shape[:2], count + room, *row.shape[3:])) for name, row in new.items()}
+            rows = {name: room_like(row, row.shape[1], count + room) for name, row in new.items()}
             self.groups = [Group(list(range(heads)), rows, 0, first=slot)]
         if self.codec is not None:
             new = self.codec.take(new, slot)
@@ -291,8 +303,11 @@ def _join(parts: Iterable[Group]) -> Group:
     parts = list(parts)
     if len(parts) == 1:
         return parts[0]
-    rows = {name: torch.cat([part.rows[name] for part in parts], 1) for name in parts[0].rows}
     heads = [head for part in parts for head in part.heads]
+    rows = {}
+    for name, row in parts[0].rows.items():
+        rows[name] = room_like(row, len(heads), row.shape[2])
+        torch.cat([part.rows[name] for part in parts], 1, out=rows[name])
     joined = Group(heads, rows, parts[0].length, first=None, filled=all(part.filled for part in parts))
     joined.codec = parts[0].codec
     return joined
