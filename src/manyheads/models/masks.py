@@ -1,0 +1,51 @@
+"""Hugging Face's attention masks and position ids, read as the mechanisms take them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Masks(NamedTuple):
+    """self_mask: [b, n] padding of this pass, or dense [b, 1 or h, n, total]. context_mask: [b, m]. positions: [b, n],
+    None where they are as usual."""
+
+    self_mask: Tensor | None = None
+    context_mask: Tensor | None = None
+    positions: Tensor | None = None
+
+
+def read_masks(attention_mask: Tensor | None, position_ids: Tensor | None, x: Tensor, seen: int) -> Masks:
+    """From Hugging Face's attention mask [b, seen + n], 1 = real, and position ids [b or 1, n].
+
+    Only what says something is kept: neither a mask of ones nor positions that count up as usual. Positions that are
+    not given follow the mask, so that left padding does not shift them.
+    """
+    n, total = x.shape[1], seen + x.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 4:
+        if attention_mask.dtype != torch.bool:
+            raise ValueError(f"a 4-D attention_mask must be boolean, True = may attend; got {attention_mask.dtype}")
+        return Masks(attention_mask, positions=position_ids)
+    real, usual = None, torch.arange(seen, total, device=x.device)[None]
+    if attention_mask is not None:
+        if tuple(attention_mask.shape) != (x.shape[0], total):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; want {[x.shape[0], total]}, one entry for "
+                f"each of the {seen} tokens in the cache and the {n} new ones"
+            )
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n:]
+        real = attention_mask[:, -n:].bool()
+    if torch.compiler.is_compiling():
+        return Masks(real, positions=position_ids)
+    if position_ids is not None:
+        same = position_ids == usual
+        if bool((same if real is None else same | ~real).all()):
+            position_ids = None
+    return Masks(None if real is None or bool(real.all()) else real, positions=position_ids)
+
+
+def real_tokens(attention_mask: Tensor | None) -> Tensor | None:
+    return None if attention_mask is None else attention_mask.bool()
