@@ -307,6 +307,20 @@ class ConstantInName(Running):
         return super().carry(state, total, count)
 
 
+class StaleSums(Running):
+    """Remembers the padding beside rows that have summed it up: a mask over them later on changes nothing."""
+
+    card = bug("stale-sums", "causal-self")
+
+    def carry(self, state: State, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        if state.length:
+            total, count = (t + state.grown[n].view()[:, -1:] for n, t in (("total", total), ("count", count)))
+        state.append_optional("padding", None, torch.ones(1, state.length + total.shape[1], dtype=torch.bool))
+        state.append("total", total)
+        state.append("count", count)
+        return total, count
+
+
 class KeepsDimOnly(Running):
     """Integers in, but bfloat16 comes back as float32."""
 
@@ -354,6 +368,7 @@ BUGS: list[tuple[type[Mechanism], str]] = [
     (SilentKwargs, "refuses"),
     (StaleAfterReorder, "reorder"),
     (ForgetsTheState, "decode"),
+    (StaleSums, "mask-earlier"),
     (HiddenBytes, "state-bytes"),
     (ConstantInName, "state-bytes"),
     (KeepsDimOnly, "dtype"),

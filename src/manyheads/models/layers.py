@@ -91,12 +91,16 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor | None, memory: Memory | None) -> Tensor:
         """x: [b, n, e] -> the same. real: [b, n], False = padding."""
-        n, before = x.shape[1], self.width - 1 if self.causal else (self.width - 1) // 2
-        rows = x if real is None else x.masked_fill(~real[..., None], 0.0)
+        n, before, rows = x.shape[1], self.width - 1 if self.causal else (self.width - 1) // 2, x
         if memory is not None:
-            state = memory.state("convolution", lambda: State("short convolution", x.shape[0]))
-            rows = state.append("inputs", rows)[:, -(n + before) :]
+            state, new = memory.state("convolution", lambda: State("short convolution", x.shape[0])), real
+            seen = state.length
+            usual = torch.ones(1, seen + n, dtype=torch.bool, device=x.device)
+            rows, real = state.append("inputs", x), state.append_optional("padding", real, usual)
+            rows, real = rows[:, -(n + before) :], None if real is None else real[:, -(n + before) :]
             state.advance(n, span=self.width)
+            state.note(new, seen)
+        rows = rows if real is None else rows.masked_fill(~real[..., None], 0.0)
         missing = n + before - rows.shape[1]
         rows = F.pad(rows.transpose(1, 2), (missing, self.width - 1 - before))
         return F.conv1d(rows, self.weight, groups=x.shape[2]).transpose(1, 2)

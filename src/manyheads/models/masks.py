@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from manyheads.models.cache import ManyheadsCache
+
 
 class Masks(NamedTuple):
     """self_mask: [b, n] padding of this pass, or dense [b, 1 or h, n, total]. context_mask: [b, m]. positions: [b, n],
@@ -17,12 +19,16 @@ class Masks(NamedTuple):
     positions: Tensor | None = None
 
 
-def read_masks(attention_mask: Tensor | None, position_ids: Tensor | None, x: Tensor, seen: int) -> Masks:
-    """From Hugging Face's attention mask [b, seen + n], 1 = real, and position ids [b or 1, n].
+def read_masks(
+    attention_mask: Tensor | None, position_ids: Tensor | None, x: Tensor, cache: ManyheadsCache | None = None
+) -> Masks:
+    """From Hugging Face's attention mask [b, seen + n], 1 = real, and position ids [b or 1, n]. The cache is told what
+    the mask says of the tokens that it has seen.
 
     Only what says something is kept: neither a mask of ones nor positions that count up as usual. Positions that are
     not given follow the mask, so that left padding does not shift them.
     """
+    seen = 0 if cache is None else cache.get_seq_length()
     n, total = x.shape[1], seen + x.shape[1]
     if attention_mask is not None and attention_mask.ndim == 4:
         if attention_mask.dtype != torch.bool:
@@ -38,6 +44,8 @@ def read_masks(attention_mask: Tensor | None, position_ids: Tensor | None, x: Te
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n:]
         real = attention_mask[:, -n:].bool()
+        if cache is not None and seen:
+            cache.tell(attention_mask[:, :seen].bool())
     if torch.compiler.is_compiling():
         return Masks(real, positions=position_ids)
     if position_ids is not None:

@@ -123,7 +123,7 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
     ) -> ManyheadsModelOutput:
         x = _embedded(self.embed_tokens, input_ids, inputs_embeds, "input_ids, inputs_embeds")
         cache = self._cache(past_key_values, use_cache) if self.decodes else None
-        masks = read_masks(attention_mask, position_ids, x, 0 if cache is None else cache.get_seq_length())
+        masks = read_masks(attention_mask, position_ids, x, cache)
         wants = self._wants(output_attentions, output_hidden_states)
         trace = self.stack(x, None, masks, past_key_values=cache, **wants)
         return ManyheadsModelOutput(trace.last, cache, trace.hidden_states, trace.attentions, trace.aux_loss)
@@ -174,8 +174,7 @@ class ManyheadsSeq2SeqModel(ManyheadsPreTrainedModel):
         names = "decoder_input_ids, decoder_inputs_embeds"
         x = _embedded(self.encoder.embed_tokens, decoder_input_ids, decoder_inputs_embeds, names)
         cache = self._cache(past_key_values, use_cache)
-        seen = 0 if cache is None else cache.get_seq_length()
-        masks = read_masks(decoder_attention_mask, decoder_position_ids, x, seen)
+        masks = read_masks(decoder_attention_mask, decoder_position_ids, x, cache)
         masks = masks._replace(context_mask=real_tokens(attention_mask))
         trace = self.decoder(x, encoder_outputs.last_hidden_state, masks, past_key_values=cache, **wants)
         losses = [loss for loss in (encoder_outputs.get("aux_loss"), trace.aux_loss) if loss is not None]

@@ -84,7 +84,7 @@ class RoutingTransformer(Mechanism):
         routed = _norm(q[:, local:])
         keys = routed if self.causal else _norm(k[:, local:])
         losses, moved = self._learn([routed] if self.causal else [routed, keys], call.padding)
-        ids = self._nearest(keys, call.padding) if self.causal else None
+        ids = self._nearest(keys) if self.causal else None
         k, real = torch.cat([k[:, :local], keys], 1), call.padding
         if call.state is not None:
             usual = torch.ones(1, call.seen + x.shape[1], dtype=torch.bool, device=x.device)
@@ -93,6 +93,9 @@ class RoutingTransformer(Mechanism):
             assert ids is not None
             ids = call.state.append("clusters", ids[..., None])[..., 0]
             call.state.advance(x.shape[1])
+        if ids is not None and real is not None:
+            # Padding is in a cluster of its own: not in what the state holds, as a later mask may show what is hidden.
+            ids = ids.masked_fill(~real[:, None], self.clusters)
         parts = []
         if local:
             parts.append(self._local(q[:, :local], k[:, :local], v[:, :local], real, call))
@@ -135,10 +138,9 @@ class RoutingTransformer(Mechanism):
         means = torch.where(sizes > 0, sums / sizes.clamp(min=1), self.centroids)
         return self.centroids.lerp(means, 1 - self.decay)
 
-    def _nearest(self, rows: Tensor, real: Tensor | None) -> Tensor:
-        """[b, h, n]; padding is in a cluster of its own."""
-        ids = (rows.detach() @ self.centroids.mT).argmax(-1)
-        return ids if real is None else ids.masked_fill(~real[:, None], self.clusters)
+    def _nearest(self, rows: Tensor) -> Tensor:
+        """[b, h, n]."""
+        return (rows.detach() @ self.centroids.mT).argmax(-1)
 
     # -- the three kinds of attention ------------------------------------------------------------------------------
 
