@@ -28,6 +28,7 @@ from manyheads.models.configuration import ManyheadsConfig
 from manyheads.models.layers import build_mechanism, build_stack
 from manyheads.models.masks import real_tokens
 from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
+from manyheads.models.packed import Packing, find_documents
 
 logger = logging.get_logger(__name__)
 
@@ -122,8 +123,14 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Any = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> ManyheadsCausalLMOutput:
-        """labels: [b, n] as input_ids (they are shifted here), -100 = not predicted."""
+        """labels: [b, n] as input_ids (they are shifted here), -100 = not predicted: in packed rows the first token of
+        each document, which the one before it would else predict. All else as in ManyheadsModel."""
         out = self.model(
             input_ids,
             attention_mask,
@@ -133,6 +140,11 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
             use_cache,
             output_attentions,
             output_hidden_states,
+            seq_idx,
+            cu_seq_lens_q,
+            cu_seq_lens_k,
+            max_length_q,
+            max_length_k,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -265,6 +277,12 @@ class ManyheadsForSequenceClassification(ManyheadsPreTrainedModel):
         output_hidden_states: bool | None = None,
     ) -> ManyheadsSequenceClassifierOutput:
         """labels: [b] classes, or [b, num_labels] targets (config.problem_type, as in transformers)."""
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is not None and find_documents(position_ids, attention_mask, tokens, Packing()):
+            raise ValueError(
+                "position_ids do not count up by one: several documents in a row that gets one label; give each "
+                "document a row of its own"
+            )
         out = self.model(
             input_ids,
             attention_mask,

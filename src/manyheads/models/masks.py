@@ -34,7 +34,7 @@ def read_masks(
         if attention_mask.dtype != torch.bool:
             raise ValueError(f"a 4-D attention_mask must be boolean, True = may attend; got {attention_mask.dtype}")
         return Masks(attention_mask, positions=position_ids)
-    real, usual = None, torch.arange(seen, total, device=x.device)[None]
+    real = None
     if attention_mask is not None:
         if tuple(attention_mask.shape) != (x.shape[0], total):
             raise ValueError(
@@ -48,11 +48,17 @@ def read_masks(
             cache.tell(attention_mask[:, :seen].bool())
     if torch.compiler.is_compiling():
         return Masks(real, positions=position_ids)
-    if position_ids is not None:
-        same = position_ids == usual
+    return worth_saying(Masks(real, positions=position_ids), n, seen)
+
+
+def worth_saying(masks: Masks, n: int, seen: int = 0) -> Masks:
+    """Without a padding of ones, and without positions that count on from `seen` as usual."""
+    real, positions = masks.self_mask, masks.positions
+    if positions is not None:
+        same = positions == torch.arange(seen, seen + n, device=positions.device)
         if bool((same if real is None else same | ~real).all()):
-            position_ids = None
-    return Masks(None if real is None or bool(real.all()) else real, positions=position_ids)
+            positions = None
+    return masks._replace(self_mask=None if real is None or bool(real.all()) else real, positions=positions)
 
 
 def real_tokens(attention_mask: Tensor | None) -> Tensor | None:

@@ -19,6 +19,7 @@ from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
 from manyheads.models.layers import ShortConvolution, Stack, build_decoder, build_stack, fill_gaps
 from manyheads.models.masks import read_masks, real_tokens
+from manyheads.models.packed import Packing, find_documents
 
 
 @dataclass
@@ -120,8 +121,22 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> ManyheadsModelOutput:
+        """attention_mask: [b, seen + n], 1 = real, or [b, 1 or heads, n, seen + n] boolean. Without one, positions that
+        do not count up by one begin another document, which sees nothing of those before; seq_idx, cu_seq_lens_* and
+        max_length_* say the same."""
         x = _embedded(self.embed_tokens, input_ids, inputs_embeds, "input_ids, inputs_embeds")
+        packing = Packing(seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        documents = find_documents(position_ids, attention_mask, x, packing)
+        if documents is not None:
+            documents.refuse_cache(past_key_values, use_cache)
+            trace = documents.through(self.stack, x, **self._wants(output_attentions, output_hidden_states))
+            return ManyheadsModelOutput(trace.last, None, trace.hidden_states, trace.attentions, trace.aux_loss)
         cache = self._cache(past_key_values, use_cache) if self.decodes else None
         masks = read_masks(attention_mask, position_ids, x, cache)
         wants = self._wants(output_attentions, output_hidden_states)
@@ -174,6 +189,11 @@ class ManyheadsSeq2SeqModel(ManyheadsPreTrainedModel):
         names = "decoder_input_ids, decoder_inputs_embeds"
         x = _embedded(self.encoder.embed_tokens, decoder_input_ids, decoder_inputs_embeds, names)
         cache = self._cache(past_key_values, use_cache)
+        if find_documents(decoder_position_ids, decoder_attention_mask, x, Packing()):
+            raise ValueError(
+                "decoder_position_ids do not count up by one: several documents in a row, of which each would read the "
+                "encoder's whole input; give each document a row of its own"
+            )
         masks = read_masks(decoder_attention_mask, decoder_position_ids, x, cache)
         masks = masks._replace(context_mask=real_tokens(attention_mask))
         trace = self.decoder(x, encoder_outputs.last_hidden_state, masks, past_key_values=cache, **wants)
