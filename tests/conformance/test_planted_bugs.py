@@ -84,6 +84,23 @@ class FutureThroughCentroid(SoftmaxAttention):
         return super().score(q, k, where) - near
 
 
+class CountsTwice(SoftmaxAttention):
+    """The scale follows how many passes there were in training, of which checkpointing makes more."""
+
+    card = bug("counts-twice")
+
+    def __init__(self, dim: int, heads: int, *, causal: bool = False) -> None:
+        super().__init__(dim, heads, causal=causal)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def score(self, q: Tensor, k: Tensor, where: Where) -> Tensor:
+        assert isinstance(self.passes, Tensor)
+        scores = super().score(q, k, where) / (1 + self.passes)
+        if self.training:
+            self.passes += 1
+        return scores
+
+
 class CausalIgnored(SoftmaxAttention):
     """The causal flag is taken and not used."""
 
@@ -350,6 +367,7 @@ BUGS: list[tuple[type[Mechanism], str]] = [
     (FutureThroughSelection, "no-future"),
     (FutureThroughNorm, "no-future"),
     (FutureThroughCentroid, "no-future-training"),
+    (CountsTwice, "checkpoint"),
     (CausalIgnored, "no-future"),
     (OffByOne, "no-future"),
     (AlwaysCausal, "sees-all"),
