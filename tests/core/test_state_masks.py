@@ -120,3 +120,56 @@ def test_gradients_reach_what_was_moved() -> None:
     dense = MASK[:, None, None].expand(2, 1, 9, 9)
     found, wanted = passes(x), layer(x, mask=dense).output[:, 6:]
     assert_close(*(torch.autograd.grad(t.square().sum(), x)[0] for t in (found, wanted)))
+
+
+@torch.no_grad()
+def test_truncated_states_stay_in_order_for_masks_of_the_pass_alone() -> None:
+    layer = module("moba", block=2, top_k=1)
+    state = fed(layer)
+    layer(X[:, 6:8], mask=MASK[:, :8], state=state)
+    state.truncate(7)
+    positions, kept = torch.arange(9).expand(2, -1), [0, 1, 4, 5, 6, 7, 8]
+    for t in (7, 8):
+        found = layer(X[:, t : t + 1], state=state, positions=positions[:, t : t + 1]).output
+        wanted = layer(X[1:, kept], positions=positions[1:, kept]).output
+        assert_close(found[1:], wanted[:, t - 2 : t - 1])
+    assert state.places is not None  # hidden tokens are still in front
+
+
+@torch.no_grad()
+def test_a_window_that_slid_over_hidden_tokens_does_not_show_them_again() -> None:
+    layer = module("mswa", window=4)
+    held = max(layer.windows) - 1
+    state = layer.init_state(2)
+    layer(X[:, :4], state=state)
+    layer(X[:, 4:5], mask=MASK[:, :5], state=state)
+    for t in range(5, 9):
+        layer(X[:, t : t + 1], state=state)
+    assert len(state.grown["keys"]) == held
+    with pytest.raises(ValueError, match=r"mswa.*behind its window"):
+        layer(X[:, :1], mask=torch.ones(2, 10, dtype=torch.bool), state=state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_narrow_types(dtype: torch.dtype) -> None:
+    layer, x = module("softmax").to(dtype), X.to(dtype)
+    state = layer.init_state(2)
+    layer(x[:, :6], state=state)
+    found = layer(x[:, 6:], mask=MASK, state=state).output
+    assert found.dtype == dtype
+    wanted = module("softmax")(X, mask=MASK[:, None, None].expand(2, 1, 9, 9)).output[:, 6:]
+    assert_close(found.double(), wanted, rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", dtype):
+        layer, state = module("softmax").float(), module("softmax").init_state(2)
+        layer(X[:, :6].float(), state=state)
+        found = layer(X[:, 6:].float(), mask=MASK, state=state).output
+    assert_close(found.double(), wanted, rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_a_first_turn_of_one_token() -> None:
+    layer, mask = module("softmax"), torch.tensor([[True, True], [False, True]])
+    state = fed(layer, 1)
+    found = layer(X[:, 1:2], mask=mask, positions=torch.tensor([[1], [0]]), state=state).output
+    assert_close(found[1:], layer(X[1:, 1:2]).output)
