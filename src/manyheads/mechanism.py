@@ -6,7 +6,7 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -106,16 +106,32 @@ class Mechanism(nn.Module, ABC):
 
         x: [batch, n, dim]. context: [batch, m, dim], for cross attention. mask: boolean, True = may attend; [batch, m]
         is key padding (of this pass's tokens, or of the context), [batch, 1 or heads, n, m] is dense (over all keys,
-        those in the state too). positions: integers [n] or [batch, n], counted on from the state by default. With a
-        state the pass continues where the last one ended; a context is then read once. A row with nothing to attend to
-        gives zeros. Raises ValueError for what the mechanism does not declare.
+        those in the state too). With a state key padding may be of every token seen, [batch, seen + n]: it hides and
+        shows earlier ones from this pass on, or is refused by a state that has summed them up. positions: integers [n]
+        or [batch, n], counted on from the state by default. With a state the pass continues where the last one ended;
+        a context is then read once. A row with nothing to attend to gives zeros. Raises ValueError for what the
+        mechanism does not declare.
         """
         pattern = self._check_inputs(x, context)
-        padding, dense = self._check_mask(pattern, x, context, mask, state)
         self._check_state(x, state)
+        padding, dense = self._check_mask(pattern, x, context, mask, state)
         if positions is not None:
             positions = self._check_positions(x, positions)
-        return self.attend(x, context, Call(pattern, padding, dense, positions, state, need_weights))
+        call = Call(pattern, padding, dense, positions, state, need_weights)
+        return self.attend(x, context, call) if state is None else self._continue(x, context, call, state)
+
+    def _continue(self, x: Tensor, context: Context | None, call: Call, state: State) -> Result:
+        """A pass behind those that the state has seen; told what of them is real from now on, it counts on."""
+        own, seen = context is None, state.length
+        if own and call.padding is not None and call.padding.shape[1] > x.shape[1]:
+            state.tell(call.padding[:, :seen])
+            call = replace(call, padding=call.padding[:, seen:])
+        if own and call.dense is not None:
+            call = replace(call, dense=state.as_stored(call.dense))
+        places = state.places
+        result = self.attend(x, context, call)
+        state.note(call.padding if own else None, seen)
+        return result if result.weights is None else result._replace(weights=state.as_fed(result.weights, places))
 
     @abstractmethod
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
@@ -199,7 +215,8 @@ class Mechanism(nn.Module, ABC):
         n = x.shape[1]
         new = n if context is None else context.shape[1]
         total = new + (state.length if state is not None and context is None else 0)
-        self._want_mask(mask, [(batch, new), (batch, 1, n, total), (batch, self.heads, n, total)])
+        wide = [] if total == new else [(batch, total)]
+        self._want_mask(mask, [(batch, new), *wide, (batch, 1, n, total), (batch, self.heads, n, total)])
         return (mask, None) if mask.ndim == 2 else (None, mask)
 
     def _want_mask(self, mask: Tensor, shapes: list[tuple[int, ...]]) -> None:

@@ -74,11 +74,26 @@ class Buffer:
             self.data, self.start, self.stop = fresh, 0, len(self)
 
 
+def _marks(hidden: Tensor, start: int) -> Tensor:
+    """A number per row [batch] that says which tokens, counted from `start`, are hidden [batch, n]: a sum of scrambled
+    places, so that it is added to as tokens come and takes no room for those that have been. 0 = none."""
+    place = torch.arange(start + 1, start + 1 + hidden.shape[1], device=hidden.device)
+    place = place * -7046029254386353131
+    place = (place ^ (place >> 31)) * -4658895280553007687
+    return torch.where(hidden, place ^ (place >> 29), 0).sum(1)
+
+
+def hidden_first(real: Tensor) -> bool:
+    """No token [batch, n] is hidden behind a real one."""
+    return not bool((real[:, :-1] & ~real[:, 1:]).any())
+
+
 class State:
     """The memory of one mechanism for one batch; made by `Mechanism.init_state`, filled by its passes.
 
     length: tokens seen. grown: buffers with a row per token. fixed: tensors of constant size, replaced at every pass
-    (recurrences). context: what was computed once from the context of cross attention.
+    (recurrences). context: what was computed once from the context of cross attention. places: [batch, held], which
+    token each row of the buffers is, where that is not their order (see `tell`).
     """
 
     def __init__(self, owner: str, batch: int, *, capacity: int = 0) -> None:
@@ -89,17 +104,25 @@ class State:
         self.grown: dict[str, Buffer] = {}
         self.fixed: dict[str, Tensor] = {}
         self.context: dict[str, Tensor] = {}
+        self.places: Tensor | None = None
+        self._optional: set[str] = set()
+        self._blends: set[str] = set()
+        self._told: Tensor | None = None  # marks of the tokens hidden so far, None where none ever was
 
     @property
     def nbytes(self) -> int:
         """Bytes of the storages held, with what is allocated ahead."""
         tensors = [b.data for b in self.grown.values() if b.data is not None]
         tensors += [*self.fixed.values(), *self.context.values()]
+        tensors += [t for t in (self.places, self._told) if t is not None]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
-    def append(self, name: str, new: Tensor) -> Tensor:
-        """Adds rows to the buffer `name` and returns all rows held: [..., m, features] or [batch, m]."""
+    def append(self, name: str, new: Tensor, *, blends: bool = False) -> Tensor:
+        """Adds rows to the buffer `name` and returns all rows held: [..., m, features] or [batch, m]. blends: a row
+        holds something of the tokens before its own, so that these cannot be hidden or shown afterwards."""
+        if blends:
+            self._blends.add(name)
         return self.grown.setdefault(name, Buffer(self.capacity)).append(new)
 
     def append_optional(self, name: str, new: Tensor | None, default: Tensor) -> Tensor | None:
@@ -107,6 +130,7 @@ class State:
 
         default: [1, length + n], what each of the tokens seen would have had.
         """
+        self._optional.add(name)
         if new is None and name not in self.grown:
             return None
         seen = default.shape[1]
@@ -134,6 +158,10 @@ class State:
         for tensors in (self.fixed, self.context):
             for name, tensor in tensors.items():
                 tensors[name] = tensor.index_select(0, index.to(tensor.device))
+        if self.places is not None:
+            self.places = self.places.index_select(0, index.to(self.places.device))
+        if self._told is not None:
+            self._told = self._told.index_select(0, index.to(self._told.device))
         self.batch = index.shape[0]
 
     def truncate(self, length: int) -> None:
@@ -154,7 +182,128 @@ class State:
                     f"{self.owner}: {name} of {self.length - len(buffer)} tokens were dropped behind its window; a "
                     "state that has dropped tokens cannot be truncated"
                 )
+        if self.places is not None:
+            self._sort(self.places.argsort(1))
         for buffer in self.grown.values():
             buffer.stop -= gone
             buffer.added -= gone
         self.length = length
+        if "padding" in self.grown:
+            real = self.grown["padding"].view()
+            self._told = _marks(~real, 0)
+            self._arrange(real)
+        elif self._told is not None:
+            self._told = torch.full_like(self._told, -1)  # which of the hidden tokens are left is not known
+
+    # -- a mask over what has been seen ----------------------------------------------------------------------------
+
+    def note(self, padding: Tensor | None, seen: int) -> None:
+        """After a pass over the tokens from `seen` on: what was hidden of them. padding: [batch, n], True = real."""
+        if padding is not None:
+            marks = _marks(~padding, seen)
+            self._told = marks if self._told is None else self._told + marks
+        if self.places is not None:
+            held = max(len(buffer) for buffer in self.grown.values())
+            self.places = self._with_new(self.places, self.length - seen)[:, -held:]
+
+    def _with_new(self, places: Tensor, n: int) -> Tensor:
+        first = int(places.max()) + 1
+        return torch.cat([places, torch.arange(first, first + n, device=places.device).expand(self.batch, -1)], 1)
+
+    def tell(self, real: Tensor) -> None:
+        """From now on those of the tokens seen are real that are in `real`, [batch, length].
+
+        Rows of tokens with a remembered padding obey: those of hidden tokens are moved before all others, as if they
+        had been padding on the left, so that windows and blocks count real tokens only. Raises ValueError where that
+        changes what the state cannot take back.
+        """
+        why = self.obstacle(real)
+        if why:
+            raise ValueError(why)
+        if self.agrees(real) and (hidden_first(self._stored(real)) or self._stiff(real)):
+            return
+        self._arrange(real)
+        self._told = _marks(~real, 0)
+
+    def as_stored(self, columns: Tensor) -> Tensor:
+        """Before a pass: [..., length + n] in the order of the tokens -> in that of the buffers."""
+        if self.places is None:
+            return columns
+        order = torch.arange(columns.shape[-1], device=columns.device).repeat(self.batch, 1)
+        order[:, self.length - self.places.shape[1] : self.length] = self.places
+        return columns.gather(-1, order[:, None, None].expand_as(columns))
+
+    def as_fed(self, columns: Tensor, places: Tensor | None) -> Tensor:
+        """Of a pass that began with these places: [..., m] in the order of the buffers -> in that of the tokens."""
+        if places is None:
+            return columns
+        n = self.length - int(places.max()) - 1
+        order = self._with_new(places, n)[:, -columns.shape[-1] :]
+        first = int(order.min())
+        natural = columns.new_zeros(*columns.shape[:-1], self.length - first)
+        return natural.scatter(-1, (order - first)[:, None, None].expand_as(columns), columns)
+
+    def obstacle(self, real: Tensor) -> str | None:
+        """Why `tell` would refuse, None where it would not."""
+        if self.agrees(real):
+            return None
+        why = self._stiff(real)
+        return why and (
+            f"{self.owner}: the mask hides or shows other tokens among the {self.length} of earlier passes than it did "
+            f"when they were fed, and the state {why}; start a new state (a new cache) and feed the conversation "
+            "again, with what is hidden as padding on the left"
+        )
+
+    def agrees(self, real: Tensor) -> bool:
+        """The tokens in `real`, [batch, length], are those that were real when they were fed, or last told."""
+        return bool((real if self._told is None else _marks(~real, 0) == self._told).all())
+
+    def _stiff(self, real: Tensor) -> str | None:
+        if self.fixed:
+            return f"is a running summary ({', '.join(self.fixed)})"
+        if self._blends:
+            return f"holds rows ({', '.join(sorted(self._blends))}) that blend several tokens"
+        if "padding" not in self._optional:
+            return "remembers no padding beside its tokens"
+        if len({len(buffer) for buffer in self.grown.values()}) > 1:
+            return "holds more than a row for each token"
+        stored, held = self._stored(real), self._places(real).shape[1]
+        # How many real tokens there are from each place on: the rows held must be the last ones, and full, or all.
+        left = real.flip(1).cumsum(1).flip(1).gather(1, self._places(real))
+        last = stored.all(1) & (left.max(1).values == held)
+        if not bool((last | (stored.sum(1) == real.sum(1))).all()):
+            return f"has dropped {self.length - held} tokens behind its window, of which the next would see more"
+        return None
+
+    def _places(self, like: Tensor) -> Tensor:
+        if self.places is not None:
+            return self.places
+        held = max((len(buffer) for buffer in self.grown.values()), default=0)
+        return torch.arange(self.length - held, self.length, device=like.device).expand(self.batch, -1)
+
+    def _stored(self, real: Tensor) -> Tensor:
+        return real.gather(1, self._places(real))
+
+    def _arrange(self, real: Tensor) -> None:
+        """Puts rows in order, hidden ones first, and remembers which are real."""
+        if "positions" in self._optional and "positions" not in self.grown:
+            self.grown["positions"] = self._filled(self._places(real).contiguous())
+        places, stored = self._places(real), self._stored(real)
+        self.grown["padding"] = self._filled(stored)
+        self._sort((places + stored * self.length).argsort(1))
+
+    def _filled(self, rows: Tensor) -> Buffer:
+        buffer = Buffer(self.capacity)
+        buffer.append(rows)
+        buffer.added = self.length
+        return buffer
+
+    def _sort(self, order: Tensor) -> None:
+        """Row r of the buffers becomes what row order[:, r] was. In new tensors: copies of this state share the old."""
+        places = self._places(order).gather(1, order)
+        for buffer in self.grown.values():
+            rows = buffer.view()
+            index = order if rows.ndim == 2 else order.view(self.batch, *[1] * (rows.ndim - 3), -1, 1)
+            buffer.data, buffer.start, buffer.stop = rows.gather(_time(rows), index.expand_as(rows)), 0, len(buffer)
+        usual = torch.arange(self.length - places.shape[1], self.length, device=places.device)
+        self.places = None if bool((places == usual).all()) else places

@@ -84,6 +84,23 @@ class FutureThroughCentroid(SoftmaxAttention):
         return super().score(q, k, where) - near
 
 
+class CountsTwice(SoftmaxAttention):
+    """The scale follows how many passes there were in training, of which checkpointing makes more."""
+
+    card = bug("counts-twice")
+
+    def __init__(self, dim: int, heads: int, *, causal: bool = False) -> None:
+        super().__init__(dim, heads, causal=causal)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def score(self, q: Tensor, k: Tensor, where: Where) -> Tensor:
+        assert isinstance(self.passes, Tensor)
+        scores = super().score(q, k, where) / (1 + self.passes)
+        if self.training:
+            self.passes += 1
+        return scores
+
+
 class CausalIgnored(SoftmaxAttention):
     """The causal flag is taken and not used."""
 
@@ -307,6 +324,20 @@ class ConstantInName(Running):
         return super().carry(state, total, count)
 
 
+class StaleSums(Running):
+    """Remembers the padding beside rows that have summed it up: a mask over them later on changes nothing."""
+
+    card = bug("stale-sums", "causal-self")
+
+    def carry(self, state: State, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        if state.length:
+            total, count = (t + state.grown[n].view()[:, -1:] for n, t in (("total", total), ("count", count)))
+        state.append_optional("padding", None, torch.ones(1, state.length + total.shape[1], dtype=torch.bool))
+        state.append("total", total)
+        state.append("count", count)
+        return total, count
+
+
 class KeepsDimOnly(Running):
     """Integers in, but bfloat16 comes back as float32."""
 
@@ -336,6 +367,7 @@ BUGS: list[tuple[type[Mechanism], str]] = [
     (FutureThroughSelection, "no-future"),
     (FutureThroughNorm, "no-future"),
     (FutureThroughCentroid, "no-future-training"),
+    (CountsTwice, "checkpoint"),
     (CausalIgnored, "no-future"),
     (OffByOne, "no-future"),
     (AlwaysCausal, "sees-all"),
@@ -354,6 +386,7 @@ BUGS: list[tuple[type[Mechanism], str]] = [
     (SilentKwargs, "refuses"),
     (StaleAfterReorder, "reorder"),
     (ForgetsTheState, "decode"),
+    (StaleSums, "mask-earlier"),
     (HiddenBytes, "state-bytes"),
     (ConstantInName, "state-bytes"),
     (KeepsDimOnly, "dtype"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
+from manyheads.functional.deferred import Deferred
 from manyheads.mechanisms.selection.routing_transformer import RoutingTransformer
 from manyheads.testing import check_mechanism
 
@@ -88,6 +90,8 @@ def test_centroids_move_in_training_only_and_not_by_padding() -> None:
     module.eval()(x, mask=mask)
     assert torch.equal(module.centroids, before)
     module.train()(x, mask=mask)
+    torch.testing.assert_close(module.centroids, before)
+    module(x[:1], mask=torch.zeros_like(mask[:1]))  # the next pass begins with what the last one moved
     rows = [norm(p(x[b, i])) for b in range(2) for p in (module.q_proj, module.k_proj) for i in range((4, 6)[b])]  # type: ignore[misc]
     for c in range(2):
         own = [r for r in rows if int((before[0] @ r).argmax()) == c]
@@ -102,11 +106,48 @@ def test_the_pass_that_moves_the_centroids_is_routed_by_those_before(causal: boo
     x, before = torch.randn(2, 30, 8, dtype=torch.float64), module.centroids.clone()
     wanted = module.eval()(x).output
     torch.testing.assert_close(module.train()(x).output, wanted)
+    module(x)
     assert (module.centroids - before).abs().max() > 1e-3
     module.centroids.copy_(before)
+    module.sizes.zero_()
     if causal:
         x = torch.cat([x[:, :12], 10 * torch.randn(2, 18, 8, dtype=torch.float64)], 1)
         torch.testing.assert_close(module(x).output[:, :12], wanted[:, :12])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_passes_before_one_backward_are_all_routed_alike(causal: bool) -> None:
+    """Else the first could not be run again; the centroids then move by the mean of all."""
+    module = RoutingTransformer(8, 2, clusters=3, window=3, local_heads=0, decay=0.5, causal=causal).double().train()
+    x, before = torch.randn(4, 9, 8, dtype=torch.float64), module.centroids.clone()
+    total = sum(module(part).output.sum() for part in x.split(2))
+    torch.testing.assert_close(module.centroids, before)
+    total.backward()
+    other = copy.deepcopy(module)
+    other.load_state_dict(module.state_dict())
+    other.means.zero_()
+    other.sizes.zero_()
+    other.deferred = Deferred()
+    other(x)  # all rows at once, its gradient not wanted
+    for either in (module, other):
+        either(x[:1])
+    assert (module.centroids - before).abs().max() > 1e-3
+    torch.testing.assert_close(module.centroids, other.centroids)
+
+
+def test_what_was_gathered_is_saved() -> None:
+    module = RoutingTransformer(8, 2, clusters=3, window=3, local_heads=0, decay=0.5).double().train()
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    module(x).output.sum().backward()
+    other = RoutingTransformer(8, 2, clusters=3, window=3, local_heads=0, decay=0.5).double().train()
+    other.load_state_dict(module.state_dict())
+    torch.testing.assert_close(module(x).output, other(x).output)
+    torch.testing.assert_close(module.centroids, other.centroids)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_checkpointed_while_centroids_move(decay: float) -> None:
+    check_mechanism(RoutingTransformer, config={"decay": decay, "clusters": 3}, properties=["checkpoint"])
 
 
 def test_commitment_pulls_to_the_nearest_centroid() -> None:

@@ -11,15 +11,13 @@ from transformers import (
 
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
-from manyheads.models.modeling import (
+from manyheads.models.heads import (
     ManyheadsForCausalLM,
     ManyheadsForImageClassification,
     ManyheadsForSeq2SeqLM,
     ManyheadsForSequenceClassification,
-    ManyheadsModel,
-    ManyheadsPreTrainedModel,
-    ManyheadsSeq2SeqModel,
 )
+from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
 
 AutoConfig.register("manyheads", ManyheadsConfig, exist_ok=True)
 AutoModel.register(ManyheadsConfig, ManyheadsModel, exist_ok=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from manyheads.state import State
+from manyheads.state import State, hidden_first
 
 
 @dataclass
@@ -180,6 +180,20 @@ class ManyheadsCache(Cache):
     def nbytes(self) -> int:
         """Bytes held, with what is allocated ahead."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def tell(self, real: Tensor) -> None:
+        """From now on those of the tokens seen are real that are in `real`, [batch, seen]. Raises ValueError, and
+        changes nothing, where a state cannot take back what it was fed."""
+        states = [state for layer in self.layers for state in layer.self_attention.states.values()]
+        # All were fed alike, so that in the usual case one is asked.
+        if not states or (hidden_first(real) and states[0].agrees(real)):
+            return
+        for state in states:
+            why = state.obstacle(real)
+            if why:
+                raise ValueError(why)
+        for state in states:
+            state.tell(real)
 
 
 def _snapshot(state: State) -> State:

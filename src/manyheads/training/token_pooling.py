@@ -8,7 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from manyheads.functional.deferred import recomputing
 from manyheads.mechanism import Mechanism, Result
+
+
+class _Norm(nn.BatchNorm2d):
+    """Batch norm whose averages a pass moves once, also where it is checkpointed and runs again in backward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and recomputing():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            thrown_away = self.running_mean.clone(), self.running_var.clone()
+            return F.batch_norm(input, *thrown_away, self.weight, self.bias, training=True, eps=self.eps)
+        return super().forward(input)
 
 
 class TokenAwarePooling(nn.Module):
@@ -46,7 +59,7 @@ class TokenAwarePooling(nn.Module):
         self.norm = nn.Identity() if norm is None else norm
         self.predictor = nn.Sequential(
             nn.Conv2d(mechanism.dim, scales, 3, padding=1, bias=False),
-            nn.BatchNorm2d(scales),
+            _Norm(scales),
             nn.Conv2d(scales, scales, 3, padding=1, bias=False),
         )
 

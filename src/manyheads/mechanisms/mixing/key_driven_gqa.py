@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from manyheads.card import Card, Family
+from manyheads.functional.deferred import Deferred, recomputing
 from manyheads.functional.grouped import grouped_mix, grouped_scores
 from manyheads.functional.linear import hide, widen
 from manyheads.functional.passes import attend_where
@@ -117,8 +118,8 @@ class DGQA(SoftmaxAttention):
     allocation: query heads per key head to start with, by default even; afterwards the buffer `counts` [kv_heads].
     Source: Khan et al., arXiv:2408.08454. Where it and its code differ or are unclear: the code's "ema" stores n and so
     averages two values only, here it is the average of the paper; the sum is mended as in KDGQA, not at random; groups
-    change in training alone (the code's also in evaluation), and from the pass after, so that no output depends on
-    later tokens or on the batch. Padding is not in the norms.
+    change in training alone (the code's also in evaluation), as the first training pass after a backward begins, by the
+    mean n of those due, so that no output depends on later tokens or on the batch. Padding is not in the norms.
     """
 
     card = Card(
@@ -134,6 +135,8 @@ class DGQA(SoftmaxAttention):
     counts: Tensor
     cache: Tensor
     passes: Tensor
+    norms: Tensor
+    gathered: Tensor
 
     def __init__(
         self,
@@ -161,6 +164,9 @@ class DGQA(SoftmaxAttention):
         self.register_buffer("counts", torch.tensor(given))
         self.register_buffer("cache", torch.zeros(groups))
         self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+        self.register_buffer("norms", torch.zeros(groups))
+        self.register_buffer("gathered", torch.zeros((), dtype=torch.long))
+        self.deferred = Deferred()
 
     def score(self, q: Tensor, k: Tensor, where: Where) -> Tensor:
         return grouped_scores(q * self.scale, self._served(k))
@@ -183,9 +189,13 @@ class DGQA(SoftmaxAttention):
         return torch.cat(parts, 1)
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+        learns = self.training and call.state is None
+        if learns and self.deferred.due():
+            self._regroup()
         result = super().attend(x, context, call)
-        if self.training and call.state is None:
-            self._learn(x if context is None else context, call.padding)
+        if learns and not recomputing():
+            self._gather(x if context is None else context, call.padding)
+            self.deferred.watch(result.output)
         return result
 
     def _served(self, rows: Tensor) -> Tensor:
@@ -193,20 +203,28 @@ class DGQA(SoftmaxAttention):
         return rows.index_select(1, owners(self.counts, self.heads))
 
     @torch.no_grad()
-    def _learn(self, source: Tensor, padding: Tensor | None) -> None:
+    def _gather(self, source: Tensor, padding: Tensor | None) -> None:
         self.passes += 1
         if int(self.passes) % self.window:
             return
         # Turning by position keeps norms, so that keys are wanted before it.
         k = self.k_proj(source).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
-        norms = key_norms(k, padding).mean(0).to(self.cache.dtype)
+        self.gathered += 1
+        self.norms.lerp_(key_norms(k, padding).mean(0).to(self.norms.dtype), 1 / int(self.gathered))
+
+    @torch.no_grad()
+    def _regroup(self) -> None:
+        if not self.gathered:
+            return
         if self.rule == "ema":
-            self.cache.copy_(0.9 * norms + 0.1 * self.cache)
+            self.cache.copy_(0.9 * self.norms + 0.1 * self.cache)
             shares = stretched(self.cache)
         else:
-            shares = (self.cache - norms).abs()
-            self.cache.copy_(norms)
+            shares = (self.cache - self.norms).abs()
+            self.cache.copy_(self.norms)
         self.counts.copy_(allot(shares, self.heads))
+        self.norms.zero_()
+        self.gathered.zero_()
 
 
 @register

@@ -77,7 +77,7 @@ class Super(Mechanism):
         placed = call.positions is None and (call.state is None or "positions" not in call.state.grown)
         values = self._mixing(where, placed, rows=x.shape[1]) @ keys
         if call.state is not None:
-            values = call.state.append("values", values)
+            values = call.state.append("values", values, blends=True)
         mixed, weights = attend_where(
             self._split(self.q_proj(x)), keys, values, where, scale=self.scale, need_weights=call.need_weights
         )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.deferred import Deferred, recomputing
 from manyheads.functional.grouped import attend_rows, grouped_mix, grouped_scores, masked_softmax
 from manyheads.functional.spans import attend_spans
 from manyheads.mechanism import Call, Mechanism, Result
@@ -32,7 +33,8 @@ class RoutingTransformer(Mechanism):
     Source: arXiv:2003.05997 (algorithm 1); the norm of the released code (TensorFlow) takes the 1 / sqrt(d) away again.
     Divergence: its causal form takes the best `window` tokens of the whole sequence, so that later tokens decide what
     earlier ones see. This causal form is the nearest-centroid rule that its section 4 starts from, cut to the newest
-    tokens: it does not leak. Centroids start at random, and move after the pass: it is routed by those before.
+    tokens: it does not leak. Centroids start at random, and move when the first training pass after a backward begins,
+    by what all passes before it gathered: a pass is routed by those before, also where checkpointing repeats it.
     """
 
     card = Card(
@@ -76,15 +78,23 @@ class RoutingTransformer(Mechanism):
         self.q_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(3))
         self.k_proj = nn.Linear(dim, keyed * d, bias=bias) if keyed else None
         self.register_buffer("centroids", _norm(torch.randn(self.routed, clusters, d)))
+        self.register_buffer("means", torch.zeros(self.routed, clusters, d))
+        self.register_buffer("sizes", torch.zeros(self.routed, clusters, 1, dtype=torch.long))
         self.centroids: Tensor
+        self.means: Tensor
+        self.sizes: Tensor
+        self.deferred = Deferred()
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         q, v, local = self._split(self.q_proj(x)), self._split(self.v_proj(x)), self.local_heads
         k = q[:, :0] if self.k_proj is None else self._split(self.k_proj(x))
         routed = _norm(q[:, local:])
         keys = routed if self.causal else _norm(k[:, local:])
-        losses, moved = self._learn([routed] if self.causal else [routed, keys], call.padding)
-        ids = self._nearest(keys, call.padding) if self.causal else None
+        if self.training and self.deferred.due():
+            # Not before: tokens are routed by centroids that no token of this pass has moved, in backward too.
+            self._move()
+        losses = self._learn([routed] if self.causal else [routed, keys], call.padding)
+        ids = self._nearest(keys) if self.causal else None
         k, real = torch.cat([k[:, :local], keys], 1), call.padding
         if call.state is not None:
             usual = torch.ones(1, call.seen + x.shape[1], dtype=torch.bool, device=x.device)
@@ -93,28 +103,31 @@ class RoutingTransformer(Mechanism):
             assert ids is not None
             ids = call.state.append("clusters", ids[..., None])[..., 0]
             call.state.advance(x.shape[1])
+        if ids is not None and real is not None:
+            # Padding is in a cluster of its own: not in what the state holds, as a later mask may show what is hidden.
+            ids = ids.masked_fill(~real[:, None], self.clusters)
         parts = []
         if local:
             parts.append(self._local(q[:, :local], k[:, :local], v[:, :local], real, call))
         if self.routed:
             way = self._clustered if ids is None else self._causal
             parts.append(way(routed, k[:, local:], v[:, local:], real, ids, call))
-        if moved is not None:
-            # Not before: tokens are routed by centroids that no token of this pass has moved.
-            self.centroids.copy_(moved)
         mixed = torch.cat([part for part, _ in parts], 1)
         weights = torch.cat([weight for _, weight in parts if weight is not None], 1) if call.need_weights else None
-        return Result(self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights, losses)
+        output = self.o_proj(mixed.transpose(1, 2).flatten(-2))
+        if self.training:
+            self.deferred.watch(output)
+        return Result(output, weights, losses)
 
     def _split(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     # -- k-means ---------------------------------------------------------------------------------------------------
 
-    def _learn(self, rows: list[Tensor], real: Tensor | None) -> tuple[Mapping[str, Tensor], Tensor | None]:
-        """The commitment loss of normed rows [b, h, n, d]; in training also the centroids after this pass."""
+    def _learn(self, rows: list[Tensor], real: Tensor | None) -> Mapping[str, Tensor]:
+        """The commitment loss of normed rows [b, h, n, d]; in training they are gathered for the centroids."""
         if not self.routed:
-            return {}, None
+            return {}
         tokens = torch.cat(rows, 2)
         count = torch.ones_like(tokens[:, :1, :, 0]) if real is None else real[:, None].repeat(1, 1, len(rows))
         count = count.to(tokens.dtype)
@@ -124,21 +137,29 @@ class RoutingTransformer(Mechanism):
         )
         gap = ((tokens - own).square().mean(-1) * count).masked_fill(count == 0, 0.0)
         losses = {"commitment": gap.sum() / (count.sum().clamp(min=1) * self.routed)}
-        if not self.training:
-            return losses, None
-        return losses, self._moved(tokens, F.one_hot(nearest, self.clusters).to(tokens.dtype) * count[..., None])
+        if self.training and not recomputing():
+            self._gather(tokens, F.one_hot(nearest, self.clusters).to(tokens.dtype) * count[..., None])
+        return losses
 
     @torch.no_grad()
-    def _moved(self, tokens: Tensor, member: Tensor) -> Tensor:
-        sums = torch.einsum("bhnc,bhnd->hcd", member, tokens)
-        sizes = member.sum((0, 2))[..., None]
-        means = torch.where(sizes > 0, sums / sizes.clamp(min=1), self.centroids)
-        return self.centroids.lerp(means, 1 - self.decay)
+    def _gather(self, tokens: Tensor, member: Tensor) -> None:
+        """The mean of what is nearest to each centroid, over all passes until they move."""
+        new = member.sum((0, 2))[..., None].long()
+        sizes = self.sizes + new
+        gap = torch.einsum("bhnc,bhnd->hcd", member, tokens) - new * self.means
+        self.means.add_(gap / sizes.clamp(min=1))
+        self.sizes.copy_(sizes)
 
-    def _nearest(self, rows: Tensor, real: Tensor | None) -> Tensor:
-        """[b, h, n]; padding is in a cluster of its own."""
-        ids = (rows.detach() @ self.centroids.mT).argmax(-1)
-        return ids if real is None else ids.masked_fill(~real[:, None], self.clusters)
+    @torch.no_grad()
+    def _move(self) -> None:
+        moved = self.centroids.lerp(self.means, 1 - self.decay)
+        self.centroids.copy_(torch.where(self.sizes > 0, moved, self.centroids))
+        self.means.zero_()
+        self.sizes.zero_()
+
+    def _nearest(self, rows: Tensor) -> Tensor:
+        """[b, h, n]."""
+        return (rows.detach() @ self.centroids.mT).argmax(-1)
 
     # -- the three kinds of attention ------------------------------------------------------------------------------
 

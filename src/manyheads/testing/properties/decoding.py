@@ -83,6 +83,50 @@ def decode_weights(case: Case, n: int) -> None:
         expect(bool((row[..., : row.shape[-1] - held] == 0).all()), "a dropped key has weight in the parallel pass")
 
 
+@prop(
+    "mask-earlier",
+    "a mask over tokens of earlier passes gives what the row gives without them, or is refused",
+    when=_decodes_itself,
+    sizes=(2, 3, 5, 9, 17, 33),
+)
+def mask_earlier(case: Case, n: int) -> None:
+    module, x = case.build(), case.x(n)
+    half, wanted = n - n // 2, case.outputs(module, x).output
+    usual = torch.arange(n, device=x.device)
+    for hidden in ({half - 1}, {0}, set(range(half // 3, 1 + half // 2))):
+        for fed in (True, False):  # first seen, then hidden; and the other way round
+            mask = torch.ones(2, n, dtype=torch.bool, device=x.device)
+            mask[1, sorted(hidden)] = False
+            now = mask if fed else torch.ones_like(mask)
+            positions = torch.stack([usual, usual])
+            positions[1, half:] -= half - 1 - int(usual[:half][now[1, :half]].max()) if half > len(hidden) else half
+            state = module.init_state(2)
+            case.outputs(module, x[:, :half], state=state, mask=None if fed else mask[:, :half])
+            alone = case.outputs(module, x[1:, now[1]], positions=positions[1:, now[1]]).output[:, half - n :]
+            if not _follows(case, module, x, state, now, positions, torch.cat([wanted[:1, half:], alone])):
+                expect(state.length == half, "the refusal came after the state had counted on")
+
+
+def _follows(
+    case: Case, module: Mechanism, x: Tensor, state: State, mask: Tensor, positions: Tensor, wanted: Tensor
+) -> bool:
+    """Passes the rest in a chunk and tokens; False where it is refused."""
+    seen, n = state.length, x.shape[1]
+    for start, stop in ((seen, seen + (n - seen) // 2), *((t, t + 1) for t in range(seen + (n - seen) // 2, n))):
+        if start == stop:
+            continue
+        call = {"mask": mask[:, :stop], "positions": positions[:, start:stop]}
+        try:
+            output = case.outputs(module, x[:, start:stop], state=state, **call).output
+        except ValueError as error:
+            spoken = case.cls.card.name in str(error) and "feed the conversation again" in str(error)
+            expect(spoken and start == seen, f"a mask over earlier tokens is refused in other words: {error}")
+            return False
+        message = f"a mask that hides or shows tokens of an earlier pass, tokens {start} to {stop}: the row differs"
+        expect_close(output, wanted[:, start - seen : stop - seen], message)
+    return True
+
+
 @prop("reorder", "after state.reorder each row continues the row it came from", when=decodes, sizes=(2, 5, 9, 17))
 def reorder(case: Case, n: int) -> None:
     module, x, context = case.build(), case.x(n, 3), case.context(n, 3)

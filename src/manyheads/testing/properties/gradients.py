@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from manyheads.card import Pattern
 from manyheads.testing.case import Case, Violation, expect, expect_close
@@ -100,3 +102,42 @@ def losses(case: Case, n: int) -> None:
         again = case.outputs(module, dirty, mask=mask).losses
         for name, loss in found.items():
             expect_close(again[name], loss, f"loss {name} changes with padding")
+
+
+@prop("checkpoint", "checkpointed in training, gradients and buffers are as without it", sizes=(3, 9))
+def checkpointed(case: Case, n: int) -> None:
+    n = min(n, 5) if case.pattern is Pattern.GRID else n
+    wanted = _trained(case, n, lambda run, x: run(x))
+    for reentrant in (False, True):
+        found = _trained(case, n, lambda run, x, way=reentrant: checkpoint(run, x, use_reentrant=way))  # type: ignore[misc]
+        for step, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            for name, tensor in other.items():
+                message = f"checkpointed (use_reentrant={reentrant}), after step {step}: {name} differs"
+                expect_close(one[name], tensor, message, tolerance=1e-7)
+
+
+def _trained(case: Case, n: int, way: Callable[[Callable[[Tensor], Any], Tensor], Any]) -> list[dict[str, Tensor]]:
+    """Gradients and buffers after each of three steps; a step is one backward through two passes."""
+    module, steps = case.build().train(), []
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        torch.manual_seed(step)
+        total, inputs = torch.zeros((), dtype=torch.float64, device=case.device), []
+        for part in range(2):
+            context = case.context(n, seed=200 + 2 * step + part)
+
+            def run(x: Tensor, context: Any = context) -> tuple[Tensor, ...]:
+                result = module(x, context)
+                return result.output, *result.losses.values()
+
+            inputs.append(case.x(n, seed=2 * step + part).requires_grad_())
+            output, *losses = way(run, inputs[-1])
+            total = total + output.square().mean() + sum(losses)
+        total.backward()
+        optimizer.step()
+        gradients = {f"the gradient of {k}": p.grad for k, p in module.named_parameters()}
+        gradients |= {f"the gradient of input {i}": x.grad for i, x in enumerate(inputs)}
+        buffers = {f"the buffer {k}": b.clone() for k, b in module.named_buffers()}
+        steps.append({k: g.clone() for k, g in gradients.items() if g is not None} | buffers)
+    return steps

@@ -1,0 +1,346 @@
+"""Models for a task: causal and encoder-decoder language models, sequence and image classifiers.
+
+Shapes: b batch, n tokens, e hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    ImageClassifierOutput,
+    Seq2SeqLMOutput,
+    SequenceClassifierOutput,
+)
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from manyheads.card import Pattern
+from manyheads.mechanism import Result
+from manyheads.models.cache import ManyheadsCache
+from manyheads.models.configuration import ManyheadsConfig
+from manyheads.models.layers import build_mechanism, build_stack
+from manyheads.models.masks import real_tokens
+from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
+from manyheads.models.packed import Packing, find_documents
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ManyheadsCausalLMOutput(CausalLMOutputWithPast):
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class ManyheadsSeq2SeqLMOutput(Seq2SeqLMOutput):
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class ManyheadsSequenceClassifierOutput(SequenceClassifierOutput):
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class ManyheadsImageClassifierOutput(ImageClassifierOutput):
+    aux_loss: Tensor | None = None
+
+
+class ManyheadsGenerationMixin(GenerationMixin):
+    """`generate` with mechanisms' states for a cache. A model with a mechanism that cannot decode step by step runs
+    without one, recomputing every step."""
+
+    accepts_loss_kwargs = True
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: the layers decide what is kept; "
+                "leave it out"
+            )
+        stack = self.decoder_stack
+        if stack.obstacle and generation_config.use_cache is not False:
+            logger.warning_once(f"{stack.obstacle}, cannot decode step by step: generating without a cache")
+            generation_config.use_cache = False
+        if generation_config.use_cache is False:
+            return
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            cache = model_kwargs["past_key_values"] = ManyheadsCache(len(stack.layers))
+        else:
+            cache._is_user_defined = True
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+
+
+def token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> tuple[Tensor, Any]:
+    """Mean cross entropy over labels other than -100, and these labels' share of all that one optimizer step sees.
+
+    num_items_in_batch: how many those are, where several batches make a step."""
+    labels, wide = labels.to(logits.device), logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum")
+    count = (labels != -100).sum()
+    if num_items_in_batch is None:
+        return loss / count.clamp(min=1), 1.0
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch, count / num_items_in_batch
+
+
+class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
+    """Next-token prediction; every layer must declare causal-self."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ManyheadsConfig) -> None:
+        super().__init__(config)
+        if config.is_causal is False:
+            raise ValueError("is_causal=False would show ManyheadsForCausalLM the token to predict; use True or None")
+        self.model = ManyheadsModel(config, causal=True)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: ManyheadsCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Any = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+    ) -> ManyheadsCausalLMOutput:
+        """labels: [b, n] as input_ids (they are shifted here), -100 = not predicted: in packed rows the first token of
+        each document, which the one before it would else predict. All else as in ManyheadsModel."""
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            seq_idx,
+            cu_seq_lens_q,
+            cu_seq_lens_k,
+            max_length_q,
+            max_length_k,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        loss, share = None, 1.0
+        if labels is not None:
+            loss, share = token_loss(logits[:, :-1], labels[:, 1:], num_items_in_batch)
+        return ManyheadsCausalLMOutput(
+            self._with_router_loss(loss, out.aux_loss, share),
+            logits,
+            out.past_key_values,
+            out.hidden_states,
+            out.attentions,
+            out.aux_loss,
+        )
+
+
+class ManyheadsForSeq2SeqLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
+    """An encoder-decoder language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ManyheadsConfig) -> None:
+        super().__init__(config)
+        self.model = ManyheadsSeq2SeqModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.config.decoder_causal:
+            raise ValueError("decoder_causal=False: decoder tokens see each other, so there is no order to generate in")
+        return super().generate(*args, **kwargs)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Labels one place to the right, after the start token."""
+        config = self.config
+        start = next((t for t in (config.decoder_start_token_id, config.bos_token_id) if t is not None), None)
+        if start is None:
+            raise ValueError("decoder inputs are made of labels only with decoder_start_token_id or bos_token_id set")
+        filled = labels.masked_fill(labels == -100, start if config.pad_token_id is None else config.pad_token_id)
+        return F.pad(filled[:, :-1], (1, 0), value=start)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: ManyheadsCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: Any = None,
+    ) -> ManyheadsSeq2SeqLMOutput:
+        """labels: [b, n], aligned with the decoder's tokens, which by default are the labels moved one to the right."""
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            if not self.config.decoder_causal:
+                raise ValueError(
+                    "decoder_causal=False: inputs made of the labels would show them; give decoder_input_ids"
+                )
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        out = self.model(
+            input_ids,
+            attention_mask,
+            decoder_input_ids,
+            decoder_attention_mask,
+            decoder_position_ids,
+            encoder_outputs,
+            past_key_values,
+            inputs_embeds,
+            decoder_inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
+        )
+        logits, loss, share = self.lm_head(out.last_hidden_state), None, 1.0
+        if labels is not None:
+            loss, share = token_loss(logits, labels, num_items_in_batch)
+        kept = {k: v for k, v in out.items() if k != "last_hidden_state"}
+        return ManyheadsSeq2SeqLMOutput(loss=self._with_router_loss(loss, out.aux_loss, share), logits=logits, **kept)
+
+
+class Pooling(nn.Module):
+    """[b, n, e] -> [b, e]: the mean over real tokens, or a mechanism that pools."""
+
+    def __init__(self, config: ManyheadsConfig) -> None:
+        super().__init__()
+        learned = config.pooling != "mean"
+        self.mechanism = build_mechanism(config, "pooling", config.pooling, Pattern.POOL) if learned else None
+
+    def forward(self, x: Tensor, real: Tensor | None) -> Result:
+        if self.mechanism is not None:
+            return self.mechanism(x, mask=real)
+        if real is None:
+            return Result(x.mean(1))
+        return Result(x.masked_fill(~real[..., None], 0.0).sum(1) / real.sum(1, keepdim=True).clamp(min=1).to(x.dtype))
+
+
+def _sum_losses(trace_loss: Tensor | None, pooled: Result) -> Tensor | None:
+    losses = [*([] if trace_loss is None else [trace_loss]), *pooled.losses.values()]
+    return torch.stack(losses).sum() if losses else None
+
+
+class ManyheadsForSequenceClassification(ManyheadsPreTrainedModel):
+    """Labels for whole sequences. Layers are noncausal where their mechanism is, unless is_causal says otherwise."""
+
+    def __init__(self, config: ManyheadsConfig) -> None:
+        super().__init__(config)
+        self.model = ManyheadsModel(config, causal=None, decodes=False)
+        self.pooling = Pooling(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> ManyheadsSequenceClassifierOutput:
+        """labels: [b] classes, or [b, num_labels] targets (config.problem_type, as in transformers)."""
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is not None and find_documents(position_ids, attention_mask, tokens, Packing()):
+            raise ValueError(
+                "position_ids do not count up by one: several documents in a row that gets one label; give each "
+                "document a row of its own"
+            )
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        pooled = self.pooling(out.last_hidden_state, real_tokens(attention_mask))
+        logits, aux_loss = self.classifier(pooled.output), _sum_losses(out.aux_loss, pooled)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return ManyheadsSequenceClassifierOutput(
+            self._with_router_loss(loss, aux_loss), logits, out.hidden_states, out.attentions, aux_loss
+        )
+
+
+class ManyheadsForImageClassification(ManyheadsPreTrainedModel):
+    """Labels for images, cut into patches that stand in a grid: a mechanism for grids sees it, others the sequence of
+    its rows. is_causal as in ManyheadsForSequenceClassification."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: ManyheadsConfig) -> None:
+        super().__init__(config)
+        self.embed_patches = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.stack = build_stack(config, config.is_causal, images=True)
+        self.pooling = Pooling(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> ManyheadsImageClassifierOutput:
+        """pixel_values: [b, channels, height, width]. labels: as in ManyheadsForSequenceClassification."""
+        wants = self._wants(output_attentions, output_hidden_states)
+        trace = self.stack(self.embed_patches(self._patches(pixel_values)), **wants)
+        pooled = self.pooling(trace.last.flatten(1, 2), None)
+        logits, aux_loss = self.classifier(pooled.output), _sum_losses(trace.aux_loss, pooled)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        hidden = trace.hidden_states and tuple(x.flatten(1, 2) for x in trace.hidden_states)
+        return ManyheadsImageClassifierOutput(
+            self._with_router_loss(loss, aux_loss), logits, hidden, trace.attentions, aux_loss
+        )
+
+    def _patches(self, pixel_values: Tensor) -> Tensor:
+        """[b, c, height, width] -> [b, rows, columns, c * patch * patch]."""
+        wanted = (self.config.num_channels, *self.config.image_shape)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != wanted:
+            raise ValueError(
+                f"pixel_values have shape {tuple(pixel_values.shape)}; want [batch, {', '.join(map(str, wanted))}]"
+            )
+        side = self.config.patch_size
+        cut = pixel_values.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).to(self.embed_patches.weight.dtype)

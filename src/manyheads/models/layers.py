@@ -1,0 +1,296 @@
+"""What models are stacked of: mechanisms built from a configuration, and pre-norm blocks around them.
+
+x + mixer(norm(x)), in a decoder x + cross mixer(norm(x), encoder), then x + mlp(norm(x)).
+Shapes: b batch, n tokens, e hidden size, m tokens of the encoder.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from manyheads.card import Pattern
+from manyheads.mechanism import Mechanism, Result
+from manyheads.models.cache import ManyheadsCache, ManyheadsCacheLayer, Memory
+from manyheads.models.configuration import ManyheadsConfig, Spec, layer_pattern, spec_arguments, spec_name
+from manyheads.models.masks import Masks
+from manyheads.registry import create_attention, mechanism_class
+from manyheads.state import State
+
+# -- building mechanisms -----------------------------------------------------------------------------------------------
+
+
+def build_mechanism(config: ManyheadsConfig, place: str, spec: Spec, pattern: Pattern) -> Mechanism:
+    """The mechanism of one layer. It initialises itself; nothing here touches its parameters afterwards."""
+    name, arguments = spec_name(spec), {"causal": pattern.causal, **spec_arguments(spec)}
+    heads = arguments.pop("heads", config.num_attention_heads)
+    rotates = "rotary" in inspect.signature(mechanism_class(name)).parameters
+    if config.positions == "rotary" and rotates and pattern in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
+        arguments.setdefault("rotary", {"base": config.rotary_base})
+    try:
+        mechanism = _materialised(name, config.hidden_size, heads, arguments)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    if mechanism.sources != 1:
+        raise ValueError(f"{place}: {name} reads {mechanism.sources} sources; an encoder-decoder has one")
+    for module in mechanism.modules():
+        module._is_hf_initialized = True  # type: ignore[assignment]
+    return mechanism
+
+
+def _materialised(name: str, dim: int, heads: int, arguments: dict[str, Any]) -> Mechanism:
+    """Built with values even where Hugging Face builds models without (on the meta device, before loading), as a
+    constructor may compute; and in float32 where the default is narrower, as an initialisation may need it."""
+    dtype = torch.get_default_dtype()
+    empty = torch.empty(0).is_meta
+    if not empty and dtype in (torch.float32, torch.float64):
+        return create_attention(name, dim, heads, **arguments)
+    torch.set_default_dtype(torch.promote_types(dtype, torch.float32))
+    try:
+        with torch.device("cpu" if empty else torch.get_default_device()):
+            mechanism = create_attention(name, dim, heads, **arguments)
+    finally:
+        torch.set_default_dtype(dtype)
+    mechanism.to(dtype)
+    mechanism._awaits_weights = empty  # type: ignore[assignment]
+    return mechanism
+
+
+@torch.no_grad()
+def fill_gaps(mechanism: Mechanism) -> None:
+    """After loading: what no checkpoint held (non-persistent buffers, missing parameters) was emptied, and gets what a
+    new mechanism has."""
+    tensors = dict(mechanism.named_parameters()) | dict(mechanism.named_buffers())
+    gaps = {name: tensor for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)}
+    if gaps:
+        fresh = type(mechanism)(**mechanism.config)
+        values = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
+        for name, tensor in gaps.items():
+            tensor.copy_(values[name])
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise, over the last `width` tokens where causal, else centred; padding counts as zero."""
+
+    def __init__(self, dim: int, width: int, causal: bool) -> None:
+        super().__init__()
+        self.causal, self.width = causal, width
+        self.weight = nn.Parameter(torch.empty(dim, 1, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.weight, -(self.width**-0.5), self.width**-0.5)
+
+    def forward(self, x: Tensor, real: Tensor | None, memory: Memory | None) -> Tensor:
+        """x: [b, n, e] -> the same. real: [b, n], False = padding."""
+        n, before, rows = x.shape[1], self.width - 1 if self.causal else (self.width - 1) // 2, x
+        if memory is not None:
+            state, new = memory.state("convolution", lambda: State("short convolution", x.shape[0])), real
+            seen = state.length
+            usual = torch.ones(1, seen + n, dtype=torch.bool, device=x.device)
+            rows, real = state.append("inputs", x), state.append_optional("padding", real, usual)
+            rows, real = rows[:, -(n + before) :], None if real is None else real[:, -(n + before) :]
+            state.advance(n, span=self.width)
+            state.note(new, seen)
+        rows = rows if real is None else rows.masked_fill(~real[..., None], 0.0)
+        missing = n + before - rows.shape[1]
+        rows = F.pad(rows.transpose(1, 2), (missing, self.width - 1 - before))
+        return F.conv1d(rows, self.weight, groups=x.shape[2]).transpose(1, 2)
+
+
+class Mixer(nn.Module):
+    """norm -> short convolution -> mechanism."""
+
+    def __init__(self, config: ManyheadsConfig, place: str, spec: Spec, pattern: Pattern) -> None:
+        super().__init__()
+        self.grid, causal = pattern is Pattern.GRID, pattern.causal
+        convolves = config.short_conv and not pattern.cross and not self.grid
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.convolution = ShortConvolution(config.hidden_size, config.short_conv, causal) if convolves else None
+        self.mechanism = build_mechanism(config, place, spec, pattern)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        memory: Memory | None = None,
+        need_weights: bool = False,
+    ) -> Result:
+        """x: [b, n, e], or [b, height, width, e] for images, which a mechanism that is no grid's sees as a sequence."""
+        if x.ndim == 4 and not self.grid:
+            result = self(x.flatten(1, 2), context, mask, positions, memory, need_weights)
+            return result._replace(output=result.output.view(x.shape))
+        state = None
+        if memory is not None:
+            memory.record(self, x, context, mask, positions)
+            state = memory.state("mechanism", lambda: self.mechanism.init_state(x.shape[0]))
+        x = self.norm(x)
+        if self.convolution is not None:
+            x = self.convolution(x, mask if mask is not None and mask.ndim == 2 else None, memory)
+        return self.mechanism(x, context, mask=mask, positions=positions, state=state, need_weights=need_weights)
+
+
+class MLP(nn.Module):
+    """norm -> SwiGLU, or two layers with GELU."""
+
+    def __init__(self, config: ManyheadsConfig) -> None:
+        super().__init__()
+        gated = config.hidden_act == "swiglu"
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False) if gated else None
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ManyheadsBlock(GradientCheckpointingLayer):
+    """One layer: self mixer, cross mixer in a decoder, MLP."""
+
+    def __init__(self, config: ManyheadsConfig, self_mixer: Mixer, cross_mixer: Mixer | None = None) -> None:
+        super().__init__()
+        self.self_attn = self_mixer
+        self.cross_attn = cross_mixer
+        self.mlp = MLP(config) if config.intermediate_size else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        masks: Masks | None = None,
+        past_key_values: ManyheadsCacheLayer | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Hidden states, self and cross weights where asked for, and the sum of auxiliary losses, None without any."""
+        masks, layer = masks or Masks(), past_key_values
+        memory, cross_memory = (None, None) if layer is None else layer.memories
+        mixed = self.self_attn(x, None, masks.self_mask, masks.positions, memory, need_weights)
+        x = x + self.dropout(mixed.output)
+        losses, cross_weights = list(mixed.losses.values()), None
+        if self.cross_attn is not None:
+            crossed = self.cross_attn(x, context, masks.context_mask, masks.positions, cross_memory, need_weights)
+            x = x + self.dropout(crossed.output)
+            losses, cross_weights = losses + list(crossed.losses.values()), crossed.weights
+        if self.mlp is not None:
+            x = x + self.dropout(self.mlp(x))
+        return x, mixed.weights, cross_weights, torch.stack(losses).sum() if losses else None
+
+
+class Trace(NamedTuple):
+    """What a stack gives: the last hidden states, and per layer what was asked for."""
+
+    last: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor | None, ...] | None
+    cross_attentions: tuple[Tensor | None, ...] | None
+    aux_loss: Tensor | None
+
+
+class Stack(nn.Module):
+    """Blocks and a last norm, with positions of a sequence."""
+
+    def __init__(self, config: ManyheadsConfig, blocks: list[ManyheadsBlock], places: int | None = None) -> None:
+        super().__init__()
+        learned = config.positions == "learned"
+        self.places = config.max_position_embeddings if places is None else places
+        self.embed_positions = nn.Embedding(self.places, config.hidden_size) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        masks: Masks | None = None,
+        past_key_values: ManyheadsCache | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> Trace:
+        masks = masks or Masks()
+        x = self.dropout(self._positioned(x, masks.positions, past_key_values))
+        hidden, weights, cross_weights, losses = [x], [], [], []
+        for i, block in enumerate(self.layers):
+            layer = None if past_key_values is None else past_key_values.layers[i]
+            x, weight, cross_weight, loss = block(
+                x, context, masks, past_key_values=layer, need_weights=output_attentions
+            )
+            hidden.append(x)
+            weights.append(weight)
+            cross_weights.append(cross_weight)
+            losses += [] if loss is None else [loss]
+        x = self.norm(x)
+        return Trace(
+            x,
+            (*hidden[:-1], x) if output_hidden_states else None,
+            tuple(weights) if output_attentions else None,
+            tuple(cross_weights) if output_attentions and context is not None else None,
+            torch.stack(losses).sum() if losses else None,
+        )
+
+    def _positioned(self, x: Tensor, positions: Tensor | None, cache: ManyheadsCache | None) -> Tensor:
+        if self.embed_positions is None:
+            return x
+        if x.ndim == 4:
+            return x + self.embed_positions.weight.view(*x.shape[1:3], -1)
+        if positions is None:
+            seen = 0 if cache is None else cache.get_seq_length()
+            if seen + x.shape[1] > self.places:
+                raise ValueError(
+                    f"{seen + x.shape[1]} tokens, but max_position_embeddings={self.places} positions were learned; "
+                    "shorten the input, or build the model with more"
+                )
+            positions = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
+        return x + self.embed_positions(positions)
+
+    @property
+    def can_cache(self) -> bool:
+        return self.obstacle is None
+
+    @property
+    def obstacle(self) -> str | None:
+        """The first mechanism that cannot decode step by step, None where all can."""
+        for i, block in enumerate(self.layers):
+            mixers: list[Any] = [block.self_attn, block.cross_attn]
+            for mechanism in (mixer.mechanism for mixer in mixers if mixer is not None):
+                if not (mechanism.card.decodes and mechanism.causal):
+                    return f"layer {i}, {mechanism.card.name}"
+        return None
+
+
+def build_stack(config: ManyheadsConfig, causal: bool | None, *, images: bool = False) -> Stack:
+    """Self mixers only. causal None: whatever each mechanism declares, noncausal first."""
+    blocks = []
+    for i, spec in enumerate(config.encoder_specs()):
+        place = f"layers[{i}]"
+        pattern = layer_pattern(place, spec, causal, grid=images)
+        blocks.append(ManyheadsBlock(config, Mixer(config, place, spec, pattern)))
+    height, width = config.image_shape
+    return Stack(config, blocks, height // config.patch_size * (width // config.patch_size) if images else None)
+
+
+def build_decoder(config: ManyheadsConfig) -> Stack:
+    """Self and cross mixers."""
+    cross = Pattern.CAUSAL_CROSS if config.decoder_causal else Pattern.NONCAUSAL_CROSS
+    blocks = []
+    for i, (own, other) in enumerate(zip(config.decoder_specs(), config.cross_specs(), strict=True)):
+        places = f"decoder_layers[{i}]", f"cross_layers[{i}]"
+        pattern = layer_pattern(places[0], own, config.decoder_causal)
+        mixers = Mixer(config, places[0], own, pattern), Mixer(config, places[1], other, cross)
+        blocks.append(ManyheadsBlock(config, *mixers))
+    return Stack(config, blocks)
