@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from manyheads.hosts.attend import Mask, Scoring, causal_attention, masked_attention, pack, with_bias
+from manyheads.hosts.attend import Mask, Scoring, causal_attention, masked_attention, one_query, pack, with_bias
 from manyheads.hosts.attention import Visibility, is_attached
 from manyheads.hosts.families import layer_plans
 from manyheads.shrink.compress import Pass, make_room, shrink
@@ -53,6 +53,8 @@ class RaggedLayer(CacheLayerMixin):
         self.read: int | None = None
         # A policy's shares of the budget per head, fixed at prefill.
         self.shares: Tensor | None = None
+        # Weights of a single query on each group, for as long as its pass lasts.
+        self._made: list[Tensor | None] = []
         # The latest pass, for policies that make room before the next one (its queries are not kept).
         self.last: Pass | None = None
 
@@ -95,18 +97,19 @@ class RaggedLayer(CacheLayerMixin):
     def attend(self, query: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
         """query [b, h, n, d] -> [b, n, h, dv], as transformers' attention functions do."""
         packed = pack(query, sum(len(group.heads) for group in self.store.groups))
-        part = None
+        part, self._made = None, []
         if self.policy.reads:
             self.read = None
             part = self.policy.read(self, packed, self.store.groups[0], scoring, seen)
         out = self.ordinary(packed, scoring, seen) if part is None else part
-        done = Pass(packed, scoring, seen)
         with torch.no_grad():
             if self.record_past:
-                self.recorded.append(done)
+                self.recorded.append(Pass(packed, scoring, seen))
             else:
-                shrink(self, [done])
+                shrink(self, [Pass(packed, scoring, seen, tuple(self._made))])
             self._settle(seen)
+        done = Pass(packed, scoring, seen)
+        self._made = []
         if self.policy.evicts_before:
             self.last = done.first_queries(0)
         return out.flatten(1, 2).transpose(1, 2).contiguous()
@@ -121,11 +124,15 @@ class RaggedLayer(CacheLayerMixin):
         """Attention [b, g, r, n, dv] of the first queries of a pass, [b, g, r, n, d], to all that is held."""
         groups = self.store.groups
         if len(groups) == 1 and groups[0].in_order:
-            return _attend_group(queries, groups[0], scoring, seen)
+            out, made = _attend_group(queries, groups[0], scoring, seen)
+            self._made = [made]
+            return out
         out = queries.new_empty((*queries.shape[:-1], groups[0].value_dim))
+        self._made = []
         for group in groups:
             own = Scoring(scoring.scale, scoring.softcap, _sinks_of(scoring, group, queries.shape[2]))
-            out[:, group.index] = _attend_group(queries.index_select(1, group.index), group, own, seen)
+            out[:, group.index], made = _attend_group(queries.index_select(1, group.index), group, own, seen)
+            self._made.append(made)
         return out
 
     def decodes(self, count: int, offset: int) -> bool:
@@ -276,22 +283,27 @@ def _without_last(passes: list[Pass], count: int) -> list[Pass]:
     return left[::-1]
 
 
-def _attend_group(queries: Tensor, group: Group, scoring: Scoring, seen: Visibility) -> Tensor:
+def _attend_group(queries: Tensor, group: Group, scoring: Scoring, seen: Visibility) -> tuple[Tensor, Tensor | None]:
+    """The output, and the weights of a single query where they were made."""
     if group.codec is not None:
-        return group.codec.attend(group, queries, scoring, seen)
+        return group.codec.attend(group, queries, scoring, seen), None
     keys, values = group.view("keys"), group.view("values")
     n, m = queries.shape[3], keys.shape[2]
     counted = group.first is not None
     if counted and n == m and scoring.plain and seen.only_causal(n):
-        return causal_attention(queries, keys, values, scoring.scale)
+        return causal_attention(queries, keys, values, scoring.scale), None
     bias = group.bias()
     within = seen.window is None or (counted and m <= seen.window)
     if n == 1 and group.filled and seen.plain and seen.padding is None and within:
-        return masked_attention(queries, keys, values, scoring, lambda rows: with_bias(None, bias))
-    if counted and seen.plain and n > 1:
-        return _bands(queries, group, scoring, seen)
+        return one_query(queries, keys, values, scoring, with_bias(None, bias))
+    if n == 1:
+        seen_of = with_bias(seen.allowed(slice(0, 1), group.slots()), bias)
+        return one_query(queries, keys, values, scoring, seen_of)
+    if counted and seen.plain:
+        return _bands(queries, group, scoring, seen), None
     slots = group.slots()
-    return masked_attention(queries, keys, values, scoring, lambda rows: with_bias(seen.allowed(rows, slots), bias))
+    masked = masked_attention(queries, keys, values, scoring, lambda rows: with_bias(seen.allowed(rows, slots), bias))
+    return masked, None
 
 
 def _bands(queries: Tensor, group: Group, scoring: Scoring, seen: Visibility) -> Tensor:

@@ -27,16 +27,19 @@ class Pass:
     queries: Tensor
     scoring: Scoring
     seen: Visibility
+    # Of a single query: its weights [b, g, r, 1, m] on each of the layer's groups, where attention made them.
+    weights: tuple[Tensor | None, ...] = ()
 
     def first_queries(self, count: int) -> Pass:
         # A copy: a slice, even an empty one, would hold on to the whole pass' memory.
-        return replace(self, queries=self.queries[:, :, :, :count].clone())
+        return replace(self, queries=self.queries[:, :, :, :count].clone(), weights=())
 
     def on_batch(self, change: Callable[[Tensor], Tensor]) -> Pass:
         seen = self.seen
         padding = None if seen.padding is None else change(seen.padding)
         tensor = None if seen.tensor is None or seen.tensor.shape[0] == 1 else change(seen.tensor)
-        return replace(self, queries=change(self.queries), seen=replace(seen, padding=padding, tensor=tensor))
+        seen = replace(seen, padding=padding, tensor=tensor)
+        return replace(self, queries=change(self.queries), seen=seen, weights=())
 
 
 @dataclass
@@ -44,6 +47,8 @@ class View:
     """What a policy's rule sees: the entries of one group of heads, and the queries that just passed."""
 
     group: Group
+    # The group's place among the layer's.
+    place: int
     passes: list[Pass]
     layer: int
     layers: int
@@ -55,6 +60,8 @@ class View:
     # What the policy keeps for the layer as a whole, rows of the batch first; and how the layer's keys are turned.
     memo: dict[str, Tensor] = field(default_factory=dict)
     angles: Tensor | None = None
+    # What layers hand on to each other within a pass.
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def keys(self) -> Tensor:
@@ -116,6 +123,9 @@ class View:
         total = torch.zeros_like(self.keys[..., 0], dtype=torch.float32)
         for done in self.passes:
             n, first = done.queries.shape[3], self.group.first
+            if (made := self._made(done)) is not None:
+                total += (made[0] * made[1]).sum((2, 3))
+                continue
             whole = first is not None and first + self.group.length == done.seen.offset + n
             if whole and done.scoring.plain and done.seen.plain and done.seen.padding is None and self.window is None:
                 total += received(self._queries(done), self.keys, done.scoring.scale)
@@ -133,12 +143,23 @@ class View:
                 yield from self._blocks(done, skip)
             skip = max(0, skip - n)
 
+    def _made(self, done: Pass) -> tuple[Tensor, Tensor] | None:
+        """The weights that attention made of a single query, and whether it is real."""
+        made = done.weights[self.place] if done.weights else None
+        if made is None:
+            return None
+        own = torch.full((1, 1, 1), done.seen.offset, device=made.device)
+        return made, done.seen.real(own).view(-1, 1, 1, 1, 1)
+
     def _queries(self, done: Pass) -> Tensor:
         whole = self.group.in_order and done.queries.shape[1] == len(self.group.heads)
         return done.queries if whole else done.queries.index_select(1, self.group.index)
 
     def _blocks(self, done: Pass, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Never more than one block of queries at a time."""
+        if (made := self._made(done)) is not None:
+            yield made
+            return
         queries, scoring, slots = self._queries(done), done.scoring, self.group.slots()
         if scoring.sinks is not None:
             sinks = scoring.sinks.view(-1, queries.shape[2]).index_select(0, self.group.index).flatten()
@@ -155,12 +176,13 @@ def shrink(layer: Any, passes: list[Pass]) -> None:
     """After attention: notes are brought up to date, and what is over the policy's budget leaves."""
     policy = layer.policy
     count = passes[-1].queries.shape[3]
-    if not policy.is_full:
-        decoding = count == 1 or (layer.record_past and passes[-1].seen.offset > 0)
+    decoding = count == 1 or (layer.record_past and passes[-1].seen.offset > 0)
+    acts = policy.acts(decoding)
+    if not policy.is_full and (acts or policy.observes):
         views = _views(layer, passes)
         for view in views:
             policy.observe(view)
-        if policy.acts(decoding):
+        if acts:
             _evict(layer, views, coming=0, least=policy.interval if decoding else 1, fresh=not decoding)
     _trim(layer)
 
@@ -175,33 +197,85 @@ def make_room(layer: Any, coming: int) -> None:
 
 def _views(layer: Any, passes: list[Pass]) -> list[View]:
     fixed = (layer.index, layer.layers, layer.seen, layer.window)
-    return [View(group, passes, *fixed, memo=layer.memo, angles=layer.angles) for group in layer.store.groups]
+    return [
+        View(group, place, passes, *fixed, memo=layer.memo, angles=layer.angles, shared=layer.shared)
+        for place, group in enumerate(layer.store.groups)
+    ]
 
 
 def _evict(layer: Any, views: list[View], *, coming: int, least: int, fresh: bool) -> None:
     """Down to the targets, where some head is at least `least` entries above its own (with those that are coming)."""
     policy = layer.policy
-    base = mean = policy.mean_target(layer, views[0])
-    share_out = fresh and policy.allocation is not None
-    if share_out:
-        mean = policy.allocation.of_layer(mean, layer.index, layer.layers, views[0].count.cpu())
-    lengths = torch.tensor(layer.store.lengths())
-    targets = policy.targets(mean, layer, lengths.numel())
-    if layer.shares is not None and not fresh:
-        targets = (layer.shares * mean.floor()[:, None]).round().long()
-    if coming:
-        targets = (targets - coming).clamp_min(policy.smallest - 1)
-    if share_out:
-        _set_targets(views, targets)
-        # Shares of the budget are given out once, on the whole prompt; later tokens keep to them.
-        targets = policy.allocation.of_heads(_all_scores(policy, views), targets.to(views[0].group.index.device)).cpu()
-        layer.shares = targets.double() / base.floor()[:, None].clamp_min(1)
-    elif not bool((lengths[None] >= targets + least).any()):
-        return
+    if fresh and policy.allocation is not None:
+        targets = _shared_out(layer, views, coming)
+    else:
+        targets, most = _targets(layer, views[0], coming, fresh)
+        if most < least:
+            return
+        if most == 1 and _replaces(layer, views, targets):
+            return
     _set_targets(views, targets)
     layer.store.evict([_keep(policy, view) for view in views], layer.spare, layer.slack)
     for view in _views(layer, views[0].passes):
         policy.placed(layer, view)
+
+
+def _shared_out(layer: Any, views: list[View], coming: int) -> Tensor:
+    """Targets from the policy's allocation. Shares of the budget are given out once, on the whole prompt; later tokens
+    keep to them."""
+    policy = layer.policy
+    base = policy.mean_target(layer, views[0])
+    mean = policy.allocation.of_layer(base, layer.index, layer.layers, views[0].count.cpu())
+    targets = _less(policy, policy.targets(mean, layer, len(layer.store.lengths())), coming)
+    _set_targets(views, targets)
+    targets = policy.allocation.of_heads(_all_scores(policy, views), targets.to(views[0].group.index.device)).cpu()
+    layer.shares = targets.double() / base.floor()[:, None].clamp_min(1)
+    return targets
+
+
+def _targets(layer: Any, view: View, coming: int, fresh: bool) -> tuple[Tensor, int]:
+    """Entries for every head [b or 1, H], and by how many the longest stands above. Layers that hold alike are told
+    alike: what the first of them finds out serves all."""
+    policy, lengths = layer.policy, layer.store.lengths()
+    apart = policy.by_layer or layer.shares is not None or layer.window is not None
+    # The padding itself, not what it says: every layer of a pass is given the same tensor.
+    asked = (layer.seen, coming, fresh, lengths, layer.index if apart else None)
+    held = view.shared.get("targets")
+    if held is not None and held[0] == asked and held[1] is view.passes[-1].seen.padding:
+        found: tuple[Tensor, int] = held[2]
+        return found
+    mean = policy.mean_target(layer, view)
+    targets = policy.targets(mean, layer, len(lengths))
+    if layer.shares is not None and not fresh:
+        targets = (layer.shares * mean.floor()[:, None]).round().long()
+    targets = _less(policy, targets, coming)
+    found = targets, int((torch.tensor(lengths)[None] - targets).max())
+    view.shared["targets"] = asked, view.passes[-1].seen.padding, found
+    return found
+
+
+def _less(policy: Any, targets: Tensor, coming: int) -> Tensor:
+    return (targets - coming).clamp_min(policy.smallest - 1) if coming else targets
+
+
+def _replaces(layer: Any, views: list[View], targets: Tensor) -> bool:
+    """Decoding as it mostly is: every head is one entry over, and every row holds one at every place. Then the last
+    entry takes the place of the one that leaves, and nothing is ranked or counted."""
+    policy, seen = layer.policy, views[0].passes[-1].seen
+    plain = seen.padding is None and seen.tensor is None and layer.window is None
+    if not plain or not policy.drops_alone or not all(view.group.simple for view in views):
+        return False
+    if int(targets.min()) != int(targets.max()) or {view.group.length for view in views} != {int(targets.max()) + 1}:
+        return False
+    if any(view.group.capacity > view.group.length + layer.spare(view.group.length, view.group.heads) + layer.slack
+           for view in views):  # fmt: skip
+        return False
+    _set_targets(views, targets)
+    for view in views:
+        view.group.replace(policy.worst(view))
+    for view in _views(layer, views[0].passes):
+        policy.placed(layer, view)
+    return True
 
 
 def _set_targets(views: list[View], targets: Tensor) -> None:

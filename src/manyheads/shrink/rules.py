@@ -63,6 +63,9 @@ class Rules:
     weighted: ClassVar[bool] = False
     # Nothing is dropped: budget_tokens says how many entries a query reads of each head, and `read` which.
     reads: ClassVar[bool] = False
+    by_layer: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
+    drops_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -105,6 +108,18 @@ class Rules:
                 )
 
     # What a policy says.
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Whether layers with different numbers may be told different targets.
+        cls.by_layer = cls.targets is not Rules.targets or cls.mean_target is not Rules.mean_target
+        cls.observes = cls.observe is not Rules.observe
+        # Whether an entry leaves without changing others.
+        cls.drops_alone = cls.merge is Rules.merge
+
+    def worst(self, view: View) -> Tensor | int:
+        """[b, g]: the place of the entry that leaves where each head drops one; an int where it is one for all."""
+        return self.score(view).argmin(-1)
 
     @property
     def smallest(self) -> int:

@@ -7,6 +7,7 @@ Order inside a buffer means nothing once slots are explicit: an evicted entry's 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
@@ -58,6 +59,14 @@ class Group:
         # What keys and values are coded by, where they are.
         self.codec: Codec | None = None
         self.index = torch.tensor(heads, device=rows["keys"].device)
+        # Places from the oldest entry to the newest, but for the first `_skipped`; None where it is not known.
+        self._queue: deque[int] | None = None
+        self._skipped = 0
+
+    @property
+    def simple(self) -> bool:
+        """Whether every place of every row holds an entry, as it is, in a buffer of the group's own."""
+        return self.filled and self.owned and self.codec is None
 
     @property
     def nbytes(self) -> int:
@@ -131,11 +140,14 @@ class Group:
                 row[:, :, end : end + count] = torch.arange(slot, slot + count, device=row.device, dtype=row.dtype)
             else:
                 row[:, :, end : end + count] = new.get(name, 0)
+        if self._queue is not None:
+            self._queue.extend(range(self.length, self.length + count))
         self.length += count
 
     def drop_oldest(self, count: int) -> None:
         """Forgets the first entries, where slots are counted; their place is used again when the buffer is full."""
         assert self.first is not None
+        self._queue = None
         self.start, self.length, self.first = self.start + count, self.length - count, self.first + count
 
     def _move(self, capacity: int) -> None:
@@ -160,6 +172,7 @@ class Group:
 
     def truncate(self, end: int) -> None:
         """Forgets every token from slot `end` on."""
+        self._queue = None
         if self.first is not None:
             self.length = max(0, min(self.length, end - self.first))
             return
@@ -169,6 +182,7 @@ class Group:
     def evict(self, keep: Tensor, length: int) -> None:
         """Keeps the entries where keep [b, g, m] is True, at most `length` for any row and head; in place."""
         self.explicit()
+        self._queue = None
         drop = self.length - length
         places = self.view("slots")
         places.masked_fill_(~keep, -1)
@@ -184,6 +198,42 @@ class Group:
                 at = [i.reshape(*i.shape, *(1,) * (row.dim() - 3)).expand(shape) for i in (source, hole)]
                 here.scatter_(2, at[1], here.gather(2, at[0]))
         self.length = length
+
+    def replace(self, hole: Tensor | int) -> None:
+        """Drops the entries at the places `hole` [b, g], or at one place of all heads, where the last ones then stand."""
+        self.explicit()
+        last, at = self.start + self.length - 1, 0
+        if isinstance(hole, int):
+            at = self.start + hole
+        elif self.start:
+            hole = hole + self.start
+        for row in self.rows.values():
+            if isinstance(hole, int):
+                row.select(2, at).copy_(row.select(2, last))
+            else:
+                index = hole.view(*hole.shape, *(1,) * (row.dim() - 2)).expand(*hole.shape, 1, *row.shape[3:])
+                row.scatter_(2, index, row.narrow(2, last, 1))
+        self.length -= 1
+        queue, self._queue = self._queue, None
+        if queue and isinstance(hole, int) and queue[0] == hole and queue[-1] == self.length:
+            queue.popleft()
+            if queue:
+                queue[-1] = hole
+            self._queue = queue
+
+    def oldest(self, skip: int) -> int | None:
+        """The place of the oldest entry but for the first `skip` places, which hold the oldest of all; None where rows
+        or heads hold different tokens. Found without a look at the tensors while entries come and go one by one."""
+        if self._queue is None or self._skipped != skip:
+            slots = self.slots()
+            same = slots[0, 0]
+            if not self.filled or not bool((slots == same).all()):
+                return None
+            order = same.argsort().tolist()
+            if sorted(order[:skip]) != list(range(skip)):
+                return None
+            self._queue, self._skipped = deque(order[skip:]), skip
+        return self._queue[0] if self._queue else None
 
     def extract(self, keep: Tensor, members: list[int], length: int, spare: int) -> Group:
         """A group of its own for some of the heads (places in this group), holding what keep [b, g, m] says."""

@@ -18,5 +18,15 @@ class KeyNorm(Policy):
     two layers dense, which a caller of several policies may do.
     """
 
+    @property
+    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Norms are kept beside the entries where decoding asks for them at every token."""
+        return () if self.is_full or not self.acts(decoding=True) else ("norm",)
+
+    def observe(self, view: View) -> None:
+        if self.notes:
+            new = min(view.group.length, sum(done.queries.shape[3] for done in view.passes))
+            view.note("norm")[:, :, -new:] = view.keys[:, :, -new:].float().norm(dim=-1)
+
     def score(self, view: View) -> Tensor:
-        return -view.keys.float().norm(dim=-1)
+        return -(view.note("norm") if self.notes else view.keys.float().norm(dim=-1))

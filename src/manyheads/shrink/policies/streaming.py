@@ -43,17 +43,30 @@ class StreamingLLM(Policy):
     def score(self, view: View) -> Tensor:
         return recency(view, self.sink_size)
 
+    def worst(self, view: View) -> Tensor | int:
+        place = view.group.oldest(self.sink_size)
+        return super().worst(view) if place is None else place
+
     def prepare(self, model: Any, cache: Any) -> None:
         if self.positions == "text" or self.is_full or not self.sink_size:
             return
         from manyheads.hosts.families import rotations
 
+        known: list[Tensor] = []
         for layer, angles in zip(cache.layers, rotations(model), strict=True):
             # Behind a window no sink is ever seen.
-            layer.angles = angles if layer.window is None else None
+            if angles is None or layer.window is not None:
+                layer.angles = None
+                continue
+            # One tensor for all layers that turn alike, so that they can share what is made of it.
+            layer.angles = next((own for own in known if torch.equal(own, angles)), angles)
+            known.append(layer.angles)
 
     def placed(self, layer: Any, view: View) -> None:
         if layer.angles is None or view.group.first is not None:
+            return
+        if view.passes[-1].seen.padding is None and view.group.filled:
+            self._turn_alike(layer, view)
             return
         held = view.slots >= 0
         gap = view.count[:, None] - held.sum(-1)
@@ -65,6 +78,21 @@ class StreamingLLM(Policy):
         turned = torch.where(sinks, turn(came, gap[..., None], layer.angles.to(here.device)), here)
         view.put(order, keys=turned)
         layer.memo = {"sinks": came, "gap": gap}
+
+    def _turn_alike(self, layer: Any, view: View) -> None:
+        """Without padding the sinks are the first entries of every row and as far behind in all, in every layer."""
+        gap, half = view.total - view.group.length, layer.angles.numel()
+        sinks = view.keys[:, :, : self.sink_size]
+        came = layer.memo["sinks"] if layer.memo else sinks.clone()
+        known = view.shared.get("turn")
+        if known is None or known[0] != gap or known[1] is not layer.angles:
+            angle = (gap * layer.angles).to(sinks.device)
+            view.shared["turn"] = known = gap, layer.angles, angle.cos(), angle.sin()
+        cos, sin = known[2:]
+        left, right = came[..., :half], came[..., half : 2 * half]
+        sinks[..., :half] = left * cos - right * sin
+        sinks[..., half : 2 * half] = right * cos + left * sin
+        layer.memo = {"sinks": came, "gap": came.new_full(came.shape[:2], gap, dtype=torch.long)}
 
 
 def recency(view: View, sink_size: int) -> Tensor:
