@@ -238,19 +238,22 @@ def _targets(layer: Any, view: View, coming: int, fresh: bool) -> tuple[Tensor, 
     alike: what the first of them finds out serves all."""
     policy, lengths = layer.policy, layer.store.lengths()
     apart = policy.by_layer or layer.shares is not None or layer.window is not None
+    asked = (coming, fresh, tuple(lengths), layer.index if apart else None)
     # The padding itself, not what it says: every layer of a pass is given the same tensor.
-    asked = (layer.seen, coming, fresh, lengths, layer.index if apart else None)
-    held = view.shared.get("targets")
-    if held is not None and held[0] == asked and held[1] is view.passes[-1].seen.padding:
-        found: tuple[Tensor, int] = held[2]
-        return found
+    moment = (layer.seen, view.passes[-1].seen.padding)
+    at, told = view.shared.get(f"targets {coming}", ((None, None), {}))
+    if at[0] != moment[0] or at[1] is not moment[1]:
+        told = {}
+    if asked in told:
+        return told[asked]
     mean = policy.mean_target(layer, view)
     targets = policy.targets(mean, layer, len(lengths))
     if layer.shares is not None and not fresh:
         targets = (layer.shares * mean.floor()[:, None]).round().long()
     targets = _less(policy, targets, coming)
     found = targets, int((torch.tensor(lengths)[None] - targets).max())
-    view.shared["targets"] = asked, view.passes[-1].seen.padding, found
+    view.shared[f"targets {coming}"] = moment, told
+    told[asked] = found
     return found
 
 
