@@ -56,7 +56,7 @@ def calibrate(model: nn.Module, beta: float, *, alpha: float = 5.0, heads: Heads
         if beta == 1:
             return None
         n, m = call.query.shape[2], call.key.shape[2]
-        if n > 1 or call.layer not in known:
+        if n > 1 or m == 1 or call.layer not in known:
             known[call.layer] = sinks_of(call, own, alpha)
         sinks = nn.functional.pad(known[call.layer], (0, m - known[call.layer].shape[-1])).unsqueeze(2)
 

@@ -39,8 +39,9 @@ def juice(model: Any, scales: Mapping[tuple[int, int], float]) -> Iterator[None]
         if first:
             kept[call.layer] = call.output[:, own].detach()
             return None
+        said = call.memo.setdefault("first run", kept[call.layer])
         factors = call.output.new_tensor([active[call.layer, head] for head in own])[None, :, None, None]
-        return call.replaced(call.output[:, own] + factors * kept[call.layer], own)
+        return call.replaced(call.output[:, own] + factors * said, own)
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal first

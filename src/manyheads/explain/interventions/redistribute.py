@@ -56,7 +56,8 @@ def redistribute(
     def reader(call: Any) -> Tensor | None:
         if share == 0:
             return None
-        return _moved(call, sinks[call.layer], positions(image, call.key.shape[2]), share, centric, least)
+        marked = call.memo.setdefault("sinks", sinks[call.layer])
+        return _moved(call, marked, positions(image, call.key.shape[2]), share, centric, least)
 
     with ExitStack() as stack:
         for layer in chosen:
