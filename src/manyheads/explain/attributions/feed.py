@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyheads.hosts.positions import placed
+
 # The model's output -> one number per row of the batch.
 Score = Callable[[Any], Tensor]
 # A place in the sequence: one for all rows, one per row, "mean" of all real tokens, "all", or None: the model's own.
@@ -40,7 +42,7 @@ class Feed:
         return feed
 
     def __call__(self, **changes: Any) -> Any:
-        return self.model(**{**self.named, **changes})
+        return self.model(**placed(self.model, {**self.named, **changes}))
 
     @property
     def main(self) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.explain.interventions.common import Heads, changed
+from manyheads.hosts.positions import placed
 from manyheads.hosts.taps import AttentionCall
 
 Offsets = Mapping[tuple[int, int], Tensor]
@@ -68,6 +69,7 @@ def fit_offsets(
     """LoFiT's second step: offsets of the given heads that minimise the language-model loss on labels [b, n] (-100 is
     not counted), the model frozen. AdamW. Returns {(layer, head): [head dim]}; `pick_heads` is the first step."""
     device = input_ids.device
+    fed = placed(model, {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
     width = _head_width(model, input_ids[:1, :1])
     vectors = {(int(layer), int(head)): torch.zeros(width, device=device, requires_grad=True) for layer, head in heads}
     frozen = [p for p in model.parameters() if p.requires_grad]
@@ -79,7 +81,7 @@ def fit_offsets(
         for _ in range(steps):
             optimizer.zero_grad()
             with steer(model, vectors):
-                loss = model(input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).loss
+                loss = model(**fed, use_cache=False).loss
             torch.autograd.backward(loss)
             optimizer.step()
     return {place: vector.detach() for place, vector in vectors.items()}
@@ -105,12 +107,13 @@ def pick_heads(
     places = [(call.layer, head) for call in calls for head in range(call.heads)]
     if not 1 <= count <= len(places):
         raise ValueError(f"pick_heads: count={count}; the model has {len(places)} heads")
+    fed = placed(model, {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
     amounts = torch.zeros(len(places), device=input_ids.device, requires_grad=True)
     optimizer = torch.optim.AdamW([amounts], lr=lr, weight_decay=0.0)
     for _ in range(steps):
         optimizer.zero_grad()
         with scaled(model, {place: 1 + amounts[i] for i, place in enumerate(places)}):
-            loss = model(input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).loss
+            loss = model(**fed, use_cache=False).loss
         (grad,) = torch.autograd.grad(loss + penalty * amounts.abs().sum(), [amounts])
         amounts.grad = grad
         optimizer.step()

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from manyheads.hosts.positions import placed
 from manyheads.hosts.taps import sites, tap
 
 from .chunks import Rows, deflate, encode, open_chunk, pack
@@ -190,7 +191,7 @@ def read_store(
         writers[0].layer(_sources(call, writers[0].heads, batch, mean))
 
     with torch.no_grad(), tap(model, reader, layers=layers, stack=stack, kind=kind):
-        model(**inputs)
+        model(**placed(model, inputs))
     if not writers:
         raise ValueError(f"{type(model).__name__} ran without attending in {found}")
     return writers[0].store()
