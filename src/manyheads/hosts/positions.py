@@ -51,8 +51,9 @@ def _tokens(named: Mapping[str, Any]) -> Tensor | None:
 def _mask(named: Mapping[str, Any]) -> Tensor | None:
     """The padding mask [b, n] of these tokens; None with a cache before them, whose positions go on from it."""
     mask, tokens = named.get("attention_mask"), _tokens(named)
-    fits = isinstance(mask, Tensor) and tokens is not None and mask.shape == tokens.shape[:2]
-    return mask > 0 if fits else None
+    if not isinstance(mask, Tensor) or tokens is None or mask.shape != tokens.shape[:2]:
+        return None
+    return mask > 0
 
 
 def _takes(model: nn.Module) -> bool:

@@ -101,7 +101,7 @@ def choose(
     """The sites that are meant; all of them by default. ValueError where there are none, and for a layer number that
     several stacks have, when no stack is said."""
     everywhere, name = sites(model), type(model).__name__
-    stack = _known(stack, {site.stack for site in everywhere})
+    stack = known_stack(stack, {site.stack for site in everywhere})
     chosen = [
         site
         for site in everywhere
@@ -122,7 +122,7 @@ def choose(
     return chosen
 
 
-def _known(stack: str | None, have: set[str]) -> str | None:
+def known_stack(stack: str | None, have: set[str]) -> str | None:
     """Text parts are called "language"; "text" and, where a model has no other, "decoder" mean the same."""
     return "language" if stack in ("text", "decoder") and stack not in have and "language" in have else stack
 
@@ -139,6 +139,15 @@ def text_stack(model: nn.Module, stack: str | None = None) -> str:
     """The stack that places of text tokens are about: the language part beside a vision tower, or the only one."""
     have = {site.stack for site in sites(model)}
     return only_stack(model, "language" if stack is None and "language" in have else stack)
+
+
+def answering_stack(model: nn.Module) -> str | None:
+    """The stack at whose end the model's answer stands, of a model where one of several stacks only reads for it; None
+    where every stack has its own answer, or there is only one."""
+    have = {site.stack for site in sites(model)}
+    if "decoder" in have and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "decoder"
+    return "language" if len(have) > 1 and "language" in have and shows_pictures_to_text(model) else None
 
 
 def shows_pictures_to_text(model: Any) -> bool:

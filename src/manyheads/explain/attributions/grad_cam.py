@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.explain.attributions.base import Attributed, Attribution, Trace, blocks
+from manyheads.explain.attributions.base import Attributed, Attribution, Trace, blocks, check_layer
 from manyheads.explain.attributions.feed import Feed, Position, Target
 from manyheads.explain.attributions.grid import prefix
 from manyheads.explain.attributions.raw import pick
@@ -42,6 +42,7 @@ class GradCAM(Attribution):
             return _reading(self.model, calls, read)
 
         trace = self.trace(feed, target, position, gradients=True, watch=watch)
+        check_layer(trace, self.layer)
         found = {}
         for stream, real in trace.real.items():
             counted = real.clone()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from manyheads.explain.attributions.base import Attributed, Attribution
 from manyheads.explain.attributions.feed import Feed, Position, Target, per_row, score_of
 from manyheads.explain.attributions.grid import patches
+from manyheads.hosts.sites import shows_pictures_to_text
 
 EMBEDS = {"input_ids": "inputs_embeds", "decoder_input_ids": "decoder_inputs_embeds"}
 
@@ -21,6 +22,11 @@ class _Gradient(Attribution):
     of_target = True
 
     def _attribute(self, feed: Feed, target: Target, position: Position) -> Attributed:
+        if feed.named.get("pixel_values") is not None and shows_pictures_to_text(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} puts its pictures in the place of tokens' embeddings, whose gradients "
+                "here do not see them: use attention-gradient, relevance or leave_one_out"
+            )
         trace = self.trace(feed, target, position)  # checks the target, and knows the streams
         named = {**feed.named}
         for ids in EMBEDS:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from manyheads.hosts.positions import placed
-from manyheads.hosts.taps import sites, tap
+from manyheads.hosts.sites import choose
+from manyheads.hosts.taps import tap
 
 from .chunks import Rows, deflate, encode, open_chunk, pack
 
@@ -174,11 +175,7 @@ def read_store(
 
     Where the model has several stacks or kinds of attention, stack and kind must choose one.
     """
-    chosen = [
-        site
-        for site in sites(model)
-        if stack in (None, site.stack) and kind in (None, site.kind) and (layers is None or site.layer in set(layers))
-    ]
+    chosen = choose(model, layers, stack, kind)
     found = sorted({(site.stack, site.kind) for site in chosen})
     if len(found) > 1:
         raise ValueError(f"{type(model).__name__} attends in {found}; choose one of them with stack= and kind=")
