@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -176,6 +178,20 @@ def test_checkpoints_that_tell_nobody_are_refused(reentrant: bool) -> None:
 
     with tap(model, halved), pytest.raises(ValueError, match="transformers' gradient checkpointing"):
         checkpoint(run, hidden, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_dropped_graph_takes_its_calls_with_it(reentrant: bool, backward: bool) -> None:
+    model = training(tiny("llama"), reentrant)
+    with record(model, gradients=True) as calls:
+        loss = model(prompt(1, 6)).logits.sum()
+    kept = [weakref.ref(each) for call in calls for each in (call, call.output)]
+    if backward:
+        loss.backward()
+    del calls, loss
+    gc.collect()
+    assert not any(each() is not None for each in kept)
 
 
 def test_the_checkpoint_function_is_the_models_own_again() -> None:

@@ -261,3 +261,16 @@ def test_stores_and_detectors_say_whose() -> None:
     assert read_store(model, given, layers=[0], stack="language").n == 24
     ids = given["input_ids"][:, -6:]
     assert detect(model, ["entropy"], inputs=ids).stack == "language"
+
+
+@pytest.mark.parametrize("pictured", [True, False])
+def test_positions_in_several_dimensions_are_the_models_own(pictured: bool) -> None:
+    """Qwen2-VL finds them from the mask: a row that is padded on the left gives what the row alone gives."""
+    model, alone = built("qwen2_vl"), batch("qwen2_vl")
+    if not pictured:
+        alone = {"input_ids": alone["input_ids"][:, -6:]}
+    alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+    texts = [name for name in ("input_ids", "mm_token_type_ids", "attention_mask") if name in alone]
+    padded = alone | {name: nn.functional.pad(alone[name], (4, 0)) for name in texts}
+    wanted = METHODS["relevance"](model, None).attribute(alone, 5)
+    assert_close(METHODS["relevance"](model, None).attribute(padded, 5)[:, 4:], wanted, atol=1e-5, rtol=1e-4)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.explain.attributions.feed import Feed, Position, Score, Target, logits_of, places, score_of, still
-from manyheads.explain.attributions.grid import prefix
+from manyheads.explain.attributions.grid import layout
 from manyheads.hosts.sites import answering_stack, only_stack
 from manyheads.hosts.taps import AttentionCall, Site, record, sites
 
@@ -69,8 +69,10 @@ class Trace:
 
     def _pooled(self, stream: str) -> bool:
         """Whether the stream is a picture's, with no class token before the patches."""
-        pixels = self.feed.main == "pixel_values" or stream == "vision"
-        return pixels and not self.last(stream) and prefix(self.feed, stream, self.real[stream].shape[1]) == 0
+        if self.last(stream):
+            return False
+        found = layout(self.feed, stream)
+        return found is not None and found.first == 0
 
     def start(self, position: Position) -> dict[str, Tensor]:
         """One distribution over the tokens of each output stream, [b, n]: where the explanation starts. One token (by
@@ -98,6 +100,12 @@ class Trace:
             return None
         if position is None and logits is not None and logits.dim() == 3 and not self.last(self.ends[0]):
             raise ValueError(f"logits {list(logits.shape)} of a model that sees both sides: say which token, position=")
+        tokens = self.real[self.ends[0]].shape[1]
+        if logits is not None and logits.dim() == 3 and logits.shape[1] != tokens:
+            raise ValueError(
+                f"logits {list(logits.shape)} are not one for each of {tokens} tokens, so that no position is both a "
+                "token's and an answer's: give score=, and position= for the token"
+            )
         return position
 
     def finish(self, found: dict[str, Tensor]) -> Attributed:
@@ -165,7 +173,8 @@ class Attribution(ABC):
         trace = replace(_trace(feed, output, calls, self.streams or _streams(calls), self.end), inner=inner)
         if gradients or target is not None:
             asked = None if isinstance(position, str) else position
-            score = score_of(output, feed, target, trace.place(asked), self.score)
+            place = trace.place(asked) if self.score is None else None
+            score = score_of(output, feed, target, place, self.score)
             if gradients:
                 _backward(score, calls)
         for step in trace.steps:

@@ -27,7 +27,6 @@ from manyheads.explain.attributions.feed import (
     still,
 )
 from manyheads.explain.attributions.feed import score_of as scored
-from manyheads.explain.attributions.grid import patches, prefix
 from manyheads.explain.attributions.raw import RawAttention
 from manyheads.hosts.positions import has_rope_index, positions
 
@@ -58,7 +57,7 @@ class Removal:
     token is masked as padding is, so no other token sees it; positions stay. remove="zero": its embedding, or its patch
     of the picture, is zero. By default "attention" where the model takes an attention_mask. Never removed: padding, the
     token whose row is explained (an encoder-decoder's last encoder token, so that there is something to read), and what
-    stands before a picture's patches.
+    stands beside a picture's patches.
     """
 
     def __init__(
@@ -112,7 +111,10 @@ class Removal:
         real = trace.real[self.stream].clone()
         n = real.shape[1]
         if self.picture:
-            real[:, : prefix(self.feed, self.stream, n)] = False
+            patches = self.feed.patches
+            if n != patches.tokens:
+                raise ValueError(f"{type(self.feed.model).__name__} attends with {n} tokens, not {patches.tokens}")
+            real[:, : patches.first] = real[:, patches.stop :] = False
             return real
         own = self.stream in trace.ends
         at = None if isinstance(position, str) or not own else position
@@ -159,10 +161,10 @@ class Removal:
             whole, name = model.get_input_embeddings()(whole), "inputs_embeds"
         share = keep.to(whole.dtype)
         if self.picture:
-            rows, columns = patches(self.feed.model, whole)
-            grid = share[:, -rows * columns :].unflatten(1, (rows, columns))
-            high, wide = whole.shape[-2] // rows, whole.shape[-1] // columns
-            share = grid.repeat_interleave(high, 1).repeat_interleave(wide, 2)[:, None]
+            covered = self.feed.patches.pixels(self.feed.patches.grid(share))
+            high, wide = covered.shape[1:]
+            share = whole.new_ones(k, 1, *whole.shape[-2:])
+            share[:, 0, :high, :wide] = covered
         else:
             share = share[..., None]
         gone = {"input_ids": None} if name == "inputs_embeds" else {}

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from manyheads.explain.attributions.base import Attributed, Attribution
 from manyheads.explain.attributions.feed import Feed, Position, Target, per_row, score_of
-from manyheads.explain.attributions.grid import patches
 from manyheads.hosts.sites import shows_pictures_to_text
 
 EMBEDS = {"input_ids": "inputs_embeds", "decoder_input_ids": "decoder_inputs_embeds"}
@@ -17,7 +16,7 @@ EMBEDS = {"input_ids": "inputs_embeds", "decoder_input_ids": "decoder_inputs_emb
 
 class _Gradient(Attribution):
     """Token ids go in as the model's embeddings of them, so that they have a gradient; a picture's numbers are added up
-    by patch, with zeros for tokens before the patches."""
+    by patch, with zeros for tokens that are no patches."""
 
     of_target = True
 
@@ -38,7 +37,8 @@ class _Gradient(Attribution):
             raise ValueError(f"gradients need {wanted}; got {sorted(feed.named)}")
         names = list(dict.fromkeys(names))
         fixed = Feed(self.model, {name: value for name, value in named.items() if name not in names})
-        at = trace.place(None if isinstance(position, str) else position)
+        asked = None if isinstance(position, str) else position
+        at = trace.place(asked) if self.score is None else None
 
         def forward(*given: Tensor) -> Tensor:
             times = given[0].shape[0] // feed.rows
@@ -68,10 +68,13 @@ class _Gradient(Attribution):
     def _by_token(self, gradient: Tensor, feed: Feed, n: int) -> Tensor:
         if gradient.dim() == 3:
             return self._fold(gradient, (2,))
-        rows, columns = patches(self.model, gradient)
-        b, c, height, width = gradient.shape
-        tiles = gradient.reshape(b, c, rows, height // rows, columns, width // columns)
-        return nn.functional.pad(self._fold(tiles, (1, 3, 5)).flatten(1), (n - rows * columns, 0))
+        patches = feed.patches
+        (high, wide), rows, columns = patches.size, patches.rows, patches.columns
+        if n != patches.tokens:
+            raise ValueError(f"{type(self.model).__name__} attends with {n} tokens, its picture has {patches.tokens}")
+        tiles = gradient[..., : rows * high, : columns * wide]
+        tiles = tiles.unflatten(3, (columns, wide)).unflatten(2, (rows, high))
+        return patches.sequence(self._fold(tiles, (1, 3, 5)))
 
     def _fold(self, gradient: Tensor, dims: tuple[int, ...]) -> Tensor:
         return gradient.sum(dims)
