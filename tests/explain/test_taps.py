@@ -31,7 +31,7 @@ def eager_maps(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
 
 
 def in_order(calls: list[Any]) -> list[Any]:
-    place = {("encoder", "self"): 0, ("decoder", "self"): 1, ("decoder", "cross"): 2, ("text", "self"): 0}
+    place = {("encoder", "self"): 0, ("decoder", "self"): 1, ("decoder", "cross"): 2, ("language", "self"): 0}
     return sorted(calls, key=lambda call: (place.get((call.site.stack, call.site.kind), 3), call.layer))
 
 
@@ -121,7 +121,7 @@ def test_gradients_come_without_trainable_parameters() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bert", "t5"])
 def test_mixing_with_the_same_weights_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manyheads.hosts.taps.BLOCK_WEIGHTS", 200)  # several blocks of rows
+    monkeypatch.setattr("manyheads.hosts.calls.BLOCK_WEIGHTS", 200)  # several blocks of rows
     model, batch = build(name), inputs(name)
     with torch.no_grad():
         with tap(model, lambda call: None):

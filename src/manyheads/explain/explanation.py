@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from manyheads.hosts.loading import Loaded, load_model
+from manyheads.hosts.loading import Loaded, load_model, reads_text
+from manyheads.hosts.patches import Patches, find_patches
+from manyheads.hosts.sites import text_stack
 
 if TYPE_CHECKING:
     from manyheads.explain.views import View
@@ -109,6 +111,8 @@ def explain_text(
 
 def encoded(loaded: Loaded, text: str) -> tuple[dict[str, Tensor], list[str]]:
     """The model's inputs [1, n], and a string per token."""
+    if not reads_text(loaded.model):
+        raise ValueError(f"{loaded.name} reads no text: give --image, or a model whose inputs are token ids")
     if not text.strip():
         raise ValueError("the text is empty: give --text or a --file with some words")
     config = loaded.config
@@ -146,11 +150,12 @@ def explain_image(
     chosen = _target(loaded, target, answer)
     progress("attention of every head", 0.2)
     store = read_store(loaded.model, inputs, layers=layers, budget_mb=page_mb, kind="self")
-    tokens = _patches(loaded, store.n)
+    patches = find_patches(loaded.model, inputs["pixel_values"])
+    tokens = _patches(patches)
     panel = Panel(store, tokens)
     progress("attributions", 0.5)
     values = _image_values(loaded, inputs, chosen, methods)
-    grids = {name: _grid(loaded, own) for name, own in values.items()}
+    grids = {name: patches.grid(own).float().numpy() for name, own in values.items()}
     views = [
         view_image(image, grids, title="Which patches count"),
         view_heads(panel),
@@ -199,21 +204,11 @@ def _normalisation(name: str, channels: int) -> tuple[Tensor, Tensor]:
     return mean, spread
 
 
-def _patches(loaded: Loaded, count: int) -> list[str]:
-    """Names of the tokens: those before the patches, then row.column."""
-    rows, columns = _sides(loaded)
-    extra = count - rows * columns
-    return [f"[{i}]" if extra > 1 else "[CLS]" for i in range(extra)] + [
-        f"{row}.{column}" for row in range(rows) for column in range(columns)
-    ]
-
-
-def _sides(loaded: Loaded) -> tuple[int, int]:
-    config = loaded.model.config
-    size, patch = config.image_size, config.patch_size
-    height, width = (size, size) if isinstance(size, int) else size
-    down, across = (patch, patch) if isinstance(patch, int) else patch
-    return height // down, width // across
+def _patches(patches: Patches) -> list[str]:
+    """Names of the tokens: row.column of the patches, and the numbers of those that are none."""
+    before = ["[CLS]"] if patches.first == 1 else [f"[{i}]" for i in range(patches.first)]
+    grid = [f"{row}.{column}" for row in range(patches.rows) for column in range(patches.columns)]
+    return [*before, *grid, *(f"[{i}]" for i in range(patches.stop, patches.tokens))]
 
 
 def _image_values(
@@ -248,12 +243,6 @@ def _known(names: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def _grid(loaded: Loaded, values: Tensor) -> Any:
-    """[rows, columns] of the patches, without the tokens before them."""
-    rows, columns = _sides(loaded)
-    return values[-rows * columns :].view(rows, columns).float().numpy()
-
-
 def _identity(loaded: Loaded) -> dict[str, Any]:
     config = loaded.config
     keys = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -263,8 +252,9 @@ def _identity(loaded: Loaded) -> dict[str, Any]:
 
 def _answer(loaded: Loaded, output: Any) -> list[dict[str, Any]]:
     """The five likeliest next tokens or classes; nothing for a model that only encodes."""
-    logits = getattr(output, "logits", None)
-    if logits is None:
+    logits, speaking = getattr(output, "logits", None), bool(loaded.model.can_generate())
+    # Logits of every token, or of every place of a picture, of a model that does not go on writing, are no one answer.
+    if logits is None or not (logits.dim() == 2 or (logits.dim() == 3 and speaking)):
         return []
     last = logits[0, -1] if logits.dim() == 3 else logits[0]
     if not bool(torch.isfinite(last).all()):
@@ -311,14 +301,16 @@ def _attention_views(
     from manyheads.explain.views import view_model as picture_of_all
     from manyheads.hosts.taps import AttentionCall, record
 
-    store = read_store(loaded.model, inputs, layers=layers, budget_mb=page_mb * 0.6, kind="self")
+    stack = "encoder" if loaded.model.config.is_encoder_decoder else text_stack(loaded.model)
+    where: dict[str, Any] = {"stack": stack, "kind": "self"}
+    store = read_store(loaded.model, inputs, layers=layers, budget_mb=page_mb * 0.6, **where)
     panel = Panel(store, tokens)
     # Taking the heads' mean of a store opens every matrix in it again: for long texts another run is cheaper.
     short = len(tokens) <= VECTOR_TOKENS
-    mean = store if short else read_store(loaded.model, inputs, layers=layers, budget_mb=8, kind="self", mean=True)
+    mean = store if short else read_store(loaded.model, inputs, layers=layers, budget_mb=8, mean=True, **where)
     views = [view_heads(panel), picture_of_all(panel), view_flow(mean, tokens), view_maps(store)]
     if short:
-        with torch.no_grad(), record(loaded.model, layers=layers, kind="self") as calls:
+        with torch.no_grad(), record(loaded.model, layers=layers, **where) as calls:
             loaded.model(**inputs)
         # A manyheads mechanism gives its weights; what its queries and keys are is its own affair.
         if all(isinstance(call, AttentionCall) for call in calls):

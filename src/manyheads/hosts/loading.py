@@ -5,6 +5,7 @@ Nothing is downloaded unless a hub name asks for it, no code from a checkpoint i
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,11 @@ def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausa
     return Loaded(model.eval(), _tokenizer(where, model), "byte_llama" if name is None else str(name))
 
 
+def reads_text(model: Any) -> bool:
+    """Whether token ids go in. A vocabulary does not tell: BEiT has one of picture codes."""
+    return "input_ids" in inspect.signature(model.forward).parameters
+
+
 def _class(name: str) -> Any:
     """A model class of transformers, or one of ours."""
     import transformers
@@ -102,7 +108,7 @@ def _tokenizer(where: str, model: Any) -> Any | None:
     from transformers import AutoTokenizer
 
     words = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
-    if words is None or (words == 256 and not _has_tokenizer(where)):
+    if words is None or not reads_text(model) or (words == 256 and not _has_tokenizer(where)):
         return None
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False)

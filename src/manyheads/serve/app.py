@@ -22,11 +22,11 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import Request
 
 from manyheads.explain.attributions import METHODS
-from manyheads.explain.explanation import TARGETED, UNTARGETED, encoded, explain_text
+from manyheads.explain.explanation import TARGETED, UNTARGETED, _answer, encoded, explain_text
 from manyheads.explain.views.figures import view_text
 from manyheads.explain.views.page import page, safe_json, script, style
-from manyheads.hosts.loading import Loaded
-from manyheads.hosts.taps import sites
+from manyheads.hosts.loading import Loaded, reads_text
+from manyheads.hosts.sites import choose, text_stack
 from manyheads.mechanism import Mechanism
 
 from .change import KINDS, MEASURES, Change, intervene
@@ -123,13 +123,13 @@ def _facts(loaded: Loaded) -> dict[str, Any]:
     model = loaded.model
     if loaded.model.config.is_encoder_decoder:
         raise ValueError(f"{loaded.name} has an encoder and a decoder; serve shows models with one of them")
-    own = [site for site in sites(model) if site.kind == "self"]
+    own = choose(model, None, text_stack(model), "self")
     heads: Any = getattr(loaded.config, "num_attention_heads", None) or own[0].module.heads
-    if not hasattr(loaded.config, "vocab_size"):
+    if not reads_text(model):
         raise ValueError(f"{loaded.name} reads no text: give a language model, or use `manyheads explain --image`")
     inputs, _ = encoded(loaded, "a")
     with torch.no_grad():
-        answers = getattr(model(**inputs), "logits", None) is not None
+        answers = bool(_answer(loaded, model(**inputs)))
     # What lies inside a mechanism can be read, but not changed from outside.
     open_inside = answers and not any(isinstance(site.module, Mechanism) for site in own)
     default = (*TARGETED, *UNTARGETED) if open_inside else UNTARGETED

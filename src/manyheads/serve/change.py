@@ -13,6 +13,7 @@ from torch import Tensor
 from manyheads.explain.explanation import Progress, _answer, _target, encoded, speaks
 from manyheads.explain.interventions import boost, calibrate, perturb, scaled
 from manyheads.hosts.loading import Loaded
+from manyheads.hosts.sites import text_stack
 
 # What is measured must run the changed model: weights that are read off a tap do not see the change of their own layer.
 MEASURES = ("leave-one-out", "input-gradient", "integrated-gradients", "saliency")
@@ -20,7 +21,8 @@ MEASURES = ("leave-one-out", "input-gradient", "integrated-gradients", "saliency
 MOST_LEFT_OUT = 512
 SHOWN = 8
 Heads = Sequence[tuple[int, int]]
-Apply = Callable[[Any, float, tuple[int, int] | None, Heads | None], AbstractContextManager[None]]
+# Model, factor, span, heads, and the stack of the model whose heads they are.
+Apply = Callable[[Any, float, tuple[int, int] | None, Heads | None, str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,22 @@ KINDS = {
     for kind in (
         Kind(
             "boost", "Boost a span", "Every chosen head attends more (or, below 1, less) to the span; 0 hides it.",
-            "Factor", 0, 20, 1, 5, "span", lambda m, x, span, heads: boost(m, slice(*(span or (0, 0))), x, heads=heads),
+            "Factor", 0, 20, 1, 5, "span",
+            lambda m, x, span, heads, stack: boost(m, slice(*(span or (0, 0))), x, heads=heads, stack=stack),
         ),
         Kind(
             "scale", "Scale heads", "The output of the chosen heads is multiplied; 0 silences them.",
-            "Factor", -2, 5, 1, 0, "heads", lambda m, x, span, heads: scaled(m, dict.fromkeys(heads or (), x)),
+            "Factor", -2, 5, 1, 0, "heads",
+            lambda m, x, span, heads, stack: scaled(m, dict.fromkeys(heads or (), x), stack=stack),
         ),
         Kind(
             "perturb", "Perturb heads", "The chosen heads look at themselves instead: 0 not at all, 1 only.",
-            "Amount", 0, 1, 0, 1, "", lambda m, x, span, heads: perturb(m, x, heads=heads),
+            "Amount", 0, 1, 0, 1, "", lambda m, x, span, heads, stack: perturb(m, x, heads=heads, stack=stack),
         ),
         Kind(
             "calibrate", "Calibrate sinks", "Sinks after the first keep this share of their attention; "
             "the other tokens get the rest.",
-            "Share", 0, 1, 1, 0.4, "", lambda m, x, span, heads: calibrate(m, x, heads=heads),
+            "Share", 0, 1, 1, 0.4, "", lambda m, x, span, heads, stack: calibrate(m, x, heads=heads, stack=stack),
         ),
     )
 }  # fmt: skip
@@ -85,7 +89,7 @@ class Change:
                 raise ValueError(f"{kind.title}: choose the tokens of the span")
             if not 0 <= self.span[0] < self.span[1] <= length:
                 raise ValueError(f"{kind.title}: the span {list(self.span)} does not lie in the text's {length} tokens")
-        return kind.apply(model, self.factor, self.span, self.heads or None)
+        return kind.apply(model, self.factor, self.span, self.heads or None, text_stack(model))
 
 
 def intervene(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from manyheads.explain.attributions.base import Attributed, Attribution, blocks
+from manyheads.explain.attributions.base import Attributed, Attribution, blocks, check_layer
 from manyheads.explain.attributions.feed import Feed, Position, Target
 
 
@@ -34,6 +34,8 @@ class AttentionGradient(Attribution):
         deepest = max(step.call.layer for step in trace.steps)
         if self.layers is not None and not all(0 <= layer <= deepest for layer in self.layers):
             raise ValueError(f"layers={self.layers}: the model has layers 0 to {deepest}")
+        for layer in self.layers or ():
+            check_layer(trace, layer)
         for step in trace.steps:
             if self.layers is not None and step.call.layer not in self.layers:
                 continue

@@ -1,6 +1,6 @@
 """What all attributions share: one pass under taps, the streams of tokens, the row that is asked about.
 
-Legend: b batch, h heads, n queries, m keys. A stream is the tokens of one stack ("decoder", "encoder", "text",
+Legend: b batch, h heads, n queries, m keys. A stream is the tokens of one stack ("decoder", "encoder", "language",
 "vision"); a step is one attention call, by which a stream reads itself or another.
 """
 
@@ -9,14 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from manyheads.explain.attributions.feed import Feed, Position, Score, Target, logits_of, places, score_of, still
-from manyheads.explain.attributions.grid import prefix
+from manyheads.explain.attributions.grid import layout
+from manyheads.hosts.sites import answering_stack, only_stack
 from manyheads.hosts.taps import AttentionCall, Site, record, sites
 
 Fuse = Literal["mean", "max", "min"]
@@ -49,6 +50,8 @@ class Trace:
     groups: list[list[Step]]
     real: dict[str, Tensor]
     ends: list[str]
+    # Whether the model's answer stands elsewhere: every token of the stream is read for it.
+    inner: bool = False
 
     @property
     def steps(self) -> list[Step]:
@@ -66,8 +69,10 @@ class Trace:
 
     def _pooled(self, stream: str) -> bool:
         """Whether the stream is a picture's, with no class token before the patches."""
-        pixels = self.feed.main == "pixel_values" or stream == "vision"
-        return pixels and not self.last(stream) and prefix(self.feed, stream, self.real[stream].shape[1]) == 0
+        if self.last(stream):
+            return False
+        found = layout(self.feed, stream)
+        return found is not None and found.first == 0
 
     def start(self, position: Position) -> dict[str, Tensor]:
         """One distribution over the tokens of each output stream, [b, n]: where the explanation starts. One token (by
@@ -75,7 +80,7 @@ class Trace:
         found = {}
         for stream in self.ends:
             real = self.real[stream]
-            if position is None and self._pooled(stream):
+            if position is None and (self.inner or self._pooled(stream)):
                 position = "mean"
             if isinstance(position, str):
                 if position != "mean":
@@ -91,8 +96,16 @@ class Trace:
     def place(self, position: Position) -> Position:
         """Where logits [b, n, vocabulary] are read. Only a causal stream has a place of its own: its last token."""
         logits = logits_of(self.output)
+        if self.inner:
+            return None
         if position is None and logits is not None and logits.dim() == 3 and not self.last(self.ends[0]):
             raise ValueError(f"logits {list(logits.shape)} of a model that sees both sides: say which token, position=")
+        tokens = self.real[self.ends[0]].shape[1]
+        if logits is not None and logits.dim() == 3 and logits.shape[1] != tokens:
+            raise ValueError(
+                f"logits {list(logits.shape)} are not one for each of {tokens} tokens, so that no position is both a "
+                "token's and an answer's: give score=, and position= for the token"
+            )
         return position
 
     def finish(self, found: dict[str, Tensor]) -> Attributed:
@@ -108,16 +121,25 @@ class Attribution(ABC):
     """attribute(inputs, target=..., additional_forward_args=...) -> [b, n], one number per input token.
 
     model: any model that taps read. score: output -> one number per row, for models without logits. streams: which
-    stream a site reads from which, where names do not tell; end: the stream that is the output.
+    stream a site reads from which, where names do not tell; end: the stream that is the output. stack: the one stack
+    whose self attention is read, and whose tokens are told of; by default all, or of a model that shows pictures to its
+    text (LLaVA and its like) the language stack. position is one of that stack's; in a stack that is only read from,
+    all tokens unless given.
     """
 
     # Whether the attribution explains a target, or only where attention goes.
     of_target = False
 
     def __init__(
-        self, model: nn.Module, *, score: Score | None = None, streams: Streams | None = None, end: str | None = None
+        self,
+        model: nn.Module,
+        *,
+        score: Score | None = None,
+        streams: Streams | None = None,
+        end: str | None = None,
+        stack: str | None = None,
     ):
-        self.model, self.score, self.streams, self.end = model, score, streams, end
+        self.model, self.score, self.streams, self.end, self.stack = model, score, streams, end, stack
 
     def attribute(
         self,
@@ -141,22 +163,40 @@ class Attribution(ABC):
     ) -> Trace:
         """Runs the model under taps. gradients: and back from the score, so that weights have theirs. watch: hooks that
         are there meanwhile."""
-        sites(self.model)
+        where, inner = _where(self.model, self.stack)
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(gradients))
-            calls = stack.enter_context(record(self.model, gradients=gradients))
+            calls = stack.enter_context(record(self.model, gradients=gradients, **where))
             if watch is not None:
                 stack.enter_context(watch(calls))
             output = feed(use_cache=False) if feed.takes("use_cache") else feed()
-        trace = _trace(feed, output, calls, self.streams or _streams(calls), self.end)
+        trace = replace(_trace(feed, output, calls, self.streams or _streams(calls), self.end), inner=inner)
         if gradients or target is not None:
             asked = None if isinstance(position, str) else position
-            score = score_of(output, feed, target, trace.place(asked), self.score)
+            place = trace.place(asked) if self.score is None else None
+            score = score_of(output, feed, target, place, self.score)
             if gradients:
                 _backward(score, calls)
         for step in trace.steps:
             _clean(step, trace.real)
         return trace
+
+
+def _where(model: nn.Module, stack: str | None) -> tuple[dict[str, Any], bool]:
+    """What is recorded, and whether that is a stack which another one's answer rests on."""
+    answers = answering_stack(model)
+    if stack is not None:
+        own = only_stack(model, stack)
+        return {"stack": own, "kind": "self"}, answers not in (None, own)
+    crossing = any(site.kind == "cross" for site in sites(model) if site.stack == answers)
+    return ({"stack": "language"} if answers == "language" and not crossing else {}), False
+
+
+def check_layer(trace: Trace, layer: int) -> None:
+    """ValueError for the number of a layer that several streams have; -1, the last, is meant of each."""
+    streams = sorted({step.reader for step in trace.steps if step.reader == step.source})
+    if layer != -1 and len(streams) > 1:
+        raise ValueError(f"layer {layer}: there is one in each of {', '.join(streams)}: say which by stack=")
 
 
 def _backward(score: Tensor, calls: list[Any]) -> None:

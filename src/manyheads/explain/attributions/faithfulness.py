@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.explain.attributions.base import Attributed, Attribution, Trace
+from manyheads.explain.attributions.base import BROKEN, Attributed, Attribution, Trace
 from manyheads.explain.attributions.feed import (
     Feed,
     Position,
@@ -27,8 +27,8 @@ from manyheads.explain.attributions.feed import (
     still,
 )
 from manyheads.explain.attributions.feed import score_of as scored
-from manyheads.explain.attributions.grid import patches, prefix
 from manyheads.explain.attributions.raw import RawAttention
+from manyheads.hosts.positions import has_rope_index, positions
 
 REMOVALS = ("attention", "zero")
 
@@ -57,7 +57,7 @@ class Removal:
     token is masked as padding is, so no other token sees it; positions stay. remove="zero": its embedding, or its patch
     of the picture, is zero. By default "attention" where the model takes an attention_mask. Never removed: padding, the
     token whose row is explained (an encoder-decoder's last encoder token, so that there is something to read), and what
-    stands before a picture's patches.
+    stands beside a picture's patches.
     """
 
     def __init__(
@@ -82,9 +82,22 @@ class Removal:
         self.remove = remove or ("zero" if self.picture or not self.feed.takes("attention_mask") else "attention")
         if self.remove not in REMOVALS or (self.remove == "attention" and not self.feed.takes("attention_mask")):
             raise ValueError(f"remove={remove!r}: 'zero', or 'attention' where the model takes an attention_mask")
+        if self.remove == "attention":
+            self.feed = self._in_place()
         self.target = target if target is None else per_row(target, self.feed.rows, "target", self.feed.device)
         self.position = self._fixed(trace, position)
         self.removable = self._removable(trace, position)
+
+    def _in_place(self) -> Feed:
+        """The feed with its tokens' places written down, since some models count them over the mask."""
+        feed = self.feed
+        if has_rope_index(feed.model):
+            raise ValueError(
+                f"{type(feed.model).__name__} finds its tokens' places from the mask, in several dimensions: a token "
+                "that is masked would move the others; faithfulness cannot be measured on it"
+            )
+        at = positions(feed.model, feed.named)
+        return feed if at is None else Feed(feed.model, {**feed.named, "position_ids": at})
 
     def _fixed(self, trace: Trace, position: Position) -> Position:
         """The place of the logits, fixed before any mask changes."""
@@ -98,7 +111,10 @@ class Removal:
         real = trace.real[self.stream].clone()
         n = real.shape[1]
         if self.picture:
-            real[:, : prefix(self.feed, self.stream, n)] = False
+            patches = self.feed.patches
+            if n != patches.tokens:
+                raise ValueError(f"{type(self.feed.model).__name__} attends with {n} tokens, not {patches.tokens}")
+            real[:, : patches.first] = real[:, patches.stop :] = False
             return real
         own = self.stream in trace.ends
         at = None if isinstance(position, str) or not own else position
@@ -114,7 +130,10 @@ class Removal:
                 feed = self._without(one, part)
                 output = feed(use_cache=False) if feed.takes("use_cache") else feed()
                 found.append(self._value(output, feed, row, logits))
-        return torch.cat(found).double()
+        values = torch.cat(found).double()
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{type(self.feed.model).__name__} without some tokens gives NaN or infinity: {BROKEN}")
+        return values
 
     def _value(self, output: Any, feed: Feed, row: int, logits: bool) -> Tensor:
         if self.score is not None or logits:
@@ -142,10 +161,10 @@ class Removal:
             whole, name = model.get_input_embeddings()(whole), "inputs_embeds"
         share = keep.to(whole.dtype)
         if self.picture:
-            rows, columns = patches(self.feed.model, whole)
-            grid = share[:, -rows * columns :].unflatten(1, (rows, columns))
-            high, wide = whole.shape[-2] // rows, whole.shape[-1] // columns
-            share = grid.repeat_interleave(high, 1).repeat_interleave(wide, 2)[:, None]
+            covered = self.feed.patches.pixels(self.feed.patches.grid(share))
+            high, wide = covered.shape[1:]
+            share = whole.new_ones(k, 1, *whole.shape[-2:])
+            share[:, 0, :high, :wide] = covered
         else:
             share = share[..., None]
         gone = {"input_ids": None} if name == "inputs_embeds" else {}

@@ -6,10 +6,14 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from manyheads.hosts.patches import Patches, find_patches
+from manyheads.hosts.positions import placed
 
 # The model's output -> one number per row of the batch.
 Score = Callable[[Any], Tensor]
@@ -40,7 +44,7 @@ class Feed:
         return feed
 
     def __call__(self, **changes: Any) -> Any:
-        return self.model(**{**self.named, **changes})
+        return self.model(**placed(self.model, {**self.named, **changes}))
 
     @property
     def main(self) -> str:
@@ -57,6 +61,12 @@ class Feed:
     @property
     def device(self) -> torch.device:
         return torch.device(self.named[self.main].device)
+
+    @cached_property
+    def patches(self) -> Patches:
+        """Where the patches of its pixel values are; ValueError where that is not known."""
+        others = {name: value for name, value in self.named.items() if name != "pixel_values"}
+        return find_patches(self.model, self.named["pixel_values"], **others)
 
     def takes(self, name: str) -> bool:
         return name in inspect.signature(self.model.forward).parameters

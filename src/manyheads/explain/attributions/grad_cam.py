@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.explain.attributions.base import Attributed, Attribution, Trace, blocks
+from manyheads.explain.attributions.base import Attributed, Attribution, Trace, blocks, check_layer
 from manyheads.explain.attributions.feed import Feed, Position, Target
-from manyheads.explain.attributions.grid import prefix
+from manyheads.explain.attributions.grid import layout
 from manyheads.explain.attributions.raw import pick
 from manyheads.hosts.taps import sites
 
@@ -22,9 +22,9 @@ class GradCAM(Attribution):
     over="tokens": A [n, e] is what the layer's attention reads (after its norm), k its e channels; the gradient is that
     which comes through the attention. The paper has feature maps of a CNN; for vision transformers, code in use takes
     the last block's first norm, since behind the last block only the class token has a gradient. over="attention": A is
-    row p of the weights and k the heads (the baseline of arXiv 2012.09838). Class and register tokens of vision models
-    are no part of the mean. layer: counted within every stream. Shapes: [b, n] with the class token first where there
-    is one; `token_grid` makes it [b, rows, columns].
+    row p of the weights and k the heads (the baseline of arXiv 2012.09838). Class, register and detection tokens of
+    vision models are no part of the mean. layer: counted within every stream. Shapes: [b, n], every token in its place;
+    `token_grid` makes it [b, rows, columns].
     """
 
     of_target = True
@@ -42,10 +42,13 @@ class GradCAM(Attribution):
             return _reading(self.model, calls, read)
 
         trace = self.trace(feed, target, position, gradients=True, watch=watch)
+        check_layer(trace, self.layer)
         found = {}
         for stream, real in trace.real.items():
             counted = real.clone()
-            counted[:, : prefix(feed, stream, real.shape[1])] = False
+            patches = layout(feed, stream)
+            if patches is not None:
+                counted[:, : patches.first] = counted[:, patches.stop :] = False
             tokens = self.over == "tokens"
             own = self._tokens(trace, stream, read) if tokens else self._attention(trace, stream, position)
             if own is not None:

@@ -9,18 +9,23 @@ from torch import Tensor, nn
 
 from manyheads.explain.attributions.base import Attributed, Attribution
 from manyheads.explain.attributions.feed import Feed, Position, Target, per_row, score_of
-from manyheads.explain.attributions.grid import patches
+from manyheads.hosts.sites import shows_pictures_to_text
 
 EMBEDS = {"input_ids": "inputs_embeds", "decoder_input_ids": "decoder_inputs_embeds"}
 
 
 class _Gradient(Attribution):
     """Token ids go in as the model's embeddings of them, so that they have a gradient; a picture's numbers are added up
-    by patch, with zeros for tokens before the patches."""
+    by patch, with zeros for tokens that are no patches."""
 
     of_target = True
 
     def _attribute(self, feed: Feed, target: Target, position: Position) -> Attributed:
+        if feed.named.get("pixel_values") is not None and shows_pictures_to_text(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} puts its pictures in the place of tokens' embeddings, whose gradients "
+                "here do not see them: use attention-gradient, relevance or leave_one_out"
+            )
         trace = self.trace(feed, target, position)  # checks the target, and knows the streams
         named = {**feed.named}
         for ids in EMBEDS:
@@ -32,7 +37,8 @@ class _Gradient(Attribution):
             raise ValueError(f"gradients need {wanted}; got {sorted(feed.named)}")
         names = list(dict.fromkeys(names))
         fixed = Feed(self.model, {name: value for name, value in named.items() if name not in names})
-        at = trace.place(None if isinstance(position, str) else position)
+        asked = None if isinstance(position, str) else position
+        at = trace.place(asked) if self.score is None else None
 
         def forward(*given: Tensor) -> Tensor:
             times = given[0].shape[0] // feed.rows
@@ -62,10 +68,13 @@ class _Gradient(Attribution):
     def _by_token(self, gradient: Tensor, feed: Feed, n: int) -> Tensor:
         if gradient.dim() == 3:
             return self._fold(gradient, (2,))
-        rows, columns = patches(self.model, gradient)
-        b, c, height, width = gradient.shape
-        tiles = gradient.reshape(b, c, rows, height // rows, columns, width // columns)
-        return nn.functional.pad(self._fold(tiles, (1, 3, 5)).flatten(1), (n - rows * columns, 0))
+        patches = feed.patches
+        (high, wide), rows, columns = patches.size, patches.rows, patches.columns
+        if n != patches.tokens:
+            raise ValueError(f"{type(self.model).__name__} attends with {n} tokens, its picture has {patches.tokens}")
+        tiles = gradient[..., : rows * high, : columns * wide]
+        tiles = tiles.unflatten(3, (columns, wide)).unflatten(2, (rows, high))
+        return patches.sequence(self._fold(tiles, (1, 3, 5)))
 
     def _fold(self, gradient: Tensor, dims: tuple[int, ...]) -> Tensor:
         return gradient.sum(dims)

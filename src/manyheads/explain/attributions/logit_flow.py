@@ -14,6 +14,7 @@ from manyheads.explain.attributions.base import Attributed, Attribution, Trace, 
 from manyheads.explain.attributions.feed import Feed, Position, Target, per_row, places, still
 from manyheads.explain.attributions.frozen import Frozen, freeze, is_norm
 from manyheads.explain.attributions.writes import Write, writes
+from manyheads.hosts.sites import answering_stack, choose
 from manyheads.hosts.taps import AttentionCall
 
 
@@ -144,8 +145,13 @@ def _watching(model: nn.Module, head: nn.Module, seen: _Seen) -> Iterator[None]:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The members of the longest list of modules: the stack of layers."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    """The members of the longest list of modules that attend for the answer: the stack of layers."""
+    own = {site.module for site in choose(model, None, answering_stack(model), "self")}
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and not own.isdisjoint(module.modules())
+    ]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of layers: logit flow needs a residual stream of them")
     return max(lists, key=len)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from manyheads.explain.attributions.base import Attributed, Attribution, Trace, blocks, check_fuse, fused
+from manyheads.explain.attributions.base import Attributed, Attribution, Trace, blocks, check_fuse, check_layer, fused
 from manyheads.explain.attributions.feed import Feed, Position, Target
 
 
@@ -24,6 +24,7 @@ class RawAttention(Attribution):
 
     def _attribute(self, feed: Feed, target: Target, position: Position) -> Attributed:
         trace = self.trace(feed, target, position)
+        check_layer(trace, self.layer)
         start = trace.start(position)
         found = {}
         for stream in trace.real:

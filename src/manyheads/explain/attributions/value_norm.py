@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.explain.attributions.base import Attributed, Attribution, blocks
+from manyheads.explain.attributions.base import Attributed, Attribution, blocks, check_layer
 from manyheads.explain.attributions.feed import Feed, Position, Target
 from manyheads.explain.attributions.raw import pick
 from manyheads.explain.attributions.writes import Write, writes, written
@@ -35,6 +35,7 @@ class ValueNorm(Attribution):
             return writes(self.model, calls, found_writes)
 
         trace = self.trace(feed, target, position, watch=watch)
+        check_layer(trace, self.layer)
         start, order = trace.start(position), [step.call for step in trace.steps]
         found = {}
         for stream in trace.real:

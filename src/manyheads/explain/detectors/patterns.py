@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from manyheads.explain.attributions.feed import Feed
-from manyheads.explain.attributions.grid import patches, prefix
+from manyheads.explain.attributions.grid import layout
 from manyheads.explain.detectors.reading import Measure, Rows, even, row_blocks, shares
 from manyheads.explain.detectors.subject import Sample, Subject, sees_ahead
 from manyheads.heads.scores import (
@@ -154,26 +154,28 @@ class Distance(Measure):
         self.sums = torch.zeros(call.heads, dtype=torch.float64)
         n = tokens(call)
         feed = Feed(self.subject.model, sample.named)
-        first = prefix(feed, self.subject.stack, n)
+        found = layout(feed, self.subject.stack)
         at = torch.arange(n, device=self.subject.device)
-        places = at[:, None].float()
-        if self.subject.pictures and sample.named.get("pixel_values") is not None:
-            broad = patches(self.subject.model, sample.named["pixel_values"])[1]
-            places = torch.stack([(at - first) // broad, (at - first) % broad], 1).float()
-        self.places, self.first = places, first
+        self.places, self.first, self.stop = at[:, None].float(), 0, n
+        if found is not None:
+            at = at - found.first
+            self.places = torch.stack([at // found.columns, at % found.columns], 1).float()
+            self.first, self.stop = found.first, found.stop
 
     def block(self, call: Any, weights: Tensor, rows: slice, sample: Sample) -> None:
-        """Between patches alone, where something stands before them (class token, registers)."""
-        start = max(self.first, rows.start)
-        weights = weights[:, :, start - rows.start :, self.first :]
+        """Between patches alone, where something stands beside them (class, register, detection tokens)."""
+        start, stop = max(self.first, rows.start), min(self.stop, rows.stop)
+        if start >= stop:
+            return
+        weights = weights[:, :, start - rows.start : stop - rows.start, self.first : self.stop]
         keys = self.places[self.first : self.first + weights.shape[-1]]
-        far = torch.cdist(self.places[start : rows.stop], keys).to(weights.dtype)
-        mass = weights.sum(-1, keepdim=True) if self.first else 1.0
+        far = torch.cdist(self.places[start:stop], keys).to(weights.dtype)
+        mass = weights.sum(-1, keepdim=True) if self.stop - self.first < len(self.places) else 1.0
         part = torch.einsum("bhnm,nm->bhn", weights, far) / torch.as_tensor(mass, device=far.device).squeeze(-1)
         self.sums += part.double().sum((0, 2)).cpu()
 
     def done(self, call: Any, sample: Sample) -> None:
-        self.rows.add(call.layer, self.sums / (tokens(call) - self.first))
+        self.rows.add(call.layer, self.sums / (self.stop - self.first))
 
     def scores(self) -> dict[str, Tensor]:
         return {"distance": self.rows.mean()}

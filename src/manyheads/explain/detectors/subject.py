@@ -18,6 +18,7 @@ from manyheads.explain.attributions.feed import Feed
 from manyheads.hosts.device import device_of
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.probes import Inputs
+from manyheads.hosts.sites import known_stack
 from manyheads.hosts.taps import AttentionCall, Site, sites
 from manyheads.mechanism import Mechanism
 
@@ -50,11 +51,12 @@ class Subject:
             raise ValueError(f"detectors read a torch module or a Loaded; got {type(model).__name__}")
         own = [site for site in sites(self.model) if site.kind == "self"]
         stacks = list(dict.fromkeys(site.stack for site in own))
+        stack = known_stack(stack, set(stacks))
         if not own or (stack is not None and stack not in stacks):
             raise ValueError(
                 f"{type(self.model).__name__} has self attention in {stacks or 'no stack'}; not in {stack}"
             )
-        preferred = [name for name in ("decoder", "text") if name in stacks]
+        preferred = [name for name in ("decoder", "language") if name in stacks]
         self.stack = stack or (preferred or stacks)[0]
         self.sites: list[Site] = [site for site in own if site.stack == self.stack]
         self.name = model.name if isinstance(model, Loaded) else type(self.model).__name__
@@ -85,7 +87,7 @@ class Subject:
     @property
     def generates(self) -> bool:
         can = getattr(self.model, "can_generate", None)
-        return bool(can is not None and can()) and self.stack == "decoder" and not self.pictures
+        return bool(can is not None and can()) and self.stack in ("decoder", "language") and not self.pictures
 
     @property
     def vocabulary(self) -> int:
@@ -233,12 +235,12 @@ class Samples:
     def _before(self) -> list[int]:
         """What an encoder's tokenizer puts in front of every text."""
         first = getattr(self._tokenizer, "cls_token_id", None)
-        return [] if first is None or self.subject.stack == "decoder" else [first]
+        return [] if first is None or self.subject.stack == "decoder" or self.subject.generates else [first]
 
     @property
     def _after(self) -> list[int]:
         last = getattr(self._tokenizer, "sep_token_id", None)
-        return [] if last is None or self.subject.stack == "decoder" else [last]
+        return [] if last is None or self.subject.stack == "decoder" or self.subject.generates else [last]
 
     def _special(self, row: Tensor) -> Tensor | None:
         own = getattr(self._tokenizer, "all_special_ids", None)

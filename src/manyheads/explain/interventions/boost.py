@@ -13,13 +13,19 @@ from manyheads.hosts.taps import AttentionCall
 
 @contextmanager
 def boost(
-    model: nn.Module, span: Sequence[int] | slice, factor: float, *, heads: Heads | None = None
+    model: nn.Module,
+    span: Sequence[int] | slice,
+    factor: float,
+    *,
+    heads: Heads | None = None,
+    stack: str | None = None,
 ) -> Iterator[None]:
     """Claim: instructions are followed more closely when every head attends to them more.
 
     A'_ij = A_ij M / Z_i for keys j of the span, A_ij / Z_i elsewhere, Z_i the new row sum; M = factor, over all layers
     and heads unless some are given. The same as adding log M to those keys' scores. factor 1 changes nothing, 0 hides
-    the span. span: places in what was fed, padding included. Source: arXiv 2506.13734, BrachioLab/InstABoost (factor
+    the span. span: places in what was fed, padding included. stack: whose layers; the one that reads
+    text. Source: arXiv 2506.13734, BrachioLab/InstABoost (factor
     3, the first tokens of the prompt).
     """
     if not factor >= 0:
@@ -37,5 +43,5 @@ def boost(
 
         return call.mix(edit, own)
 
-    with changed(model, heads, change):
+    with changed(model, heads, change, stack, of_text=True):
         yield

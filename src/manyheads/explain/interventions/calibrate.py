@@ -40,12 +40,15 @@ def sinks_of(call: AttentionCall, heads: list[int] | None, alpha: float) -> Tens
 
 
 @contextmanager
-def calibrate(model: nn.Module, beta: float, *, alpha: float = 5.0, heads: Heads | None = None) -> Iterator[None]:
+def calibrate(
+    model: nn.Module, beta: float, *, alpha: float = 5.0, heads: Heads | None = None, stack: str | None = None
+) -> Iterator[None]:
     """Claim: sinks in the middle of a text take attention that belongs to its words; turning them down mends answers.
 
     sinks S_h = {j : mean_i A_ij > alpha / m} without the first of them, padding not counted; A'_ij = beta A_ij for j in
     S_h, the freed (1 - beta) sum_S A_ij shared among the other keys in proportion to A_ij. Sinks are found on the
-    prompt's full matrix (in blocks of rows) and remembered while decoding. beta 1 changes nothing.
+    prompt's full matrix (in blocks of rows) and remembered while decoding. beta 1 changes nothing. stack: whose layers;
+    the one that reads text.
     Source: arXiv 2406.15765, GATECH-EIC/ACT `atten_process_eval`; there sinks come from one row of the batch alone and
     row 0 is left out; here each row has its own. Heads are chosen on a calibration set in the paper: pass them.
     """
@@ -56,7 +59,7 @@ def calibrate(model: nn.Module, beta: float, *, alpha: float = 5.0, heads: Heads
         if beta == 1:
             return None
         n, m = call.query.shape[2], call.key.shape[2]
-        if n > 1 or call.layer not in known:
+        if n > 1 or m == 1 or call.layer not in known:
             known[call.layer] = sinks_of(call, own, alpha)
         sinks = nn.functional.pad(known[call.layer], (0, m - known[call.layer].shape[-1])).unsqueeze(2)
 
@@ -70,5 +73,5 @@ def calibrate(model: nn.Module, beta: float, *, alpha: float = 5.0, heads: Heads
 
         return call.mix(edit, own)
 
-    with changed(model, heads, change):
+    with changed(model, heads, change, stack, of_text=True):
         yield

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.hosts.taps import AttentionCall, sites, tap
+from manyheads.hosts.sites import choose, only_stack, text_stack
+from manyheads.hosts.taps import AttentionCall, tap
 
 # (layer, query head) pairs, as detectors name them.
 Heads = Sequence[tuple[int, int]]
 
 
-def heads_by_layer(model: nn.Module, heads: Heads | None) -> dict[int, list[int] | None]:
-    """layer -> its heads; None for all heads of a layer. heads None: everything."""
+def heads_by_layer(model: nn.Module, heads: Heads | None, stack: str) -> dict[int, list[int] | None]:
+    """layer of the stack -> its heads; None for all heads of a layer. heads None: everything."""
     if heads is None:
-        return {site.layer: None for site in sites(model)}
+        return {site.layer: None for site in choose(model, None, stack, "self")}
     chosen: dict[int, list[int] | None] = {}
     for layer, head in heads:
         own = chosen.setdefault(int(layer), [])
@@ -41,10 +42,16 @@ def positions(span: Sequence[int] | slice, length: int) -> list[int]:
 
 @contextmanager
 def changed(
-    model: nn.Module, heads: Heads | None, change: Callable[[AttentionCall, list[int] | None], Tensor | None]
+    model: nn.Module,
+    heads: Heads | None,
+    change: Callable[[AttentionCall, list[int] | None], Tensor | None],
+    stack: str | None,
+    of_text: bool = False,
 ) -> Iterator[None]:
-    """change(call, heads of this layer) -> the output in the place of the call's, or None; self attention only."""
-    chosen = heads_by_layer(model, heads)
+    """change(call, heads of this layer) -> the output in the place of the call's, or None; self attention of one stack
+    only. Where a model has several, one must be said; of_text: or it is the one that reads text."""
+    where = text_stack(model, stack) if of_text else only_stack(model, stack)
+    chosen = heads_by_layer(model, heads, where)
 
     def reader(call: Any) -> Tensor | None:
         if not isinstance(call, AttentionCall):
@@ -53,7 +60,7 @@ def changed(
             )
         return change(call, chosen[call.layer])
 
-    with tap(model, reader, layers=sorted(chosen), kind="self"):
+    with tap(model, reader, layers=sorted(chosen), stack=where, kind="self"):
         yield
 
 

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from manyheads.explain.interventions.common import companions, heads_by_layer
+from manyheads.hosts.sites import choose, only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
 
 
 @contextmanager
-def juice(model: Any, scales: Mapping[tuple[int, int], float]) -> Iterator[None]:
+def juice(model: Any, scales: Mapping[tuple[int, int], float], *, stack: str | None = None) -> Iterator[None]:
     """Claim: heads that speak for the context and heads that speak for memory disturb each other within one run; adding
     what they said in an undisturbed run steers the answer either way.
 
     First run: o_h kept for every (layer, head) in scales. Second run: o_h' = o_h + scale_h o_h(first). Positive scales
     strengthen a head, negative ones weaken it; all zero changes nothing (and runs once). Every call of the model runs
-    twice; while decoding the first run has its own cache, which the second one's changes never reach.
+    twice; while decoding the first run has its own cache, which the second one's changes never reach. stack:
+    whose heads, where the model has several.
     Source: arXiv 2503.10996 (Just Run Twice), where a few heads are found on some examples, as by `head_effects`.
     """
     if not scales:
@@ -30,7 +32,8 @@ def juice(model: Any, scales: Mapping[tuple[int, int], float]) -> Iterator[None]
     if not active:
         yield
         return
-    chosen = {layer: heads or [] for layer, heads in heads_by_layer(model, list(active)).items()}
+    where = only_stack(model, stack)
+    chosen = {layer: heads or [] for layer, heads in heads_by_layer(model, list(active), where).items()}
     kept: dict[int, Tensor] = {}
     first = False
 
@@ -39,8 +42,9 @@ def juice(model: Any, scales: Mapping[tuple[int, int], float]) -> Iterator[None]
         if first:
             kept[call.layer] = call.output[:, own].detach()
             return None
+        said = call.memo.setdefault("first run", kept[call.layer])
         factors = call.output.new_tensor([active[call.layer, head] for head in own])[None, :, None, None]
-        return call.replaced(call.output[:, own] + factors * kept[call.layer], own)
+        return call.replaced(call.output[:, own] + factors * said, own)
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal first
@@ -57,7 +61,7 @@ def juice(model: Any, scales: Mapping[tuple[int, int], float]) -> Iterator[None]
         finally:
             first = False
 
-    with tap(model, reader, layers=sorted(chosen), kind="self"):
+    with tap(model, reader, layers=sorted(chosen), stack=where, kind="self"):
         hook = model.register_forward_pre_hook(before, with_kwargs=True)
         try:
             yield
@@ -69,18 +73,18 @@ def juice(model: Any, scales: Mapping[tuple[int, int], float]) -> Iterator[None]
 def head_effects(model: Any, input_ids: Tensor, wanted: Tensor, unwanted: Tensor, scale: float = 1.0) -> Tensor:
     """[layers, heads]: how much strengthening each head by juice moves the last token's log p(wanted) - log
     p(unwanted), ids [b] each, on average; high: the head speaks for wanted. One run per head."""
-    from manyheads.hosts.taps import sites
 
     def margin() -> Tensor:
         logits = model(input_ids, use_cache=False).logits[:, -1].log_softmax(-1)
         return (logits.gather(1, wanted[:, None]) - logits.gather(1, unwanted[:, None])).mean()
 
-    layers = [site.layer for site in sites(model) if site.kind == "self"]
+    stack = text_stack(model)
+    layers = [site.layer for site in choose(model, None, stack, "self")]
     heads = model.config.get_text_config(decoder=True).num_attention_heads
     base = margin()
     found = torch.zeros(len(layers), heads)
     for layer in layers:
         for head in range(heads):
-            with juice(model, {(layer, head): scale}):
+            with juice(model, {(layer, head): scale}, stack=stack):
                 found[layer, head] = margin() - base
     return found

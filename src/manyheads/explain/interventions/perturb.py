@@ -12,11 +12,12 @@ from manyheads.hosts.taps import AttentionCall
 
 
 @contextmanager
-def perturb(model: nn.Module, amount: float, *, heads: Heads | None = None) -> Iterator[None]:
+def perturb(model: nn.Module, amount: float, *, heads: Heads | None = None, stack: str | None = None) -> Iterator[None]:
     """Claim: a model whose chosen heads are partly put out is a weak copy to be steered away from.
 
     A' = (1 - u) A + u I, u = amount; 0 changes nothing, 1 makes the heads pass on their own value. As I V = V it is
-    done on the outputs, with no matrix: o' = (1 - u) o + u v_i. Needs a key for every query (self attention).
+    done on the outputs, with no matrix: o' = (1 - u) o + u v_i. Needs a key for every query (self attention). stack:
+    whose heads, where the model has several.
     Source: arXiv 2506.10978 (SoftPAG, HeadHunter), which guides a diffusion model by the difference of both runs:
     y = y_strong + w (y_strong - y_weak), see `guided`.
     """
@@ -32,7 +33,7 @@ def perturb(model: nn.Module, amount: float, *, heads: Heads | None = None) -> I
             raise ValueError(f"{call.site.path}: {n} queries on {call.key.shape[2]} keys have no diagonal")
         return call.replaced((1 - amount) * call.output[:, chosen] + amount * values, chosen)
 
-    with changed(model, heads, change):
+    with changed(model, heads, change, stack):
         yield
 
 

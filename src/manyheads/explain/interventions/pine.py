@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.attend import probabilities
+from manyheads.hosts.sites import text_stack
 from manyheads.hosts.taps import AttentionCall, tap
 
 
@@ -34,7 +35,7 @@ def position_invariant(model: Any, documents: Sequence[tuple[int, int]]) -> Iter
         return
     from manyheads.hosts.families import rotations
 
-    angles = rotations(model)
+    angles, where = rotations(model), text_stack(model)
 
     def reader(call: Any) -> Tensor:
         angle = angles[call.layer]
@@ -42,7 +43,7 @@ def position_invariant(model: Any, documents: Sequence[tuple[int, int]]) -> Iter
             raise ValueError(f"{call.site.path} has no rotary positions; every layer needs them")
         return _attend(call, spans, angle)
 
-    with tap(model, reader, kind="self"):
+    with tap(model, reader, stack=where, kind="self"):
         yield
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.explain.interventions.common import check_share, positions
-from manyheads.hosts.taps import AttentionCall, sites, tap
+from manyheads.hosts.sites import choose, text_stack
+from manyheads.hosts.taps import AttentionCall, tap
 
 
 @contextmanager
@@ -24,6 +25,7 @@ def redistribute(
     centric: float = 0.5,
     least: float = 0.2,
     layers: Sequence[int] | None = None,
+    stack: str | None = None,
 ) -> Iterator[None]:
     """Claim: sink tokens hold attention that says nothing; given to the image, it makes answers follow what is seen.
 
@@ -34,6 +36,7 @@ def redistribute(
     others. Rows sum to 1 as before; share 0: no change. image: the places of the image's tokens (or of any context).
     Source: arXiv 2503.03321 (p 0.6, threshold 20); the head rule as in its released code, where rho = 1 - centric and
     summ = least. sink_dims are the model's massive dimensions: see the detector of massive values.
+    stack: whose layers; the one that reads text.
     """
     check_share("redistribute: share", share)
     check_share("redistribute: centric", centric)
@@ -41,7 +44,8 @@ def redistribute(
     if not sink_dims:
         raise ValueError("redistribute: sink_dims is empty; give the residual dimensions that mark a sink")
     sinks: dict[int, Tensor] = {}
-    wanted = {site.layer: site for site in sites(model) if site.kind == "self"}
+    where = text_stack(model, stack)
+    wanted = {site.layer: site for site in choose(model, None, where, "self")}
     chosen = sorted(wanted) if layers is None else list(layers)
 
     def watch(layer: int) -> Any:
@@ -56,20 +60,23 @@ def redistribute(
     def reader(call: Any) -> Tensor | None:
         if share == 0:
             return None
-        return _moved(call, sinks[call.layer], positions(image, call.key.shape[2]), share, centric, least)
+        marked = call.memo.setdefault("sinks", sinks[call.layer])
+        return _moved(call, marked, positions(image, call.key.shape[2]), share, centric, least)
 
-    with ExitStack() as stack:
+    with ExitStack() as hooks:
         for layer in chosen:
             if layer not in wanted:
                 raise ValueError(f"redistribute: there is no layer {layer}; layers are 0 to {max(wanted)}")
             parent = model.get_submodule(wanted[layer].path.rpartition(".")[0])
-            stack.callback(parent.register_forward_pre_hook(watch(layer), with_kwargs=True).remove)
-        stack.enter_context(tap(model, reader, layers=chosen, kind="self"))
+            hooks.callback(parent.register_forward_pre_hook(watch(layer), with_kwargs=True).remove)
+        hooks.enter_context(tap(model, reader, layers=chosen, stack=where, kind="self"))
         yield
 
 
 def _sinks(states: Tensor, dims: Sequence[int], threshold: float) -> Tensor:
     """[b, n] bool of residual states [b, n, dim]."""
+    if states.dim() != 3:
+        raise ValueError(f"redistribute: states {list(states.shape)} of this stack are no rows of tokens [b, n, dim]")
     wrong = [d for d in dims if not 0 <= d < states.shape[-1]]
     if wrong:
         raise ValueError(f"redistribute: sink_dims {wrong} do not exist; states have {states.shape[-1]} dimensions")

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.explain.interventions.common import Heads, changed
+from manyheads.hosts.positions import placed
+from manyheads.hosts.sites import only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall
 
 Offsets = Mapping[tuple[int, int], Tensor]
 
 
 @contextmanager
-def steer(model: nn.Module, offsets: Offsets, scale: float = 1.0) -> Iterator[None]:
+def steer(model: nn.Module, offsets: Offsets, scale: float = 1.0, *, stack: str | None = None) -> Iterator[None]:
     """o_h' = o_h + scale v_h for every (layer, head) in offsets, v_h [head dim], at every token; scale 0: no change.
+    stack: whose heads, where the model has several.
 
     Source: the offsets of LoFiT, arXiv 2406.01563, fc2869/lo-fit; head steering in arXiv 2306.03341 (ITI) and others
     differs in where the vectors come from.
@@ -36,13 +39,16 @@ def steer(model: nn.Module, offsets: Offsets, scale: float = 1.0) -> Iterator[No
 
     if not offsets:
         raise ValueError("steer: offsets is empty; give {(layer, head): vector}, from fit_offsets for instance")
-    with changed(model, list(offsets), change):
+    with changed(model, list(offsets), change, stack):
         yield
 
 
 @contextmanager
-def scaled(model: nn.Module, factors: Mapping[tuple[int, int], Tensor | float]) -> Iterator[None]:
-    """o_h' = f_h o_h for every (layer, head) in factors: 1 changes nothing, 0 silences. Factors may carry gradients."""
+def scaled(
+    model: nn.Module, factors: Mapping[tuple[int, int], Tensor | float], *, stack: str | None = None
+) -> Iterator[None]:
+    """o_h' = f_h o_h for every (layer, head) in factors: 1 changes nothing, 0 silences. Factors may carry gradients.
+    stack: whose heads, where the model has several."""
 
     def change(call: AttentionCall, own: list[int] | None) -> Tensor | None:
         chosen = call.check_heads(own)
@@ -51,7 +57,7 @@ def scaled(model: nn.Module, factors: Mapping[tuple[int, int], Tensor | float]) 
             return None
         return call.replaced(call.output[:, chosen] * torch.stack(each)[None, :, None, None], chosen)
 
-    with changed(model, list(factors), change):
+    with changed(model, list(factors), change, stack):
         yield
 
 
@@ -64,22 +70,25 @@ def fit_offsets(
     steps: int = 100,
     lr: float = 0.01,
     attention_mask: Tensor | None = None,
+    stack: str | None = None,
 ) -> dict[tuple[int, int], Tensor]:
     """LoFiT's second step: offsets of the given heads that minimise the language-model loss on labels [b, n] (-100 is
-    not counted), the model frozen. AdamW. Returns {(layer, head): [head dim]}; `pick_heads` is the first step."""
-    device = input_ids.device
-    width = _head_width(model, input_ids[:1, :1])
+    not counted), the model frozen. AdamW. Returns {(layer, head): [head dim]}; `pick_heads` is the first step.
+    stack: whose heads, where the model has several."""
+    device, where = input_ids.device, only_stack(model, stack)
+    fed = placed(model, {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
+    width = _head_width(model, input_ids[:1, :1], where)
     vectors = {(int(layer), int(head)): torch.zeros(width, device=device, requires_grad=True) for layer, head in heads}
     frozen = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(vectors.values(), lr=lr, weight_decay=0.0)
-    with ExitStack() as stack:
+    with ExitStack() as left:
         for parameter in frozen:
-            stack.callback(parameter.requires_grad_, True)
+            left.callback(parameter.requires_grad_, True)
             parameter.requires_grad_(False)
         for _ in range(steps):
             optimizer.zero_grad()
-            with steer(model, vectors):
-                loss = model(input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).loss
+            with steer(model, vectors, stack=where):
+                loss = model(**fed, use_cache=False).loss
             torch.autograd.backward(loss)
             optimizer.step()
     return {place: vector.detach() for place, vector in vectors.items()}
@@ -95,22 +104,26 @@ def pick_heads(
     lr: float = 0.01,
     penalty: float = 1e-3,
     attention_mask: Tensor | None = None,
+    stack: str | None = None,
 ) -> list[tuple[int, int]]:
     """LoFiT's first step: a learned scale per head, o' = (1 + a_h) o_h, with an L1 penalty on a; the heads of greatest
-    |a_h|. The paper scales every feature of a head and takes the vector's norm; here one number stands for the head."""
+    |a_h|. The paper scales every feature of a head and takes the vector's norm; here one number stands for the head.
+    stack: whose heads; those of the stack that reads text."""
     from manyheads.hosts.taps import record
 
-    with torch.no_grad(), record(model, kind="self") as calls:
+    where = text_stack(model, stack)
+    with torch.no_grad(), record(model, stack=where, kind="self") as calls:
         model(input_ids[:1, :1], use_cache=False)
     places = [(call.layer, head) for call in calls for head in range(call.heads)]
     if not 1 <= count <= len(places):
         raise ValueError(f"pick_heads: count={count}; the model has {len(places)} heads")
+    fed = placed(model, {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
     amounts = torch.zeros(len(places), device=input_ids.device, requires_grad=True)
     optimizer = torch.optim.AdamW([amounts], lr=lr, weight_decay=0.0)
     for _ in range(steps):
         optimizer.zero_grad()
-        with scaled(model, {place: 1 + amounts[i] for i, place in enumerate(places)}):
-            loss = model(input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).loss
+        with scaled(model, {place: 1 + amounts[i] for i, place in enumerate(places)}, stack=where):
+            loss = model(**fed, use_cache=False).loss
         (grad,) = torch.autograd.grad(loss + penalty * amounts.abs().sum(), [amounts])
         amounts.grad = grad
         optimizer.step()
@@ -119,9 +132,9 @@ def pick_heads(
 
 
 @torch.no_grad()
-def _head_width(model: Any, token: Tensor) -> int:
+def _head_width(model: Any, token: Tensor, stack: str) -> int:
     from manyheads.hosts.taps import record
 
-    with record(model, kind="self", layers=[0]) as calls:
+    with record(model, stack=stack, kind="self", layers=[0]) as calls:
         model(token, use_cache=False)
     return int(calls[0].output.shape[-1])

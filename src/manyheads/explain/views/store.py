@@ -18,7 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from manyheads.hosts.taps import sites, tap
+from manyheads.hosts.positions import placed
+from manyheads.hosts.sites import choose
+from manyheads.hosts.taps import tap
 
 from .chunks import Rows, deflate, encode, open_chunk, pack
 
@@ -173,11 +175,7 @@ def read_store(
 
     Where the model has several stacks or kinds of attention, stack and kind must choose one.
     """
-    chosen = [
-        site
-        for site in sites(model)
-        if stack in (None, site.stack) and kind in (None, site.kind) and (layers is None or site.layer in set(layers))
-    ]
+    chosen = choose(model, layers, stack, kind)
     found = sorted({(site.stack, site.kind) for site in chosen})
     if len(found) > 1:
         raise ValueError(f"{type(model).__name__} attends in {found}; choose one of them with stack= and kind=")
@@ -190,7 +188,7 @@ def read_store(
         writers[0].layer(_sources(call, writers[0].heads, batch, mean))
 
     with torch.no_grad(), tap(model, reader, layers=layers, stack=stack, kind=kind):
-        model(**inputs)
+        model(**placed(model, inputs))
     if not writers:
         raise ValueError(f"{type(model).__name__} ran without attending in {found}")
     return writers[0].store()

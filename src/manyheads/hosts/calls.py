@@ -1,0 +1,166 @@
+"""Calls of attention layers, as taps see them: queries, keys, values, outputs, and weights on demand.
+
+Legend: b batch, h query heads, g KV heads, n queries, m keys, d key dim, e value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.hosts.attend import Scoring, pack, probabilities
+from manyheads.hosts.sites import Site
+from manyheads.mechanism import Result
+
+# Weights in one block of rows: 2^20 float32 numbers are 4 MiB, and the steps of a softmax hold six of them.
+BLOCK_WEIGHTS = 2**20
+# A weight block and its rows -> the block that takes its place.
+Edit = Callable[[Tensor, slice], Tensor]
+
+
+class AttentionCall:
+    """One call of an attention layer. query [b, h, n, d], key [b, g, m, d], value [b, g, m, e], output [b, h, n, e];
+    query and key as they are scored, after rotation. mask [b or 1, 1 or h, n, m]: bool (True = may attend) or added to
+    the scores; None: all, or with `causal` those before."""
+
+    def __init__(
+        self, site: Site, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scoring: Scoring
+    ):
+        self.site, self.query, self.key, self.value = site, query, key, value
+        self.mask, self.causal, self.scoring = mask, causal, scoring
+        self.output: Tensor
+        # Whether the output keeps its gradient, which a tensor does not tell without a warning.
+        self.keeps_gradient = False
+        # A reader's notes on this call, which are there again when backward computes the layer anew.
+        self.memo: dict[str, Any] = {}
+
+    @property
+    def layer(self) -> int:
+        return self.site.layer
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def scale(self) -> float:
+        return self.scoring.scale
+
+    def allowed(self, rows: slice) -> Tensor | None:
+        """What queries of these rows may see, [b or 1, 1 or h, rows, m]: bool or added; None where it is everything."""
+        if self.mask is not None:
+            return self.mask[:, :, rows]
+        if not self.causal:
+            return None
+        n, m = self.query.shape[2], self.key.shape[2]
+        start, stop, _ = rows.indices(n)
+        device = self.query.device
+        return (torch.arange(start, stop, device=device)[:, None] >= torch.arange(m, device=device))[None, None]
+
+    def weights(self, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:
+        """softmax of the scores, [b, heads, rows, m], float32 at least; all heads and rows unless told otherwise."""
+        query, key, scoring, seen = self._select(heads, rows)
+        return probabilities(query, key, scoring, seen).flatten(1, 2)
+
+    def _select(self, heads: Sequence[int] | None, rows: slice) -> tuple[Tensor, Tensor, Scoring, Tensor | None]:
+        seen, query = self.allowed(rows), self.query[:, :, rows]
+        alike = seen is None or seen.shape[1] == 1
+        if heads is None and alike:
+            return pack(query, self.key.shape[1]), self.key, self.scoring, seen
+        chosen = torch.tensor(self.check_heads(heads), device=query.device)
+        sinks = None if self.scoring.sinks is None else self.scoring.sinks.index_select(0, chosen)
+        if seen is not None and not alike:
+            seen = seen.index_select(1, chosen)
+        own = Scoring(self.scoring.scale, self.scoring.softcap, sinks)
+        return query.index_select(1, chosen).unsqueeze(2), self.of_heads(self.key, chosen), own, seen
+
+    def of_heads(self, rows: Tensor, heads: Sequence[int] | Tensor) -> Tensor:
+        """Keys or values [b, g, m, d] that the given query heads read, [b, heads, m, d]."""
+        heads = torch.as_tensor(heads, device=rows.device)
+        if rows.shape[1] == self.heads and heads.numel() == self.heads:
+            return rows
+        return rows.index_select(1, heads // (self.heads // rows.shape[1]))
+
+    def check_heads(self, heads: Sequence[int] | None) -> list[int]:
+        wanted = list(range(self.heads)) if heads is None else [int(head) for head in heads]
+        wrong = [head for head in wanted if not 0 <= head < self.heads]
+        if wrong or not wanted:
+            raise ValueError(f"{self.site.path} has heads 0 to {self.heads - 1}; got {wrong or 'none'}")
+        return wanted
+
+    def blocks(self, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Iterator[slice]:
+        """Slices of the rows whose weights for these heads stay small."""
+        start, stop, _ = rows.indices(self.query.shape[2])
+        line = self.query.shape[0] * (self.heads if heads is None else len(heads)) * self.key.shape[2]
+        step = max(1, BLOCK_WEIGHTS // max(1, line))
+        for first in range(start, stop, step):
+            yield slice(first, min(stop, first + step))
+
+    def mix(self, edit: Edit, heads: Sequence[int] | None = None) -> Tensor:
+        """The output [b, h, n, e] with edit(weights [b, heads, rows, m], rows) in the place of those heads' weights;
+        other heads as they are. A reader may return it. Made in blocks of rows, where no gradient has to keep them."""
+        chosen = torch.tensor(self.check_heads(heads), device=self.query.device)
+        value = self.of_heads(self.value, chosen)
+        parts = [edit(self.weights(heads, rows), rows).to(value.dtype) @ value for rows in self.blocks(heads)]
+        return self.replaced(torch.cat(parts, 2), chosen)
+
+    def replaced(self, output: Tensor, heads: Sequence[int] | Tensor) -> Tensor:
+        """The call's output with these heads' [b, heads, n, e] in their place."""
+        chosen = torch.as_tensor(heads, device=output.device)
+        if chosen.numel() == self.heads and bool((chosen == torch.arange(self.heads, device=output.device)).all()):
+            return output.to(self.output.dtype)
+        return self.output.index_copy(1, chosen, output.to(self.output.dtype))
+
+    def weight_gradients(self, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:
+        """d loss / d weights, [b, heads, rows, m] after a backward pass under record(gradients=True): no matrix was
+        kept for it, since it is d loss / d output times the values."""
+        if not self.keeps_gradient or self.output.grad is None:
+            raise ValueError(
+                f"{self.site.path}: no gradient has reached this layer's output; use record(model, gradients=True) "
+                "and call backward on a loss of the model's output"
+            )
+        chosen = torch.tensor(self.check_heads(heads), device=self.query.device)
+        upstream = self.output.grad.index_select(1, chosen)[:, :, rows]
+        return upstream @ self.of_heads(self.value, chosen).detach().transpose(2, 3)
+
+
+class MechanismCall:
+    """One call of a manyheads mechanism: its inputs and its result [b, n, dim], weights on demand by `need_weights`.
+
+    What lies inside (queries, head outputs) differs from mechanism to mechanism and is not offered.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Result,
+        memo: dict[str, Any] | None = None,
+    ):
+        self.site, self.args, self.kwargs, self.result = site, args, kwargs, result
+        self.output = result.output
+        self.keeps_gradient = False
+        self.memo = {} if memo is None else memo
+        self.heads: int = site.module.heads  # type: ignore[assignment]
+
+    @property
+    def layer(self) -> int:
+        return self.site.layer
+
+    def weights(self, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:
+        """[b, heads, rows, m]: the effective weights. A mechanism gives all of its matrix at once."""
+        if self.result.weights is None:
+            again: Result = self.site.module.forward(*self.args, **{**self.kwargs, "need_weights": True})
+            self.result = self.result._replace(weights=again.weights)
+        weights = self.result.weights
+        if weights is None:
+            raise ValueError(f"{self.site.path}: {type(self.site.module).__name__} has no weights for this call")
+        weights = weights[:, :, rows]
+        return weights if heads is None else weights[:, list(heads)]
+
+    def blocks(self, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Iterator[slice]:
+        yield rows
