@@ -135,7 +135,7 @@ def _decode(header: Header) -> tuple[Any, Any]:
         check_weights(header, plain)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
         check_splits(header, tokenizer)
-        model, told = kind.from_pretrained(**place, dtype=torch.float32, output_loading_info=True)
+        model, told = kind.from_pretrained(**place, config=config, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # whatever bytes from outside bring to pass in three packages
         raise ValueError(
             f"{path} cannot be read by transformers {transformers.__version__}: {error}. "

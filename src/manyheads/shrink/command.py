@@ -21,7 +21,7 @@ _SHORTEST = 128
 
 def shrink(
     model: Annotated[
-        str | None, typer.Argument(help="A folder or hub name; the packaged byte-level model without it.")
+        str | None, typer.Argument(help="A folder, hub name, .gguf file or smollm2; else the packaged byte model.")
     ] = None,
     policy: Annotated[
         list[str] | None,
