@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -395,3 +396,16 @@ def test_models_that_cannot_be_shrunk(capsys: pytest.CaptureFixture[str], tmp_pa
         assert code == 2, name
         assert words in err, name
         assert "Traceback" not in err
+
+
+def test_what_the_model_has_no_positions_for_is_refused(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """The model knows 512 positions: a longer text has none, and a larger budget would never drop anything."""
+    for arguments, message in (
+        (["--length", "600"], "--length 600: .* knows 512 positions, and 3 more are decoded; give at most 509"),
+        (["--budget-tokens", "513"], "--budget-tokens 513: .* knows 512 positions, so nothing would ever be dropped"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["shrink", str(folder), "--out", str(tmp_path / "out"), "--policy", "streaming", *arguments])
+        assert ended.value.code == 2
+        assert re.search(message, capsys.readouterr().err)
+        assert not (tmp_path / "out").exists()

@@ -33,7 +33,7 @@ explain.command("study")(study)
 @explain.command("page", epilog="Training dynamics on synthetic tasks: `manyheads explain study`.")
 def page(
     model: Annotated[
-        str | None, typer.Argument(help="A folder or hub name; the packaged byte-level model without it.")
+        str | None, typer.Argument(help="A folder, hub name, .gguf file or smollm2; else the packaged byte model.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="The text to explain.")] = None,
     file: Annotated[Path | None, typer.Option(help="A UTF-8 text file to explain.")] = None,

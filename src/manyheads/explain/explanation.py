@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from manyheads.hosts.loading import Loaded, load_model, reads_text
+from manyheads.hosts.loading import Loaded, find_model, load_model, reads_text
 from manyheads.hosts.patches import Patches, find_patches
 from manyheads.hosts.sites import text_stack
 
@@ -54,9 +54,7 @@ def load_any(name: str | Path | None) -> Loaded:
     """A model by its own class, as its config names it: decoders, encoders, both, vision."""
     if name is None:
         return load_model()
-    config = Path(name) / "config.json"
-    if Path(name).exists() and not config.is_file():
-        return load_model(name)  # says what is wrong with it
+    config = Path(where := find_model(name)) / "config.json"
     if config.is_file():
         try:
             known = json.loads(config.read_text()).get("architectures") or []
@@ -65,8 +63,8 @@ def load_any(name: str | Path | None) -> Loaded:
     else:
         from transformers import AutoConfig
 
-        known = AutoConfig.from_pretrained(str(name), trust_remote_code=False).architectures or []
-    return load_model(name, auto=str(known[0]) if known else "AutoModel")
+        known = AutoConfig.from_pretrained(where, trust_remote_code=False).architectures or []
+    return replace(load_model(where, auto=str(known[0]) if known else "AutoModel"), name=str(name))
 
 
 def speaks(model: Any) -> bool:

@@ -21,7 +21,7 @@ _SHORTEST = 64
 
 def heads(
     model: Annotated[
-        str | None, typer.Argument(help="A folder or hub name; the packaged byte-level model without it.")
+        str | None, typer.Argument(help="A folder, hub name, .gguf file or smollm2; else the packaged byte model.")
     ] = None,
     measure: Annotated[
         str, typer.Option(help=f"What to measure, separated by commas; also {' and '.join(ON_REQUEST)}.")

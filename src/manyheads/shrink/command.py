@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +21,7 @@ _SHORTEST = 128
 
 def shrink(
     model: Annotated[
-        str | None, typer.Argument(help="A folder or hub name; the packaged byte-level model without it.")
+        str | None, typer.Argument(help="A folder, hub name, .gguf file or smollm2; else the packaged byte model.")
     ] = None,
     policy: Annotated[
         list[str] | None,
@@ -106,24 +104,9 @@ def load(name: str | None, device: str, dtype: str) -> Loaded:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.split(":")[0] not in ("cpu", "cuda") or (device.startswith("cuda") and not torch.cuda.is_available()):
         raise ValueError(f"--device {device}: want cpu, auto, or cuda where there is one")
-    with _quiet():
-        loaded = load_model(name, dtype=dtype)
+    loaded = load_model(name, dtype=dtype)
     loaded.model.to(device)
     return loaded
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bar for the weights: one of our own follows."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def choose_variants(names: list[str] | None, budgets: list[Budget], profiles: Profiles, sweep: bool) -> list[Variant]:

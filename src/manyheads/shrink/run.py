@@ -52,7 +52,14 @@ class Study:
         if most is not None and max(plan.lengths) + STEPS > most:
             raise ValueError(
                 f"--length {max(plan.lengths)}: {self.loaded.name} knows {most} positions, and {STEPS} more are decoded"
+                f"; give at most {most - STEPS}"
             )
+        for kind, amount in (variant.budget or ("", 0) for variant in plan.variants):
+            if most is not None and kind == "budget_tokens" and amount > most:
+                raise ValueError(
+                    f"--budget-tokens {amount}: {self.loaded.name} knows {most} positions, so nothing would ever be "
+                    f"dropped; give less"
+                )
         for length in plan.lengths:
             if "recall" in plan.tasks:
                 self.questions.recall(length, 0)

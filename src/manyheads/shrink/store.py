@@ -200,7 +200,7 @@ class Group:
         self.length = length
 
     def replace(self, hole: Tensor | int) -> None:
-        """Drops the entries at the places `hole` [b, g], or at one place of all heads, where the last ones then stand."""
+        """Drops the entries at places `hole` [b, g], or at one place of all heads, where the last ones then stand."""
         self.explicit()
         last, at = self.start + self.length - 1, 0
         if isinstance(hole, int):
