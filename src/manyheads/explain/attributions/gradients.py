@@ -123,7 +123,7 @@ class IntegratedGradients(_Gradient):
         self.baseline, self.steps, self.batch_size = baseline, steps, batch_size
 
     def _attributed(self, forward: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        from captum.attr import IntegratedGradients as Own
+        from captum.attr import IntegratedGradients as Own  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         baselines = tuple(self._from(each) for each in given)
         rows = given[0].shape[0]

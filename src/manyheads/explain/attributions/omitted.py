@@ -69,9 +69,9 @@ class Omitted:
 def _windowed(config: Any) -> bool:
     """Whether a layer counts how far back it sees in tokens of the row."""
     own = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    if own is None:
+        return True
     kinds = getattr(own, "layer_types", None)
-    if own is None or kinds:
-        return own is None or any(kind != "full_attention" for kind in kinds)
-    return any(
-        getattr(own, name, None) for name in ("sliding_window", "window_size", "attention_window", "local_attention")
-    )
+    if kinds:
+        return any(kind != "full_attention" for kind in kinds)
+    return any(getattr(own, name, None) for name in ("sliding_window", "window_size", "attention_window"))
