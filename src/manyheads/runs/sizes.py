@@ -32,10 +32,11 @@ class Speed:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, clock: Callable[[], float] = time.perf_counter) -> Speed:
+    def of(cls, model: Any, clock: Callable[[], float] | None = None) -> Speed:
         """Measured: one token, and some more; the better of two each, since the first pass warms up."""
         most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _TRIED
         device = next(model.parameters()).device
+        clock = clock or clock_of(device)
         took: dict[int, float] = {}
         for n in (1, min(_TRIED, most)):
             ids = torch.ones(1, n, dtype=torch.long, device=device)
@@ -51,6 +52,13 @@ class Speed:
     def decoded(self, steps: int, rows: int = 1) -> float:
         """Seconds of so many passes of one token each."""
         return steps * (self.once + rows * self.token)
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """On a CPU the time of its threads, so that what else the machine does changes no sizes."""
+    if device.type == "cpu":
+        return lambda: time.process_time() / torch.get_num_threads()
+    return time.perf_counter
 
 
 def _timed(run: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
