@@ -15,8 +15,10 @@ from manyheads.runs.sizes import chosen_note, clock_of, first_within
 # Tokens and samples of each kind that detectors read, and steps of a deletion curve: everything first.
 SAMPLES = ((256, 4), (256, 2), (128, 2), (128, 1))
 STEPS = (10, 5, 0)
-# Seconds that each of the two may take.
-ROOM = 8.0
+# Seconds that the samples and the curves may take.
+ROOM = (8.0, 15.0)
+# Reading the weights once takes a core as long as about so many tokens.
+_READ = 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def choose(
 ) -> Sizes:
     """took: seconds of a pass over n tokens. faithful, detectors: whether these are asked for at all. causal: masked
     tokens are left out, so that a curve costs half."""
-    token = max(took, 1e-9) / n
+    token = max(took, 1e-9) / (n + _READ)
 
     def curves(steps: int) -> float:
         if not steps:
@@ -61,10 +63,10 @@ def choose(
         return token * n * (n + 2 * methods * (steps - 1) * (0.5 if causal else 1.0))
 
     def sampled(own: tuple[int, int]) -> float:
-        return 4.5 * token * own[0] * own[1]
+        return 4.5 * token * (own[0] + _READ) * own[1]
 
-    steps = STEPS[0] if thorough else first_within(STEPS, curves, ROOM)
-    samples = SAMPLES[0] if thorough else first_within(SAMPLES, sampled, ROOM)
+    steps = STEPS[0] if thorough else first_within(STEPS, curves, ROOM[1])
+    samples = SAMPLES[0] if thorough else first_within(SAMPLES, sampled, ROOM[0])
     attributed = 2 * methods * took + (curves(steps) if faithful else 0.0)
     seconds = (6 * took, attributed, sampled(samples) if detectors else 0.0)
     said = []
