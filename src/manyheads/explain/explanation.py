@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from manyheads.explain.sizes import choose, read
+from manyheads.explain.sizes import choose, read, that_fit
 from manyheads.hosts.loading import Loaded, load_model
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def _attention_views(
             loaded.model(**inputs)
         # A manyheads mechanism gives its weights; what its queries and keys are is its own affair.
         if all(isinstance(call, AttentionCall) for call in calls):
-            views += [view_neurons(calls, tokens, budget_mb=page_mb), view_embedding(calls, tokens)]
+            views += [view_neurons(that_fit(calls, page_mb), tokens, budget_mb=page_mb), view_embedding(calls, tokens)]
     report = {
         "layers": list(store.layers),
         "entropy": _rows(store.entropy),

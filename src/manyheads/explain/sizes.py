@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,3 +76,14 @@ def choose(
         counted = "1 sample" if samples[1] == 1 else f"{samples[1]} samples"
         said.append(f"head detectors on {counted} of {samples[0]} tokens of a kind")
     return Sizes(samples, steps, seconds, chosen_note(", ".join(said), sum(seconds)) if said else "")
+
+
+def that_fit(calls: Sequence[Any], budget_mb: float) -> list[Any]:
+    """Layers, evenly spaced, whose queries and keys take no more than half of a neuron view's room; at least one."""
+    query, key = calls[0].query, calls[0].key
+    # Two bytes a number, four characters for three bytes; keys are shown for every query head.
+    each = query.shape[1] * (query.shape[2] + key.shape[2]) * query.shape[3] * 2 * 4 / 3 / 1e6
+    count = max(1, min(len(calls), int(budget_mb / 2 / each)))
+    if count == len(calls):
+        return list(calls)
+    return [calls[i * (len(calls) - 1) // max(1, count - 1)] for i in range(count)]
