@@ -188,3 +188,12 @@ def test_layers_by_number_and_range() -> None:
     assert _numbers("0,3") == [0, 3]
     assert _numbers("2-4,1") == [1, 2, 3, 4]
     assert _numbers(None) is None
+
+
+def test_a_neuron_view_has_the_layers_that_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A page of 2 MB has no room for the queries and keys of all four layers: some are shown, nothing is refused."""
+    text = (PROMPT * 6)[:480]
+    asked = ("--text", text, "--no-heads", "--method", "raw-attention", "--page-mb", "2", "--out", str(tmp_path))
+    report = explained(capsys, *asked)
+    assert len(report["tokens"]) == 480
+    assert report["layers"] == [0, 1, 2, 3]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
 from test_attributions import classifier
-from tiny_families import prompt, tiny
+from tiny_families import FAMILIES, prompt, tiny
 from torch import Tensor, nn
 from torch.testing import assert_close
 from zoo import build, inputs
@@ -19,11 +20,13 @@ from manyheads.explain.attributions import (
     Rollout,
     compare_attributions,
     deletion_curve,
+    faithfulness,
     insertion_curve,
     leave_one_out,
     rank_correlation,
 )
 from manyheads.explain.attributions.faithfulness import Curve
+from manyheads.explain.attributions.feed import Feed
 
 
 class Weighted(nn.Module):
@@ -163,3 +166,69 @@ def test_what_is_refused() -> None:
         deletion_curve(model, tokens, torch.full((1, 5), torch.nan), 3)
     with pytest.raises(ValueError, match="without logits"):
         leave_one_out(build("bert"), inputs("bert"), 3)
+
+
+# -- masked tokens left out ------------------------------------------------------------------------------------------
+
+
+def _separately(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faithfulness.Omitted, "of", classmethod(lambda *_: None))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "bert", "bart"])
+def test_leaving_masked_tokens_out_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves and leave-one-out against passes over all tokens under the mask, with a padded row, of every family."""
+    model, batch = (classifier("bert") if name == "bert" else build(name)), inputs(name)
+    methods = ["raw-attention", "input-gradient"]
+    short = compare_attributions(model, batch, 2, methods, steps=4)
+    with monkeypatch.context() as patched:
+        _separately(patched)
+        whole = compare_attributions(model, batch, 2, methods, steps=4)
+    assert_close(short.leave_one_out, whole.leave_one_out, atol=2e-5, rtol=1e-4)
+    for one, other in zip(short.rows, whole.rows, strict=True):
+        assert_close([one.deletion, one.insertion], [other.deletion, other.insertion], atol=1e-5, rtol=1e-4)
+
+
+def test_a_window_that_counts_tokens_is_left_alone() -> None:
+    """Without the tokens in between, a layer with a window of 4 would see further back than it does."""
+    model, tokens = tiny("mistral"), prompt(1, 13)
+    assert model.config.sliding_window
+    keep = torch.ones(1, 13, dtype=torch.bool)
+    keep[:, 3:9] = False
+    feed = Feed.of(model, tokens)
+    removal = faithfulness.Removal(model, tokens, 2)
+    assert faithfulness.Omitted.of(feed, 12, keep, lambda keep: model(tokens).logits[:, -1]) is None
+    assert removal._omitting(feed, 0) is None
+
+
+def test_a_pass_that_differs_is_not_trusted() -> None:
+    model, tokens = tiny("llama"), prompt(1, 13)
+    keep = torch.ones(1, 13, dtype=torch.bool)
+    keep[:, 3:9] = False
+    feed = Feed.of(model, tokens)
+    right = model(tokens, attention_mask=keep.long()).logits[:, -1]
+    with torch.no_grad():
+        assert faithfulness.Omitted.of(feed, 12, keep, lambda keep: right) is not None
+        assert faithfulness.Omitted.of(feed, 12, keep, lambda keep: right + 0.1) is None
+
+
+def test_curves_of_all_methods_cost_half_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that go through the model, for three methods with curves of 10 steps over 40 tokens."""
+    model, tokens = tiny("llama"), prompt(1, 40)
+    seen: list[int] = []
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else kwargs.get("input_ids")
+        seen.append(0 if given is None else given.numel())
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    methods = ["raw-attention", "rollout", "value-norm"]
+    compare_attributions(model, tokens, 2, methods, steps=10)
+    short = sum(seen)
+    seen.clear()
+    with monkeypatch.context() as patched:
+        _separately(patched)
+        compare_attributions(model, tokens, 2, methods, steps=10)
+    hook.remove()
+    assert sum(seen) < 40 * (40 + 3 * 2 * 9 + 8)  # the ends of the curves are computed once
+    assert short < 40 * (40 + 3 * 2 * 9 * 2 / 3 + 10)  # half, and what shorter rows are padded with

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -127,7 +127,7 @@ class Watched(Progress):
         self.steps = steps
 
     @contextmanager
-    def measure(self, name: str) -> Iterator[Tell]:
+    def measure(self, name: str, work: Sequence[float] = ()) -> Iterator[Tell]:
         yield lambda done, total, text: self.steps.append(done)
 
 

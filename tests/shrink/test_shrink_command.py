@@ -23,7 +23,7 @@ from manyheads.cli import main
 from manyheads.heads.profile import Profile
 from manyheads.hosts.fingerprint import fingerprint
 from manyheads.hosts.loading import Loaded
-from manyheads.shrink import H2O, AdaKV, Duo, Policy, Quantised, policies, run
+from manyheads.shrink import H2O, AdaKV, Duo, Policy, Quantised, plan, policies, run
 from manyheads.shrink.command import choose_variants
 from manyheads.shrink.variants import Profiles, find_policy, known_policies, read_variants
 
@@ -42,8 +42,10 @@ def llama(**changes: Any) -> LlamaForCausalLM:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer steps and windows, and pages that draw nothing: what is tested is what happens around them."""
-    for name, value in {"TAIL": 8, "GREEDY": 4, "WINDOWS": 2, "STEPS": 3, "REPEATS": 1}.items():
+    for name, value in {"TAIL": 8, "GREEDY": 4, "STEPS": 3}.items():
         monkeypatch.setattr(run, name, value)
+    for name, value in {"WINDOWS": 2, "REPEATS": 1}.items():
+        monkeypatch.setattr(plan, name, value)
     monkeypatch.setattr("manyheads.runs.page._libraries", lambda: "")  # the charts' scripts take a second to bundle
 
 

@@ -45,6 +45,9 @@ def page(
     method: Annotated[list[str] | None, typer.Option(help="Only this attribution; may be repeated.")] = None,
     layers: Annotated[str | None, typer.Option(help="Only these layers: 0,3 or 2-5.")] = None,
     heads: Annotated[bool, typer.Option("--heads/--no-heads", help="Score all heads by the detectors.")] = True,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="All samples and steps, however long a large model takes.")
+    ] = False,
     size: Annotated[float, typer.Option("--page-mb", min=1, max=512, help="Room for the page, in MB.")] = 48,
     out: Annotated[Path, typer.Option(help="Folder for explain.html and explain.json.")] = Path("explanation"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -63,7 +66,7 @@ def page(
             found = explain_image(loaded, image, progress=tell, **shared)
         else:
             assert content is not None
-            found = explain_text(loaded, content, heads=heads, progress=tell, **shared)
+            found = explain_text(loaded, content, heads=heads, progress=tell, thorough=thorough, **shared)
     written, data = found.write(out)
     if as_json:
         typer.echo(json.dumps({"files": {"page": str(written), "data": str(data)}, **found.report}, indent=1))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from manyheads.explain.sizes import choose, read, that_fit
 from manyheads.hosts.loading import Loaded, find_model, load_model, reads_text
 from manyheads.hosts.patches import Patches, find_patches
 from manyheads.hosts.sites import text_stack
@@ -82,29 +83,40 @@ def explain_text(
     heads: bool = True,
     page_mb: float = 48,
     progress: Progress = lambda what, share: None,
+    thorough: bool = False,
 ) -> Explanation:
     """methods: names out of attributions.METHODS; None: some that the model can have. target: for a language model a
     text whose first token is explained, for a classifier the number of a class; None: what the model itself says.
-    heads: score all heads by the detectors. ValueError for an empty text, one that is too long, an unknown target."""
+    heads: score all heads by the detectors. thorough: with all samples and steps, however slow the model. ValueError
+    for an empty text, one that is too long, an unknown target."""
     model = loaded.model
     inputs, tokens = encoded(loaded, text)
     progress(f"reading {len(tokens)} tokens", 0.0)
-    with torch.no_grad():
-        output = model(**inputs)
+    output, took = read(model, inputs)
     answer = _answer(loaded, output)
     chosen = _target(loaded, target, answer)
-    progress("attention of every head", 0.1)
+    names = list(_known(methods or _defaults(loaded, chosen is not None)))
+    faithful, heads = chosen is not None and len(tokens) <= FAITHFUL_TOKENS, heads and speaks(model)
+    sizes = choose(
+        took, len(tokens), len(names), thorough=thorough, faithful=faithful, detectors=heads, causal=speaks(model)
+    )
+    if sizes.note:
+        progress(sizes.note, 0.0)
+    progress("attention of every head", 0.0)
     views, report = _attention_views(loaded, inputs, tokens, layers, page_mb)
     report = {"model": _identity(loaded), "text": text, "tokens": tokens, "answer": answer, "target": chosen, **report}
-    progress("attributions", 0.4)
-    shown, report["attributions"] = _attributions(loaded, inputs, tokens, chosen, methods)
+    if sizes.note:
+        report["sizes"] = sizes.note
+    progress("attributions", sizes.share(1))
+    shown, report["attributions"] = _attributions(loaded, inputs, tokens, chosen, names, sizes.steps * faithful)
     views[:0] = shown
-    if heads and speaks(model):
-        progress("head detectors", 0.8)
-        table, report["heads"] = _detected(loaded)
+    if heads:
+        progress("head detectors", sizes.share(2))
+        table, report["heads"] = _detected(loaded, *sizes.samples)
         views.append(table)
     progress("done", 1.0)
-    return Explanation(f"{loaded.name}: what its heads do", _note(loaded, tokens, answer, chosen), report, views)
+    note = _note(loaded, tokens, answer, chosen) + (f" {sizes.note.capitalize()}." if sizes.note else "")
+    return Explanation(f"{loaded.name}: what its heads do", note, report, views)
 
 
 def encoded(loaded: Loaded, text: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -312,7 +324,7 @@ def _attention_views(
             loaded.model(**inputs)
         # A manyheads mechanism gives its weights; what its queries and keys are is its own affair.
         if all(isinstance(call, AttentionCall) for call in calls):
-            views += [view_neurons(calls, tokens, budget_mb=page_mb), view_embedding(calls, tokens)]
+            views += [view_neurons(that_fit(calls, page_mb), tokens, budget_mb=page_mb), view_embedding(calls, tokens)]
     report = {
         "layers": list(store.layers),
         "entropy": _rows(store.entropy),
@@ -327,16 +339,15 @@ def _rows(grid: Any) -> list[list[float]]:
 
 
 def _attributions(
-    loaded: Loaded, inputs: dict[str, Tensor], tokens: list[str], target: int | None, methods: Sequence[str] | None
+    loaded: Loaded, inputs: dict[str, Tensor], tokens: list[str], target: int | None, names: list[str], steps: int
 ) -> tuple[list[View], dict[str, Any]]:
-    """Values for every token, and how faithful each method is where the text is short enough to measure that."""
+    """Values for every token, and how faithful each method is, in so many steps; 0: that is not measured."""
     from manyheads.explain.attributions import METHODS, compare_attributions
     from manyheads.explain.views import view_text
 
-    names = list(_known(methods or _defaults(loaded, target is not None)))
     found: dict[str, Any] = {}
-    if target is not None and len(tokens) <= FAITHFUL_TOKENS:
-        compared = compare_attributions(loaded.model, inputs, target, names, steps=10)
+    if target is not None and steps:
+        compared = compare_attributions(loaded.model, inputs, target, names, steps=steps)
         values = {name: own[0] for name, own in compared.attributions.items()}
         rows = {row.method: row for row in compared.rows}
         found["faithfulness"] = compared.to_dict()["rows"]
@@ -359,11 +370,11 @@ def _of_text(found: Any) -> Tensor:
     return own
 
 
-def _detected(loaded: Loaded) -> tuple[View, dict[str, Any]]:
+def _detected(loaded: Loaded, length: int, count: int) -> tuple[View, dict[str, Any]]:
     from manyheads.explain.detectors import detect, detector_notes
     from manyheads.explain.views import view_table
 
-    table = detect(loaded)
+    table = detect(loaded, length=length, count=count)
     scores = {name: own.numpy() for name, own in table.scores.items()}
     return view_table(scores, notes=detector_notes(), title="Heads by what they do"), table.to_dict()
 

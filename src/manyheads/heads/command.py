@@ -8,15 +8,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from manyheads.hosts.probes import read_text
 
+if TYPE_CHECKING:
+    from manyheads.runs.sizes import Speed
+
 MEASURES = ("retrieval", "echo", "induction", "sink", "local", "gates", "influence")
 ON_REQUEST = ("previous", "duplicate")
 _SHORTEST = 64
+LENGTH, STEPS = 512, 120
+# Choices of tokens and steps for models on which these take longer than ROOM seconds.
+CHOICES = ((512, 120), (512, 60), (512, 40), (256, 60), (256, 40), (128, 40), (128, 20))
+ROOM = 240.0
 
 
 def heads(
@@ -29,8 +36,15 @@ def heads(
     text: Annotated[
         Path | None, typer.Option(help="A text file for sink and local mass; Python's own sources without it.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens of the longest input.")] = 512,
-    steps: Annotated[int, typer.Option(help="Steps that learn the gates.")] = 120,
+    length: Annotated[
+        int | None, typer.Option(help=f"Tokens of the longest input; {LENGTH}, or fewer on a large model.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help=f"Steps that learn the gates; {STEPS}, or fewer on a large model.")
+    ] = None,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help=f"{LENGTH} tokens and {STEPS} steps, however long a large model takes.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Which synthetic inputs.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the profile; one that is there is continued.")] = Path("heads"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -40,11 +54,12 @@ def heads(
     content = None if text is None else read_text(text)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
-    study = Study(model, out, length=length, steps=steps, seed=seed, text=content, where=str(text))
+    study = Study(model, out, length=length, steps=steps, seed=seed, text=content, where=str(text), thorough=thorough)
     study.run(wanted)
     if as_json:
         files = {name: str(path) for name, path in study.files().items()}
-        return typer.echo(json.dumps({"files": files, **study.profile.as_dict()}, indent=2))
+        told = {"sizes": study.note} if study.note else {}
+        return typer.echo(json.dumps({"files": files, **told, **study.profile.as_dict()}, indent=2))
     print_table(study.profile, wanted)
     return typer.echo("\n" + "\n".join(f"{name}: {path}" for name, path in study.files().items()))
 
@@ -59,19 +74,22 @@ def parse_measures(text: str) -> list[str]:
 
 
 class Study:
-    """The measurements of one model in one folder: what is there already stays, what is missing is measured."""
+    """The measurements of one model in one folder: what is there already stays, what is missing is measured.
+
+    length, steps: None: LENGTH and STEPS, or fewer that `run` chooses where the model is slow; thorough: those."""
 
     def __init__(
         self,
         model: str | None,
         out: Path,
         *,
-        length: int = 512,
-        steps: int = 120,
+        length: int | None = None,
+        steps: int | None = None,
         seed: int = 0,
         text: str | None = None,
         where: str = "the text",
         progress: Any = None,
+        thorough: bool = False,
     ):
         from manyheads.heads.profile import Profile
         from manyheads.hosts.families import layer_plans
@@ -80,7 +98,9 @@ class Study:
         from manyheads.hosts.probes import Inputs
         from manyheads.runs.steps import Progress
 
-        self.out, self.steps, self.seed = out, steps, seed
+        self.out, self.seed, self.note = out, seed, ""
+        self._free = (length is None and not thorough, steps is None and not thorough)
+        self.steps = STEPS if steps is None else steps
         self.loaded = load_model(model)
         layer_plans(self.loaded.model)
         self.length = _fitting(length, self.loaded.config, self.loaded.name)
@@ -106,11 +126,44 @@ class Study:
     def run(self, wanted: list[str]) -> None:
         from manyheads.heads.scores import REPEATED, TEXTUAL
 
+        self._choose(wanted)
         self._group([name for name in wanted if name == "retrieval"], self._retrieval)
         self._group([name for name in wanted if name in REPEATED], self._repeats)
         self._group([name for name in wanted if name in TEXTUAL], self._on_text)
         self._group([name for name in wanted if name == "influence"], self._influence)
         self._group([name for name in wanted if name == "gates"], self._gates)
+
+    def _choose(self, wanted: list[str]) -> None:
+        """Tokens and steps that fit into some minutes, where they were not asked for; of a run in the same folder, the
+        same again."""
+        from manyheads.runs.sizes import Speed, chosen_note, first_within, keep_sizes, kept_sizes
+
+        if not any(self._free):
+            return
+        facts = {"command": "heads", "model": asdict(self.profile.model) | {"name": ""}, "whole": self._sizes(),
+                 "fewer": list(self._free)}  # fmt: skip
+        held = kept_sizes(self.out, facts)
+        if held is None:
+            speed = Speed.of(self.loaded.model)
+            options = self._choices()
+            length, steps = first_within(options, lambda own: seconds(speed, wanted, *own), ROOM)
+            takes = seconds(speed, wanted, length, steps)
+            whole = (length, steps) == options[0]
+            note = "" if whole else chosen_note(f"{length:,} tokens and {steps} steps of the gates", takes)
+            held = {"length": length, "steps": steps, "note": note}
+            keep_sizes(self.out, facts, held)
+        self.length, self.steps, self.note = held["length"], held["steps"], held["note"]
+        if self.note:
+            self._note(self.note)
+
+    def _sizes(self) -> dict[str, int]:
+        return {"length": self.length, "steps": self.steps}
+
+    def _choices(self) -> list[tuple[int, int]]:
+        """Everything first; what was asked for by hand stays."""
+        least = [(length if self._free[0] else self.length, steps if self._free[1] else self.steps)
+                 for length, steps in CHOICES if not self._free[0] or length <= self.length]  # fmt: skip
+        return list(dict.fromkeys([(self.length, self.steps), *least]))
 
     def _group(self, names: list[str], run: Callable[[list[str], int, dict[str, Any]], None]) -> None:
         """Measures that come from one run over the model; skipped where all are there with the same settings."""
@@ -141,7 +194,8 @@ class Study:
         from manyheads.heads.retrieval import DEPTHS, retrieval
 
         lengths = [length // 2, length * 3 // 4, length]
-        with self.progress.measure("retrieval") as tell:
+        work = [float(n) for n in lengths for _ in DEPTHS]
+        with self.progress.measure("retrieval", work) as tell:
             scores, trials = retrieval(self.inputs, lengths=lengths, tell=tell)
         found = scores.shape[-1]
         path = self.out / "retrieval_head.json"
@@ -170,10 +224,11 @@ class Study:
         self._keep(found, settings | {"sink_size": SINKS, "recent_size": recent})
 
     def _influence(self, names: list[str], length: int, settings: dict[str, Any]) -> None:
-        from manyheads.heads.influence import default_spans, influence
+        from manyheads.heads.influence import COUNT, default_spans, influence
 
         spans, lengths, (sink, _) = default_spans(length), [length // 2, length], sizes(length)
-        with self.progress.measure("influence") as tell:
+        work = [float(n) for n in lengths for _ in range(COUNT)]
+        with self.progress.measure("influence", work) as tell:
             found = influence(self.inputs, spans=spans, lengths=lengths, sink_size=sink, tell=tell)
         own = {"spans": [asdict(span) for span in spans], "lengths": lengths, "sink_size": sink}
         self._keep({"influence": found}, settings | own)
@@ -184,7 +239,8 @@ class Study:
 
         sink, recent = sizes(length)
         own = GateSettings(length=length, sink_size=sink, recent_size=recent, steps=self.steps, seed=self.seed)
-        with self.progress.measure("gates") as tell:
+        work = [float(own.tokens(step)) for step in range(own.steps)]
+        with self.progress.measure("gates", work) as tell:
             gates = learn_gates(self.inputs, own, checkpoint=self.out / "gates.partial.safetensors", tell=tell)
         config = {
             "model_name": self.loaded.name,
@@ -207,13 +263,32 @@ class Study:
         self.profile.save(self.out)
 
 
+def seconds(speed: Speed, wanted: list[str], length: int, steps: int) -> float:
+    """What the measures take, about: passes, and where there is a way back as much again and half of that."""
+    from manyheads.heads.retrieval import DEPTHS
+
+    parts = [length // 2, length * 3 // 4, length]
+    found = 0.0
+    if "retrieval" in wanted:
+        found += len(DEPTHS) * sum(speed.read(n) + speed.decoded(10) for n in parts)
+    for some in (("echo", "induction"), ("sink", "local", *ON_REQUEST)):
+        found += 4 * speed.read(length) if set(some) & set(wanted) else 0
+    if "influence" in wanted:
+        found += 4 * 3 * (speed.read(length) + speed.read(length // 2))
+    if "gates" in wanted:
+        found += steps * (2.5 * speed.read(length * 13 // 16, 2)) + min(2 * steps, 48) * speed.read(length * 3 // 4)
+    return found
+
+
 def sizes(length: int) -> tuple[int, int]:
     """Sinks and recent tokens of a streaming head: DuoAttention's 64 and 256, less where inputs are short."""
     return min(64, length // 32), min(256, length // 8)
 
 
-def _fitting(length: int, config: Any, name: str) -> int:
-    most = getattr(config, "max_position_embeddings", None) or length
+def _fitting(length: int | None, config: Any, name: str) -> int:
+    most = getattr(config, "max_position_embeddings", None) or length or LENGTH
+    if length is None:
+        return LENGTH if most >= LENGTH else max(_SHORTEST, most)
     if not _SHORTEST <= length <= most:
         raise ValueError(f"--length {length}: {name} can be measured with {_SHORTEST} to {most} tokens")
     return length

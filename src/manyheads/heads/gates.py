@@ -60,6 +60,10 @@ class GateSettings:
                 f"{self.length} tokens for retrieval heads alone to see"
             )
 
+    def tokens(self, step: int) -> int:
+        """Of a step's sequences: the longest in every second step."""
+        return (self.length, self.length // 2, self.length, self.length * 3 // 4)[step % 4]
+
     def rate(self, step: int) -> float:
         """DuoAttention's schedule: a fifth up, a fifth down, never below a tenth."""
         fifth = max(1, self.steps // 5)
@@ -116,8 +120,7 @@ class GateRun:
 
     def examples(self, step: int) -> list[tuple[int, int]]:
         """(length, number) of a step's sequences, all of one length: the longest in every second step."""
-        lengths = [self.settings.length, self.settings.length // 2, self.settings.length, self.settings.length * 3 // 4]
-        length = lengths[step % 4]
+        length = self.settings.tokens(step)
         draw = random.Random(f"gates {self.settings.seed} {step}")
         numbers = draw.sample(range(self.settings.pool), min(self.settings.rows, self.settings.pool))
         return [(length, number) for number in numbers]

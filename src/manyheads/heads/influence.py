@@ -24,6 +24,9 @@ from manyheads.hosts.device import device_of, frozen
 from manyheads.hosts.probes import Inputs
 from manyheads.runs.steps import Tell, silent
 
+# Sequences of each length.
+COUNT = 4
+
 
 @dataclass(frozen=True)
 class Span:
@@ -48,7 +51,7 @@ def influence(
     spans: Sequence[Span],
     lengths: Sequence[int],
     sink_size: int,
-    count: int = 4,
+    count: int = COUNT,
     tell: Tell = silent,
 ) -> Tensor:
     """[spans, lengths, layers, query heads]: mean growth of the loss on hidden keys, over `count` sequences each."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,44 +12,63 @@ from rich.progress import Progress as Bar
 
 from manyheads.runs.cells import Cell
 
+# What a cell costs, above 0.
+Weigh = Callable[[Cell], float]
+
 
 class Estimate:
-    """Time left, from what cells of the same kind took: of the same task, or with the same length, where there are."""
+    """Time left, from what cells took that were done: of the same task, or with the same length, where there are.
 
-    def __init__(self) -> None:
-        self._seconds: dict[tuple[Any, ...], list[float]] = {}
+    weigh: what a cell costs, in any unit (tokens, say). With it a cell takes what its like took by weight, and a cell
+    whose like has not been measured what all took; without it each takes the mean of its like."""
+
+    def __init__(self, weigh: Weigh | None = None) -> None:
+        self._weigh = weigh
+        self._taken: dict[tuple[Any, ...], tuple[float, float]] = {}
 
     def learn(self, cell: Cell, seconds: float) -> None:
         for group in self._groups(cell):
-            self._seconds.setdefault(group, []).append(seconds)
+            taken, weight = self._taken.get(group, (0.0, 0.0))
+            self._taken[group] = taken + seconds, weight + self._weight(cell)
 
     def left(self, cells: Iterable[Cell], at_once: int = 1) -> tuple[float, int]:
         """Seconds for the cells whose like has been measured, and how many others there are."""
         total, unknown = 0.0, 0
         for cell in cells:
-            known = next((self._seconds[group] for group in self._groups(cell) if group in self._seconds), None)
+            known = next((self._taken[group] for group in self._groups(cell) if group in self._taken), None)
             if known is None:
                 unknown += 1
             else:
-                total += mean(known)
+                total += known[0] / known[1] * self._weight(cell)
         return total / at_once, unknown
 
-    @staticmethod
-    def _groups(cell: Cell) -> Sequence[tuple[Any, ...]]:
-        """From the closest likeness to the widest."""
+    def _weight(self, cell: Cell) -> float:
+        return 1.0 if self._weigh is None else self._weigh(cell)
+
+    def _groups(self, cell: Cell) -> Sequence[tuple[Any, ...]]:
+        """From the closest likeness to the widest. Weights make lengths and kinds comparable, seconds alone do not."""
         place = cell.place
         size = (cell.kind, place.get("task"), place.get("n"), place.get("context"))
+        if self._weigh is not None:
+            return (*size, cell.mechanism), (cell.kind, cell.mechanism), ()
         return (*size, cell.mechanism), size, (cell.kind,)
 
 
 class Progress:
-    """Told what happens to cells; tells a person. at_once: how many cells run at the same time."""
+    """Told what happens to cells; tells a person. at_once: how many cells run at once. weigh: as Estimate's."""
 
-    def __init__(self, cells: Sequence[Cell], *, console: Console | None = None, at_once: int = 1) -> None:
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        *,
+        console: Console | None = None,
+        at_once: int = 1,
+        weigh: Weigh | None = None,
+    ) -> None:
         self.console = console or Console(stderr=True, highlight=False)
         self.at_once, self.total = at_once, len(cells)
         self._left = {id(cell): cell for cell in cells}
-        self._estimate = Estimate()
+        self._estimate = Estimate(weigh)
         self._bar: Bar | None = None
         if self.console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}  {task.description}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -25,12 +25,14 @@ def silent(done: int, total: int, text: str = "") -> None:
 class Progress:
     """One measure after another, with the time left of each: a bar on a terminal, else a line every ten seconds."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.console, self.clock = console or Console(stderr=True, highlight=False), clock
 
     @contextmanager
-    def measure(self, name: str) -> Iterator[Tell]:
-        begun, said, first = time.perf_counter(), time.perf_counter(), 0
+    def measure(self, name: str, work: Sequence[float] = ()) -> Iterator[Tell]:
+        """work: what each step costs, in any unit (its tokens, say); all alike without it."""
+        begun = said = self.clock()
+        first = 0
         bar = None
         if self.console.is_terminal:
             columns = (
@@ -45,11 +47,15 @@ class Progress:
 
         def tell(done: int, total: int, text: str = "") -> None:
             nonlocal said, first, begun
-            now = time.perf_counter()
+            now = self.clock()
             if done and not first:
                 # The first step warms up, and a resumed run has steps that took no time now.
                 first, begun = done, now
-            left = "" if done <= first else f"about {duration((now - begun) / (done - first) * (total - done))} left"
+            each = list(work) if len(work) == total else [1.0] * total
+            left = ""
+            if done > first:
+                rest = (now - begun) / sum(each[first:done]) * sum(each[done:])
+                left = f"about {duration(rest)} left"
             said_here = "; ".join(part for part in (text, left) if part)
             if bar is not None:
                 bar.update(task, completed=done, total=total, left=said_here)
@@ -57,13 +63,13 @@ class Progress:
                 said = now
                 self.note(f"{name} {done}/{total}: {said_here}")
 
-        start = time.perf_counter()
+        start = self.clock()
         try:
             yield tell
         finally:
             if bar is not None:
                 bar.stop()
-        self.note(f"{name}: measured in {duration(time.perf_counter() - start)}")
+        self.note(f"{name}: measured in {duration(self.clock() - start)}")
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from manyheads.hosts.loading import Loaded
+    from manyheads.shrink.plan import Plan
     from manyheads.shrink.variants import Budget, Profiles, Variant
 
 TASKS = ("passkey", "needle", "recall", "perplexity")
@@ -17,6 +19,8 @@ LENGTHS, SWEPT_LENGTHS = (512, 1024, 2048), (1024,)
 DTYPES = ("float32", "bfloat16", "float16")
 ASKS = ("after", "within")
 _SHORTEST = 128
+# Seconds that a run may take for each of its caches, the dense one too, unless told otherwise.
+ROOM = 80.0
 
 
 def shrink(
@@ -41,7 +45,12 @@ def shrink(
     text: Annotated[Path | None, typer.Option(help="A text file; held-out Python sources without it.")] = None,
     tasks: Annotated[str, typer.Option(help="What to measure, separated by commas.")] = ",".join(TASKS),
     length: Annotated[list[int] | None, typer.Option(help="Tokens of a trial; may be repeated.")] = None,
-    trials: Annotated[int, typer.Option(help="Trials for every length and depth.")] = 2,
+    trials: Annotated[
+        int | None, typer.Option(help="Trials for every length and depth; 2, or 1 on a large model.")
+    ] = None,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="All lengths, trials and depths, however long a large model takes.")
+    ] = False,
     ask: Annotated[
         str, typer.Option(help="Questions come 'after' the prompt, or are 'within' it and known to the policy.")
     ] = "after",
@@ -60,7 +69,7 @@ def shrink(
     for name, value, known in (("--ask", ask, ASKS), ("--dtype", dtype, DTYPES)):
         if value not in known:
             raise ValueError(f"{name} {value!r}: want {' or '.join(known)}")
-    if not 1 <= trials <= 1000:
+    if trials is not None and not 1 <= trials <= 1000:
         raise ValueError(f"--trials {trials}: want 1 to 1000")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
@@ -68,16 +77,51 @@ def shrink(
     loaded = load(model, device, dtype)
 
     from manyheads.hosts.questions import Questions
-    from manyheads.shrink.plan import Plan
+    from manyheads.shrink import plan
     from manyheads.shrink.run import Study, run_study
     from manyheads.shrink.variants import Profiles
 
     variants = choose_variants(policy, budgets, Profiles(loaded, heads), sweep)
-    lengths = parse_lengths(length, loaded, SWEPT_LENGTHS if sweep else LENGTHS)
+    whole = plan.Sizes(
+        parse_lengths(length, loaded, SWEPT_LENGTHS if sweep else LENGTHS),
+        trials or 2, plan.DEPTHS, plan.WINDOWS, plan.REPEATS,
+    )  # fmt: skip
+    asked = plan.Plan(variants, wanted, whole, ask)
+    if not thorough and not (length and trials):
+        asked = within_time(loaded, asked, out, lengths=not length, trials=trials is None)
     questions = Questions(loaded, text=content, where=f"--text {text}")
-    results = run_study(Study(loaded, Plan(variants, wanted, lengths, trials, ask), questions), out,
-                        retry_failed=retry_failed)  # fmt: skip
+    results = run_study(Study(loaded, asked, questions), out, retry_failed=retry_failed)
     tell(results, out, as_json)
+
+
+def within_time(loaded: Loaded, asked: Plan, out: Path, *, lengths: bool, trials: bool) -> Plan:
+    """The plan with what fits into some minutes on this machine, or what an earlier run in the folder chose.
+
+    lengths, trials: whether these may be fewer than in the plan."""
+    from manyheads.hosts.fingerprint import fingerprint
+    from manyheads.runs.sizes import Speed, chosen_note, first_within, keep_sizes, kept_sizes
+    from manyheads.shrink.plan import Sizes, choices
+
+    parameter = next(loaded.model.parameters())
+    facts = {
+        "command": "shrink", "model": asdict(fingerprint(loaded.model, "")), "dtype": str(parameter.dtype),
+        "device": parameter.device.type, "whole": asdict(asked.sizes), "fewer": [lengths, trials],
+    }  # fmt: skip
+    held = kept_sizes(out, facts)
+    if held is None:
+        speed = Speed.of(loaded.model)
+        options = [replace(asked, sizes=own) for own in choices(asked.sizes, lengths=lengths, trials=trials)]
+        chosen = first_within(options, lambda own: own.total(speed), ROOM * (1 + len(asked.variants)))
+        note = "" if chosen is options[0] else chosen_note(str(chosen.sizes), chosen.total(speed))
+        held = {**asdict(chosen.sizes), "note": note}
+        keep_sizes(out, facts, held)
+    note = held["note"]
+    made: dict[str, Any] = {key: tuple(own) if isinstance(own, list) else own for key, own in held.items()}
+    del made["note"]
+    sizes = Sizes(**made)
+    if note:
+        typer.echo(note, err=True)
+    return replace(asked, sizes=sizes, note=note)
 
 
 def tell(results: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from manyheads.hosts.questions import keys_in
+from manyheads.runs.sizes import Speed
 from manyheads.shrink.variants import Variant
 
 TASKS = ("passkey", "needle", "recall", "perplexity")
@@ -18,15 +20,55 @@ STEPS, REPEATS = 24, 3
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """lengths: tokens of a trial. trials: for every length and depth. windows: of text. repeats: of a timed run."""
+
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    trials: int = 2
+    depths: tuple[float, ...] = DEPTHS
+    windows: int = WINDOWS
+    repeats: int = REPEATS
+
+    def __str__(self) -> str:
+        lengths = [f"{length:,}" for length in self.lengths]
+        told = " and ".join([", ".join(lengths[:-1]), lengths[-1]] if len(lengths) > 1 else lengths)
+        trials = "1 trial" if self.trials == 1 else f"{self.trials} trials"
+        windows = "1 window" if self.windows == 1 else f"{self.windows} windows"
+        runs = "1 timed run" if self.repeats == 1 else f"{self.repeats} timed runs"
+        return f"{trials} of {told} tokens at {len(self.depths)} depths, {windows} of text, {runs}"
+
+
+# Depths of fewer trials; tokens of a question and its answer, about.
+_FEW, _ASKED = (0.0, 0.5, 1.0), 24
+
+
+def choices(whole: Sizes, *, lengths: bool, trials: bool) -> list[Sizes]:
+    """From everything to the least. lengths, trials: whether these may be fewer; else they were asked for."""
+    of_lengths = [whole.lengths[:count] for count in range(len(whole.lengths), 0, -1)] if lengths else [whole.lengths]
+    counts = (whole.trials, 1) if trials else (whole.trials,)
+    few = replace(whole, depths=_FEW, windows=min(2, whole.windows), repeats=1)
+    found = [whole, *(replace(few, lengths=some, trials=count) for some in of_lengths for count in counts)]
+    shortest = found[-1]
+    if lengths and shortest.lengths[-1] >= 512:
+        shortest = replace(shortest, lengths=(256,))
+    return list(dict.fromkeys([*found, replace(shortest, windows=1)]))
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What to measure. ask: 'after' gives questions token by token, 'within' puts them into the prompt."""
+    """What to measure. ask: 'after' gives questions token by token, 'within' puts them into the prompt. note: how the
+    sizes were chosen, if they were."""
 
     variants: list[Variant]
     tasks: tuple[str, ...] = TASKS
-    lengths: tuple[int, ...] = (512, 1024, 2048)
-    trials: int = 2
+    sizes: Sizes = Sizes()
     ask: str = "after"
     seed: int = 0
+    note: str = ""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return self.sizes.lengths
 
     @property
     def context(self) -> int:
@@ -34,9 +76,32 @@ class Plan:
         return max(self.lengths)
 
     def describe(self) -> dict[str, Any]:
+        sizes = {key: list(own) if isinstance(own, tuple) else own for key, own in asdict(self.sizes).items()}
         return {
             "policies": [variant.title for variant in self.variants],
-            **{key: list(getattr(self, key)) for key in ("tasks", "lengths")},
-            **{key: getattr(self, key) for key in ("trials", "ask", "seed")},
-            "depths": list(DEPTHS),
+            "tasks": list(self.tasks),
+            **sizes,
+            **{key: getattr(self, key) for key in ("ask", "seed")},
+            **({"sizes": self.note} if self.note else {}),
         }
+
+    def seconds(self, speed: Speed, task: str, length: int) -> float:
+        """What a cell takes at this speed: the tokens of its prompts, and those that come one by one."""
+        sizes, keys = self.sizes, keys_in(length)
+        if task == "cost":
+            return 2 * (sizes.repeats + 1) * (speed.read(length) + speed.decoded(STEPS))
+        if task == "perplexity":
+            tail = min(TAIL, length // 4)
+            return 2 * speed.read(length - tail, sizes.windows) + speed.decoded(tail + GREEDY, sizes.windows)
+        rows, asked = (sizes.trials, keys) if task == "recall" else (sizes.trials * len(sizes.depths), 1)
+        if self.ask == "within":
+            rows, asked = rows * asked, 1
+        return speed.read(length, rows) + speed.decoded(asked * _ASKED, rows)
+
+    def total(self, speed: Speed) -> float:
+        """Seconds of all cells."""
+        found = len(self.variants) * self.seconds(speed, "cost", self.context)
+        for task in self.tasks:
+            lengths = (self.context,) if task == "perplexity" else self.lengths
+            found += sum((1 + len(self.variants)) * self.seconds(speed, task, length) for length in lengths)
+        return found

@@ -20,6 +20,7 @@ from manyheads.runs.loop import Outcome, here, public, run_cells
 from manyheads.runs.outcome import outcome_of
 from manyheads.runs.progress import Progress, duration
 from manyheads.runs.results import SCHEMA
+from manyheads.runs.sizes import Speed
 from manyheads.runs.store import Store, now
 from manyheads.shrink.measure import (
     Reference,
@@ -30,7 +31,7 @@ from manyheads.shrink.measure import (
     take_reference,
     windows_cut,
 )
-from manyheads.shrink.plan import DENSE, DEPTHS, GREEDY, REPEATS, STEPS, TAIL, WINDOWS, Plan
+from manyheads.shrink.plan import DENSE, GREEDY, STEPS, TAIL, Plan
 from manyheads.shrink.policy import Policy
 from manyheads.shrink.report import write_outputs
 from manyheads.shrink.variants import Variant
@@ -87,18 +88,18 @@ class Study:
         return made + [self._cell("cost", title, "cost", plan.context) for title in self._policies]
 
     def _cell(self, kind: str, title: str, task: str, length: int) -> Cell:
-        variant = self._policies.get(title)
+        variant, sizes = self._policies.get(title), self.plan.sizes
         settings = self._shared | {
             "variant": None if variant is None else variant.settings(),
             "task": task,
             "length": length,
         }
         if task == "perplexity":
-            settings |= {"tail": TAIL, "greedy": GREEDY, "windows": WINDOWS}
+            settings |= {"tail": TAIL, "greedy": GREEDY, "windows": sizes.windows}
         elif task == "cost":
-            settings |= {"steps": STEPS, "repeats": REPEATS}
+            settings |= {"steps": STEPS, "repeats": sizes.repeats}
         else:
-            settings |= {"trials": self.plan.trials, "ask": self.plan.ask, "depths": list(DEPTHS)}
+            settings |= {"trials": sizes.trials, "ask": self.plan.ask, "depths": list(sizes.depths)}
         return Cell(kind, title, {"task": task, "n": length}, settings, "")
 
     @cached_property
@@ -120,24 +121,32 @@ class Study:
         if task == "cost":
             assert policy is not None
             prompt = self.questions.windows(length, 1)[0]
-            return measure_cost(model, policy, prompt, steps=STEPS, repeats=REPEATS)
+            return measure_cost(model, policy, prompt, steps=STEPS, repeats=self.plan.sizes.repeats)
         if task == "perplexity":
             return measure_text(model, policy, self._windows, self._reference)
         return measure_answers(model, policy, self.trials(task, length))
 
     def trials(self, task: str, length: int) -> list[Trial]:
-        numbers = range(self.plan.trials)
+        numbers = range(self.plan.sizes.trials)
         if task == "recall":
             made = [self.questions.recall(length, number) for number in numbers]
         else:
             ask: Callable[[int, float, int], Trial] = getattr(self.questions, task)
-            made = [ask(length, depth, number) for depth in DEPTHS for number in numbers]
+            made = [ask(length, depth, number) for depth in self.plan.sizes.depths for number in numbers]
         return made if self.plan.ask == "after" else [one for trial in made for one in trial.within()]
+
+    def weight(self, cell: Cell) -> float:
+        """What a cell costs, for the time that is left."""
+        return self.plan.seconds(self._speed, cell.place["task"], cell.place["n"])
+
+    @cached_property
+    def _speed(self) -> Speed:
+        return Speed.of(self.loaded.model)
 
     @cached_property
     def _windows(self) -> list[Trial]:
         tail = min(TAIL, self.plan.context // 4)
-        return windows_cut(self.questions.windows(self.plan.context, WINDOWS), tail)
+        return windows_cut(self.questions.windows(self.plan.context, self.plan.sizes.windows), tail)
 
     @cached_property
     def _reference(self) -> Reference:
@@ -179,7 +188,11 @@ def run_study(study: Study, out: str | Path, *, retry_failed: bool = False) -> d
     with Store(out) as store:
         store.save_experiment(study.plan.describe(), environment())
         outcomes = run_cells(
-            study.cells, store, here(lambda cell: run_cell(study, cell)), Shown, retry_failed=retry_failed
+            study.cells,
+            store,
+            here(lambda cell: run_cell(study, cell)),
+            lambda cells: Shown(cells, weigh=study.weight),
+            retry_failed=retry_failed,
         )
         results = {
             "schema": SCHEMA,

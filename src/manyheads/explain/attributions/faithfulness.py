@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,10 +27,13 @@ from manyheads.explain.attributions.feed import (
     still,
 )
 from manyheads.explain.attributions.feed import score_of as scored
+from manyheads.explain.attributions.omitted import Omitted
 from manyheads.explain.attributions.raw import RawAttention
 from manyheads.hosts.positions import has_rope_index, positions
 
 REMOVALS = ("attention", "zero")
+# Rows of one pass, however short: each has logits of the whole vocabulary.
+_MOST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,10 @@ class Removal:
         self.target = target if target is None else per_row(target, self.feed.rows, "target", self.feed.device)
         self.position = self._fixed(trace, position)
         self.removable = self._removable(trace, position)
+        # A causal stream of its own: whatever is masked there is seen by nobody.
+        self._causal = self.stream in trace.ends and trace.last(self.stream) and self.remove == "attention"
+        self._short: dict[int, Omitted | None] = {}
+        self._known: dict[tuple[int, bool, bytes], float] = {}
 
     def _in_place(self) -> Feed:
         """The feed with its tokens' places written down, since some models count them over the mask."""
@@ -123,17 +130,60 @@ class Removal:
         return real
 
     def values(self, row: int, keep: Tensor, logits: bool = False) -> Tensor:
-        """[k]: the value of one row of the batch under each of keep [k, n], True = stays."""
-        one, found = self.feed.row(row), []
+        """[k]: the value of one row of the batch under each of keep [k, n], True = stays; each kind of row once."""
+        names = [(row, logits, bytes(own)) for own in keep.to(torch.uint8).cpu().numpy()]
+        new = {name: own for name, own in zip(names, keep, strict=True) if name not in self._known}
+        if new:
+            found = self._computed(row, torch.stack(list(new.values())), logits)
+            self._known |= dict(zip(new, found.tolist(), strict=True))
+        return torch.tensor([self._known[name] for name in names], dtype=torch.float64, device=keep.device)
+
+    def _computed(self, row: int, keep: Tensor, logits: bool) -> Tensor:
+        """Rows of like length side by side: where masked tokens are left out, a batch is as long as its longest."""
+        one, found = self.feed.row(row), torch.empty(len(keep), dtype=torch.float64)
+        n = keep.shape[1]
         with torch.no_grad(), still(self.feed.model):
-            for part in keep.split(self.batch_size):
-                feed = self._without(one, part)
-                output = feed(use_cache=False) if feed.takes("use_cache") else feed()
-                found.append(self._value(output, feed, row, logits))
-        values = torch.cat(found).double()
-        if not bool(values.isfinite().all()):
+            short = self._omitting(one, row)
+            length = torch.full((len(keep),), n) if short is None else keep.sum(1).cpu()
+            order = length.argsort(stable=True)
+            for some in _batches(length[order].tolist(), self.batch_size * n):
+                part = order[some]
+                if short is not None:
+                    own = self._of_logits(short.logits(keep[part]), row, logits)
+                else:
+                    feed = self._without(one, keep[part])
+                    own = self._value(self._output(feed), feed, row, logits)
+                found[part] = own.double().cpu()
+        if not bool(found.isfinite().all()):
             raise ValueError(f"{type(self.feed.model).__name__} without some tokens gives NaN or infinity: {BROKEN}")
-        return values
+        return found
+
+    def _omitting(self, one: Feed, row: int) -> Omitted | None:
+        if row not in self._short:
+            self._short[row] = None
+            if self._causal and self.score is None and isinstance(self.position, Tensor):
+                keep = torch.ones_like(self.removable[row : row + 1])
+                keep[0, self.removable[row].nonzero()[::2, 0]] = False
+                at = int(self.position[row])
+
+                def whole(keep: Tensor) -> Tensor:
+                    feed = self._without(one, keep)
+                    given = logits_of(self._output(feed))
+                    assert given is not None
+                    return at_place(given, feed, at)
+
+                self._short[row] = Omitted.of(one, at, keep, whole)
+        return self._short[row]
+
+    @staticmethod
+    def _output(feed: Feed) -> Any:
+        return feed(use_cache=False) if feed.takes("use_cache") else feed()
+
+    def _of_logits(self, given: Tensor, row: int, logits: bool) -> Tensor:
+        """Of logits at the place [k, outputs]."""
+        if self.target is None:
+            raise ValueError(f"which of the {given.shape[-1]} outputs is to be explained? give target=")
+        return (given if logits else given.softmax(-1))[:, int(self.target[row])]
 
     def _value(self, output: Any, feed: Feed, row: int, logits: bool) -> Tensor:
         if self.score is not None or logits:
@@ -141,8 +191,7 @@ class Removal:
             return scored(output, feed, target, self._at(row), self.score)
         given = logits_of(output)
         assert given is not None
-        assert self.target is not None
-        return at_place(given, feed, self._at(row)).softmax(-1)[:, int(self.target[row])]
+        return self._of_logits(at_place(given, feed, self._at(row)), row, logits)
 
     def _at(self, row: int) -> Position:
         return int(self.position[row]) if isinstance(self.position, Tensor) else None
@@ -175,17 +224,29 @@ class Removal:
         order_of = self.own(attribution)
         if steps < 1:
             raise ValueError(f"steps={steps}: a curve needs at least one")
-        values = []
-        for row in range(self.feed.rows):
-            free = self.removable[row].nonzero()[:, 0]
-            order = free[order_of[row][free].argsort(descending=True, stable=True)]
-            keep = torch.ones(steps + 1, self.removable.shape[1], dtype=torch.bool, device=order.device)
-            if insert:
-                keep[:, order] = False
-            for step in range(steps + 1):
-                keep[step, order[: round(step * len(order) / steps)]] = insert
-            values.append(self.values(row, keep).tolist())
+        rows = range(self.feed.rows)
+        values = [self.values(row, self._stages(row, order_of[row], insert, steps)).tolist() for row in rows]
         return Curve([step / steps for step in range(steps + 1)], values)
+
+    def look_up(self, attributions: Sequence[Attributed], steps: int) -> None:
+        """Computes what curves of these attributions ask for, all together: later each finds its values known."""
+        for row in range(self.feed.rows):
+            asked = [
+                self._stages(row, self.own(own)[row], insert, steps) for own in attributions for insert in (False, True)
+            ]
+            if asked:
+                self.values(row, torch.cat(asked))
+
+    def _stages(self, row: int, values: Tensor, insert: bool, steps: int) -> Tensor:
+        """[steps + 1, n]: what stays at every step of a row's curve."""
+        free = self.removable[row].nonzero()[:, 0]
+        order = free[values[free].argsort(descending=True, stable=True)]
+        keep = torch.ones(steps + 1, self.removable.shape[1], dtype=torch.bool, device=order.device)
+        if insert:
+            keep[:, order] = False
+        for step in range(steps + 1):
+            keep[step, order[: round(step * len(order) / steps)]] = insert
+        return keep
 
     def leave_one_out(self) -> Tensor:
         """[b, n]: what the value loses when one token goes, in logits; 0 where none may go."""
@@ -292,28 +353,43 @@ def compare_attributions(
     `refused` instead of raised. "random" is an order by chance, the floor that a method has to beat.
     """
     named = _named(model, methods, score)
+    if steps < 1:
+        raise ValueError(f"steps={steps}: a curve needs at least one")
     removal = Removal(
         model, inputs, target, additional_forward_args,
         position=position, score=score, remove=remove, batch_size=batch_size,
     )  # fmt: skip
     reference = removal.leave_one_out()
-    rows, refused, attributions = [], {}, {}
+    refused, attributions, seconds = {}, {}, {}
     for name, method in named.items():
         start = time.perf_counter()
         try:
-            given = removal.own(method.attribute(inputs, target, additional_forward_args, position=position))
+            attributions[name] = removal.own(
+                method.attribute(inputs, target, additional_forward_args, position=position)
+            )
         except ValueError as error:
             if methods is not None:
                 raise
             refused[name] = str(error)
-            continue
-        seconds = time.perf_counter() - start
+        seconds[name] = time.perf_counter() - start
+    removal.look_up(list(attributions.values()), steps)
+    rows = []
+    for name, given in attributions.items():
         deletion = removal.curve(given, False, steps).auc
         insertion = removal.curve(given, True, steps).auc
         correlation = rank_correlation(given, reference, removal.removable)
-        attributions[name] = given
-        rows.append(Faithfulness(name, _mean(deletion), _mean(insertion), _mean(correlation), seconds))
+        rows.append(Faithfulness(name, _mean(deletion), _mean(insertion), _mean(correlation), seconds[name]))
     return Comparison(rows, refused, removal.remove, steps, attributions, reference)
+
+
+def _batches(lengths: Sequence[int], room: int) -> Iterator[slice]:
+    """Slices of ascending lengths that take no more than so many tokens, padded to their last."""
+    start = 0
+    for stop in range(1, len(lengths) + 1):
+        last = stop == len(lengths)
+        if last or stop - start == _MOST_ROWS or (stop + 1 - start) * lengths[stop] > room:
+            yield slice(start, stop)
+            start = stop
 
 
 def _mean(values: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""Input gradients and integrated gradients, captum's own, on embeddings or pixels."""
+"""Input gradients and integrated gradients, as captum has them, on embeddings or pixels."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _Gradient(Attribution):
 
         given = tuple(named[name].detach().requires_grad_() for name in names)
         with torch.enable_grad():
-            gradients = self._captum(forward, given)
+            gradients = self._attributed(forward, given)
         found = {}
         for name, gradient in zip(names, gradients, strict=True):
             stream = _stream(name, trace.real)
@@ -79,32 +79,31 @@ class _Gradient(Attribution):
     def _fold(self, gradient: Tensor, dims: tuple[int, ...]) -> Tensor:
         return gradient.sum(dims)
 
-    def _captum(self, forward: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _attributed(self, forward: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         raise NotImplementedError
 
 
 class Saliency(_Gradient):
-    """a_j = || dy/dx_j ||_2 over a token's embedding. captum.attr.Saliency. (Simonyan et al., arXiv 1312.6034, take the
-    largest |.| over colour channels; a norm does not depend on the embedding's axes.)"""
+    """a_j = || dy/dx_j ||_2 over a token's embedding, as captum.attr.Saliency gives dy/dx. (Simonyan et al., arXiv
+    1312.6034, take the largest |.| over colour channels; a norm does not depend on the embedding's axes.)"""
 
-    def _captum(self, forward: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        from captum.attr import Saliency as Own  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-        found: tuple[Tensor, ...] = Own(forward).attribute(given, abs=False)
-        return found
+    def _attributed(self, forward: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _slopes(forward, given)
 
     def _fold(self, gradient: Tensor, dims: tuple[int, ...]) -> Tensor:
         return gradient.square().sum(dims).sqrt()
 
 
 class InputGradient(_Gradient):
-    """a_j = x_j . dy/dx_j (arXiv 1605.01713). captum.attr.InputXGradient."""
+    """a_j = x_j . dy/dx_j (arXiv 1605.01713), which is captum.attr.InputXGradient."""
 
-    def _captum(self, forward: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        from captum.attr import InputXGradient
+    def _attributed(self, forward: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(x * slope for x, slope in zip(given, _slopes(forward, given), strict=True))
 
-        found: tuple[Tensor, ...] = InputXGradient(forward).attribute(given)
-        return found
+
+def _slopes(forward: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One backward pass; loading captum takes longer than that."""
+    return torch.autograd.grad(forward(*given).sum(), given)
 
 
 class IntegratedGradients(_Gradient):
@@ -132,8 +131,8 @@ class IntegratedGradients(_Gradient):
             raise ValueError(f"baseline={baseline!r}: a token id, 'zero' or nothing")
         self.baseline, self.steps, self.batch_size = baseline, steps, batch_size
 
-    def _captum(self, forward: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        from captum.attr import IntegratedGradients as Own
+    def _attributed(self, forward: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        from captum.attr import IntegratedGradients as Own  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         baselines = tuple(self._from(each) for each in given)
         rows = given[0].shape[0]

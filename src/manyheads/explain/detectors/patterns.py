@@ -205,68 +205,76 @@ class StableRank(Measure):
         self.rows = Rows()
 
     def call(self, call: Any, sample: Sample) -> None:
-        self.rows.add(call.layer, torch.stack([stable_rank(call, head) for head in range(call.heads)]))
+        self.rows.add(call.layer, stable_ranks(call))
 
     def scores(self) -> dict[str, Tensor]:
         return {"rank": self.rows.mean()}
 
 
-def stable_rank(call: Any, head: int) -> Tensor:
-    """|A|_F^2 / |A|_2^2 of one head's weights."""
-    n, m = tokens(call), (call.key.shape[2] if hasattr(call, "key") else tokens(call))
-    kept = None
-    if n * m <= BLOCK_WEIGHTS:
-        kept = list(_of_head(call, head))
-    frobenius = torch.zeros((), dtype=torch.float64)
+def stable_ranks(call: Any) -> Tensor:
+    """|A|_F^2 / |A|_2^2 of every head's weights, [h], float64: side by side where their matrices stay small."""
+    n = tokens(call)
+    m = call.key.shape[2] if hasattr(call, "key") else n
+    together = max(1, 2 * BLOCK_WEIGHTS // (n * m))
+    heads = torch.arange(call.heads).split(together)
+    return torch.cat([_stable_ranks(call, some.tolist(), n, m) for some in heads])
+
+
+def _stable_ranks(call: Any, heads: list[int], n: int, m: int) -> Tensor:
+    kept = list(_of_heads(call, heads)) if n * m <= BLOCK_WEIGHTS else None
+    like = call.output.new_zeros(len(heads), dtype=torch.promote_types(call.output.dtype, torch.float32))
 
     def gram(vector: Tensor) -> Tensor:
-        """A^T A v, every block read once."""
+        """A^T A v of every head [heads, m], every block read once."""
         out = torch.zeros_like(vector)
-        for block in kept if kept is not None else _of_head(call, head):
-            seen = block.shape[1]
-            out[:seen] += block.T @ (block @ vector[:seen])
+        for block in kept if kept is not None else _of_heads(call, heads):
+            seen = block.shape[2]
+            there = block @ vector[:, :seen, None]
+            out[:, :seen] += (block.transpose(1, 2) @ there)[:, :, 0]
         return out
 
-    for block in kept if kept is not None else _of_head(call, head):
-        frobenius += block.square().sum(dtype=torch.float64).cpu()
-    return frobenius / greatest_eigenvalue(gram, m, _like(call)).cpu()
+    frobenius = torch.zeros(len(heads), dtype=torch.float64)
+    for block in kept if kept is not None else _of_heads(call, heads):
+        frobenius += block.square().sum((1, 2), dtype=torch.float64).cpu()
+    return frobenius / greatest_eigenvalue(gram, m, like).cpu()
 
 
-def _like(call: Any) -> Tensor:
-    found: Tensor = call.output
-    return found.new_zeros((), dtype=torch.promote_types(found.dtype, torch.float32))
-
-
-def _of_head(call: Any, head: int) -> Iterator[Tensor]:
-    """[rows, m] in blocks that stay in a core's cache."""
+def _of_heads(call: Any, heads: list[int]) -> Iterator[Tensor]:
+    """[heads, rows, m] in blocks that stay in a core's cache."""
     if not hasattr(call, "query"):
-        yield shares(call, row_blocks(call)[0])[0, head]
+        yield shares(call, row_blocks(call)[0])[0, heads]
         return
     n, m = tokens(call), call.key.shape[2]
     step = max(1, BLOCK_WEIGHTS // (16 * m))
     for first in range(0, n, step):
-        yield shares(call, slice(first, min(n, first + step)), [head])[0, 0]
+        yield shares(call, slice(first, min(n, first + step)), heads)[0]
 
 
 def greatest_eigenvalue(matrix: Callable[[Tensor], Tensor], size: int, like: Tensor) -> Tensor:
-    """Lanczos' greatest Ritz value of a symmetric matrix [size, size], with all vectors kept orthogonal."""
+    """Lanczos' greatest Ritz value of symmetric matrices, with all vectors kept orthogonal. matrix: what they make of
+    vectors [..., size], one each; like [...]: how many they are, of which dtype."""
     generator = torch.Generator().manual_seed(0)
     # Weights are not negative, so that their first singular vector is not either: nearly all of the start lies there.
-    vector = (1 + 0.1 * torch.randn(size, generator=generator, dtype=torch.float64)).to(like)
-    basis = [vector / vector.norm()]
+    start = (1 + 0.1 * torch.randn(size, generator=generator, dtype=torch.float64)).to(like)
     steps = min(_LANCZOS, size)
-    tri = torch.zeros(steps, steps, dtype=torch.float64)
+    basis = like.new_zeros(*like.shape, steps, size)
+    basis[..., 0, :] = start / start.norm()
+    tri = torch.zeros(*like.shape, steps, steps, dtype=torch.float64, device=like.device)
+    going = torch.ones(like.shape, dtype=torch.bool, device=like.device)
     for k in range(steps):
-        new = matrix(basis[k])
-        tri[k, k] = (new @ basis[k]).double()
-        known = torch.stack(basis)
+        last, known = basis[..., k, :], basis[..., : k + 1, :]
+        new = matrix(last)
+        # A matrix that is done repeats a value between its least and its greatest: it does not change the greatest.
+        own = (new * last).sum(-1).double()
+        tri[..., k, k] = own if k == 0 else torch.where(going, own, tri[..., 0, 0])
         for _ in range(2):
-            new = new - known.T @ (known @ new)
-        size_of = new.norm()
-        if k + 1 == steps or float(size_of) <= 1e-6 * float(tri[0, 0].abs()):
-            return torch.linalg.eigvalsh(tri[: k + 1, : k + 1])[-1]
-        tri[k, k + 1] = tri[k + 1, k] = size_of.double()
-        basis.append(new / size_of)
+            new = new - (known.transpose(-1, -2) @ (known @ new[..., None]))[..., 0]
+        length = new.norm(dim=-1)
+        going = going & (length > 1e-6 * tri[..., 0, 0].abs())
+        if k + 1 == steps or not bool(going.any()):
+            return torch.linalg.eigvalsh(tri[..., : k + 1, : k + 1])[..., -1]
+        tri[..., k, k + 1] = tri[..., k + 1, k] = torch.where(going, length.double(), 0.0)
+        basis[..., k + 1, :] = torch.where(going[..., None], new / length[..., None], 0.0)
     raise AssertionError("a matrix has at least one row")
 
 
