@@ -55,6 +55,8 @@ class View:
     # What the policy keeps for the layer as a whole, rows of the batch first; and how the layer's keys are turned.
     memo: dict[str, Tensor] = field(default_factory=dict)
     angles: Tensor | None = None
+    # Tokens that are about to be fed, where room is made for them.
+    coming: int = 0
 
     @cached_property
     def keys(self) -> Tensor:
@@ -97,6 +99,11 @@ class View:
         if padding is None:
             return torch.tensor([self.total], device=self.group.index.device)
         return padding[:, : self.total].sum(1)
+
+    @property
+    def fed(self) -> Tensor:
+        """[b or 1]: real tokens of each row, those that are coming included."""
+        return self.count + self.coming
 
     @cached_property
     def alive(self) -> Tensor:
@@ -170,12 +177,13 @@ def make_room(layer: Any, coming: int) -> None:
     policy = layer.policy
     if policy.is_full or not policy.evicts_before or layer.last is None or not policy.acts(coming == 1):
         return
-    _evict(layer, _views(layer, [layer.last]), coming=coming, least=policy.interval, fresh=False)
+    _evict(layer, _views(layer, [layer.last], coming), coming=coming, least=policy.interval, fresh=False)
 
 
-def _views(layer: Any, passes: list[Pass]) -> list[View]:
+def _views(layer: Any, passes: list[Pass], coming: int = 0) -> list[View]:
     fixed = (layer.index, layer.layers, layer.seen, layer.window)
-    return [View(group, passes, *fixed, memo=layer.memo, angles=layer.angles) for group in layer.store.groups]
+    own = {"memo": layer.memo, "angles": layer.angles, "coming": coming}
+    return [View(group, passes, *fixed, **own) for group in layer.store.groups]
 
 
 def _evict(layer: Any, views: list[View], *, coming: int, least: int, fresh: bool) -> None:
@@ -184,7 +192,10 @@ def _evict(layer: Any, views: list[View], *, coming: int, least: int, fresh: boo
     base = mean = policy.mean_target(layer, views[0])
     share_out = fresh and policy.allocation is not None
     if share_out:
-        mean = policy.allocation.of_layer(mean, layer.index, layer.layers, views[0].count.cpu())
+        # What a head keeps whatever its budget is not there to be shared out.
+        spared = policy.smallest - 1
+        above = (mean - spared).clamp_min(1), layer.index, layer.layers, (views[0].count.cpu() - spared).clamp_min(0)
+        mean = spared + policy.allocation.of_layer(*above)
     lengths = torch.tensor(layer.store.lengths())
     targets = policy.targets(mean, layer, lengths.numel())
     if layer.shares is not None and not fresh:

@@ -29,7 +29,8 @@ class Razor(Policy):
     echo, induction: [layers, query heads or KV heads], of which the highest shares over all layers are retrieval heads
     (a KV head counts as its best query head); or retrieval: (layer, KV head) pairs.
     compression_ratio instead: retrieval heads still keep all, the others what the ratio leaves them. budget_tokens: the
-    others keep the least they may; retrieval heads share what is left and summarise their oldest.
+    others keep the least they may; retrieval heads share what is left and summarise their oldest; while all tokens fit, all are
+    kept.
     Source: arXiv 2407.15891, head search as in mindspore-ai/golden-stick. There the prompt alone is summarised; here
     decoded tokens join the mean as they leave. Layers with a sliding window drop without a summary.
     """
@@ -84,7 +85,8 @@ class Razor(Policy):
 
     def mean_target(self, layer: Any, view: View) -> Tensor:
         if self.budget_tokens is not None:
-            return super().mean_target(layer, view)
+            mean = super().mean_target(layer, view)
+            return torch.where(view.fed.cpu() <= mean, EVERYTHING, mean)
         count = view.count.cpu().double()
         if self.compression_ratio is not None:
             return count
@@ -104,7 +106,7 @@ class Razor(Policy):
                 )
             others = (mean * left / max(1, few) + 1e-9).floor()
         if self.budget_tokens is not None:
-            others = mean.clamp_max(self.sink_size + self.recent_floor + 1)
+            others = torch.where(mean < EVERYTHING, mean.clamp_max(self.sink_size + self.recent_floor + 1), mean)
             keep = (mean * full.numel() - others * few) / max(1, many)
         return torch.where(full[layer.index][None], keep[:, None], others[:, None]).long().clamp_min(self.smallest)
 
