@@ -33,10 +33,7 @@ class Pass:
         return replace(self, queries=self.queries[:, :, :, :count].clone())
 
     def on_batch(self, change: Callable[[Tensor], Tensor]) -> Pass:
-        seen = self.seen
-        padding = None if seen.padding is None else change(seen.padding)
-        tensor = None if seen.tensor is None or seen.tensor.shape[0] == 1 else change(seen.tensor)
-        return replace(self, queries=change(self.queries), seen=replace(seen, padding=padding, tensor=tensor))
+        return replace(self, queries=change(self.queries), seen=self.seen.on_batch(change))
 
 
 @dataclass
