@@ -230,3 +230,14 @@ def test_forward(family: str, use_cache: bool | None, checkpointing: bool, train
     assert (active.cache is None) == (ours is None)
     if ours is not None:
         assert ours.lengths()[1] == [12] * len(ours.lengths()[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_of_its_own_beside_a_config_that_says_no_cache(family: str) -> None:
+    """Outside a policy's block generate feeds every token anew for every token, into the cache that it is given."""
+    model, tokens = tiny(family), prompt(2, 12)
+    cache = Full().make_cache(model)
+    with pytest.raises(ValueError, match="call with use_cache=False, and is fed again"):
+        text(model, tokens, "model", {"use_cache": False}, past_key_values=cache)
+    cache.reset()
+    assert text(model, tokens, "model", {}, past_key_values=cache).shape[1] == 12 + NEW

@@ -231,7 +231,14 @@ def is_attached(model: Any) -> bool:
     return getattr(model.config, "_attn_implementation", None) == NAME
 
 
-_originals: weakref.WeakKeyDictionary[Any, list[tuple[nn.Module, Any]]] = weakref.WeakKeyDictionary()
+# Per attached model: the configs that its modules had, and the hook that tells caches of a call.
+_originals: weakref.WeakKeyDictionary[Any, tuple[list[tuple[nn.Module, Any]], Any]] = weakref.WeakKeyDictionary()
+
+
+def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    begin = getattr(kwargs.get("past_key_values"), "begin", None)
+    if begin is not None:
+        begin(kwargs.get("use_cache"))
 
 
 def attach(model: Any) -> None:
@@ -247,7 +254,7 @@ def attach(model: Any) -> None:
         if config is not None:
             kept.append((module, config))
             module.config = copy.deepcopy(config, memo)
-    _originals[model] = kept
+    _originals[model] = kept, model.register_forward_pre_hook(_announce, with_kwargs=True)
     try:
         model.set_attn_implementation(NAME)
     except BaseException:
@@ -257,5 +264,9 @@ def attach(model: Any) -> None:
 
 def detach(model: Any) -> None:
     """Gives the model its own configs back, and with them its own attention."""
-    for module, config in _originals.pop(model, []):
+    if model not in _originals:
+        return
+    kept, hook = _originals.pop(model)
+    hook.remove()
+    for module, config in kept:
         module.config = config

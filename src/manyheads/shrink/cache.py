@@ -230,8 +230,22 @@ class RaggedCache(Cache):
         plans = layer_plans(model)
         self.depth = len(plans)
         self.shared: dict[str, Any] = {}
+        self._closed = False
         super().__init__(layers=[RaggedLayer(self, i, own.window) for i, own in enumerate(plans)])
         policy.prepare(model, self)
+
+    def begin(self, use_cache: bool | None) -> None:
+        """Before every call of the model that is given this cache: nothing may follow one that caches nothing."""
+        if self._closed:
+            raise ValueError(
+                "this cache was fed by a call with use_cache=False, and is fed again: generate then feeds every token "
+                "anew each time; set use_cache=True in the call, its generation_config or model.generation_config"
+            )
+        self._closed = use_cache is False
+
+    def reset(self) -> None:
+        super().reset()
+        self._closed = False
 
     @property
     def nbytes(self) -> int:

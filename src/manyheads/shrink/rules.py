@@ -113,7 +113,7 @@ class Rules:
 
     @property
     def is_full(self) -> bool:
-        none = self.compression_ratio is None and self.budget_tokens is None and self.budget_bytes is None
+        none = not self.compression_ratio and self.budget_tokens is None and self.budget_bytes is None
         return none or self.reads
 
     def score(self, view: View) -> Tensor:

@@ -48,8 +48,13 @@ class Duo(Policy):
                 "Duo: give budget_tokens or compression_ratio; heads that keep everything have no byte budget"
             )
         super().__post_init__()
-        given = (self.streaming, self.compression_ratio, 0.5)
-        share = next(own for own in given if own is not None)
+        given = [own for own in (self.streaming, self.compression_ratio) if own is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"Duo: compression_ratio={self.compression_ratio} is the share of streaming heads itself; leave out "
+                f"streaming={self.streaming}, or give budget_tokens"
+            )
+        share = given[0] if given else 0.5
         self.full = full_heads(torch.tensor(self.gates, dtype=torch.float64), share)
 
     @staticmethod

@@ -77,7 +77,7 @@ class Razor(Policy):
 
     @property
     def is_full(self) -> bool:
-        return False
+        return self.compression_ratio == 0
 
     def score(self, view: View) -> Tensor:
         latest = recency(view, self.sink_size)
