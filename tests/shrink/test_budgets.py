@@ -279,7 +279,7 @@ def test_other_caches_are_refused_inside() -> None:
                 model(tokens, past_key_values=cache)
         with pytest.raises(ValueError, match="cache_implementation='static'"):
             model.generate(tokens, cache_implementation="static")
-        with pytest.raises(ValueError, match="compile_config=.* asks for a static graph"):
+        with pytest.raises(ValueError, match=r"compile_config=.* asks for a static graph"):
             model.generate(tokens, compile_config=CompileConfig())
         cache = model(tokens).past_key_values
     with pytest.raises(ValueError, match="no longer attends"):

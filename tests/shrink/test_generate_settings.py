@@ -1,4 +1,4 @@
-"""Whatever generate is told, and wherever: with nothing dropped the dense cache's text and all tokens held, or a refusal.
+"""Whatever generate is told, and wherever: with nothing dropped the dense cache's text, all tokens held, or an error.
 
 A setting comes as a keyword, in a generation_config that the call is given, or in the model's own.
 """
@@ -71,7 +71,9 @@ def test_what_is_honoured(name: str, way: str) -> None:
         assert active.cache.lengths() == [[wanted.shape[1] - 1] * 2] * 3
 
 
-@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "beams", "lookup"])
+@pytest.mark.parametrize(
+    "mode", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "beams", "lookup"]
+)
 @pytest.mark.parametrize("way", ["object", "model", "config.json"])
 def test_a_config_that_says_no_cache(way: str, mode: dict[str, Any]) -> None:
     model, tokens = tiny("llama"), prompt(1, 5).repeat(1, 3)[:, :12]
@@ -82,7 +84,9 @@ def test_a_config_that_says_no_cache(way: str, mode: dict[str, Any]) -> None:
         model.generation_config = GenerationConfig.from_model_config(model.config)
     for policy in COVERING:
         with policy(model) as active:
-            torch.testing.assert_close(text(model, tokens, way, {"use_cache": False, **mode} if way != "config.json" else mode), wanted)
+            torch.testing.assert_close(
+                text(model, tokens, way, {"use_cache": False, **mode} if way != "config.json" else mode), wanted
+            )
         assert active.cache is not None
         assert active.cache.lengths() == [[wanted.shape[1] - 1] * 2] * 3
     with StreamingLLM(budget_tokens=6)(model) as active:
@@ -136,16 +140,17 @@ def test_every_implementation_is_refused(implementation: str) -> None:
 
 def test_every_field_about_a_cache_is_decided() -> None:
     """A release of transformers that adds one is noticed."""
-    fields = {name for name in vars(GenerationConfig()) if any(word in name for word in ("cache", "compile", "batching"))}
+    fields = {
+        name for name in vars(GenerationConfig()) if any(word in name for word in ("cache", "compile", "batching"))
+    }
     assert fields <= {*REFUSED, "use_cache", "disable_compile", "continuous_batching_config"}
 
 
 @pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
 def test_continuous_batching_is_refused(name: str) -> None:
     model = tiny("llama")
-    with Full()(model):
-        with pytest.raises(ValueError, match=f"{name} batches continuously"):
-            getattr(model, name)([[3, 4]])
+    with Full()(model), pytest.raises(ValueError, match=f"{name} batches continuously"):
+        getattr(model, name)([[3, 4]])
     assert name not in vars(model)
 
 
@@ -210,7 +215,11 @@ def test_forward(family: str, use_cache: bool | None, checkpointing: bool, train
     model, tokens = tiny(family, **quiet), prompt(2, 12)
     if checkpointing:
         # Its name before transformers 5.20 and after.
-        next(getattr(model, f"{own}_checkpointing_enable") for own in NAMES if hasattr(model, f"{own}_checkpointing_enable"))()
+        next(
+            getattr(model, f"{own}_checkpointing_enable")
+            for own in NAMES
+            if hasattr(model, f"{own}_checkpointing_enable")
+        )()
     model.train(training)
 
     def step() -> tuple[Any, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -60,8 +61,8 @@ def test_another_cache_beside_an_attached_model(family: str) -> None:
         cache = DynamicCache(config=model.config)
         ends = (0, 11, 12, 16, 20)
         with torch.no_grad():
-            pairs = zip(ends, ends[1:], strict=False)
-            return [model(tokens[:, start:end], past_key_values=cache).logits for start, end in pairs]
+            passes = (tokens[:, start:end] for start, end in itertools.pairwise(ends))
+            return [model(own, past_key_values=cache).logits for own in passes]
 
     wanted = passes()
     Full().make_cache(model)

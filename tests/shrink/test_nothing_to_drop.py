@@ -1,4 +1,4 @@
-"""A budget that covers every token is no budget: whatever the policy and however it is said, the dense cache's logits."""
+"""A budget that covers every token is no budget: the dense cache's logits, whatever the policy, however it is said."""
 
 from __future__ import annotations
 
@@ -124,3 +124,33 @@ def test_a_ratio_of_nothing_beside_other_rules() -> None:
         MoA(rule=(0, 1), compression_ratio=0.0)
     assert bool(Duo(gates=GATES, compression_ratio=0.0).full.all())
     assert int(Duo(gates=GATES, budget_tokens=99).full.sum()) == 3
+
+
+@pytest.mark.parametrize("cls", [StreamingLLM, SnapKV, H2O, KeyNorm, ExpectedAttention], ids=lambda own: own.__name__)
+@pytest.mark.parametrize(
+    "budget", [{"budget_tokens": 6}, {"budget_tokens": 36, "budget_per": "model"}], ids=["head", "model"]
+)
+def test_a_pyramid_stands_on_what_every_head_keeps(cls: Any, budget: dict[str, Any]) -> None:
+    """Its top layers may not need more than their share: the whole must stay within the budget."""
+    model = tiny("llama")
+    cache = cls(**SMALL[cls], **budget, allocation=PyramidKV()).make_cache(model)
+    tokens, padding = prompt(2, TOKENS), torch.ones(2, TOKENS, dtype=torch.long)
+    with torch.no_grad():
+        model(tokens, attention_mask=padding, past_key_values=cache)
+    held = [length for layer in cache.lengths() for length in layer]
+    assert min(held) >= cls(**SMALL[cls]).smallest
+    assert 36 - 3 * 2 < sum(held) <= 36
+
+
+@pytest.mark.parametrize("cls", SMALL)
+@pytest.mark.parametrize("name", ["budget_tokens", "budget_bytes"])
+def test_a_budget_that_cannot_be_met(cls: Any, name: str) -> None:
+    """Too little for what every head keeps is said at once, or with the first tokens where it depends on the model."""
+    least = cls(**SMALL[cls]).smallest
+    if least == 1 or (name == "budget_bytes" and cls in BY_HEAD):
+        return
+    model = tiny("llama")
+    short = {"budget_tokens": (least - 1) * 6, "budget_per": "model"} if name == "budget_tokens" else {name: 500}
+    cache = cls(**SMALL[cls], **short).make_cache(model)
+    with pytest.raises(ValueError, match=rf"{name}={short[name]} comes to .* always keeps {least}"):
+        model(prompt(1, TOKENS), past_key_values=cache)

@@ -94,6 +94,11 @@ class Visibility:
         rows = None if self.rows is None else change(self.rows)
         return replace(self, padding=padding, tensor=tensor, rows=rows)
 
+    def part(self, start: int, stop: int) -> Visibility:
+        """What these of the pass's queries may see."""
+        tensor = None if self.tensor is None else self.tensor[:, :, start:stop]
+        return replace(self, offset=self.offset + start, tensor=tensor)
+
     def _lookup(self, rows: slice, slots: Tensor) -> Tensor:
         assert self.tensor is not None
         mask = self.tensor[:, :, rows]
@@ -238,7 +243,7 @@ _originals: weakref.WeakKeyDictionary[Any, tuple[list[tuple[nn.Module, Any]], An
 def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     begin = getattr(kwargs.get("past_key_values"), "begin", None)
     if begin is not None:
-        begin(kwargs.get("use_cache"))
+        begin(**{name: kwargs.get(name) for name in ("use_cache", "logits_to_keep", "position_ids")})
 
 
 def attach(model: Any) -> None:

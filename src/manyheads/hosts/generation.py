@@ -77,7 +77,7 @@ def _probe(model: Any, cache: Any) -> Tensor:
     return torch.cat(logits, 1)
 
 
-# Fields of a GenerationConfig that ask for another cache than a policy's. Those that say how tokens are chosen, in which
+# Fields of a GenerationConfig that ask for another cache than a policy's. Those that say how tokens are chosen, in what
 # chunks a prompt is fed and who guesses ahead are the library's business with any cache.
 _OTHER_CACHES = {
     "cache_implementation": "asks for a cache that a policy cannot shrink",
@@ -137,6 +137,8 @@ def _with_cache(model: Any, check: Callable[[Any], Any]) -> Callable[..., tuple[
 
 def _cached_generate(model: Any, generate: Callable[..., Any], check: Callable[[Any], Any]) -> Callable[..., Any]:
     names = list(inspect.signature(type(model).generate).parameters)[1:]
+    # For guesses of the model's own lower layers.
+    exits: list[Any] = []
 
     def with_cache(*args: Any, **kwargs: Any) -> Any:
         kwargs = dict(zip(names, args, strict=False)) | kwargs
@@ -159,11 +161,18 @@ def _cached_generate(model: Any, generate: Callable[..., Any], check: Callable[[
                 )
         if resolved.use_cache is not True:
             kwargs |= _caching(own)
-        cache = kwargs["past_key_values"] = check(kwargs.get("past_key_values"))
+        given = kwargs.get("past_key_values")
+        if given is None and resolved.is_assistant and exits:
+            given = exits.pop()
+        if resolved.assistant_early_exit is not None:
+            # Made while the model still says how many layers it has.
+            exits.append(check(None))
+        cache = kwargs["past_key_values"] = check(given)
         try:
             return _generated(generate, kwargs, cache, resolved)
         finally:
             # Calls inside this one (early exits, guidance) had caches of their own.
+            exits.clear()
             check(cache)
 
     return with_cache
@@ -182,7 +191,7 @@ def _generated(generate: Callable[..., Any], kwargs: dict[str, Any], cache: Any,
     if not resolved.is_assistant:
         return generate(**kwargs)
     # The library marks the caches that it makes for guesses; this one it did not make.
-    cache.activate_past_recording()
+    cache.assist()
     return generate(**kwargs)
 
 

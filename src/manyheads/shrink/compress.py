@@ -166,7 +166,8 @@ def shrink(layer: Any, passes: list[Pass]) -> None:
             policy.observe(view)
         if policy.acts(decoding):
             _evict(layer, views, coming=0, least=policy.interval if decoding else 1, fresh=not decoding)
-    _trim(layer)
+    if not layer.record_past:
+        trim(layer)
 
 
 def make_room(layer: Any, coming: int) -> None:
@@ -249,9 +250,9 @@ def _best(scores: Tensor, targets: Tensor) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(2, best, chosen.expand(best.shape))
 
 
-def _trim(layer: Any) -> None:
+def trim(layer: Any) -> None:
     """A sliding layer forgets what no coming token can see."""
-    if layer.window is None or layer.record_past:
+    if layer.window is None:
         return
     for group in layer.store.groups:
         if group.first is not None and group.length > layer.window - 1:

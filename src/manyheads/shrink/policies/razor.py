@@ -28,9 +28,8 @@ class Razor(Policy):
     score. Others keep sink_size + max(recent_floor, N / compression) + 1 entries of N tokens.
     echo, induction: [layers, query heads or KV heads], of which the highest shares over all layers are retrieval heads
     (a KV head counts as its best query head); or retrieval: (layer, KV head) pairs.
-    compression_ratio instead: retrieval heads still keep all, the others what the ratio leaves them. budget_tokens: the
-    others keep the least they may; retrieval heads share what is left and summarise their oldest; while all tokens fit, all are
-    kept.
+    compression_ratio instead: retrieval heads still keep all, the others what the ratio leaves them. budget_tokens:
+    once not all tokens fit the others keep the least they may; retrieval heads share what is left, summarise their oldest.
     Source: arXiv 2407.15891, head search as in mindspore-ai/golden-stick. There the prompt alone is summarised; here
     decoded tokens join the mean as they leave. Layers with a sliding window drop without a summary.
     """
