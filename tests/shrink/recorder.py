@@ -82,6 +82,12 @@ def feed(model: PreTrainedModel, cache: Any, tokens: Tensor, padding: Tensor, en
 
 def feed_dense(model: PreTrainedModel, steps: dict[int, list[Step]], *rest: Any) -> Tensor:
     """The same with a dense cache and plain matrices, every KV head shown the entries that the steps say."""
+    show_only(model, steps)
+    return feed(model, DynamicCache(config=model.config), *rest)
+
+
+def show_only(model: PreTrainedModel, steps: dict[int, list[Step]]) -> None:
+    """Attention to a dense cache by plain matrices, of the entries that the steps say."""
     turn = dict.fromkeys(steps, 0)
 
     def dense(
@@ -110,4 +116,3 @@ def feed_dense(model: PreTrainedModel, steps: dict[int, list[Step]], *rest: Any)
     AttentionInterface.register("dense_oracle", dense)
     AttentionMaskInterface.register("dense_oracle", eager_mask)
     model.set_attn_implementation("dense_oracle")
-    return feed(model, DynamicCache(config=model.config), *rest)

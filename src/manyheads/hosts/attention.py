@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +39,9 @@ class Handle(Protocol):
 class Visibility:
     """What the queries of one pass may see, by slot: the index of a token in everything fed so far, padding included.
 
-    rule(b, h, i, j) is transformers' mask function on slots; padding [b, total] is True at real tokens, None: all are.
+    rule(b, h, i, j) is transformers' mask function on slots, asked for every row of the batch (documents packed into
+    rows are cut at other places in each) and, as the library asks it, for head 0; rows [b] are the batch's rows by the
+    rule's count. padding [b, total] is True at real tokens, None: all are.
     plain: the rule is causal, within `window` where that is given, and nothing else.
     tensor: a mask that the caller made, [b, 1 or h, n, total]; then the rule is not asked.
     """
@@ -50,6 +52,7 @@ class Visibility:
     window: int | None = None
     plain: bool = True
     tensor: Tensor | None = None
+    rows: Tensor | None = None
 
     def only_causal(self, tokens: int) -> bool:
         """Whether so many tokens in a row hide nothing from each other but the future."""
@@ -68,7 +71,8 @@ class Visibility:
                 allowed = allowed & (j > i - self.window)
         else:
             assert self.rule is not None
-            b = torch.arange(1 if self.padding is None else self.padding.shape[0], device=device)[:, None, None, None]
+            assert self.rows is not None
+            b = self.rows.to(device)[:, None, None, None]
             allowed = self.rule(b, torch.zeros_like(b), i, j.clamp_min(0).long())
         if self.padding is not None:
             allowed = allowed & self.real(slots).unsqueeze(2)
@@ -82,6 +86,18 @@ class Visibility:
         inside = slots.clamp(0, total - 1).long().expand(rows, -1, -1)
         found = self.padding.gather(1, inside.flatten(1)).view(inside.shape)
         return found & (slots >= 0) & (slots < total)
+
+    def on_batch(self, change: Callable[[Tensor], Tensor]) -> Visibility:
+        """The same for rows of the batch that were reordered, repeated or left out."""
+        padding = None if self.padding is None else change(self.padding)
+        tensor = None if self.tensor is None or self.tensor.shape[0] == 1 else change(self.tensor)
+        rows = None if self.rows is None else change(self.rows)
+        return replace(self, padding=padding, tensor=tensor, rows=rows)
+
+    def part(self, start: int, stop: int) -> Visibility:
+        """What these of the pass's queries may see."""
+        tensor = None if self.tensor is None else self.tensor[:, :, start:stop]
+        return replace(self, offset=self.offset + start, tensor=tensor)
 
     def _lookup(self, rows: slice, slots: Tensor) -> Tensor:
         assert self.tensor is not None
@@ -126,7 +142,7 @@ def _describe_mask(
         padding = nn.functional.pad(attention_mask[:, :kv_length].to(torch.bool), (0, missing), value=False)
         padding = None if bool(padding.all()) else padding
     plain = allow_is_causal_skip and (local_size is not None or rule is causal_mask_function)
-    return Visibility(rule, padding, offset, window=local_size, plain=plain)
+    return Visibility(rule, padding, offset, window=local_size, plain=plain, rows=torch.arange(batch_size))
 
 
 def as_visibility(mask: Any, total: int, queries: int, window: int | None) -> Visibility:
@@ -188,7 +204,9 @@ def _on_tensors(
     if mask is None and not causal:
         mask = torch.ones((1, 1, n, m), dtype=torch.bool, device=query.device)
     seen = as_visibility(mask, m, n, kwargs.get("sliding_window"))
-    slots = torch.arange(m, device=query.device)[None, None]
+    # Another cache's window holds the latest tokens alone; a caller's own mask counts keys from the first.
+    first = seen.tensor.shape[-1] - m if isinstance(mask, Visibility) and seen.tensor is not None else 0
+    slots = torch.arange(first, first + m, device=query.device)[None, None]
     if dropout:
         from torch.nn.functional import scaled_dot_product_attention
 
@@ -218,7 +236,14 @@ def is_attached(model: Any) -> bool:
     return getattr(model.config, "_attn_implementation", None) == NAME
 
 
-_originals: weakref.WeakKeyDictionary[Any, list[tuple[nn.Module, Any]]] = weakref.WeakKeyDictionary()
+# Per attached model: the configs that its modules had, and the hook that tells caches of a call.
+_originals: weakref.WeakKeyDictionary[Any, tuple[list[tuple[nn.Module, Any]], Any]] = weakref.WeakKeyDictionary()
+
+
+def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    begin = getattr(kwargs.get("past_key_values"), "begin", None)
+    if begin is not None:
+        begin(**{name: kwargs.get(name) for name in ("use_cache", "logits_to_keep", "position_ids")})
 
 
 def attach(model: Any) -> None:
@@ -234,7 +259,7 @@ def attach(model: Any) -> None:
         if config is not None:
             kept.append((module, config))
             module.config = copy.deepcopy(config, memo)
-    _originals[model] = kept
+    _originals[model] = kept, model.register_forward_pre_hook(_announce, with_kwargs=True)
     try:
         model.set_attn_implementation(NAME)
     except BaseException:
@@ -244,5 +269,9 @@ def attach(model: Any) -> None:
 
 def detach(model: Any) -> None:
     """Gives the model its own configs back, and with them its own attention."""
-    for module, config in _originals.pop(model, []):
+    if model not in _originals:
+        return
+    kept, hook = _originals.pop(model)
+    hook.remove()
+    for module, config in kept:
         module.config = config

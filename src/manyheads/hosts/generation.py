@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,39 +77,141 @@ def _probe(model: Any, cache: Any) -> Tensor:
     return torch.cat(logits, 1)
 
 
+# Fields of a GenerationConfig that ask for another cache than a policy's. Those that say how tokens are chosen, in what
+# chunks a prompt is fed and who guesses ahead are the library's business with any cache.
+_OTHER_CACHES = {
+    "cache_implementation": "asks for a cache that a policy cannot shrink",
+    "cache_config": "describes a cache that a policy replaces",
+    "max_cache_len": "is the length of a static cache, and a shrunk one is as long as its policy says",
+    "compile_config": "asks for a static graph, and a shrunk cache changes its shapes from token to token",
+}
+_CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
 @contextmanager
 def intercepted(model: Any, check: Callable[[Any], Any]) -> Iterator[None]:
-    """While active every call of the model, and of its generate, gets its cache from check(the cache given or None)."""
-    inner = model.__dict__.get("generate")
-    generate = model.generate
+    """While active every call of the model, and of its generate, gets its cache from check(the cache given or None).
 
-    def with_cache(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("cache_implementation"):
-            raise ValueError(
-                f"cache_implementation={kwargs['cache_implementation']!r} asks for a cache that a policy "
-                "cannot shrink; leave it out"
-            )
-        if kwargs.get("compile_config") is not None:
-            raise ValueError(
-                "compile_config asks for a static graph, and a shrunk cache changes its shapes from token to token; "
-                "leave it out"
-            )
-        if kwargs.get("use_cache", True):
-            kwargs["past_key_values"] = check(kwargs.get("past_key_values"))
-        return generate(*args, **kwargs)
-
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        wanted = kwargs.get("use_cache")
-        if kwargs.get("past_key_values") is not None or (module.config.use_cache if wanted is None else wanted):
-            kwargs["past_key_values"] = check(kwargs.get("past_key_values"))
-        return args, kwargs
-
-    hook = model.register_forward_pre_hook(before, with_kwargs=True)
-    model.generate = with_cache
+    A call that says use_cache=False gets none. A config that says so does not speak of this call: it is often left
+    over from training with gradient checkpointing, and generate caches all the same."""
+    names = ("generate", *(name for name in _CONTINUOUS if hasattr(model, name)))
+    before = {name: model.__dict__[name] for name in names if name in model.__dict__}
+    hooks = [
+        own.register_forward_pre_hook(_with_cache(own, check), with_kwargs=True)
+        for own in {id(own): own for own in (model, model.base_model)}.values()
+    ]
+    model.generate = _cached_generate(model, model.generate, check)
+    for name in names[1:]:
+        setattr(model, name, _refused(name))
     try:
         yield
     finally:
-        hook.remove()
-        del model.generate
-        if inner is not None:
-            model.generate = inner
+        for hook in hooks:
+            hook.remove()
+        for name in names:
+            delattr(model, name)
+        for name, own in before.items():
+            setattr(model, name, own)
+
+
+def _with_cache(model: Any, check: Callable[[Any], Any]) -> Callable[..., tuple[Any, Any]]:
+    names = list(inspect.signature(model.forward).parameters)
+    config = model.config.get_text_config(decoder=True)
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        placed = dict(zip(names, args, strict=False))
+        if placed.keys() & kwargs.keys():
+            return args, kwargs  # forward itself says what is wrong
+        kwargs = placed | kwargs
+        given, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        wanted = getattr(config, "use_cache", None) if wanted is None else wanted
+        if _checkpoints(module):
+            # Layers then drop any cache that they are handed, and the library says use_cache=False itself.
+            _check_none(module, given)
+        elif given is not None or wanted:
+            kwargs["past_key_values"] = check(given)
+        return (), kwargs
+
+    return before
+
+
+def _cached_generate(model: Any, generate: Callable[..., Any], check: Callable[[Any], Any]) -> Callable[..., Any]:
+    names = list(inspect.signature(type(model).generate).parameters)[1:]
+    # For guesses of the model's own lower layers.
+    exits: list[Any] = []
+
+    def with_cache(*args: Any, **kwargs: Any) -> Any:
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        if kwargs.get("use_cache") is False:
+            _check_none(model, kwargs.get("past_key_values"))
+            return generate(**kwargs)
+        if _checkpoints(model):
+            raise ValueError(
+                f"{type(model).__name__} is training with gradient checkpointing, in which its layers read no cache, "
+                "so that generate would see one token at a time; call model.eval() first"
+            )
+        own = kwargs.get("generation_config")
+        resolved, _ = model._prepare_generation_config(own, **{k: v for k, v in kwargs.items() if k not in names})
+        for name, reason in _OTHER_CACHES.items():
+            value = getattr(resolved, name, None)
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r} {reason}; leave it out of the call, its generation_config and "
+                    "model.generation_config"
+                )
+        if resolved.use_cache is not True:
+            kwargs |= _caching(own)
+        given = kwargs.get("past_key_values")
+        if given is None and resolved.is_assistant and exits:
+            given = exits.pop()
+        if resolved.assistant_early_exit is not None:
+            # Made while the model still says how many layers it has.
+            exits.append(check(None))
+        cache = kwargs["past_key_values"] = check(given)
+        try:
+            return _generated(generate, kwargs, cache, resolved)
+        finally:
+            # Calls inside this one (early exits, guidance) had caches of their own.
+            exits.clear()
+            check(cache)
+
+    return with_cache
+
+
+def _caching(config: Any) -> dict[str, Any]:
+    """Arguments by which generate caches whatever its configs say."""
+    if config is None:
+        return {"use_cache": True}
+    config = copy.deepcopy(config)
+    config.use_cache = True
+    return {"generation_config": config}
+
+
+def _generated(generate: Callable[..., Any], kwargs: dict[str, Any], cache: Any, resolved: Any) -> Any:
+    if not resolved.is_assistant:
+        return generate(**kwargs)
+    # The library marks the caches that it makes for guesses; this one it did not make.
+    cache.assist()
+    return generate(**kwargs)
+
+
+def _checkpoints(model: Any) -> bool:
+    return bool(model.training) and any(getattr(own, "gradient_checkpointing", False) for own in model.modules())
+
+
+def _check_none(model: Any, cache: Any) -> None:
+    if cache is not None:
+        raise ValueError(
+            f"past_key_values is given to a call of {type(model).__name__} that caches nothing (use_cache=False, or "
+            "training with gradient checkpointing); leave one of the two out"
+        )
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"{name} batches continuously, in a paged cache that a policy cannot shrink; call generate, or leave the "
+            "policy's block first"
+        )
+
+    return refuse

@@ -17,8 +17,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from manyheads.hosts.attend import Mask, Scoring, causal_attention, masked_attention, one_query, pack, with_bias
 from manyheads.hosts.attention import Visibility, is_attached
 from manyheads.hosts.families import layer_plans
-from manyheads.shrink.compress import Pass, make_room, shrink
+from manyheads.shrink.compress import Pass, make_room, shrink, trim
 from manyheads.shrink.store import Group, Store, room_for
+from manyheads.shrink.trial import Trial, in_parts, starts_again, without_last
 
 if TYPE_CHECKING:
     from manyheads.shrink.rules import Rules
@@ -46,6 +47,9 @@ class RaggedLayer(CacheLayerMixin):
         self.record_past = False
         # Passes whose last tokens may still be taken back: nothing is dropped for them before `crop`.
         self.recorded: list[Pass] = []
+        # A pass between update and attend, where it is taken in parts; and the tokens that entries were dropped for.
+        self.waiting: dict[str, Tensor] | None = None
+        self.trial: Trial | None = None
         # What a policy keeps for the layer as a whole, rows of the batch first.
         self.memo: dict[str, Tensor] = {}
         self.angles: Tensor | None = None
@@ -76,26 +80,60 @@ class RaggedLayer(CacheLayerMixin):
             cache.check_attached()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        count = key_states.shape[2]
-        if self.seen and not self.record_past:
-            with torch.no_grad():
-                make_room(self, count)
         new = {"keys": key_states, "values": value_states}
         for name in (*self.policy.notes, *(("bias",) if self.policy.weighted else ())):
             new[name] = key_states.new_zeros(key_states.shape[:3], dtype=torch.float32)
+        if self._in_parts():
+            self.waiting = new
+        else:
+            self.take(new)
+        return self, self
+
+    def take(self, new: dict[str, Tensor]) -> None:
+        """Rows [b, H, n, ...] of the tokens that come next."""
+        count = new["keys"].shape[2]
+        if self.seen and not self.record_past:
+            with torch.no_grad():
+                make_room(self, count)
         if not self.store.groups and (count > 1 or self.store.codec is not None):
             self.store.adopt(new, self.seen)
         else:
             with torch.no_grad():
                 self.store.append(new, self.seen, self.spare)
         self.seen += count
-        return self, self
+
+    def _in_parts(self) -> bool:
+        """Whether a pass that may be taken back is taken in parts, so that each token sees what it would see if it came
+        alone: not where every entry is held and read, nor where nobody tells what of a first pass is certain. Who reads
+        a part (and layers agree on it for a whole pass) does so for each token, except in a prompt."""
+        if not self.record_past or self.recorded:
+            return False
+        if self.policy.is_full:
+            return self.policy.reads and self.guesses is not None and not self.seen
+        return self.guesses is not None or (self.seen > 0 and self.drops)
+
+    @property
+    def drops(self) -> bool:
+        """Whether entries leave while decoding."""
+        return not self.policy.is_full and self.policy.acts(decoding=True)
+
+    @property
+    def guesses(self) -> int | None:
+        """Tokens at the end of the pass that may be taken back, where its call tells."""
+        cache = self._cache()
+        return None if cache is None else cache.guesses
 
     def total(self) -> int:
-        return self.seen
+        return self.seen + (0 if self.waiting is None else self.waiting["keys"].shape[2])
 
     def attend(self, query: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
         """query [b, h, n, d] -> [b, n, h, dv], as transformers' attention functions do."""
+        if self.waiting is None:
+            return self.answer(query, scoring, seen)
+        new, self.waiting = self.waiting, None
+        return in_parts(self, new, query, scoring, seen)
+
+    def answer(self, query: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
         packed = pack(query, sum(len(group.heads) for group in self.store.groups))
         part, self._made = None, []
         if self.policy.reads:
@@ -103,16 +141,19 @@ class RaggedLayer(CacheLayerMixin):
             part = self.policy.read(self, packed, self.store.groups[0], scoring, seen)
         out = self.ordinary(packed, scoring, seen) if part is None else part
         with torch.no_grad():
-            if self.record_past:
-                self.recorded.append(Pass(packed, scoring, seen))
-            else:
-                shrink(self, [Pass(packed, scoring, seen, tuple(self._made))])
-            self._settle(seen)
-        done = Pass(packed, scoring, seen)
+            self.finish(Pass(packed, scoring, seen, () if self.record_past else tuple(self._made)))
         self._made = []
+        return out.flatten(1, 2).transpose(1, 2).contiguous()
+
+    def finish(self, done: Pass) -> None:
+        """After a pass: what is over the budget leaves, or waits for `crop`."""
+        if self.record_past:
+            self.recorded.append(done)
+        else:
+            shrink(self, [done])
+        self._settle(done.seen)
         if self.policy.evicts_before:
             self.last = done.first_queries(0)
-        return out.flatten(1, 2).transpose(1, 2).contiguous()
 
     def _settle(self, seen: Visibility) -> None:
         self.store.own(self.spare)
@@ -181,9 +222,16 @@ class RaggedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens (given as a negative number), then drops what was waiting for that."""
+        if not self.is_initialized:
+            # An early exit never came here.
+            return
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
         if remove > self.seen:
             raise ValueError(f"crop({tokens_to_remove}): the cache has seen {self.seen} tokens only")
+        trial, self.trial = self.trial, None
+        if trial is not None and remove <= trial.count:
+            trial.take_back(self, remove)
+            return
         recorded = sum(done.queries.shape[3] for done in self.recorded)
         if remove > recorded and not self._is_whole():
             raise ValueError(
@@ -194,16 +242,17 @@ class RaggedLayer(CacheLayerMixin):
             self.seen -= remove
             self.store.truncate(self.seen)
         waiting, self.recorded = self.recorded, []
-        passes = _without_last(waiting, remove)
+        passes = without_last(waiting, remove)
         if passes:
             shrink(self, passes)
+        trim(self)
 
     def _is_whole(self) -> bool:
         return all(group.first == 0 for group in self.store.groups)
 
     def reset(self) -> None:
         self.store, self.seen, self.recorded, self.shares, self.last = self._empty(), 0, [], None, None
-        self.memo, self.read = {}, None
+        self.memo, self.read, self.waiting, self.trial = {}, None, None, None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -218,6 +267,8 @@ class RaggedLayer(CacheLayerMixin):
     def _on_batch(self, change: Any) -> None:
         self.store.on_batch(change)
         self.recorded = [done.on_batch(change) for done in self.recorded]
+        if self.trial is not None:
+            self.trial.on_batch(change)
         self.last = None if self.last is None else self.last.on_batch(change)
         self.memo = {name: change(own) for name, own in self.memo.items()}
         self.shares = None if self.shares is None or self.shares.shape[0] == 1 else change(self.shares)
@@ -237,14 +288,45 @@ class RaggedCache(Cache):
         plans = layer_plans(model)
         self.depth = len(plans)
         self.shared: dict[str, Any] = {}
+        self._closed = self.assists = False
+        # Tokens at the end of a pass that may be taken back, where its call tells.
+        self.guesses: int | None = None
         super().__init__(layers=[RaggedLayer(self, i, own.window) for i, own in enumerate(plans)])
         policy.prepare(model, self)
+
+    def begin(self, *, use_cache: bool | None, logits_to_keep: Any, position_ids: Tensor | None) -> None:
+        """Before every call of the model that is given this cache. Nothing may follow one that caches nothing; and
+        logits are kept of the last certain token and of what was guessed after it."""
+        if self._closed:
+            raise ValueError(
+                "this cache was fed by a call with use_cache=False, and is fed again: generate then feeds every token "
+                "anew each time; set use_cache=True in the call, its generation_config or model.generation_config"
+            )
+        seen = self.get_seq_length()
+        if seen and self.layers[0].record_past and starts_again(position_ids):
+            raise ValueError(
+                f"generate with guesses feeds the whole text again into a cache that holds {seen} tokens of it: "
+                "transformers does not go on with a cache there; generate without guesses, or without past_key_values"
+            )
+        self._closed = use_cache is False
+        known = isinstance(logits_to_keep, int) and logits_to_keep > 0
+        self.guesses = logits_to_keep - 1 + self.assists if known else None
+
+    def assist(self) -> None:
+        """For the cache of a model that guesses for another: the token before its guesses is taken back with them."""
+        self.assists = True
+        self.activate_past_recording()
+
+    def reset(self) -> None:
+        super().reset()
+        self._closed = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held, room for coming tokens included."""
         memos = [own for layer in self.layers for own in layer.memo.values()]
-        return sum(layer.store.nbytes for layer in self.layers) + sum(own.nbytes for own in memos)
+        trials = [layer.trial.nbytes for layer in self.layers if layer.trial is not None]
+        return sum(layer.store.nbytes for layer in self.layers) + sum(own.nbytes for own in memos) + sum(trials)
 
     def lengths(self) -> list[list[int]]:
         """Entries held, by layer and KV head."""
@@ -270,17 +352,6 @@ def _sinks_of(scoring: Scoring, group: Group, repeat: int) -> Tensor | None:
     if scoring.sinks is None:
         return None
     return scoring.sinks.view(-1, repeat).index_select(0, group.index).flatten()
-
-
-def _without_last(passes: list[Pass], count: int) -> list[Pass]:
-    """The passes less their last `count` queries."""
-    left = []
-    for done in reversed(passes):
-        own = done.queries.shape[3]
-        if count < own:
-            left.append(done.first_queries(own - count))
-        count = max(0, count - own)
-    return left[::-1]
 
 
 def _attend_group(queries: Tensor, group: Group, scoring: Scoring, seen: Visibility) -> tuple[Tensor, Tensor | None]:

@@ -78,7 +78,7 @@ def shrink(
 
     from manyheads.hosts.questions import Questions
     from manyheads.shrink import plan
-    from manyheads.shrink.run import Study, run_study
+    from manyheads.shrink.run import Study, check_positions, run_study
     from manyheads.shrink.variants import Profiles
 
     variants = choose_variants(policy, budgets, Profiles(loaded, heads), sweep)
@@ -87,6 +87,7 @@ def shrink(
         trials or 2, plan.DEPTHS, plan.WINDOWS, plan.REPEATS,
     )  # fmt: skip
     asked = plan.Plan(variants, wanted, whole, ask)
+    check_positions(loaded, asked)
     if not thorough and not (length and trials):
         asked = within_time(loaded, asked, out, lengths=not length, trials=trials is None)
     questions = Questions(loaded, text=content, where=f"--text {text}")

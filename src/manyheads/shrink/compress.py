@@ -35,11 +35,7 @@ class Pass:
         return replace(self, queries=self.queries[:, :, :, :count].clone(), weights=())
 
     def on_batch(self, change: Callable[[Tensor], Tensor]) -> Pass:
-        seen = self.seen
-        padding = None if seen.padding is None else change(seen.padding)
-        tensor = None if seen.tensor is None or seen.tensor.shape[0] == 1 else change(seen.tensor)
-        seen = replace(seen, padding=padding, tensor=tensor)
-        return replace(self, queries=change(self.queries), seen=seen, weights=())
+        return replace(self, queries=change(self.queries), seen=self.seen.on_batch(change), weights=())
 
 
 @dataclass
@@ -60,6 +56,8 @@ class View:
     # What the policy keeps for the layer as a whole, rows of the batch first; and how the layer's keys are turned.
     memo: dict[str, Tensor] = field(default_factory=dict)
     angles: Tensor | None = None
+    # Tokens that are about to be fed, where room is made for them.
+    coming: int = 0
     # What layers hand on to each other within a pass.
     shared: dict[str, Any] = field(default_factory=dict)
 
@@ -104,6 +102,11 @@ class View:
         if padding is None:
             return torch.tensor([self.total], device=self.group.index.device)
         return padding[:, : self.total].sum(1)
+
+    @property
+    def fed(self) -> Tensor:
+        """[b or 1]: real tokens of each row, those that are coming included."""
+        return self.count + self.coming
 
     @cached_property
     def alive(self) -> Tensor:
@@ -184,7 +187,8 @@ def shrink(layer: Any, passes: list[Pass]) -> None:
             policy.observe(view)
         if acts:
             _evict(layer, views, coming=0, least=policy.interval if decoding else 1, fresh=not decoding)
-    _trim(layer)
+    if not layer.record_past:
+        trim(layer)
 
 
 def make_room(layer: Any, coming: int) -> None:
@@ -192,15 +196,13 @@ def make_room(layer: Any, coming: int) -> None:
     policy = layer.policy
     if policy.is_full or not policy.evicts_before or layer.last is None or not policy.acts(coming == 1):
         return
-    _evict(layer, _views(layer, [layer.last]), coming=coming, least=policy.interval, fresh=False)
+    _evict(layer, _views(layer, [layer.last], coming), coming=coming, least=policy.interval, fresh=False)
 
 
-def _views(layer: Any, passes: list[Pass]) -> list[View]:
+def _views(layer: Any, passes: list[Pass], coming: int = 0) -> list[View]:
     fixed = (layer.index, layer.layers, layer.seen, layer.window)
-    return [
-        View(group, place, passes, *fixed, memo=layer.memo, angles=layer.angles, shared=layer.shared)
-        for place, group in enumerate(layer.store.groups)
-    ]
+    own = {"memo": layer.memo, "angles": layer.angles, "coming": coming, "shared": layer.shared}
+    return [View(group, place, passes, *fixed, **own) for place, group in enumerate(layer.store.groups)]
 
 
 def _evict(layer: Any, views: list[View], *, coming: int, least: int, fresh: bool) -> None:
@@ -225,7 +227,10 @@ def _shared_out(layer: Any, views: list[View], coming: int) -> Tensor:
     keep to them."""
     policy = layer.policy
     base = policy.mean_target(layer, views[0])
-    mean = policy.allocation.of_layer(base, layer.index, layer.layers, views[0].count.cpu())
+    # What a head keeps whatever its budget is not there to be shared out.
+    spared = policy.smallest - 1
+    above = (base - spared).clamp_min(1), layer.index, layer.layers, (views[0].count.cpu() - spared).clamp_min(0)
+    mean = spared + policy.allocation.of_layer(*above)
     targets = _less(policy, policy.targets(mean, layer, len(layer.store.lengths())), coming)
     _set_targets(views, targets)
     targets = policy.allocation.of_heads(_all_scores(policy, views), targets.to(views[0].group.index.device)).cpu()
@@ -318,9 +323,9 @@ def _best(scores: Tensor, targets: Tensor) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(2, best, chosen.expand(best.shape))
 
 
-def _trim(layer: Any) -> None:
+def trim(layer: Any) -> None:
     """A sliding layer forgets what no coming token can see."""
-    if layer.window is None or layer.record_past:
+    if layer.window is None:
         return
     for group in layer.store.groups:
         if group.first is not None and group.length > layer.window - 1:

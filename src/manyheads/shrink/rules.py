@@ -128,7 +128,7 @@ class Rules:
 
     @property
     def is_full(self) -> bool:
-        none = self.compression_ratio is None and self.budget_tokens is None and self.budget_bytes is None
+        none = not self.compression_ratio and self.budget_tokens is None and self.budget_bytes is None
         return none or self.reads
 
     def score(self, view: View) -> Tensor:
@@ -170,7 +170,7 @@ class Rules:
         """[b or 1]: entries per head, on average."""
         if self.compression_ratio is not None:
             # As exact as the ratio was written: 10 tokens less a ratio of 0.9 is one token, not 0.99999.
-            return (view.count.cpu().double() * (1 - self.compression_ratio) + 1e-9).floor()
+            return (view.fed.cpu().double() * (1 - self.compression_ratio) + 1e-9).floor()
         return torch.tensor([self.fixed_target(layer)], dtype=torch.float64)
 
     def fixed_target(self, layer: Any) -> float:

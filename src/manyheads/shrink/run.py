@@ -37,6 +37,23 @@ from manyheads.shrink.report import write_outputs
 from manyheads.shrink.variants import Variant
 
 
+def check_positions(loaded: Loaded, plan: Plan) -> None:
+    """A ValueError where the model cannot be shrunk, or has no positions for what the plan asks."""
+    layer_plans(loaded.model)
+    most = getattr(loaded.config, "max_position_embeddings", None)
+    if most is not None and max(plan.lengths) + STEPS > most:
+        raise ValueError(
+            f"--length {max(plan.lengths)}: {loaded.name} knows {most} positions, and {STEPS} more are decoded"
+            f"; give at most {most - STEPS}"
+        )
+    for kind, amount in (variant.budget or ("", 0) for variant in plan.variants):
+        if most is not None and kind == "budget_tokens" and amount > most:
+            raise ValueError(
+                f"--budget-tokens {amount}: {loaded.name} knows {most} positions, so nothing would ever be "
+                f"dropped; give less"
+            )
+
+
 class Study:
     """One model, one plan. Cells know nothing of each other but the dense cache's distributions, taken once."""
 
@@ -48,19 +65,7 @@ class Study:
     def _check(self) -> None:
         """What would fail in every cell is said before the first."""
         model, plan = self.loaded.model, self.plan
-        layer_plans(model)
-        most = getattr(self.loaded.config, "max_position_embeddings", None)
-        if most is not None and max(plan.lengths) + STEPS > most:
-            raise ValueError(
-                f"--length {max(plan.lengths)}: {self.loaded.name} knows {most} positions, and {STEPS} more are decoded"
-                f"; give at most {most - STEPS}"
-            )
-        for kind, amount in (variant.budget or ("", 0) for variant in plan.variants):
-            if most is not None and kind == "budget_tokens" and amount > most:
-                raise ValueError(
-                    f"--budget-tokens {amount}: {self.loaded.name} knows {most} positions, so nothing would ever be "
-                    f"dropped; give less"
-                )
+        check_positions(self.loaded, plan)
         for length in plan.lengths:
             if "recall" in plan.tasks:
                 self.questions.recall(length, 0)

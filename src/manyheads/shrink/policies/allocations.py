@@ -29,6 +29,9 @@ class AdaKV:
     def of_heads(self, scores: Tensor, targets: Tensor) -> Tensor:
         b, heads, m = scores.shape
         targets = targets.expand(b, heads)
+        held = scores > -torch.inf
+        if bool((held.sum(-1) <= targets).all()):
+            return targets
         safe = (targets * self.floor).long()
         ranks = scores.argsort(-1, descending=True).argsort(-1)
         ahead = scores.double().masked_fill(ranks < safe[..., None], torch.inf)
@@ -36,8 +39,10 @@ class AdaKV:
         best = ahead.flatten(1).argsort(-1, descending=True)
         chosen = torch.arange(heads * m, device=scores.device) < total[:, None]
         taken = torch.zeros(b, heads * m, dtype=torch.bool, device=scores.device).scatter(1, best, chosen)
-        counts = (taken.view(b, heads, m) & (scores > -torch.inf)).sum(-1)
-        return counts.double().mean(0, keepdim=True).floor().long()
+        counts = (taken.view(b, heads, m) & held).sum(-1).double()
+        # What a short row cannot fill stays evenly shared out: it may grow, and must not take from the longer ones.
+        counts = counts + (targets.sum(-1) - counts.sum(-1))[:, None] / heads
+        return counts.mean(0, keepdim=True).floor().long()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,7 @@ class PyramidKV:
     def of_layer(self, mean: Tensor, layer: int, layers: int, count: Tensor) -> Tensor:
         if layers == 1:
             return mean
-        low = mean / self.beta
+        low = (mean / self.beta).clamp_min(1).minimum(mean)
         high = torch.minimum(2 * mean - low, torch.maximum(count.to(mean), mean))
         low = 2 * mean - high
         return (high - (high - low) * layer / (layers - 1)).floor()

@@ -25,7 +25,7 @@ class Duo(Policy):
     gates: [layers, KV heads], learned or measured, high for heads that look back. compression_ratio: the share of
     heads, lowest gates first over the whole model, that only keep sink_size + recent_size entries; the others keep all.
     budget_tokens (per head on average) instead: what the streaming heads leave of it is shared by the others, which
-    then drop their oldest; half of the heads stream unless streaming says otherwise.
+    then drop their oldest; half of the heads stream unless streaming says otherwise, and none while all tokens fit.
     Source: arXiv 2410.10819, mit-han-lab/duo-attention; ties there are broken by noise, here by order.
     """
 
@@ -48,7 +48,13 @@ class Duo(Policy):
                 "Duo: give budget_tokens or compression_ratio; heads that keep everything have no byte budget"
             )
         super().__post_init__()
-        share = self.streaming if self.streaming is not None else (self.compression_ratio or 0.5)
+        given = [own for own in (self.streaming, self.compression_ratio) if own is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"Duo: compression_ratio={self.compression_ratio} is the share of streaming heads itself; leave out "
+                f"streaming={self.streaming}, or give budget_tokens"
+            )
+        share = given[0] if given else 0.5
         self.full = full_heads(torch.tensor(self.gates, dtype=torch.float64), share)
 
     @staticmethod
@@ -66,7 +72,8 @@ class Duo(Policy):
     def mean_target(self, layer: Any, view: View) -> Tensor:
         if self.compression_ratio is not None:
             return torch.tensor([float(EVERYTHING)], dtype=torch.float64)
-        return super().mean_target(layer, view)
+        mean = super().mean_target(layer, view)
+        return torch.where(view.fed.cpu() <= mean, EVERYTHING, mean)
 
     def targets(self, mean: Tensor, layer: Any, heads: int) -> Tensor:
         if self.full.shape != (layer.layers, heads):
@@ -81,7 +88,7 @@ class Duo(Policy):
         if self.compression_ratio is None:
             streams = (~self.full).sum()
             keep = (mean * self.full.numel() - streams * torch.minimum(short, mean)) / self.full.sum().clamp_min(1)
-            short = torch.minimum(short, mean)
+            short = torch.where(mean < EVERYTHING, torch.minimum(short, mean), mean)[:, None]
         return torch.where(full[None], keep[:, None], short).long().clamp_min(self.smallest)
 
     def room(self, layer: Any) -> int | None:

@@ -37,9 +37,8 @@ class MoA(Policy):
             raise ValueError("MoA: give rules, a table [layers][KV heads] of (alpha, beta), or one rule for all heads")
         if not isinstance(self.sink_size, int) or self.sink_size < 0:
             raise ValueError(f"MoA: sink_size must be a whole number of at least 0; got {self.sink_size!r}")
-        given = [
-            key for key in ("compression_ratio", "budget_tokens", "budget_bytes", "allocation") if getattr(self, key)
-        ]
+        budgets = ("compression_ratio", "budget_tokens", "budget_bytes", "allocation")
+        given = [key for key in budgets if getattr(self, key) is not None]
         if given:
             raise ValueError(f"MoA: its rules are the budget; leave {', '.join(given)} out, or plan_spans(density=...)")
         for row in self.rules if self.rules is not None else [[self.rule]]:

@@ -28,8 +28,8 @@ class Razor(Policy):
     score. Others keep sink_size + max(recent_floor, N / compression) + 1 entries of N tokens.
     echo, induction: [layers, query heads or KV heads], of which the highest shares over all layers are retrieval heads
     (a KV head counts as its best query head); or retrieval: (layer, KV head) pairs.
-    compression_ratio instead: retrieval heads still keep all, the others what the ratio leaves them. budget_tokens: the
-    others keep the least they may; retrieval heads share what is left and summarise their oldest.
+    compression_ratio instead: retrieval heads still keep all, the others what the ratio leaves them. budget_tokens:
+    once not all tokens fit the others keep the least they may; retrieval heads share the rest, summarise their oldest.
     Source: arXiv 2407.15891, head search as in mindspore-ai/golden-stick. There the prompt alone is summarised; here
     decoded tokens join the mean as they leave. Layers with a sliding window drop without a summary.
     """
@@ -76,7 +76,7 @@ class Razor(Policy):
 
     @property
     def is_full(self) -> bool:
-        return False
+        return self.compression_ratio == 0
 
     def score(self, view: View) -> Tensor:
         latest = recency(view, self.sink_size)
@@ -84,7 +84,8 @@ class Razor(Policy):
 
     def mean_target(self, layer: Any, view: View) -> Tensor:
         if self.budget_tokens is not None:
-            return super().mean_target(layer, view)
+            mean = super().mean_target(layer, view)
+            return torch.where(view.fed.cpu() <= mean, EVERYTHING, mean)
         count = view.count.cpu().double()
         if self.compression_ratio is not None:
             return count
@@ -104,7 +105,7 @@ class Razor(Policy):
                 )
             others = (mean * left / max(1, few) + 1e-9).floor()
         if self.budget_tokens is not None:
-            others = mean.clamp_max(self.sink_size + self.recent_floor + 1)
+            others = torch.where(mean < EVERYTHING, mean.clamp_max(self.sink_size + self.recent_floor + 1), mean)
             keep = (mean * full.numel() - others * few) / max(1, many)
         return torch.where(full[layer.index][None], keep[:, None], others[:, None]).long().clamp_min(self.smallest)
 
