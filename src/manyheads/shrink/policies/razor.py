@@ -29,7 +29,7 @@ class Razor(Policy):
     echo, induction: [layers, query heads or KV heads], of which the highest shares over all layers are retrieval heads
     (a KV head counts as its best query head); or retrieval: (layer, KV head) pairs.
     compression_ratio instead: retrieval heads still keep all, the others what the ratio leaves them. budget_tokens:
-    once not all tokens fit the others keep the least they may; retrieval heads share what is left, summarise their oldest.
+    once not all tokens fit the others keep the least they may; retrieval heads share the rest, summarise their oldest.
     Source: arXiv 2407.15891, head search as in mindspore-ai/golden-stick. There the prompt alone is summarised; here
     decoded tokens join the mean as they leave. Layers with a sliding window drop without a summary.
     """
