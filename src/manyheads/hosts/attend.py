@@ -40,7 +40,8 @@ class Scoring:
 
 def pack(query: Tensor, kv_heads: int) -> Tensor:
     """[b, h, n, d] -> [b, g, r, n, d]; query head i reads KV head i // r."""
-    return query.unflatten(1, (kv_heads, -1))
+    b, h, n, d = query.shape
+    return query.reshape(b, kv_heads, h // kv_heads, n, d)
 
 
 def query_blocks(queries: Tensor, keys: int) -> Iterator[slice]:
@@ -96,18 +97,19 @@ def one_query(
 ) -> tuple[Tensor, Tensor | None]:
     """Decoding: the r heads of a group stand in line as r queries of one head. The output [b, g, r, 1, dv], and the
     weights [b, g, r, 1, m] where they were made on the way."""
+    line = queries.select(3, 0)
     if scoring.plain and not lies_by_feature(keys):
-        line = queries[:, :, :, 0]
         if seen is not None:
             seen = seen.expand(-1, -1, line.shape[2], -1)
             seen = seen if seen.dtype == torch.bool else seen.to(line.dtype)
         out = scaled_dot_product_attention(line, keys, values, attn_mask=seen, scale=scoring.scale)
         return out.unsqueeze(3), None
     if scoring.plain and seen is None:
-        weights = ((queries[:, :, :, 0] * scoring.scale) @ keys.transpose(2, 3)).softmax(-1)
+        weights = torch.matmul(line * scoring.scale, keys.transpose(2, 3)).softmax(-1)
     else:
-        weights = probabilities(queries, keys, scoring, seen)[:, :, :, 0]
-    return (weights.to(values.dtype) @ values).unsqueeze(3), weights.unsqueeze(3)
+        weights = probabilities(queries, keys, scoring, seen).select(3, 0)
+    mixed = torch.matmul(weights if weights.dtype == values.dtype else weights.to(values.dtype), values)
+    return mixed.unsqueeze(3), weights.unsqueeze(3)
 
 
 def _block(queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring, seen: Tensor | None) -> Tensor:

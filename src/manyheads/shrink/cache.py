@@ -75,7 +75,7 @@ class RaggedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        cache = self._cache()
+        cache = self._cache() if self.index == 0 else None
         if cache is not None:
             cache.check_attached()
         if not self.is_initialized:
@@ -143,6 +143,8 @@ class RaggedLayer(CacheLayerMixin):
         with torch.no_grad():
             self.finish(Pass(packed, scoring, seen, () if self.record_past else tuple(self._made)))
         self._made = []
+        if out.shape[3] == 1:
+            return out.reshape(out.shape[0], 1, -1, out.shape[-1])
         return out.flatten(1, 2).transpose(1, 2).contiguous()
 
     def finish(self, done: Pass) -> None:

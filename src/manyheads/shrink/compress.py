@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,9 @@ class Pass:
     weights: tuple[Tensor | None, ...] = ()
 
     def first_queries(self, count: int) -> Pass:
+        some = self.queries[:, :, :, :count]
         # A copy: a slice, even an empty one, would hold on to the whole pass' memory.
-        return replace(self, queries=self.queries[:, :, :, :count].clone(), weights=())
+        return Pass(some if self.queries.shape[3] == 1 else some.clone(), self.scoring, self.seen)
 
     def on_batch(self, change: Callable[[Tensor], Tensor]) -> Pass:
         return replace(self, queries=change(self.queries), seen=self.seen.on_batch(change), weights=())
@@ -51,7 +52,7 @@ class View:
     # Tokens fed so far: the slot of the next one.
     total: int
     window: int | None
-    # [b or 1, g]: entries that the heads of the group may keep; set before score is asked.
+    # [b or 1, g or 1]: entries that the heads of the group may keep; set before score is asked.
     targets: Tensor | None = None
     # What the policy keeps for the layer as a whole, rows of the batch first; and how the layer's keys are turned.
     memo: dict[str, Tensor] = field(default_factory=dict)
@@ -211,11 +212,12 @@ def _evict(layer: Any, views: list[View], *, coming: int, least: int, fresh: boo
     if fresh and policy.allocation is not None:
         targets = _shared_out(layer, views, coming)
     else:
-        targets, most = _targets(layer, views[0], coming, fresh)
-        if most < least:
+        found = _targets(layer, views[0], coming, fresh)
+        if found.over < least:
             return
-        if most == 1 and _replaces(layer, views, targets):
+        if found.over == 1 and found.even is not None and _replaces(layer, views, found):
             return
+        targets = found.entries
     _set_targets(views, targets)
     layer.store.evict([_keep(policy, view) for view in views], layer.spare, layer.slack)
     for view in _views(layer, views[0].passes):
@@ -238,9 +240,17 @@ def _shared_out(layer: Any, views: list[View], coming: int) -> Tensor:
     return targets
 
 
-def _targets(layer: Any, view: View, coming: int, fresh: bool) -> tuple[Tensor, int]:
-    """Entries for every head [b or 1, H], and by how many the longest stands above. Layers that hold alike are told
-    alike: what the first of them finds out serves all."""
+class _Targets(NamedTuple):
+    """entries [b or 1, H] for every head; over: by how many the longest head stands above; even: the number of entries
+    [1, 1], where it is one for all rows and heads and every head stands as far above."""
+
+    entries: Tensor
+    over: int
+    even: Tensor | None
+
+
+def _targets(layer: Any, view: View, coming: int, fresh: bool) -> _Targets:
+    """Layers that hold alike are told alike: what the first of them finds out serves all."""
     policy, lengths = layer.policy, layer.store.lengths()
     apart = policy.by_layer or layer.shares is not None or layer.window is not None
     asked = (coming, fresh, tuple(lengths), layer.index if apart else None)
@@ -250,13 +260,16 @@ def _targets(layer: Any, view: View, coming: int, fresh: bool) -> tuple[Tensor, 
     if at[0] != moment[0] or at[1] is not moment[1]:
         told = {}
     if asked in told:
-        return told[asked]
+        known: _Targets = told[asked]
+        return known
     mean = policy.mean_target(layer, view)
     targets = policy.targets(mean, layer, len(lengths))
     if layer.shares is not None and not fresh:
         targets = (layer.shares * mean.floor()[:, None]).round().long()
     targets = _less(policy, targets, coming)
-    found = targets, int((torch.tensor(lengths)[None] - targets).max())
+    above = torch.tensor(lengths)[None] - targets
+    even = int(above.min()) == int(above.max()) and len(set(lengths)) == 1
+    found = _Targets(targets, int(above.max()), targets[:1, :1].to(view.group.index.device) if even else None)
     view.shared[f"targets {coming}"] = moment, told
     told[asked] = found
     return found
@@ -266,20 +279,18 @@ def _less(policy: Any, targets: Tensor, coming: int) -> Tensor:
     return (targets - coming).clamp_min(policy.smallest - 1) if coming else targets
 
 
-def _replaces(layer: Any, views: list[View], targets: Tensor) -> bool:
+def _replaces(layer: Any, views: list[View], targets: _Targets) -> bool:
     """Decoding as it mostly is: every head is one entry over, and every row holds one at every place. Then the last
     entry takes the place of the one that leaves, and nothing is ranked or counted."""
     policy, seen = layer.policy, views[0].passes[-1].seen
     plain = seen.padding is None and seen.tensor is None and layer.window is None
     if not plain or not policy.drops_alone or not all(view.group.simple for view in views):
         return False
-    if int(targets.min()) != int(targets.max()) or {view.group.length for view in views} != {int(targets.max()) + 1}:
-        return False
     if any(view.group.capacity > view.group.length + layer.spare(view.group.length, view.group.heads) + layer.slack
            for view in views):  # fmt: skip
         return False
-    _set_targets(views, targets)
     for view in views:
+        view.targets = targets.even
         view.group.replace(policy.worst(view))
     for view in _views(layer, views[0].passes):
         policy.placed(layer, view)

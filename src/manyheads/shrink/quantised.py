@@ -98,7 +98,7 @@ class Codec:
         recent = self._latest
         if not recent.length:
             recent.first = slot
-        recent.append({name: new[name].detach() for name in NAMES}, slot, ROOM)
+        recent.append({name: new[name].detach() for name in NAMES}, slot, lambda length, heads: ROOM)
         coded = {name: row for name, row in new.items() if name not in NAMES}
         if self._size is None:
             blank = {name: (*new[name].shape[:3], self._packed(name)) for name in NAMES}

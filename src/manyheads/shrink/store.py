@@ -88,7 +88,7 @@ class Group:
         """[b, g, m, ...]: what is held itself, or keys and values decoded from it; written to by `put` alone."""
         if self.codec is not None and name in ("keys", "values"):
             return self.codec.view(self, name)
-        return self.rows[name][:, :, self.start : self.start + self.length]
+        return self.rows[name].narrow(2, self.start, self.length)
 
     def slots(self) -> Tensor:
         """[b, g, m] of the tokens held ([1, 1, m] while they are counted)."""
@@ -129,17 +129,22 @@ class Group:
         slots[:, :, self.start : self.start + self.length] = self.slots()
         self.rows["slots"], self.first = slots, None
 
-    def append(self, new: dict[str, Tensor], slot: int, spare: int) -> None:
-        """new: name -> [b, g, n, ...] of the tokens at slot, slot + 1, ..."""
+    def append(self, new: dict[str, Tensor], slot: int, spare: Spare) -> None:
+        """new: name -> [b, g, n, ...] of the tokens at slot, slot + 1, ... Asks for spare room when it runs out."""
         count = new["keys"].shape[2]
         if self.start + self.length + count > self.capacity or not self.owned:
-            self._move(self.length + count + max(spare, 0))
+            self._move(self.length + count + max(spare(self.length, self.heads), 0))
         end = self.start + self.length
         for name, row in self.rows.items():
-            if name == "slots":
-                row[:, :, end : end + count] = torch.arange(slot, slot + count, device=row.device, dtype=row.dtype)
+            place = row.narrow(2, end, count)
+            if name in new:
+                place.copy_(new[name])
+            elif name != "slots":
+                place.zero_()
+            elif count == 1:
+                place.fill_(slot)
             else:
-                row[:, :, end : end + count] = new.get(name, 0)
+                place.copy_(torch.arange(slot, slot + count, device=row.device))
         if self._queue is not None:
             self._queue.extend(range(self.length, self.length + count))
         self.length += count
@@ -292,7 +297,7 @@ class Store:
             new = self.codec.take(new, slot)
         for group in self.groups:
             own = new if len(self.groups) == 1 else {k: row.index_select(1, group.index) for k, row in new.items()}
-            group.append(own, slot, spare(group.length, group.heads))
+            group.append(own, slot, spare)
 
     def adopt(self, new: dict[str, Tensor], slot: int) -> None:
         """Takes the tensors of a first pass as they are: for a pass after which most of them will be dropped."""

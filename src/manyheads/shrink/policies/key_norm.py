@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from manyheads.shrink.compress import View
@@ -26,7 +27,12 @@ class KeyNorm(Policy):
     def observe(self, view: View) -> None:
         if self.notes:
             new = min(view.group.length, sum(done.queries.shape[3] for done in view.passes))
-            view.note("norm")[:, :, -new:] = view.keys[:, :, -new:].float().norm(dim=-1)
+            keys = view.keys.narrow(2, view.group.length - new, new)
+            view.note("norm").narrow(2, view.group.length - new, new).copy_(_norm(keys))
 
     def score(self, view: View) -> Tensor:
-        return -(view.note("norm") if self.notes else view.keys.float().norm(dim=-1))
+        return -(view.note("norm") if self.notes else _norm(view.keys))
+
+
+def _norm(keys: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(keys, dim=-1, dtype=torch.promote_types(keys.dtype, torch.float32))
