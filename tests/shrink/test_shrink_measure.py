@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,17 +14,20 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.probes import NAMES
 from manyheads.hosts.questions import Questions, Trial, held_out, keys_in, split
-from manyheads.shrink import Full, SnapKV, StreamingLLM, measure, release
+from manyheads.shrink import Full, Policy, SnapKV, StreamingLLM, measure, release
 from manyheads.shrink.measure import (
     agreed,
     batches,
     continuation,
+    follow,
+    follow_and_go_on,
     measure_answers,
     measure_cost,
     measure_text,
     take_reference,
     windows_cut,
 )
+from manyheads.shrink.variants import known_policies
 
 SIZES = {"layers": 2, "kv_heads": 2, "head_dim": 8}
 
@@ -250,3 +254,47 @@ def test_costs_are_of_both_caches(small: Loaded) -> None:
         assert found[name] >= 0
         assert found[f"dense_{name}"] >= 0
     assert found["prefill_s"] > found["decode_s"] > 0
+
+
+def of_a_ratio() -> dict[str, Policy | None]:
+    """Policies by name that take a ratio and no profile of heads; all of a cache; the dense one."""
+    found: dict[str, Policy | None] = {"dense": None, "full": Full()}
+    for name, cls in known_policies().items():
+        with suppress(ValueError):
+            found.setdefault(name, cls(compression_ratio=0.5))
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", of_a_ratio())
+def test_following_and_going_on_at_once_is_each_by_itself(small: Loaded, name: str, rows: int) -> None:
+    """Logits, greedy tokens and bytes."""
+    policy = of_a_ratio()[name]
+    tokens = torch.randint(0, 256, (rows, 76), generator=torch.Generator().manual_seed(3))
+    prefix, tail = tokens[:, :60], tokens[:, 60:]
+    apart: list[Tensor] = []
+    held = follow(small.model, policy, prefix, tail, lambda _, logits: apart.append(logits))
+    for count in (1, 2, 8, 16, 20):
+        together: list[Tensor] = []
+        size, said = follow_and_go_on(
+            small.model, policy, prefix, tail, lambda _, own, to=together: to.append(own), count
+        )
+        assert size == held
+        torch.testing.assert_close(torch.stack(together), torch.stack(apart), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(said, continuation(small.model, policy, prefix, count))
+
+
+def test_a_window_of_text_is_read_once(small: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its tail and for what the model goes on with, by the dense cache and by a policy."""
+    trials = windows_cut([list(range(80)), list(range(80, 160))], 16)
+    read: list[int] = []
+    once = measure.step
+
+    def counted(model: Any, tokens: Tensor, cache: Any) -> Tensor:
+        read.append(tokens.shape[1])
+        return once(model, tokens, cache)
+
+    monkeypatch.setattr(measure, "step", counted)
+    dense = take_reference(small.model, trials, 8)
+    measure_text(small.model, SnapKV(compression_ratio=0.5), trials, dense)
+    assert read == [64, *[1] * 15, 64, *[1] * 15]

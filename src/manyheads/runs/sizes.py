@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,10 +38,11 @@ class Speed:
         most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _TRIED
         device = next(model.parameters()).device
         clock = clock or clock_of(device)
+        last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
         took: dict[int, float] = {}
         for n in (1, min(_TRIED, most)):
             ids = torch.ones(1, n, dtype=torch.long, device=device)
-            run = partial(model.base_model, input_ids=ids, use_cache=False)
+            run = partial(model, input_ids=ids, use_cache=False, **last)
             took[n] = min(_timed(run, device, clock) for _ in range(2))
         (_, once), (n, long) = min(took.items()), max(took.items())
         return cls(once, max(long - once, 0.0) / n or once, far(model))

@@ -82,6 +82,33 @@ def continuation(model: Any, policy: Policy | None, prefix: Tensor, count: int) 
     return torch.cat(tokens, 1)
 
 
+@torch.no_grad()
+def follow_and_go_on(
+    model: Any, policy: Policy | None, prefix: Tensor, tail: Tensor, see: See, count: int
+) -> tuple[int, Tensor]:
+    """What `follow` and `continuation` give, of one prompt: rows that follow the tail, and beside them, until they are
+    done, the same rows going on by themselves."""
+    if not 1 < count <= tail.shape[1]:
+        return follow(model, policy, prefix, tail, see), continuation(model, policy, prefix, count)
+    rows = torch.arange(len(prefix), device=prefix.device)
+    with filled(model, policy) as cache:
+        logits = step(model, prefix, cache)
+        see(0, logits)
+        said = [logits.argmax(-1, keepdim=True)]
+        cache.reorder_cache(rows.repeat(2))
+        for i in range(1, tail.shape[1]):
+            given = tail[:, i - 1 : i]
+            if len(said) == count:
+                see(i, step(model, given, cache))
+                continue
+            logits = step(model, torch.cat([given, said[-1]]), cache)
+            see(i, logits[: len(rows)])
+            said.append(logits[len(rows) :].argmax(-1, keepdim=True))
+            if len(said) == count:
+                cache.batch_select_indices(rows)
+        return cache_bytes(cache), torch.cat(said, 1)
+
+
 # -- answers -------------------------------------------------------------------------------------------------------
 
 
@@ -146,9 +173,14 @@ def take_reference(model: Any, trials: Sequence[Trial], greedy: int) -> Referenc
     for batch in batches(trials):
         prefix, tail = (_tensor(model, [getattr(trial, part) for trial in batch]) for part in ("prefix", "tail"))
         rows: list[Tensor] = []
-        held += follow(model, None, prefix, tail, lambda _, logits, rows=rows: rows.append(_log(logits)))  # type: ignore[misc]
+
+        def see(i: int, logits: Tensor, rows: list[Tensor] = rows) -> None:
+            rows.append(_log(logits))
+
+        size, said = follow_and_go_on(model, None, prefix, tail, see, greedy)
+        held += size
         expected.append(torch.stack(rows, 1).cpu())
-        tokens.append(continuation(model, None, prefix, greedy).cpu())
+        tokens.append(said.cpu())
     return Reference(torch.cat(expected), torch.cat(tokens), held / len(trials))
 
 
@@ -175,9 +207,10 @@ def measure_text(model: Any, policy: Policy | None, trials: Sequence[Trial], den
             sums[1] += (wanted.exp() * (wanted - found)).double().sum()
             sums[2] += (wanted.argmax(-1) == found.argmax(-1)).sum()
 
-        held += follow(model, policy, prefix, tail, see)
         greedy = dense.greedy[here]
-        alike.append(agreed(continuation(model, policy, prefix, greedy.shape[1]).cpu(), greedy))
+        size, said = follow_and_go_on(model, policy, prefix, tail, see, greedy.shape[1])
+        held += size
+        alike.append(agreed(said.cpu(), greedy))
         done += len(batch)
     nats, kl, top = (sums / count).tolist()
     return _text_outcome(nats / math.log(2), count) | {

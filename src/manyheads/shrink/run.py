@@ -142,7 +142,7 @@ class Study:
 
     def weight(self, cell: Cell) -> float:
         """What a cell costs, for the time that is left."""
-        return self.plan.seconds(self._speed, cell.place["task"], cell.place["n"])
+        return self.plan.seconds(self._speed, cell.place["task"], cell.place["n"], cell.mechanism == DENSE)
 
     @cached_property
     def _speed(self) -> Speed:
