@@ -1,0 +1,76 @@
+"""Decoding drops one entry at a time in a way of its own: it must be the general way's result, and be taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_families import prompt, tiny
+from torch import Tensor
+
+from manyheads.shrink import H2O, TOVA, KeyNorm, Policy, StreamingLLM, compress
+
+POLICIES: list[Policy] = [
+    StreamingLLM(budget_tokens=8, sink_size=2),
+    StreamingLLM(compression_ratio=0.5, sink_size=3),
+    StreamingLLM(budget_tokens=8, sink_size=0),
+    StreamingLLM(budget_tokens=8, sink_size=2, positions="text"),
+    KeyNorm(budget_tokens=8),
+    KeyNorm(compression_ratio=0.4),
+    TOVA(budget_tokens=8),
+    TOVA(compression_ratio=0.5, shared=True),
+    H2O(budget_tokens=8),
+    H2O(compression_ratio=0.5, recent_size=2),
+]
+
+
+def name(policy: Policy) -> str:
+    return repr(policy.to_dict()) + type(policy).__name__
+
+
+def decoded(policy: Policy, family: str, rows: int) -> tuple[Tensor, list[Any]]:
+    """Logits of a prompt and 30 tokens, and the slots that every layer holds after each."""
+    model = tiny(family)
+    # No token twice: equal keys have equal norms, and which of them leaves is nobody's promise.
+    draw = torch.Generator().manual_seed(5)
+    tokens = torch.stack([torch.randperm(model.config.vocab_size, generator=draw)[:45] for _ in range(rows)])
+    cache = policy.make_cache(model)
+    logits, held = [], []
+    with torch.no_grad():
+        for start, stop in [(0, 15), *((i, i + 1) for i in range(15, 45))]:
+            logits.append(model(tokens[:, start:stop], past_key_values=cache).logits)
+            groups = [group for layer in cache.layers for group in layer.store.groups]
+            held.append([own.slots().expand(rows, len(own.heads), -1).sort(-1).values.tolist() for own in groups])
+    return torch.cat(logits, 1), held
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("policy", POLICIES, ids=name)
+def test_it_is_what_the_general_way_gives(
+    policy: Policy, family: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    quick = compress._replaces
+
+    def counted(*args: Any) -> bool:
+        taken.append(quick(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(compress, "_replaces", counted)
+    logits, held = decoded(policy, family, rows)
+    assert sum(taken) > 30, "the quick way was hardly taken"
+    monkeypatch.setattr(compress, "_replaces", lambda *args: False)
+    wanted, kept = decoded(policy, family, rows)
+    assert held == kept
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_hold_different_tokens_have_no_common_oldest() -> None:
+    """Key norms keep other tokens in every head: then a place of one head says nothing of another's."""
+    model = tiny("llama")
+    cache = KeyNorm(budget_tokens=8).make_cache(model)
+    with torch.no_grad():
+        model(prompt(2, 20), past_key_values=cache)
+    assert all(group.oldest(0) is None for layer in cache.layers for group in layer.store.groups)
