@@ -16,7 +16,7 @@ from manyheads.runs.sizes import chosen_note, clock_of, first_within
 SAMPLES = ((256, 4), (256, 2), (128, 2), (128, 1))
 STEPS = (10, 5, 0)
 # Seconds that the samples and the curves may take.
-ROOM = (8.0, 15.0)
+ROOM = (6.0, 12.0)
 # Reading the weights once takes a core as long as about so many tokens.
 _READ = 20
 

@@ -22,7 +22,7 @@ ON_REQUEST = ("previous", "duplicate")
 _SHORTEST = 64
 LENGTH, STEPS = 512, 120
 # Choices of tokens and steps for models on which these take longer than ROOM seconds.
-CHOICES = ((512, 120), (512, 60), (512, 40), (256, 60), (256, 40), (128, 40), (128, 20))
+CHOICES = ((512, 120), (512, 60), (512, 40), (256, 60), (256, 40), (256, 30), (128, 40), (128, 20))
 ROOM = 240.0
 
 

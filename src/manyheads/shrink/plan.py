@@ -50,10 +50,9 @@ def choices(whole: Sizes, *, lengths: bool, trials: bool) -> list[Sizes]:
     counts = (whole.trials, 1) if trials else (whole.trials,)
     few = replace(whole, depths=_FEW, windows=min(2, whole.windows), repeats=1)
     found = [whole, *(replace(few, lengths=some, trials=count) for some in of_lengths for count in counts)]
-    shortest = found[-1]
-    if lengths and shortest.lengths[-1] >= 512:
-        shortest = replace(shortest, lengths=(256,))
-    return list(dict.fromkeys([*found, replace(shortest, windows=1)]))
+    if lengths:
+        found += [replace(found[-1], lengths=(length,)) for length in (384, 256) if length < found[-1].lengths[-1]]
+    return list(dict.fromkeys([*found, replace(found[-1], windows=1)]))
 
 
 @dataclass(frozen=True)
