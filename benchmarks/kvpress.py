@@ -3,6 +3,7 @@
     python benchmarks/kvpress.py --make-env DIR                        # kvpress wants an older transformers: once
     python benchmarks/kvpress.py --kvpress-python DIR/bin/python       # both sides, in turns
     ... --lengths 4096 --kept-only      what is kept, with no timing and no results file
+    ... --model smollm2                 a real model with a key in real text, contexts 512, 2048 and 7900 unless told
     ... --fixture                       rewrites tests/shrink/kvpress_kept.json
 
 One Llama-shaped stack, 32 query heads on 8, d 128, batch 1, with random weights and a prompt of random embeddings (no
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -72,6 +74,8 @@ class Side:
         self.model = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation=attention)).to(getattr(torch, dtype))
         self.model.load_state_dict(load_file(self.folder / "weights.safetensors"))
         self.model.eval()
+        # A question and its answer, where the prompt is text; else any tokens.
+        self.tail: list[int] = json.loads((self.folder / "tail.json").read_text()).get("tail", [])
         self.context, self.fed = 0, 0
         self.cache: Any = None
 
@@ -108,14 +112,16 @@ class Side:
         save_file({str(i): self.positions(i).contiguous() for i in range(len(self.cache.layers))}, path)
         return {"path": str(path)}
 
-    def decode(self, steps: int) -> dict[str, Any]:
+    def decode(self, steps: int, keep: bool = True) -> dict[str, Any]:
         logits = []
         start, worked = time.perf_counter(), time.process_time()
         for _ in range(steps):
             position = torch.tensor([[self.context + self.fed]])
+            token = self.tail[self.fed % len(self.tail)] if self.tail else 7 + self.fed % 8
             with torch.no_grad():
-                out = self.model(torch.tensor([[7 + self.fed % 8]]), past_key_values=self.cache, position_ids=position)
-            logits.append(out.logits[0, -1].tolist())
+                out = self.model(torch.tensor([[token]]), past_key_values=self.cache, position_ids=position)
+            if keep:
+                logits.append(out.logits[0, -1].tolist())
             self.fed += 1
         seconds = {"ms": time.perf_counter() - start, "cpu_ms": time.process_time() - worked}
         return {name: 1e3 * own / steps for name, own in seconds.items()} | {"logits": logits}
@@ -123,7 +129,7 @@ class Side:
     def peak(self, steps: int) -> dict[str, Any]:
         """The process' peak while decoding, over what it held before there was a cache."""
         peak_reset()
-        self.decode(steps)
+        self.decode(steps, keep=False)
         return {"peak": peak_since(self.base)}
 
     @staticmethod
@@ -320,9 +326,14 @@ class Remote:
 class Both:
     """A folder of weights, and the two sides that read it."""
 
-    def __init__(self, python: str, folder: str, settings: dict[str, Any], weights: Any, prompt: Tensor, dtype: str):
+    def __init__(
+        self, python: str, folder: str, settings: dict[str, Any], weights: Any, prompt: Tensor, dtype: str,
+        trial: dict[str, Any] | None = None,
+    ):  # fmt: skip
         from safetensors.torch import save_file
 
+        self.trial = trial or {}
+        (Path(folder) / "tail.json").write_text(json.dumps(self.trial))
         (Path(folder) / "settings.json").write_text(json.dumps(settings))
         save_file({name: own.contiguous() for name, own in weights.items()}, Path(folder) / "weights.safetensors")
         save_file({"prompt": prompt}, Path(folder) / "prompt.safetensors")
@@ -381,12 +392,12 @@ def agreement(both: Both, policy: str, ratio: float, settings: dict[str, int]) -
 def in_turns(both: Both) -> dict[str, float]:
     """As common.pair, across two processes, each timing itself. ratio: median of ours / theirs. cpu_ratio: the same of
     the processors' time, which a busy machine disturbs less."""
-    both("decode", steps=2)
+    both("decode", steps=2, keep=False)
     a, b = [], []
     for turn in range(ROUNDS):
         first = [(a, both.ours), (b, both.theirs)]
         for times, side in first if turn % 2 else reversed(first):
-            times.append(side("decode", steps=STEPS))
+            times.append(side("decode", steps=STEPS, keep=False))
     found = {}
     for clock in ("", "cpu_"):
         ours, theirs = ([own[f"{clock}ms"] for own in times] for times in (a, b))
@@ -400,8 +411,11 @@ def case(both: Both, policy: str, ratio: float, length: int, whole: bool, timed:
     row: dict[str, Any] = {"what": "decode", "policy": policy, "context": length, "compression_ratio": ratio}
     sizes = both("compressed", policy=policy, ratio=ratio, whole=whole, **settings)
     row |= agreement(both, policy, ratio, settings)
-    a, b = (torch.tensor(found["logits"]) for found in both("decode", steps=4))
+    tail = both.trial.get("tail", [])
+    a, b = (torch.tensor(found["logits"]) for found in both("decode", steps=max(4, len(tail) - 1)))
     row["logits_apart"] = float((a - b).abs().max() / b.abs().max())
+    if tail:
+        row |= answers(both.trial, a, b)
     if not timed:
         return row
     row |= in_turns(both) | {"target": 1 / 3}
@@ -410,6 +424,49 @@ def case(both: Both, policy: str, ratio: float, length: int, whole: bool, timed:
     for side, found in zip(("ours", "theirs"), both("peak", steps=16), strict=True):
         row[f"{side}_decode_peak"] = found["peak"]
     return row
+
+
+def answers(trial: dict[str, Any], ours: Tensor, theirs: Tensor) -> dict[str, Any]:
+    """Of logits [n, vocabulary] after each token of a question with its answer: whether the answer is right, token by
+    token, and how far the two sides' expectations are apart."""
+    start, stop = trial["answer"]
+    wanted = torch.tensor(trial["tail"][start:stop])
+    a, b = (own.log_softmax(-1) for own in (ours, theirs))
+    return {
+        "kl_bits": float((b.exp() * (b - a)).sum(-1).mean().clamp_min(0)) / math.log(2),
+        **{
+            f"{side}_answers": bool((own[start - 1 : stop - 1].argmax(-1) == wanted).all())
+            for side, own in (("ours", ours), ("theirs", theirs))
+        },
+    }
+
+
+def compare_real(python: str, name: str, lengths: list[int], dtype: str) -> None:
+    """The same on a real model: a key told in the middle of real text, and asked for."""
+    from manyheads.hosts.loading import load_model
+    from manyheads.hosts.questions import Questions
+
+    loaded = load_model(name)
+    config = loaded.model.config.to_dict()
+    settings = {key: config[key] for key in (*SETTINGS, "rms_norm_eps", "rope_parameters", "tie_word_embeddings")}
+    weights = {key: own.clone() for key, own in loaded.model.state_dict().items()}
+    rows = []
+    for length in lengths:
+        trial = Questions(loaded).passkey(length, 0.5, 0)
+        told = {"tail": trial.tail, "answer": trial.answers[0]}
+        with torch.no_grad():
+            prompt = loaded.model.get_input_embeddings()(torch.tensor([trial.prefix]))
+        with tempfile.TemporaryDirectory() as folder:
+            both = Both(python, folder, settings, weights, prompt, dtype, told)
+            if not rows:
+                rows.append({"what": "kvpress' environment", "model": name, **both.theirs("about")})
+            both("prompt", length=len(trial.prefix))
+            for policy in CASES:
+                for ratio in RATIOS:
+                    rows.append(case(both, policy, ratio, len(trial.prefix), False, True))
+                    print(json.dumps(rows[-1]), flush=True)
+            both.close()
+    save("kvpress-real", "cpu", rows)
 
 
 def compare(python: str, lengths: list[int], dtype: str, timed: bool) -> None:
@@ -474,7 +531,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--make-env", metavar="DIR")
     parser.add_argument("--kvpress-python", metavar="PATH")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--lengths", type=int, nargs="+")
+    parser.add_argument("--model", metavar="MODEL", help="a real model, as `manyheads shrink` takes one")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
     parser.add_argument("--kept-only", action="store_true")
     parser.add_argument("--fixture", action="store_true")
@@ -488,8 +546,10 @@ def main() -> None:
         parser.error("give --kvpress-python DIR/bin/python, the environment that --make-env DIR makes")
     elif given.fixture:
         fixture(given.kvpress_python)
+    elif given.model:
+        compare_real(given.kvpress_python, given.model, given.lengths or [512, 2048, 7900], given.dtype)
     else:
-        compare(given.kvpress_python, given.lengths, given.dtype, not given.kept_only)
+        compare(given.kvpress_python, given.lengths or [4096, 16384], given.dtype, not given.kept_only)
 
 
 if __name__ == "__main__":
