@@ -1,6 +1,6 @@
 """Every policy on a real language model, beside transformers' DynamicCache: time, bytes, and what is lost.
 
-    python benchmarks/real.py                          # smollm2, contexts 512, 2048 and 7900; about 20 minutes
+    python benchmarks/real.py                          # smollm2, contexts 512, 2048 and 7900; about 15 minutes
     python benchmarks/real.py --contexts 512 --keys 1  # a quick look; --model FOLDER for another model
 
 For each context one prompt of library text passes the model once under DynamicCache and once under all policies
@@ -48,7 +48,7 @@ from manyheads.shrink.compress import Pass
 from manyheads.shrink.measure import cache_bytes, step
 
 RATIOS = (0.5, 0.75)
-TAIL, STEPS, WARM = 32, 10, 2
+TAIL, STEPS, WARM = 24, 10, 2
 DENSE = "DynamicCache"
 
 
@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 7900])
-    parser.add_argument("--keys", type=int, default=3, help="hidden keys per context")
+    parser.add_argument("--keys", type=int, default=2, help="hidden keys per context")
     parser.add_argument("--dry", action="store_true", help="print, and leave the committed results alone")
     given = parser.parse_args()
     torch.set_num_threads(1)
