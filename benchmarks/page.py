@@ -126,9 +126,9 @@ def _real(rows: list[Row]) -> list[str]:
                 f"{row['bytes_ratio']:.2f}",
                 f"{row['kl_bits']:.3f}",
                 f"{row['bits']:.2f}",
-                f"{row['passkeys']} of {row['keys']}",
+                f"{row['passkeys']} of {row['keys']}" if row["keys"] else "not asked",
             ]
-            for row in rows
+            for row in sorted(rows, key=lambda row: int(row["context"]))
         ),
     )
 

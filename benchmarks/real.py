@@ -15,6 +15,7 @@ Left out: Duo, Razor and MoA (they need a profile of the heads), LoCoCo (it is t
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import time
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import save
+from common import RESULTS, save
 from manyheads.hosts.attend import pack
 from manyheads.hosts.attention import attach, detach
 from manyheads.hosts.generation import library_cache
@@ -220,22 +221,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 7900])
-    parser.add_argument("--keys", type=int, default=2, help="hidden keys per context")
+    parser.add_argument("--keys", type=int, default=2, help="hidden keys per context; 0 asks for none")
     parser.add_argument("--dry", action="store_true", help="print, and leave the committed results alone")
     given = parser.parse_args()
     torch.set_num_threads(1)
     loaded = load_model(given.model)
-    rows: list[dict[str, Any]] = []
     with torch.no_grad():
         for context in given.contexts:
             began = time.perf_counter()
-            rows += context_rows(loaded, context, given.keys)
+            rows = [{"model": given.model, **row} for row in context_rows(loaded, context, given.keys)]
             print(f"context {context}: {time.perf_counter() - began:.0f} s", flush=True)
             if given.dry:
-                for row in rows[-len(policies(context)) - 1 :]:
+                for row in rows:
                     print("  ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
-    if not given.dry:
-        save("real", "cpu", [{"model": given.model, **row} for row in rows])
+            else:
+                save("real", "cpu", others(context) + rows)
+
+
+def others(context: int) -> list[dict[str, Any]]:
+    """Rows of the other contexts, which an earlier run measured: each context is a run of its own."""
+    path = RESULTS / "real.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return [row for row in rows if row["context"] != context]
 
 
 if __name__ == "__main__":
