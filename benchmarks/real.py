@@ -9,7 +9,8 @@ dropping. Then every cache is fed the same tail of text token by token (bits, KL
 decode in turns, which gives time per token as a ratio to DynamicCache in the same run. Keys are hidden at several
 depths of further prompts and asked for token by token. One thread, times of that thread's own work.
 
-Left out: Duo, Razor and MoA (they need a profile of the heads), LoCoCo (it is trained first).
+Left out: Duo, Razor and MoA (they need a profile of the heads), LoCoCo (it is trained first), LongHeads (it reads whole
+chunks of 256, three at least: see shrink_reading.py).
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ from manyheads.shrink import (
     ExpectedAttention,
     Full,
     KeyNorm,
-    LongHeads,
     Policy,
     PyramidKV,
     SnapKV,
@@ -69,8 +69,6 @@ def policies(context: int) -> dict[str, Policy]:
             f"ExpectedAttention {ratio}": ExpectedAttention(compression_ratio=ratio),
             f"TidalDecode {ratio}": TidalDecode(budget_tokens=rest),
         }
-        if rest >= 1024:  # its chunks are of 256, and three are always read
-            made[f"LongHeads {ratio}"] = LongHeads(budget_tokens=rest)
     return made
 
 
