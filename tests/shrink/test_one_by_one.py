@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def name(policy: Policy) -> str:
 
 
 def decoded(policy: Policy, family: str, rows: int) -> tuple[Tensor, list[Any]]:
-    """Logits of a prompt and 30 tokens, and the slots that every layer holds after each."""
+    """Logits of a prompt, ten tokens, a second turn and more tokens; and the slots that layers hold after each."""
     model = tiny(family)
     # No token twice: equal keys have equal norms, and which of them leaves is nobody's promise.
     draw = torch.Generator().manual_seed(5)
@@ -38,7 +39,7 @@ def decoded(policy: Policy, family: str, rows: int) -> tuple[Tensor, list[Any]]:
     cache = policy.make_cache(model)
     logits, held = [], []
     with torch.no_grad():
-        for start, stop in [(0, 15), *((i, i + 1) for i in range(15, 45))]:
+        for start, stop in pairwise([0, *range(15, 26), *range(30, 46)]):
             logits.append(model(tokens[:, start:stop], past_key_values=cache).logits)
             groups = [group for layer in cache.layers for group in layer.store.groups]
             held.append([own.slots().expand(rows, len(own.heads), -1).sort(-1).values.tolist() for own in groups])
@@ -60,7 +61,7 @@ def test_it_is_what_the_general_way_gives(
 
     monkeypatch.setattr(compress, "_replaces", counted)
     logits, held = decoded(policy, family, rows)
-    assert sum(taken) > 30, "the quick way was hardly taken"
+    assert sum(taken) > 20, "the quick way was hardly taken"
     monkeypatch.setattr(compress, "_replaces", lambda *args: False)
     wanted, kept = decoded(policy, family, rows)
     assert held == kept
