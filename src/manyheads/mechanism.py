@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Pattern
+from manyheads.finite import blanked, broken_tokens
+from manyheads.signature import checked_arguments
 from manyheads.state import State
 
 Context = Tensor | Sequence[Tensor]
 _NO_LOSSES: Mapping[str, Tensor] = {}
+_WHOLE = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 
 
 class Result(NamedTuple):
@@ -58,14 +61,28 @@ def _recorded(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def wrapper(self: Mechanism, *args: Any, **kwargs: Any) -> None:
-        if "config" not in self.__dict__:
+        if "config" in self.__dict__:
+            return init(self, *args, **kwargs)
+        name = type(self).card.name
+        try:
             bound = signature.bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            values = dict(list(bound.arguments.items())[1:])
-            self.__dict__["config"] = {k: asdict(v) if is_dataclass(v) else v for k, v in values.items()}  # type: ignore[arg-type]
-        init(self, *args, **kwargs)
+        except TypeError as error:
+            takes = list(signature.parameters)[1:]
+            raise TypeError(f"{name}: {error}; it takes {takes}") from None
+        bound.apply_defaults()
+        values = checked_arguments(name, init, dict(list(bound.arguments.items())[1:]))
+        self.__dict__["config"] = {k: asdict(v) if is_dataclass(v) else v for k, v in values.items()}  # type: ignore[arg-type]
+        return init(self, **values)
 
     return wrapper
+
+
+def _without_broken_padding(context: Context, padding: Any) -> Context:
+    """The context with zeros for padded tokens that hold NaN or infinity."""
+    if not isinstance(context, Tensor):
+        return tuple(_without_broken_padding(c, p) for c, p in zip(context, padding, strict=True))  # type: ignore[misc]
+    broken = broken_tokens(context)
+    return context if broken is None else blanked(context, broken & ~padding)
 
 
 class Mechanism(nn.Module, ABC):
@@ -86,8 +103,6 @@ class Mechanism(nn.Module, ABC):
 
     def __init__(self, dim: int, heads: int, *, causal: bool = False) -> None:
         super().__init__()
-        if dim < 1 or heads < 1:
-            raise ValueError(f"{self.card.name}: dim={dim} and heads={heads} must be positive")
         if not any(p.causal == causal for p in self.card.patterns):
             raise ValueError(f"{self.card.name} cannot be built with causal={causal}; it declares {self._declared()}")
         self.dim, self.heads, self.causal = dim, heads, causal
@@ -118,7 +133,49 @@ class Mechanism(nn.Module, ABC):
         if positions is not None:
             positions = self._check_positions(x, positions)
         call = Call(pattern, padding, dense, positions, state, need_weights)
-        return self.attend(x, context, call) if state is None else self._continue(x, context, call, state)
+        broken = broken_tokens(x)
+        if context is not None and padding is not None:
+            context = _without_broken_padding(context, padding)
+        if broken is not None or (state is not None and state.broken is not None):
+            return self._past_broken(x, context, call, broken)
+        return self._pass(x, context, call)
+
+    def _pass(self, x: Tensor, context: Context | None, call: Call) -> Result:
+        """Attends; a pass that breaks off leaves the state as it was."""
+        state = call.state
+        if state is None:
+            return self.attend(x, context, call)
+        restore = state.keep()
+        try:
+            return self._continue(x, context, call, state)
+        except BaseException:
+            restore()
+            raise
+
+    def _past_broken(self, x: Tensor, context: Context | None, call: Call, broken: Tensor | None) -> Result:
+        """A pass over tokens that hold NaN or infinity (broken, [batch, n]): padding is not read at all, and what is
+        read makes NaN of its own place and of those behind it, never of those before."""
+        own, state, seen = context is None, call.state, call.seen
+        if broken is None:
+            broken = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+        padding = call.padding if own else None
+        if padding is not None and padding.shape[1:] != broken.shape[1:]:
+            padding = padding[:, seen:]
+        real = broken if padding is None else broken & padding
+        if not call.pattern.causal:
+            return self._pass(blanked(x, broken & ~real), context, call)
+        result = self._pass(blanked(x, broken), context, call)
+        reached = real.cumsum(1) > 0
+        if state is not None:
+            if state.broken is not None:
+                reached = reached | (state.broken[:, None] < seen)
+            state.mark_broken(real, broken & ~real, seen)
+        output = result.output.masked_fill(reached[..., None], torch.nan)
+        weights = result.weights
+        if weights is not None:
+            weights = weights.masked_fill(reached[:, None, :, None], torch.nan)
+        losses = {k: torch.where(reached.any(), torch.nan, v) for k, v in result.losses.items()}
+        return Result(output, weights, losses)
 
     def _continue(self, x: Tensor, context: Context | None, call: Call, state: State) -> Result:
         """A pass behind those that the state has seen; told what of them is real from now on, it counts on."""
@@ -142,9 +199,10 @@ class Mechanism(nn.Module, ABC):
         if not self.card.decodes or not self.causal:
             why = "it was built with causal=False" if self.card.decodes else self.card.notes or "see its card"
             raise ValueError(f"{self.card.name} cannot decode step by step: {why}")
-        if batch < 1:
-            raise ValueError(f"{self.card.name}: a state needs batch >= 1, got {batch}")
-        return State(self.card.name, batch, capacity=capacity)
+        for what, value, least in (("batch", batch, 1), ("capacity", capacity, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{self.card.name}: a state has {what}={value!r}; want an integer >= {least}")
+        return State(self.card.name, batch, capacity=capacity, config=self.config)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config.items())
@@ -162,7 +220,10 @@ class Mechanism(nn.Module, ABC):
         return Pattern(f"{'causal' if self.causal else 'noncausal'}-{'self' if context is None else 'cross'}")
 
     def _check_inputs(self, x: Tensor, context: Context | None) -> Pattern:
-        name, shape = self.card.name, tuple(x.shape)
+        name = self.card.name
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: x is a {type(x).__name__}; want a tensor [batch, n, {self.dim}]")
+        shape = tuple(x.shape)
         if x.ndim not in (3, 4) or shape[-1] != self.dim or not x.is_floating_point():
             raise ValueError(
                 f"{name}: x has shape {shape} and dtype {x.dtype}; want floating point [batch, n, {self.dim}]"
@@ -171,7 +232,7 @@ class Mechanism(nn.Module, ABC):
         if 0 in shape:
             raise ValueError(f"{name}: x has shape {shape}; an empty sequence or batch has nothing to attend to")
         pattern = self._pattern(x, context)
-        if pattern not in self.card.patterns:
+        if pattern not in self.card.patterns or (pattern is Pattern.GRID and context is not None):
             hint = ""
             if context is None and any(p.cross for p in self.card.patterns):
                 hint = "; context is missing"
@@ -183,6 +244,8 @@ class Mechanism(nn.Module, ABC):
         return pattern
 
     def _check_context(self, x: Tensor, context: Context) -> None:
+        if not isinstance(context, (Tensor, Sequence)):
+            raise ValueError(f"{self.card.name}: context is a {type(context).__name__}; want a tensor")
         parts = [context] if isinstance(context, Tensor) else list(context)
         if len(parts) != self.sources or (isinstance(context, Tensor) and self.sources > 1):
             raise ValueError(
@@ -190,6 +253,8 @@ class Mechanism(nn.Module, ABC):
                 + (" as a tuple of tensors, one per source" if self.sources > 1 else " as one tensor")
             )
         for part in parts:
+            if not isinstance(part, Tensor):
+                raise ValueError(f"{self.card.name}: a context is a {type(part).__name__}; want a tensor")
             shape = tuple(part.shape)
             if part.ndim != 3 or shape[0] != x.shape[0] or shape[2] != self.dim or shape[1] == 0:
                 raise ValueError(
@@ -201,7 +266,7 @@ class Mechanism(nn.Module, ABC):
         if mask is None:
             return None, None
         if self.sources > 1:
-            if isinstance(mask, Tensor) or len(mask) != self.sources:
+            if not isinstance(mask, Sequence) or len(mask) != self.sources:
                 raise ValueError(
                     f"{self.card.name}: mask must be a tuple of {self.sources} key paddings, one per source"
                 )
@@ -219,7 +284,9 @@ class Mechanism(nn.Module, ABC):
         self._want_mask(mask, [(batch, new), *wide, (batch, 1, n, total), (batch, self.heads, n, total)])
         return (mask, None) if mask.ndim == 2 else (None, mask)
 
-    def _want_mask(self, mask: Tensor, shapes: list[tuple[int, ...]]) -> None:
+    def _want_mask(self, mask: Any, shapes: list[tuple[int, ...]]) -> None:
+        if not isinstance(mask, Tensor):
+            raise ValueError(f"{self.card.name}: mask is a {type(mask).__name__}; want a boolean tensor")
         if mask.dtype != torch.bool:
             raise ValueError(
                 f"{self.card.name}: mask has dtype {mask.dtype}; want torch.bool with True = may attend "
@@ -232,6 +299,10 @@ class Mechanism(nn.Module, ABC):
     def _check_state(self, x: Tensor, state: State | None) -> None:
         if state is None:
             return
+        if not isinstance(state, State):
+            raise ValueError(
+                f"{self.card.name}: state is a {type(state).__name__}; want what this module's init_state gives"
+            )
         if not self.causal:
             raise ValueError(
                 f"{self.card.name}: a state was given to a module built with causal=False, where later tokens change "
@@ -241,6 +312,12 @@ class Mechanism(nn.Module, ABC):
             raise ValueError(
                 f"{self.card.name}: the state given belongs to {state.owner}; use this module's init_state"
             )
+        if state.config is not self.config and state.config not in (None, self.config):
+            theirs = {k: v for k, v in state.config.items() if v != self.config[k]}
+            raise ValueError(
+                f"{self.card.name}: the state given was made by a module with {theirs}, this one has "
+                f"{ ({k: self.config[k] for k in theirs}) }; use this module's init_state"
+            )
         if state.batch != x.shape[0]:
             raise ValueError(
                 f"{self.card.name}: the state is for batch {state.batch}, x has batch {x.shape[0]}; "
@@ -248,8 +325,11 @@ class Mechanism(nn.Module, ABC):
             )
 
     def _check_positions(self, x: Tensor, positions: Tensor) -> Tensor:
+        if not isinstance(positions, Tensor):
+            raise ValueError(f"{self.card.name}: positions is a {type(positions).__name__}; want a tensor of integers")
         positions = positions[None] if positions.ndim == 1 else positions
-        if positions.is_floating_point() or positions.ndim != 2 or positions.shape[1] != x.shape[1]:
+        whole = positions.dtype in _WHOLE and positions.ndim == 2
+        if not whole or positions.shape[0] not in (1, x.shape[0]) or positions.shape[1] != x.shape[1]:
             raise ValueError(
                 f"{self.card.name}: positions have shape {tuple(positions.shape)} and dtype {positions.dtype}; want "
                 f"integers [{x.shape[1]}] or [{x.shape[0]}, {x.shape[1]}]"

@@ -150,8 +150,8 @@ class SoftmaxAttention(Mechanism):
     def _read(self, x: Tensor, context: Any, call: Call) -> tuple[Tensor, Tensor, Tensor, Where]:
         """Projects, positions, and joins what the state holds."""
         n, state = x.shape[1], call.state
-        positions = call.query_positions(x)
         i = torch.arange(call.seen, call.seen + n, device=x.device)
+        positions = i[None] if call.positions is None else call.positions
         if context is not None:
             return self._read_context(x, context, call, positions, i)
         q, k, v = self.project(x, x)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from manyheads.finite import NEVER, first_of
 
 
 def _time(tensor: Tensor) -> int:
@@ -93,18 +99,23 @@ class State:
 
     length: tokens seen. grown: buffers with a row per token. fixed: tensors of constant size, replaced at every pass
     (recurrences). context: what was computed once from the context of cross attention. places: [batch, held], which
-    token each row of the buffers is, where that is not their order (see `tell`).
+    token each row of the buffers is, where that is not their order (see `tell`). broken: [batch], the place of the
+    first token that held NaN or infinity, from which on all is NaN; None where no pass had any. config: that of the
+    module it was made for.
     """
 
-    def __init__(self, owner: str, batch: int, *, capacity: int = 0) -> None:
+    def __init__(self, owner: str, batch: int, *, capacity: int = 0, config: Mapping[str, Any] | None = None) -> None:
         self.owner = owner
         self.batch = batch
         self.capacity = capacity
+        self.config = config
         self.length = 0
         self.grown: dict[str, Buffer] = {}
         self.fixed: dict[str, Tensor] = {}
         self.context: dict[str, Tensor] = {}
         self.places: Tensor | None = None
+        self.broken: Tensor | None = None
+        self._unread: Tensor | None = None  # rows with hidden tokens that held no numbers
         self._optional: set[str] = set()
         self._blends: set[str] = set()
         self._told: Tensor | None = None  # marks of the tokens hidden so far, None where none ever was
@@ -114,9 +125,34 @@ class State:
         """Bytes of the storages held, with what is allocated ahead."""
         tensors = [b.data for b in self.grown.values() if b.data is not None]
         tensors += [*self.fixed.values(), *self.context.values()]
-        tensors += [t for t in (self.places, self._told) if t is not None]
+        tensors += self._rows()
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
+
+    def _rows(self) -> list[Tensor]:
+        """What is known of each row beside what its mechanism remembers."""
+        return [t for t in (self.places, self._told, self.broken, self._unread) if t is not None]
+
+    def keep(self) -> Callable[[], None]:
+        """What puts the state back as it is now, should the pass that follows break off. Costs no copy of a tensor:
+        passes replace what is fixed, and write behind the rows that a buffer holds."""
+        kept = vars(self).copy()
+        for name, value in kept.items():
+            if isinstance(value, (dict, set)):
+                kept[name] = value.copy()
+        kept["grown"] = {name: copy.copy(buffer) for name, buffer in self.grown.items()}
+
+        def restore() -> None:
+            vars(self).clear()
+            vars(self).update(kept)
+
+        return restore
+
+    def mark_broken(self, real: Tensor, hidden: Tensor, seen: int) -> None:
+        """After a pass from the token `seen` on: which tokens [batch, n] held no numbers, read or hidden."""
+        first, unread = first_of(real, seen), hidden.any(1)
+        self.broken = first if self.broken is None else torch.minimum(first, self.broken)
+        self._unread = unread if self._unread is None else unread | self._unread
 
     def append(self, name: str, new: Tensor, *, blends: bool = False) -> Tensor:
         """Adds rows to the buffer `name` and returns all rows held: [..., m, features] or [batch, m]. blends: a row
@@ -158,14 +194,16 @@ class State:
         for tensors in (self.fixed, self.context):
             for name, tensor in tensors.items():
                 tensors[name] = tensor.index_select(0, index.to(tensor.device))
-        if self.places is not None:
-            self.places = self.places.index_select(0, index.to(self.places.device))
-        if self._told is not None:
-            self._told = self._told.index_select(0, index.to(self._told.device))
+        for name in ("places", "_told", "broken", "_unread"):
+            rows = getattr(self, name)
+            if rows is not None:
+                setattr(self, name, rows.index_select(0, index.to(rows.device)))
         self.batch = index.shape[0]
 
     def truncate(self, length: int) -> None:
         """Forgets all tokens from `length` on. Raises ValueError for a recurrence or a window that has moved on."""
+        if isinstance(length, bool) or not isinstance(length, int):
+            raise ValueError(f"{self.owner}: cannot truncate to {length!r} tokens; want an integer")
         if not 0 <= length <= self.length:
             raise ValueError(f"{self.owner}: cannot truncate a state of {self.length} tokens to {length}")
         if length == self.length:
@@ -188,6 +226,8 @@ class State:
             buffer.stop -= gone
             buffer.added -= gone
         self.length = length
+        if self.broken is not None:
+            self.broken = self.broken.masked_fill(self.broken >= length, NEVER)
         if "padding" in self.grown:
             real = self.grown["padding"].view()
             self._told = _marks(~real, 0)
@@ -259,6 +299,8 @@ class State:
         return bool((real if self._told is None else _marks(~real, 0) == self._told).all())
 
     def _stiff(self, real: Tensor) -> str | None:
+        if self._unread is not None and bool(self._unread.any()):
+            return "has not read hidden tokens that held NaN or infinity"
         if self.fixed:
             return f"is a running summary ({', '.join(self.fixed)})"
         if self._blends:

@@ -347,6 +347,61 @@ class KeepsDimOnly(Running):
         return Result(super().attend(x, context, call).output.float())
 
 
+class WrittenEarly(Healthy):
+    """A pass that breaks off has left its keys in the state."""
+
+    card = bug("written-early", "causal-self")
+
+    def _pass(self, x: Tensor, context: Any, call: Call) -> Result:
+        return self.attend(x, context, call) if call.state is None else self._continue(x, context, call, call.state)
+
+
+class FutureThroughZeroWeights(SoftmaxAttention):
+    """Later values are multiplied by weights of zero: harmless, until one is NaN."""
+
+    card = bug("future-through-zero-weights", "causal-self")
+
+    def _past_broken(self, x: Tensor, context: Any, call: Call, broken: Any) -> Result:
+        return self._pass(x, context, call)
+
+
+class PaddingThroughZeroWeights(FutureThroughZeroWeights):
+    """So are padded ones."""
+
+    card = bug("padding-through-zero-weights")
+
+
+class Overflowing(SoftmaxAttention):
+    """The mean over real tokens is a product with the mask, of tokens squared: 1e30 in padding is infinity, and NaN."""
+
+    card = bug("overflowing", "noncausal-self")
+
+    def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+        real = torch.ones_like(x[..., 0]) if call.padding is None else call.padding.to(x.dtype)
+        return Result(self.o_proj(x + ((x**16) * real[..., None]).sum(1, keepdim=True) / x.shape[1]))
+
+
+class AnyPositions(Healthy):
+    """Positions of another batch are taken by broadcasting."""
+
+    card = bug("any-positions")
+
+    def _check_positions(self, x: Tensor, positions: Tensor) -> Tensor:
+        whole = isinstance(positions, Tensor) and positions.dtype == torch.int64
+        return positions if whole else super()._check_positions(x, positions)
+
+
+class AnyState(Healthy):
+    """A state of a module of another width is taken."""
+
+    card = bug("any-state", "causal-self")
+
+    def init_state(self, batch: int, *, capacity: int = 0) -> State:
+        state = super().init_state(batch, capacity=capacity)
+        state.config = None
+        return state
+
+
 def scaled_oracle(module: Mechanism, x: Tensor, context: Any) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, head by head and row by row."""
     assert isinstance(module, SoftmaxAttention)
@@ -390,6 +445,12 @@ BUGS: list[tuple[type[Mechanism], str]] = [
     (HiddenBytes, "state-bytes"),
     (ConstantInName, "state-bytes"),
     (KeepsDimOnly, "dtype"),
+    (WrittenEarly, "broken-off"),
+    (FutureThroughZeroWeights, "no-numbers-ahead"),
+    (PaddingThroughZeroWeights, "no-numbers-padded"),
+    (Overflowing, "no-numbers-padded"),
+    (AnyPositions, "odd-arguments"),
+    (AnyState, "odd-arguments"),
 ]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,13 +21,21 @@ class Rotary:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
-        if self.base <= 0 or not 0 < self.fraction <= 1:
-            raise ValueError(f"rotary: base={self.base} must be positive and fraction={self.fraction} in (0, 1]")
+        numbers = all(isinstance(v, (int, float)) for v in (self.base, self.fraction))
+        if not numbers or not 0 < self.base < math.inf or not 0 < self.fraction <= 1:
+            raise ValueError(f"rotary: base={self.base!r} must be positive and fraction={self.fraction!r} in (0, 1]")
+        if not isinstance(self.interleaved, bool):
+            raise ValueError(f"rotary: interleaved={self.interleaved!r}; want True or False")
 
     @classmethod
     def of(cls, value: Rotary | Mapping[str, Any] | None) -> Rotary | None:
         """From what a constructor or a JSON config holds."""
-        return cls(**value) if isinstance(value, Mapping) else value
+        if value is None or isinstance(value, cls):
+            return value
+        known = [part.name for part in fields(cls)]
+        if not isinstance(value, Mapping) or not set(value) <= set(known):
+            raise ValueError(f"rotary={value!r}; want a Rotary, or a mapping with some of {known}")
+        return cls(**value)
 
     def features(self, head_dim: int) -> int:
         """How many features of a head are rotated: even, at least two."""

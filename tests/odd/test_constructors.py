@@ -1,0 +1,53 @@
+"""Every argument of every mechanism with every odd value: built and working, or refused by name."""
+
+import inspect
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from manyheads import Mechanism, list_attentions, mechanism_class
+from manyheads.testing.case import Case
+
+ODD: list[Any] = [
+    None, 0, 1, -1, 2, 3, 7, 2.0, 0.5, -0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf, True, False, "", "x",
+    [], [0], [1.5], ["x"], [math.nan], {}, {"base": "x"}, {"base": math.nan}, {"x": 1}, {1: 2}, object(), int, 1j, b"x",
+]  # fmt: skip
+
+
+def tries(cls: type[Mechanism]) -> list[tuple[str, Any]]:
+    names = list(inspect.signature(cls).parameters)
+    return [(name, value) for name in names for value in ODD]
+
+
+def called(cls: type[Mechanism], name: str, value: Any) -> str | None:
+    """What is wrong with this one argument, None where it works or is refused well."""
+    causal = any(p.causal for p in cls.card.patterns)
+    settings = {"dim": 16, "heads": 4, **cls.card.example, "causal": causal, name: value}
+    try:
+        module = cls(**settings)
+        json.dumps(module.config)
+        pattern = next(p for p in sorted(cls.card.patterns) if p.causal == module.causal)
+        case = Case(cls, pattern, {k: v for k, v in settings.items() if k != "causal"})
+        x = torch.zeros(1, 5, module.dim) if x_is_flat(case) else torch.zeros(1, 5, 6, module.dim)
+        context = case.context(5, 1, dtype=torch.float32) if pattern.cross else None
+        output = module(x, context).output
+    except ValueError as error:
+        text = str(error)
+        return None if cls.card.name in text or name in text else f"refused in other words: {text}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if output.shape[-1] == module.dim else "another width comes out"
+
+
+def x_is_flat(case: Case) -> bool:
+    return case.pattern != "grid"
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_arguments_are_taken_or_refused_by_name(name: str) -> None:
+    cls = mechanism_class(name)
+    wrong = [f"{key}={value!r}: {why}" for key, value in tries(cls) if (why := called(cls, key, value))]
+    assert not wrong, "\n".join(wrong)
