@@ -4,6 +4,7 @@ from manyheads.card import Card, Family, Pattern
 from manyheads.functional.rotary import Rotary
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import card, create_attention, list_attentions, mechanism_class, register
+from manyheads.shell import Shell
 from manyheads.softmax import SoftmaxAttention, Where
 from manyheads.state import State
 
@@ -16,6 +17,7 @@ __all__ = [
     "Pattern",
     "Result",
     "Rotary",
+    "Shell",
     "SoftmaxAttention",
     "State",
     "Where",

@@ -55,9 +55,13 @@ class Call:
         return torch.arange(self.seen, self.seen + x.shape[1], device=x.device)[None]
 
 
-def _recorded(init: Callable[..., None]) -> Callable[..., None]:
-    """Keeps the arguments of the outermost constructor as `self.config`: the constructor is the config."""
-    signature = inspect.signature(init)
+def _recorded(init: Callable[..., None], shared: Mapping[str, inspect.Parameter]) -> Callable[..., None]:
+    """Checks the arguments of the outermost constructor and keeps them as `self.config`: the constructor is the config.
+
+    shared: what every mechanism of a kind takes beside its own arguments, handed to `take_shared`.
+    """
+    own = inspect.signature(init)
+    signature = own.replace(parameters=[*own.parameters.values(), *shared.values()])
 
     @functools.wraps(init)
     def wrapper(self: Mechanism, *args: Any, **kwargs: Any) -> None:
@@ -71,9 +75,12 @@ def _recorded(init: Callable[..., None]) -> Callable[..., None]:
             raise TypeError(f"{name}: {error}; it takes {takes}") from None
         bound.apply_defaults()
         values = checked_arguments(name, init, dict(list(bound.arguments.items())[1:]))
-        self.__dict__["config"] = {k: asdict(v) if is_dataclass(v) else v for k, v in values.items()}  # type: ignore[arg-type]
+        beside = self.take_shared({key: values.pop(key) for key in shared})
+        config = {k: asdict(v) if is_dataclass(v) else v for k, v in values.items()}  # type: ignore[arg-type]
+        self.__dict__["config"] = {**config, **beside}
         return init(self, **values)
 
+    wrapper.__signature__ = signature  # type: ignore[attr-defined]
     return wrapper
 
 
@@ -99,13 +106,23 @@ class Mechanism(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in cls.__dict__:
-            cls.__init__ = _recorded(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = _recorded(cls.__init__, cls.shared_arguments())  # type: ignore[method-assign]
+
+    @classmethod
+    def shared_arguments(cls) -> Mapping[str, inspect.Parameter]:
+        """Keywords that every constructor of a kind takes without naming them."""
+        return {}
+
+    def take_shared(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Keeps these before the constructor runs; returns what of them belongs in the config."""
+        return values
 
     def __init__(self, dim: int, heads: int, *, causal: bool = False) -> None:
         super().__init__()
         if not any(p.causal == causal for p in self.card.patterns):
             raise ValueError(f"{self.card.name} cannot be built with causal={causal}; it declares {self._declared()}")
         self.dim, self.heads, self.causal = dim, heads, causal
+        self.source_dim = dim  # features of a context
 
     def forward(
         self,
@@ -241,6 +258,8 @@ class Mechanism(nn.Module, ABC):
             raise ValueError(f"{name} cannot be called {pattern.value}{hint}; it declares {self._declared()}")
         if context is not None:
             self._check_context(x, context)
+        elif self.source_dim != self.dim:
+            raise ValueError(f"{name}: built for a context of {self.source_dim} features; context is missing")
         return pattern
 
     def _check_context(self, x: Tensor, context: Context) -> None:
@@ -256,9 +275,9 @@ class Mechanism(nn.Module, ABC):
             if not isinstance(part, Tensor):
                 raise ValueError(f"{self.card.name}: a context is a {type(part).__name__}; want a tensor")
             shape = tuple(part.shape)
-            if part.ndim != 3 or shape[0] != x.shape[0] or shape[2] != self.dim or shape[1] == 0:
+            if part.ndim != 3 or shape[0] != x.shape[0] or shape[2] != self.source_dim or shape[1] == 0:
                 raise ValueError(
-                    f"{self.card.name}: context has shape {shape}; want [{x.shape[0]}, m >= 1, {self.dim}] "
+                    f"{self.card.name}: context has shape {shape}; want [{x.shape[0]}, m >= 1, {self.source_dim}] "
                     f"for x of shape {tuple(x.shape)}"
                 )
 

@@ -9,6 +9,7 @@ normalise and mix overridden no [n, m] matrix of scores is ever held: the pass i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from manyheads.functional.grouped import (
 from manyheads.functional.rotary import Rotary, rotate
 from manyheads.functional.where import Where as Where
 from manyheads.mechanism import Call, Mechanism, Result
+from manyheads.shell import PROJECTIONS, Shell
 from manyheads.state import State
 
 STAGES = ("project", "position", "score", "select", "normalise", "mix", "output")
@@ -33,15 +35,33 @@ STAGES = ("project", "position", "score", "select", "normalise", "mix", "output"
 class SoftmaxAttention(Mechanism):
     """softmax(q k^T / sqrt(d)) v per head, in stages (Vaswani et al., arXiv:1706.03762).
 
-    kv_heads: key/value heads, each shared by heads / kv_heads query heads. rotary: turns q and k by position.
+    kv_heads: key/value heads, each shared by heads / kv_heads query heads. rotary: turns q and k by position. shell: a
+    `Shell` or a mapping, sizes and norms of a hosted checkpoint; taken by every mechanism that projects as this does,
+    without its naming it.
     """
 
     span: int | None = None  # no query looks further back than this many tokens, itself included: bounds the state
     eager: ClassVar[bool] = False  # a stage that needs the score matrix is overridden
+    shell: Shell = Shell()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.eager = bool({"score", "score_mod", "normalise", "mix"} & set(changed_stages(cls)))
+
+    @classmethod
+    def shared_arguments(cls) -> Mapping[str, inspect.Parameter]:
+        hosts = cls.project.__module__ == __name__  # the shell's own
+        return {"shell": inspect.Parameter("shell", inspect.Parameter.KEYWORD_ONLY, default=None)} if hosts else {}
+
+    def take_shared(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        if values.get("shell") is None:
+            return {}
+        if type(self).project is not SoftmaxAttention.project:
+            raise ValueError(
+                f"{self.card.name}: has projections of its own, and no place for shell={values['shell']!r}"
+            )
+        self.__dict__["shell"] = Shell.of(self.card.name, values["shell"])
+        return {"shell": self.shell.config}
 
     def __init__(
         self,
@@ -54,25 +74,39 @@ class SoftmaxAttention(Mechanism):
         rotary: Rotary | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(dim, heads, causal=causal)
-        self.head_dim = self._split_heads()
-        self.kv_heads = heads if kv_heads is None else kv_heads
+        shell, name = self.shell, self.card.name
+        self.head_dim = self._split_heads() if shell.head_dim is None else shell.head_dim
+        if None not in (kv_heads, shell.kv_heads) and kv_heads != shell.kv_heads:
+            raise ValueError(f"{name}: kv_heads={kv_heads}, and {shell.kv_heads} in the shell; give one of them")
+        self.kv_heads = next((count for count in (kv_heads, shell.kv_heads) if count is not None), heads)
         if self.kv_heads < 1 or heads % self.kv_heads:
-            raise ValueError(f"{self.card.name}: heads={heads} is not a multiple of kv_heads={kv_heads}")
+            raise ValueError(f"{name}: heads={heads} is not a multiple of kv_heads={self.kv_heads}")
         self.rotary = Rotary.of(rotary)
         if self.rotary:
             self.rotary.features(self.head_dim)
-        self.scale = self.head_dim**-0.5
-        self.q_proj = nn.Linear(dim, dim, bias=bias)
-        self.k_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(dim, dim, bias=bias)
+        self.scale = self.head_dim**-0.5 if shell.scale is None else shell.scale
+        self.source_dim = dim if shell.source_dim is None else shell.source_dim
+        widths = {"q": heads * self.head_dim, "k": self.kv_heads * self.head_dim, "v": self.kv_heads * self.head_dim}
+        biased = {key: bias if shell.bias is None else shell.bias.get(key, False) for key in PROJECTIONS}
+        self.q_proj = nn.Linear(dim, widths["q"], bias=biased["q"])
+        self.k_proj = nn.Linear(self.source_dim, widths["k"], bias=biased["k"])
+        self.v_proj = nn.Linear(self.source_dim, widths["v"], bias=biased["v"])
+        self.o_proj = nn.Linear(widths["q"], dim, bias=biased["o"])
+        if shell.qk_norm:
+            sizes = (self.head_dim, self.head_dim) if shell.qk_norm == "head" else (widths["q"], widths["k"])
+            self.q_norm, self.k_norm = (nn.RMSNorm(size, eps=shell.norm_eps) for size in sizes)
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
     def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [b, n, e], source [b, m, e] (x, or the context) -> q [b, h, n, d], k [b, g, m, d], v [b, g, m, d]."""
         q, k, v = self.q_proj(x), self.k_proj(source), self.v_proj(source)
-        return tuple(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        if self.shell.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        if self.shell.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def position(self, q: Tensor, k: Tensor, query_positions: Tensor, key_positions: Tensor) -> tuple[Tensor, Tensor]:
         """Tells q and the new keys where they stand, before keys enter the state."""

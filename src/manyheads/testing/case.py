@@ -64,18 +64,18 @@ class Case:
     def x(self, n: int, batch: int = 2, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
         """[batch, n, dim], or for a grid [batch, n, n + 1, dim]."""
         shape = (n, n + 1) if self.pattern is Pattern.GRID else (n,)
-        return self._noise(batch, *shape, dtype=dtype, seed=seed)
+        return self._noise(batch, *shape, dim=self.settings["dim"], dtype=dtype, seed=seed)
 
     def context(self, n: int, batch: int = 2, *, dtype: torch.dtype = torch.float64, seed: int = 100) -> Any:
         """None, [batch, n + 2, dim], or a tuple of such, each of its own length, where there are several sources."""
         if not self.pattern.cross:
             return None
-        sources = self.build().sources
-        parts = [self._noise(batch, n + 2 + s, dtype=dtype, seed=seed + s) for s in range(sources)]
+        module = self.build()
+        sources, dim = module.sources, module.source_dim
+        parts = [self._noise(batch, n + 2 + s, dim=dim, dtype=dtype, seed=seed + s) for s in range(sources)]
         return parts[0] if sources == 1 else tuple(parts)
 
-    def _noise(self, batch: int, *shape: int, dtype: torch.dtype, seed: int) -> Tensor:
-        dim = self.settings["dim"]
+    def _noise(self, batch: int, *shape: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
         # Row by row, so that a batch of one is the first row of a larger batch.
         rows = [
             torch.randn(*shape, dim, generator=torch.Generator().manual_seed(1000 * seed + row), dtype=torch.float64)

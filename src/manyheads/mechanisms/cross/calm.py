@@ -16,7 +16,7 @@ class Calm(SoftmaxAttention):
         p = W_p h_A;  head_i = softmax(W_q^i h_B (W_k^i p)^T / sqrt(d)) W_v^i p;  result W_o concat(heads)
 
     The result is added to h_B, the anchor's states, before its next layer. x: h_B [b, n, dim]. context: h_A, of
-    `source_dim` features (None: dim); where the augmenting model is narrower the others are filled up and not read.
+    `source_dim` features (None: dim).
     Where both models read the same text while it is written, h_A must not show more than h_B has seen: give the
     triangular dense mask [1, 1, n, m] then.
 
@@ -41,12 +41,9 @@ class Calm(SoftmaxAttention):
     ) -> None:
         super().__init__(dim, heads, causal=causal, bias=bias)
         self.source_dim = dim if source_dim is None else source_dim
-        if not 1 <= self.source_dim <= dim:
-            raise ValueError(
-                f"calm: source_dim={source_dim}; want 1 <= source_dim <= dim={dim}: the augmenting model is no "
-                "wider than the anchor"
-            )
+        if self.source_dim < 1:
+            raise ValueError(f"calm: source_dim={source_dim} must be at least 1")
         self.proj = nn.Linear(self.source_dim, dim, bias=bias)
 
     def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return super().project(x, self.proj(source[..., : self.source_dim]))
+        return super().project(x, self.proj(source))
