@@ -295,7 +295,7 @@ def test_relevance_refuses_a_start_layer_that_there_is_not() -> None:
     for first in (len(eager(model, batch, 1).attentions), -99):
         with pytest.raises(ValueError, match=f"start_layer={first}: stream encoder has layers 0 to"):
             Relevance(model, start_layer=first).attribute(batch, 1)
-    with pytest.raises(ValueError, match="start_layer=1.5: give the number"):
+    with pytest.raises(ValueError, match=r"start_layer=1\.5: give the number"):
         Relevance(model, start_layer=1.5)
     pair, inputs_of = doubled("bart")
     with pytest.raises(ValueError, match="say which by stack="):
