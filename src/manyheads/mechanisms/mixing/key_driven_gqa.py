@@ -69,6 +69,7 @@ class KDGQA(SoftmaxAttention):
     Source: Khan et al., arXiv:2408.08454, and its code, but: the code sums norms over the batch, so that a row depends
     on its neighbours, where here each row decides for itself; equal norms, there 0 / 0, share evenly; padding is not in
     the norms. No causal form: the norms are those of all keys, later ones too (DGQA has one).
+    Weights: the code's proj has a bias whether or not q, k, v have.
     """
 
     card = Card(
@@ -120,6 +121,7 @@ class DGQA(SoftmaxAttention):
     evaluation, whatever the rule; here it is the paper's average, or n. The sum is mended as in KDGQA, not at random.
     Groups change in training alone (the code's also in evaluation), as the first training pass after a backward begins,
     by the mean n of those due, so that no output depends on later tokens or on the batch. No padding in the norms.
+    Weights: the code's proj has a bias whether or not q, k, v have; its splits, not saved there, are counts.
     """
 
     card = Card(

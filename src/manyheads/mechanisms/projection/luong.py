@@ -35,7 +35,7 @@ class Luong(Mechanism):
     Concat: the code has no W_s (the identity); OpenNMT-py's has a bias in W_q, one in W_c, and no tanh behind W_c. The
     paper's fourth score, location (softmax(W_a x_t), a row of W_a per place), sees no s_j and holds for one greatest
     length: it is left out.
-    Weights: with heads=1, W_a' of the code is q_proj[0] for general, for concat W_a' is q_proj[0] and k_proj[0] is 1.
+    Weights: with heads=1, q_proj[0] is the code's W_a transposed, and for concat k_proj[0] the identity.
     """
 
     card = Card(

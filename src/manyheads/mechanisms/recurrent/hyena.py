@@ -40,15 +40,14 @@ class Hyena(Mechanism):
 
     short: a depthwise causal convolution of three taps. The filters' MLP has two inner layers with sines of one shared,
     learned frequency. normalized: h(t) over the sum of |h(t)| of all orders and channels. learned_positions: the MLP's
-    input is a parameter that starts as above; keep weight decay off it. heads: of no meaning; there is no matrix of
-    weights either. State: the inputs of every long convolution; a token costs time in all tokens before it.
+    input is a parameter, which wants no weight decay. heads: of no meaning; there is no matrix of weights. State: the
+    inputs of every long convolution; a token costs time in all tokens before it.
     Source: Poli et al., arXiv:2302.10866 (safari); Nguyen et al., HyenaDNA, arXiv:2306.15794, whose sizes are the
     defaults here. Time is relative to max_length, not to the length given. shift is 0 where HyenaDNA is trained, 0.05
     in the standalone file that runs its weights. safari normalises before the window, HyenaDNA and this after it. The
     codes learn the input or delta where given a learning rate for it; here delta always is.
-    Weights: h_i is number N - 1 - i of the code, whose last rows, deltas and bias are dealt out (channel, number), in the
-    standalone file (number, channel); here last.weight is (i - 1, channel), delta and skip are [i - 1, channel]. Tap l
-    is its tap 2 - l. Learned positions are pos_emb.z[0].
+    Weights: h_i is number N - 1 - i of the code, whose last rows, deltas and bias go by (channel, number), in the
+    standalone file by (number, channel); here all go by (i - 1, channel). Tap l is its tap 2 - l, positions its z[0].
     """
 
     card = Card(

@@ -30,6 +30,7 @@ class SparseSinkhorn(Mechanism):
     Source: Tay et al., Sparse Sinkhorn Attention, arXiv:2002.11296, whose sorting network maps a block's sum to places;
     this follows the form by mean queries and keys of the best-known code (sinkhorn-transformer), which any length
     allows, without its noise in evaluation and its sorted keys in place of sorted values.
+    Weights: the code's to_kv is k, v in this order; its to_out has a bias, the others none.
     """
 
     card = Card(
