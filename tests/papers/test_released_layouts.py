@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from manyheads.mechanisms.linear.inline import InLine
 from manyheads.mechanisms.linear.lightning import Lightning
+from manyheads.mechanisms.mixing.moa import MixtureOfAttentionHeads
 from manyheads.mechanisms.position.music_transformer import MusicTransformer
 from manyheads.mechanisms.position.rcmha import RCMHA
 from manyheads.mechanisms.projection.dual import Dual
@@ -182,6 +183,25 @@ def test_mosa_reads_the_released_experts() -> None:
     q, k, v = torch.einsum("ki,eij->ekj", x[0], qkv).chunk(3, -1)
     mixed = F.scaled_dot_product_attention(q, k, v) * module.router(x)[0].T.sigmoid()[..., None]
     assert_close(module(x).output[0], torch.einsum("ekj,eji->ki", mixed, out))
+
+
+@torch.no_grad()
+def test_mixture_of_attention_heads_reads_the_released_experts() -> None:
+    torch.manual_seed(0)
+    module, x = MixtureOfAttentionHeads(DIM, HEADS, active=2, head_dim=D).double(), tokens()
+    w_gate, experts, output_experts = randn(DIM, HEADS), randn(HEADS, DIM, D), randn(HEADS, D, DIM)
+    for mine, theirs in (
+        (module.router.weight, w_gate.T), (module.q_experts, experts), (module.o_experts, output_experts)
+    ):  # fmt: skip
+        mine.copy_(theirs)
+    gates, chosen = (x[0] @ w_gate).softmax(1).topk(2, 1)
+    k, v = module.k_proj(x[0]), module.v_proj(x[0])
+    wanted = torch.zeros(N, DIM, dtype=torch.float64)
+    for i in range(N):
+        for gate, e in zip(gates[i], chosen[i].tolist(), strict=True):
+            mixed = (x[0, i] @ experts[e] * D**-0.5 @ k.T).softmax(-1) @ v
+            wanted[i] += gate * (mixed @ output_experts[e])
+    assert_close(module(x).output[0], wanted)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ class LQuery(Mechanism):
     two run through blocks of their own and meet before the item logits, which are linear: in one block this is the
     same. The code's norm of the query and its residual, the normed mean, are the block's. The loss that teaches item
     embeddings who follows whom is `transition_loss`.
+    Weights: the code's dense layers hold [in, out], so that each is transposed here.
     """
 
     card = Card(
