@@ -69,6 +69,9 @@ class LLN(Mechanism):
         "95% in five times the steps.",
     )
 
+    r: Tensor  # of the linear half, and p of the near one, [1, h, 1, d]: where mixing is learned
+    p: Tensor
+
     def __init__(
         self,
         dim: int,
