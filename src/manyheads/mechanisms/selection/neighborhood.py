@@ -108,12 +108,10 @@ class Neighborhood(SoftmaxAttention):
         padding = None if where.padding is None else where.padding[:, offset :: self.dilation]
         behind = (start + k.shape[2] - q.shape[2] - offset) // self.dilation
 
-        # A leader stands less than a stride from its queries, and a causal one ahead of them.
-        far = self.window - 1 if self.causal else self.window + self.stride - 2
-
+        # As a stride is no wider than the window, a leader's window still ends less than a window from its queries.
         def reach(rows: slice) -> slice:
-            last = rows.stop + behind + (0 if self.causal else far)
-            return slice(max(rows.start + behind - far, 0), min(last, len(j)))
+            last = rows.stop + behind + (0 if self.causal else self.window - 1)
+            return slice(max(rows.start + behind - self.window + 1, 0), min(last, len(j)))
 
         def allowed(rows: slice, columns: slice) -> Tensor:
             near = self._near(where, i[rows], j[columns], positions[:, rows])
