@@ -22,6 +22,7 @@ from manyheads.explain.attributions import (
     AttentionGradient,
     Flow,
     GradCAM,
+    GradientRollout,
     InputGradient,
     IntegratedGradients,
     LogitFlow,
@@ -98,6 +99,16 @@ def looped(layers: list[Tensor], r: float = 0.5) -> Tensor:
     return torch.tensor(state, dtype=torch.float64)
 
 
+def thin(layer: Tensor, ratio: float, *, spare_first: bool) -> Tensor:
+    """Without the smallest entries of the whole matrix, of which so large a share is taken."""
+    layer = layer.clone()
+    entries = sorted((float(value), i) for i, value in enumerate(layer.flatten()))
+    for _, i in entries[: int(len(entries) * ratio)]:
+        if i or not spare_first:
+            layer[i // layer.shape[1], i % layer.shape[1]] = 0
+    return layer
+
+
 def test_rollout_by_hand() -> None:
     """0.5 A + 0.5 I is [[1, 0, 0], [.25, .75, 0], [.1, .15, .75]], then [.., [.2, .8, 0], [.25, .125, .625]]."""
     found = rollout([torch.tensor([FIRST]), torch.tensor([SECOND])])
@@ -138,6 +149,40 @@ def test_rollout_is_the_loop(name: str, fuse: str, monkeypatch: pytest.MonkeyPat
         assert_close(square[i][real][:, real], wanted, **close)
         assert_close(mean[i][real], wanted.mean(0), **close)
         assert float(whole[i][~real].abs().sum() + row[i][~real].abs().sum()) == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("ratio", [0.3, 0.9])
+@pytest.mark.parametrize("method", [Rollout, GradientRollout])
+def test_rollout_without_the_smallest_is_the_loop(
+    name: str, ratio: float, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manyheads.explain.attributions.base.BLOCK", 400)  # several blocks of rows
+    model, batch = doubled(name)
+    gradients = method is GradientRollout
+    maps = eager(model, batch, 3).attentions
+    fused = [(each * each.grad).mean(1).clamp(min=0) if gradients else each.mean(1) for each in maps]
+    own = method(model, discard_ratio=ratio)
+    row, whole = own.attribute(batch, 3), own.attribute(batch, 3, position="all")
+    for i in range(2):
+        real = batch["attention_mask"][i].bool()
+        layers = [thin(each[i][real][:, real].detach(), ratio, spare_first=not gradients) for each in fused]
+        wanted = looped(layers)
+        close = {"atol": 1e-6, "rtol": 0, "check_dtype": False}
+        assert_close(whole[i][real][:, real], wanted, **close)
+        assert_close(row[i][real], wanted[-1], **close)
+        assert float(whole[i][~real].abs().sum() + row[i][~real].abs().sum()) == 0
+
+
+def test_the_first_weight_is_spared_and_a_share_of_one_refused() -> None:
+    layer = torch.tensor([[[0.1, 0.2, 0.7], [0.3, 0.3, 0.4], [0.5, 0.4, 0.1]]])
+    kept = torch.tensor([[[0.1, 0.0, 0.7], [0.0, 0.0, 0.4], [0.5, 0.4, 0.0]]])
+    assert_close(rollout([layer], discard_ratio=0.56), rollout([kept]))  # five of nine, the first among them
+    for make in (lambda: Rollout(nn.Identity(), discard_ratio=1.0), lambda: rollout([layer], discard_ratio=-0.1)):
+        with pytest.raises(ValueError, match="discard_ratio="):
+            make()
+    with pytest.raises(TypeError, match="fuse"):
+        GradientRollout(nn.Identity(), fuse="max")
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -566,7 +611,9 @@ def test_what_is_refused() -> None:
             make()
 
 
-@pytest.mark.parametrize("method", [Rollout, Flow, RawAttention, AttentionGradient, Relevance, ValueNorm])
+@pytest.mark.parametrize(
+    "method", [Rollout, GradientRollout, Flow, RawAttention, AttentionGradient, Relevance, ValueNorm]
+)
 def test_broken_weights_are_refused(method: Any) -> None:
     model = tiny("llama")
     model.model.layers[1].self_attn.q_proj.weight.data[0, 0] = torch.nan

@@ -29,9 +29,14 @@ def words_tokenizer(loaded: Loaded) -> Loaded:
 def test_the_rule_by_hand() -> None:
     # Prompt tokens 10..19, the needle is at 3..6; two layers of two heads; five steps say 13, 99, 15, 17, 12.
     best = torch.tensor([[[3, 4], [0, 12]], [[4, 9], [5, 3]], [[5, 5], [7, 5]], [[7, 7], [7, 7]], [[2, 2], [2, 2]]])
-    found = score(best, [13, 99, 15, 17, 12], list(range(10, 20)), (3, 7))
+    found = score(best[..., None], [13, 99, 15, 17, 12], list(range(10, 20)), (3, 7))
     # Head 0.0 looks at 13 and at 15 when they are said; 0.1 and 1.1 at 15 only; 17 and 12 stand beside the needle.
     assert found.tolist() == [[0.5, 0.25], [0.0, 0.25]]
+    # The second best keys of head 0.1 are those of 0.0, and a step counts once: 0.1 has 13 of it, and 15 twice.
+    second = best.clone()
+    second[:, 0, 1] = best[:, 0, 0]
+    found = score(torch.stack([best, second], -1), [13, 99, 15, 17, 12], list(range(10, 20)), (3, 7))
+    assert found.tolist() == [[0.5, 0.5], [0.0, 0.25]]
 
 
 @pytest.mark.parametrize(
@@ -41,18 +46,19 @@ def test_recall_counts_tokens_as_often_as_they_occur(wanted: list[int], said: li
     assert recall(wanted, said) == share
 
 
-def test_best_keys_are_those_of_one_pass(packaged: Loaded) -> None:
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_best_keys_are_those_of_one_pass(packaged: Loaded, top_k: int) -> None:
     """Decoding with the cache looks where a single pass over prompt and answer looks."""
     inputs = Inputs(packaged)
     needle = inputs.needles(256, 0, depth=0.5)
-    best, said = answer(inputs, needle)
+    best, said = answer(inputs, needle, top_k)
     start = needle.asked[0][0]
     ids = torch.cat([needle.ids[:start], torch.tensor(said)])
     with torch.no_grad(), record(packaged.model) as calls:
         packaged.model(ids[None])
     rows = slice(start - 1, start - 1 + len(said))
-    wanted = torch.stack([call.weights(rows=rows)[0].argmax(-1) for call in calls])
-    torch.testing.assert_close(best, wanted.permute(2, 0, 1))
+    wanted = torch.stack([call.weights(rows=rows)[0].argsort(-1, descending=True)[..., :top_k] for call in calls])
+    torch.testing.assert_close(best, wanted.permute(2, 0, 1, 3))
     assert said[:5] == needle.ids[slice(*needle.told[0])].tolist()
 
 
@@ -62,6 +68,15 @@ def test_the_packaged_model_retrieves_with_layer_1(packaged: Loaded) -> None:
     mean = scores.mean(-1)
     assert mean[1, :4].max() > 0.7
     assert mean[[0, 2, 3]].max() < 0.2
+
+
+def test_more_keys_find_no_less_and_fewer_than_one_are_refused(packaged: Loaded) -> None:
+    inputs = Inputs(packaged)
+    (one, _), (two, _) = (retrieval(inputs, lengths=(256,), depths=(0.5,), top_k=k) for k in (1, 5))
+    assert (two >= one).all()
+    assert (two > one).any()
+    with pytest.raises(ValueError, match="top_k=0"):
+        retrieval(inputs, lengths=(256,), top_k=0)
 
 
 def test_a_random_model_scores_nothing() -> None:

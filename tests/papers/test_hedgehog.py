@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from manyheads.mechanisms.linear.hedgehog import Hedgehog, feature_map
+from manyheads.testing import check_mechanism
 
 
 def built(*, dim: int = 12, heads: int = 3, seed: int = 0, **config: object) -> Hedgehog:
@@ -25,9 +26,11 @@ def tokens(n: int, *, batch: int = 2, dim: int = 12, seed: int = 5) -> Tensor:
     return torch.randn(batch, n, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def loop_phi(vector: list[float], weight: Tensor) -> list[float]:
+def loop_phi(vector: list[float], weight: Tensor, features: str = "softmax") -> list[float]:
     d = len(vector)
     y = [sum(vector[r] * weight[r, c].item() for r in range(d)) for c in range(d)]
+    if features == "exp":
+        return [max(math.exp(e - max(y)), 1e-12) for e in y] + [max(math.exp(min(y) - e), 1e-12) for e in y]
     plus, minus = [math.exp(e) for e in y], [math.exp(-e) for e in y]
     return [max(e / sum(plus), 1e-12) for e in plus] + [max(e / sum(minus), 1e-12) for e in minus]
 
@@ -52,9 +55,10 @@ def loop_hedgehog(module: Hedgehog, x: Tensor, source: Tensor, *, causal: bool) 
             def place(row: Tensor, position: int) -> list[float]:
                 return row.tolist() if module.rotary is None else turned(row.tolist(), position)
 
-            keys = [loop_phi(place(k[b, j, part], j), module.k_map[h]) for j in range(source.shape[1])]
+            kind = module.config["features"]
+            keys = [loop_phi(place(k[b, j, part], j), module.k_map[h], kind) for j in range(source.shape[1])]
             for i in range(x.shape[1]):
-                query = loop_phi(place(q[b, i, part], i), module.q_map[h])
+                query = loop_phi(place(q[b, i, part], i), module.q_map[h], kind)
                 seen = range(i + 1) if causal else range(source.shape[1])
                 weights = {j: sum(a * c for a, c in zip(query, keys[j], strict=True)) for j in seen}
                 for j, weight in weights.items():
@@ -62,11 +66,12 @@ def loop_hedgehog(module: Hedgehog, x: Tensor, source: Tensor, *, causal: bool) 
     return out @ module.o_proj.weight.T
 
 
+@pytest.mark.parametrize("features", ["softmax", "exp"])
 @pytest.mark.parametrize("rotary", [None, {}])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("cross", [False, True])
-def test_equals_the_equation(causal: bool, cross: bool, rotary: dict | None) -> None:
-    module = built(causal=causal, rotary=rotary, chunk=3)
+def test_equals_the_equation(causal: bool, cross: bool, rotary: dict | None, features: str) -> None:
+    module = built(causal=causal, rotary=rotary, features=features, chunk=3)
     x, context = tokens(7), tokens(5, seed=6)
     with torch.no_grad():
         found = module(x, context if cross else None).output
@@ -186,3 +191,12 @@ def test_bfloat16_sums_in_float32_and_large_inputs_stay_finite() -> None:
         assert_close(found.double(), wanted, rtol=0.05, atol=0.02)
         assert state.fixed["memory"].dtype == torch.float32
         assert module.float()(1e4 * x.float()).output.isfinite().all()
+
+
+def test_conformance_of_the_exp_map() -> None:
+    check_mechanism(Hedgehog, config={"features": "exp"}, patterns=["noncausal-self", "causal-self"])
+
+
+def test_another_map_is_refused() -> None:
+    with pytest.raises(ValueError, match="hedgehog: features='relu'"):
+        Hedgehog(12, 3, features="relu")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from manyheads.mechanisms.linear.lln import LLN
+from manyheads.testing import check_mechanism
 
 A, B = 0.14855178144710912, -0.35487039130661086
 
@@ -35,6 +36,14 @@ def matched(q: Tensor, k: Tensor) -> tuple[float, float]:
     return wanted / q_std, wanted / k_std
 
 
+def factors(module: LLN, h: int) -> tuple[Tensor, Tensor]:
+    """Of the linear and of the near half, per feature of a head."""
+    if module.mixing == "average":
+        return torch.full((2, 1), 0.5, dtype=torch.float64).unbind()
+    r = module.r[0, h, 0]
+    return r, module.p[0, h, 0] if module.mixing == "scale" else 1 - r
+
+
 def by_loops(module: LLN, x: Tensor, *, causal: bool) -> Tensor:
     q, k, v = (x @ p.weight.T for p in (module.q_proj, module.k_proj, module.v_proj))
     n, d, out = x.shape[1], module.head_dim, torch.zeros_like(x)
@@ -56,18 +65,24 @@ def by_loops(module: LLN, x: Tensor, *, causal: bool) -> Tensor:
                     for j in keys
                 ]
                 for j in keys:
-                    weight = linear[j] / sum(linear)
+                    weight = torch.full((d,), linear[j] / sum(linear), dtype=x.dtype)
                     if module.diagonal:
-                        weight = (weight + near[j] / sum(near)) / 2
+                        one, other = factors(module, h)
+                        weight = one * weight + other * near[j] / sum(near)
                     out[b, i, part] += weight * v[b, j, part]
     return out @ module.o_proj.weight.T
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("config", [{"diagonal": False}, {"block": 3}, {"block": 1}, {}])
+@pytest.mark.parametrize(
+    "config",
+    [{"diagonal": False}, {"block": 3}, {"block": 1}, {}, {"mixing": "scale"}, {"mixing": "ratio", "block": 3}],
+)
 @torch.no_grad()
 def test_equals_the_equation(causal: bool, config: dict[str, object]) -> None:
     module, x = built(causal=causal, chunk=4, **config), tokens(10)
+    for name in {"r", "p"} & set(dict(module.named_parameters())):
+        getattr(module, name).copy_(torch.randn(1, 3, 1, 4))
     assert_close(module(x).output, by_loops(module, x, causal=causal), rtol=1e-9, atol=1e-9)
     assert module.block == config.get("block", 4)
 
@@ -122,6 +137,27 @@ def test_tokens_that_are_not_there_enter_no_moment_and_no_block() -> None:
         module = built(causal=causal, block=3)
         found = module(garbage, mask=mask, positions=places).output
         assert_close(found[:, mask[0]], module(x[:, mask[0]]).output)
+
+
+@torch.no_grad()
+def test_learned_mixing_starts_as_the_average_and_has_no_matrix() -> None:
+    average, x = LLN(12, 3, causal=True).double(), tokens(9)
+    for mixing in ("scale", "ratio"):
+        module = LLN(12, 3, causal=True, mixing=mixing).double()
+        module.load_state_dict(average.state_dict(), strict=False)
+        assert_close(module(x).output, average(x).output)
+        assert module(x, need_weights=True).weights is None
+
+
+@pytest.mark.parametrize("mixing", ["scale", "ratio"])
+def test_conformance_of_learned_mixing(mixing: str) -> None:
+    check_mechanism(LLN, config={"mixing": mixing})
+
+
+@pytest.mark.parametrize("config", [{"mixing": "sum"}, {"mixing": "scale", "diagonal": False}])
+def test_mixing_of_nothing_is_refused(config: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="lln: mixing="):
+        LLN(12, 3, **config)
 
 
 def test_a_block_of_nothing_is_refused() -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from manyheads.functional.ema import damped_ema
 from manyheads.mechanisms.recurrent import mega
 from manyheads.mechanisms.recurrent.mega import Mega
+from manyheads.testing import check_mechanism
 
 
 def build(**config):
@@ -65,6 +66,8 @@ def by_loops(module, x, real):
                 score = scale * (q[i, zs] @ k[j, zs]) + bias
                 if module.normaliser == "softmax":
                     matrix[h, i, j] = score.exp()
+                elif module.normaliser == "relu2":
+                    matrix[h, i, j] = score**2 if score > 0 else 0.0
                 else:
                     mean, deviation = math.sqrt(1 / 2), math.sqrt(1 / (4 * math.pi))
                     matrix[h, i, j] = 0.5 * (1 + torch.erf((score - mean) / (deviation * math.sqrt(2))))
@@ -77,7 +80,7 @@ def by_loops(module, x, real):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("normaliser", ["softmax", "laplace"])
+@pytest.mark.parametrize("normaliser", ["softmax", "laplace", "relu2"])
 @pytest.mark.parametrize(("heads", "chunk"), [(1, 4), (2, 4), (1, None), (1, 3)])
 @torch.no_grad()
 def test_equation(causal, normaliser, heads, chunk):
@@ -195,6 +198,10 @@ def test_state_takes_the_same_bytes_from_the_first_pass_on():
         module(torch.randn(2, n, 8).double(), state=state)
         sizes.append(state.nbytes)
     assert sizes == sizes[:1] * 4
+
+
+def test_conformance_of_squared_relu():
+    check_mechanism(Mega, config={"normaliser": "relu2"})
 
 
 def test_refusals():

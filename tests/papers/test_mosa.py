@@ -10,6 +10,7 @@ from torch import Tensor
 
 from manyheads.mechanisms.plain.softmax import Softmax
 from manyheads.mechanisms.selection.mosa import MoSA
+from manyheads.testing import check_mechanism
 
 
 def loops(module: MoSA, x: Tensor) -> Tensor:
@@ -22,6 +23,8 @@ def loops(module: MoSA, x: Tensor) -> Tensor:
         for i in range(n):
             there = range(i + 1 if module.causal else n)
             best = sorted(there, key=lambda j, r=r: -r[j])[: module.top_k]  # type: ignore[misc]
+            if module.include_first and 0 not in best:
+                best = [0, *best[:-1]]
             if i not in best:
                 rows.append(torch.zeros(d, dtype=x.dtype))
                 continue
@@ -33,9 +36,10 @@ def loops(module: MoSA, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize(("top_k", "n"), [(1, 9), (5, 70), (12, 150), (40, 17)])
-def test_equals_loops(top_k: int, n: int, causal: bool) -> None:
-    module = MoSA(16, 4, top_k=top_k, causal=causal).double()
+def test_equals_loops(top_k: int, n: int, first: bool, causal: bool) -> None:
+    module = MoSA(16, 4, top_k=top_k, include_first=first, causal=causal).double()
     x = torch.randn(2, n, 16, dtype=torch.float64)
     with torch.no_grad():
         wanted = torch.stack([loops(module, row) for row in x])
@@ -77,6 +81,30 @@ def test_equal_scores_keep_the_earlier_tokens() -> None:
     weights = module(torch.randn(1, 6, 16), need_weights=True).weights
     assert weights is not None
     assert (weights[0, 0] > 0).nonzero().tolist() == [[0, 0], [1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_first_token_is_the_first_real_one(causal: bool) -> None:
+    module = MoSA(16, 4, top_k=2, include_first=True, causal=causal).double()
+    torch.nn.init.constant_(module.router.weight, 0.5)
+    x = torch.randn(1, 9, 16, dtype=torch.float64).abs()
+    x[:, 0] *= -1  # the worst of all, by far
+    dirty = torch.cat([torch.full((1, 3, 16), 1e3, dtype=torch.float64), x], 1)
+    mask = torch.arange(12)[None] >= 3
+    result = module(dirty, mask=mask, need_weights=True)
+    torch.testing.assert_close(result.output[:, 3:], module(x).output)
+    assert (result.weights[0, :, 3, 3] > 0).all()
+    assert (result.weights[0, :, 3:, 3] > 0).any(1).all()
+    if causal:
+        state = module.init_state(1)
+        steps = [module(dirty[:, s], mask=mask[:, s], state=state).output for s in (slice(0, 2), slice(2, 8))]
+        steps.append(module(dirty[:, 8:], state=state).output)
+        torch.testing.assert_close(torch.cat(steps, 1)[:, 3:], result.output[:, 3:])
+        assert (state.fixed["places"][0, :, 0] == 3).all()
+
+
+def test_conformance_with_the_first_token() -> None:
+    check_mechanism(MoSA, config={"include_first": True})
 
 
 def test_refuses() -> None:

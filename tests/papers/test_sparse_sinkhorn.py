@@ -8,6 +8,7 @@ from torch import Tensor
 
 from manyheads.mechanisms.plain.softmax import Softmax
 from manyheads.mechanisms.scoring.sparse_sinkhorn import SparseSinkhorn
+from manyheads.testing import check_mechanism
 
 D = 4
 
@@ -96,3 +97,93 @@ def test_noise_in_training_only() -> None:
 def test_no_block() -> None:
     with pytest.raises(ValueError, match="block=0"):
         SparseSinkhorn(12, 3, block=0)
+    with pytest.raises(ValueError, match="sorted_blocks=2 with causal=False"):
+        SparseSinkhorn(12, 3, sorted_blocks=2)
+
+
+# -- causal ------------------------------------------------------------------------------------------------------------
+
+
+def picked(scores: list[float], module: SparseSinkhorn) -> list[tuple[int, float]]:
+    """The largest share, then the largest of the rest .. : of learned blocks (-1) with score 0, and of those given."""
+    left = [(-1, 0.0)] * module.sorted_blocks + list(enumerate(scores))
+    found = []
+    for _ in range(module.sorted_blocks):
+        powers = [math.exp(score / module.temperature) for _, score in left]
+        best = max(range(len(left)), key=powers.__getitem__)
+        found.append((left.pop(best)[0], powers[best] / sum(powers)))
+    return found
+
+
+def causal_loops(module: SparseSinkhorn, x: Tensor) -> tuple[Tensor, Tensor]:
+    """As sinkhorn-transformer has it, for whole blocks: the later half of the heads turn the sequence round by
+    block - 1 tokens, whose first ones then stand at its end, hidden from what came before them."""
+    n, s = len(x), module.block
+    matrix, mixed = torch.zeros(module.heads, n, n, dtype=x.dtype), torch.zeros_like(x)
+    for h in range(module.heads):
+        own, turned = slice(D * h, D * h + D), h >= module.heads // 2
+        q, k, v = (x @ p.weight[own].T for p in (module.q_proj, module.k_proj, module.v_proj))
+        order = [*range(s - 1, n), *range(s - 1)] if turned else list(range(n))
+        blocks = [order[start : start + s] for start in range(0, n, s)]
+        mean_q, mean_k = ({i: t[order[: a + 1]].mean(0) for a, i in enumerate(order)} for t in (q, k))
+        for index, block in enumerate(blocks):
+            scores = [
+                float(mean_q[block[0]] @ sum(mean_k[j] for j in other)) / math.sqrt(D) for other in blocks[:index]
+            ]
+            picks = picked(scores, module)
+            for a, i in enumerate(block):
+                wrapped = turned and index == len(blocks) - 1 and a > 0
+                slots = [(j, 1.0, k[j], v[j]) for j in block[1 if wrapped else 0 : a + 1]]
+                for choice, share in [] if wrapped else picks:
+                    if choice < 0:
+                        empty = share * module.null_keys[h, 0], share * module.null_values[h, 0]
+                        slots += [(-1, share, *empty)] * s
+                    else:
+                        slots += [(j, share, share * k[j], share * v[j]) for j in blocks[choice]]
+                powers = [math.exp(float(q[i] @ key) / math.sqrt(D)) for _, _, key, _ in slots]
+                for power, (j, share, _, value) in zip(powers, slots, strict=True):
+                    mixed[i, own] += power / sum(powers) * value
+                    if j >= 0:
+                        matrix[h, i, j] += power / sum(powers) * share
+    return mixed @ module.o_proj.weight.T, matrix
+
+
+@pytest.mark.parametrize(("block", "sorted_blocks", "n"), [(4, 1, 16), (3, 2, 15), (1, 1, 5), (1, 2, 6), (5, 3, 20)])
+@pytest.mark.parametrize("heads", [1, 3])
+@torch.no_grad()
+def test_the_causal_form_equals_loops(block: int, sorted_blocks: int, n: int, heads: int) -> None:
+    module = SparseSinkhorn(D * heads, heads, causal=True, block=block, sorted_blocks=sorted_blocks).double()
+    x = 2 * torch.randn(2, n, module.dim, dtype=torch.float64)
+    result = module(x, need_weights=True)
+    for row in range(2):
+        output, matrix = causal_loops(module, x[row])
+        torch.testing.assert_close(result.output[row], output)
+        torch.testing.assert_close(result.weights[row], matrix)
+    torch.testing.assert_close(module(x).output, result.output)
+    state = module.init_state(2)
+    parts = [module(x[:, a:b], state=state).output for a, b in ((0, 2), (2, 3), (3, n))]
+    torch.testing.assert_close(torch.cat(parts, 1), result.output)
+
+
+@torch.no_grad()
+def test_picks_matter_and_reach_far_back() -> None:
+    module = SparseSinkhorn(12, 2, causal=True, block=4).double()
+    weights = module(3 * torch.randn(8, 64, 12, dtype=torch.float64), need_weights=True).weights
+    assert (weights[:, :, 40:, :32] > 0.01).any()
+
+
+def test_blocks_hold_no_matrix_of_all_pairs() -> None:
+    module, x, sizes = SparseSinkhorn(8, 2, block=4, causal=True), torch.randn(1, 256, 8), []
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        module(x)
+    assert max(sizes) < 256 * 256 / 4
+
+
+@pytest.mark.parametrize("config", [{}, {"sorted_blocks": 2, "block": 3}])
+def test_causal_conformance(config: dict[str, int]) -> None:
+    check_mechanism(SparseSinkhorn, config=config, patterns=["causal-self"])

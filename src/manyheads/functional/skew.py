@@ -16,3 +16,11 @@ def skew(by_distance: Tensor, keys: int) -> Tensor:
     n, w = by_distance.shape[-2:]
     flat = F.pad(by_distance, (0, 1)).flatten(-2)
     return flat[..., n - 1 : n - 1 + n * w].unflatten(-1, (n, w))[..., :keys]
+
+
+def unskew(by_key: Tensor, keys: int) -> Tensor:
+    """The way back: by_key [.., n, keys] -> [.., n, n + keys - 1], whose entry (i, j + n - 1 - i) is entry (i, j) of
+    by_key, and zero where no key stands."""
+    n = by_key.shape[-2]
+    flat = F.pad(by_key, (0, n - 1)).flatten(-2)
+    return F.pad(flat, (n - 1, 1)).unflatten(-1, (n, n + keys))[..., :-1]

@@ -29,13 +29,14 @@ from manyheads.explain.attributions.grid import token_grid
 from manyheads.explain.attributions.logit_flow import LogitFlow, LogitParts
 from manyheads.explain.attributions.raw import RawAttention
 from manyheads.explain.attributions.relevance import Relevance
-from manyheads.explain.attributions.rollout import Rollout, rollout
+from manyheads.explain.attributions.rollout import GradientRollout, Rollout, rollout
 from manyheads.explain.attributions.value_norm import ValueNorm
 
 # Name -> the method with its defaults, of a model and a score or None.
 METHODS: dict[str, Callable[[Any, Any], Attribution]] = {
     "raw-attention": lambda model, score: RawAttention(model, score=score),
     "rollout": lambda model, score: Rollout(model, score=score),
+    "gradient-rollout": lambda model, score: GradientRollout(model, score=score),
     "flow": lambda model, score: Flow(model, score=score),
     "value-norm": lambda model, score: ValueNorm(model, score=score),
     "attention-gradient": lambda model, score: AttentionGradient(model, score=score),
@@ -59,6 +60,7 @@ __all__ = [
     "Faithfulness",
     "Flow",
     "GradCAM",
+    "GradientRollout",
     "InputGradient",
     "IntegratedGradients",
     "LogitFlow",

@@ -35,6 +35,16 @@ def feature_map(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat((y.softmax(-1), (-y).softmax(-1)), -1).clamp(min=SMALLEST)
 
 
+def exp_map(x: Tensor, weight: Tensor) -> Tensor:
+    """x [b, h, n, d], weight [h, d, d] -> [exp(x W - max(x W)), exp(min(x W) - x W)], [b, h, n, 2 d]."""
+    y = x @ weight.to(x.dtype)
+    both = torch.cat((y - y.amax(-1, keepdim=True), y.amin(-1, keepdim=True) - y), -1)
+    return both.exp().clamp(min=SMALLEST)
+
+
+FEATURES = {"softmax": feature_map, "exp": exp_map}
+
+
 @register
 class Hedgehog(Mechanism):
     """Linear attention whose learned features make weights as spiky and as monotone as softmax attention's.
@@ -44,9 +54,13 @@ class Hedgehog(Mechanism):
     per head, over j <= i where causal. q and k have maps of their own, identities at first, applied after the rotary
     embedding and without 1 / sqrt(d). State: the sum of phi(k_j) [v_j, 1], 2 d (d + 1) numbers per head. chunk: tokens
     computed at once, which changes nothing but speed.
+    features="exp": phi(x) = [exp(W x - max W x), exp(min W x - W x)], each half of each token scaled to a largest
+    feature of one, the released `exp_dim` map.
     Source: Zhang et al., arXiv:2402.04347. The paper writes exp and normalises over features for stability, which is
     the released `softmax_dim` map followed here, with its floor of 1e-12 under every feature; its eps in the
-    denominator is left out, as the floor keeps that positive. Training maps to imitate a softmax model is not here.
+    denominator is left out, as the floor keeps that positive. What `exp_dim` subtracts the paper's exp does not: it
+    weighs keys, and the two halves, anew. Training maps to imitate a softmax model is not here.
+    Weights: q_map and k_map are the released `layer` of each map (LoLCATs).
     """
 
     card = Card(
@@ -68,13 +82,16 @@ class Hedgehog(Mechanism):
         heads: int,
         *,
         causal: bool = False,
+        features: str = "softmax",
         chunk: int = CHUNK,
         bias: bool = False,
         rotary: Rotary | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(dim, heads, causal=causal)
         self.head_dim = self._split_heads()
-        self.chunk = checked_chunk(self.card.name, chunk)
+        if features not in FEATURES:
+            raise ValueError(f"{self.card.name}: features={features!r}; want one of {list(FEATURES)}")
+        self.features, self.chunk = FEATURES[features], checked_chunk(self.card.name, chunk)
         self.rotary = Rotary.of(rotary)
         if self.rotary:
             self.rotary.features(self.head_dim)
@@ -85,7 +102,7 @@ class Hedgehog(Mechanism):
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         positions = call.query_positions(x)
         q = self._placed(self.q_proj(x), positions)
-        kernel = Kernel(partial(feature_map, weight=self.q_map), partial(feature_map, weight=self.k_map))
+        kernel = Kernel(partial(self.features, weight=self.q_map), partial(self.features, weight=self.k_map))
         read = self._cross(q, context, kernel, call) if context is not None else self._self(q, x, kernel, call)
         if call.state is not None:
             call.state.advance(x.shape[1])

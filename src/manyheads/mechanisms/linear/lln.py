@@ -18,6 +18,8 @@ from manyheads.registry import register
 SLOPE, OFFSET = 0.14855178144710912, -0.35487039130661086
 # Exponents stay within this: the range of their products still fits into float32.
 LARGEST = 30.0
+# How the two halves are mixed: the learned factors of each way.
+MIXINGS = {"average": (), "scale": ("r", "p"), "ratio": ("r",)}
 EXPONENTIAL = Kernel(query=lambda x: (x - x.amax(-1, keepdim=True)).exp(), key=torch.exp)
 
 
@@ -43,7 +45,9 @@ class LLN(Mechanism):
         alpha = s / std(q), beta = s / std(k),  s^2 = (std(q)^2 std(k)^2 - b) / (2 a)
 
     no gradient through alpha and beta. diagonal: the mean of that and of softmax(q k^T / sqrt(d)) v within blocks of
-    `block` positions (None: the head dim, as published). Scaled queries and keys are held within +-30. State: sums of
+    `block` positions (None: the head dim, as published). mixing: "average", or in place of the halves learned numbers
+    per head and feature, "scale" (r linear + p near) or "ratio" (r linear + (1 - r) near), a half at first; then no
+    matrix is shared by the features, and weights is None. Scaled queries and keys are held within +-30. State: sums of
     psi(k) [v, 1], moments, and one block.
     Source: Nahshan et al., arXiv:2311.13541. The released code takes std over the batch and the whole sequence, so that
     every output depends on other rows and on the future. Here it is over one row's real tokens, up to each where
@@ -65,6 +69,9 @@ class LLN(Mechanism):
         "95% in five times the steps.",
     )
 
+    r: Tensor  # of the linear half, and p of the near one, [1, h, 1, d]: where mixing is learned
+    p: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -73,6 +80,7 @@ class LLN(Mechanism):
         causal: bool = False,
         diagonal: bool = True,
         block: int | None = None,
+        mixing: str = "average",
         chunk: int = CHUNK,
         bias: bool = False,
     ) -> None:
@@ -81,6 +89,14 @@ class LLN(Mechanism):
         self.block = self.head_dim if block is None else block
         if self.block < 1:
             raise ValueError(f"lln: block={block} must be at least 1 (or None for the head dim, {self.head_dim})")
+        if mixing not in MIXINGS or (mixing != "average" and not diagonal):
+            raise ValueError(
+                f"lln: mixing={mixing!r} with diagonal={diagonal}; want one of {list(MIXINGS)}, with diagonal=False "
+                "'average' alone, as there is nothing to mix"
+            )
+        self.mixing = mixing
+        for name in MIXINGS[mixing]:
+            self.register_parameter(name, nn.Parameter(torch.full((1, heads, 1, self.head_dim), 0.5)))
         self.diagonal, self.chunk = diagonal, checked_chunk(self.card.name, chunk)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
 
@@ -94,11 +110,17 @@ class LLN(Mechanism):
         mixed, weights = read.mixed, read.weights
         if self.diagonal:
             near, near_weights = self._diagonal(q, k, v, call, matrix=weights is not None)
-            mixed = 0.5 * (mixed + near)
-            weights = None if weights is None else 0.5 * (weights + near_weights)
+            mixed = self._mix(mixed, near)
+            weights = 0.5 * (weights + near_weights) if weights is not None and self.mixing == "average" else None
         if call.state is not None:
             call.state.advance(x.shape[1])
         return Result(self.o_proj(joined(mixed, x)), shown(weights, call, x))
+
+    def _mix(self, linear: Tensor, near: Tensor) -> Tensor:
+        if self.mixing == "average":
+            return 0.5 * (linear + near)
+        r = self.r.to(linear.dtype)
+        return r * linear + (self.p.to(linear.dtype) if self.mixing == "scale" else 1 - r) * near
 
     def _matched(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """q and k times alpha and beta."""

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.grouped import masked_softmax
-from manyheads.functional.skew import skew
+from manyheads.functional.grouped import grouped_mix, masked_softmax
+from manyheads.functional.skew import skew, unskew
 from manyheads.registry import register
 from manyheads.softmax import SoftmaxAttention, Where
 
@@ -19,13 +19,15 @@ class MusicTransformer(SoftmaxAttention):
 
         softmax((q k^T + skew(q E^T)) / sqrt(d)) v,   E [heads, max_distance, d]; distances beyond it count as zero
 
+    Not causal: E has 2 max_distance - 1 rows, from the farthest key ahead to the farthest behind. values: a vector for
+    the distance, out of a table of the same size, is added to v_j too.
     block: the local form. Positions are cut into blocks; a query sees its own block so far and all of the block before,
     in blocks of queries, with time and memory n block. Without padding, masks, given positions or a state; these go
     through the [n, m] matrix under the same rule.
     Source: Huang et al., arXiv:1809.04281, and its code in tensor2tensor (`dot_product_self_attention_relative_v2`,
     `masked_relative_local_attention_1d`): both terms are scaled, tables differ by head and start at N(0, 1 / d), and
     what is farther than the table reaches is zero, not clipped. Distances are between places in the sequence.
-    Weights: row r of distances is of distance r; the code's rows go the other way, its last one is of distance 0.
+    Weights: row r of each table is of distance r; the code's rows go the other way, its last one is of distance 0.
     """
 
     card = Card(
@@ -33,7 +35,7 @@ class MusicTransformer(SoftmaxAttention):
         title="Music Transformer",
         reference="arXiv:1809.04281",
         family=Family.POSITION,
-        patterns={"causal-self"},
+        patterns={"noncausal-self", "causal-self"},
         time="n^2",
         state="n",
         example={"max_distance": 6},
@@ -47,14 +49,19 @@ class MusicTransformer(SoftmaxAttention):
         causal: bool = True,
         max_distance: int = 512,
         block: int | None = None,
+        values: bool = False,
         bias: bool = False,
     ) -> None:
         super().__init__(dim, heads, causal=causal, bias=bias)
         if max_distance < 1 or (block is not None and block < 1):
             raise ValueError(f"music-transformer: max_distance={max_distance} and block={block} must be positive")
+        if block is not None and not causal:
+            raise ValueError(f"music-transformer: block={block} with causal=False; the local form looks back alone")
         self.max_distance, self.block = max_distance, block
         self.span = None if block is None else 2 * block
-        self.distances = nn.Parameter(torch.randn(heads, max_distance, self.head_dim) * self.head_dim**-0.5)
+        size = heads, max_distance if causal else 2 * max_distance - 1, self.head_dim
+        self.distances = nn.Parameter(torch.randn(size) * self.head_dim**-0.5)
+        self.value_distances = nn.Parameter(torch.randn(size) * self.head_dim**-0.5) if values else None
 
     def score(self, q: Tensor, k: Tensor, where: Where) -> Tensor:
         q = q * self.scale
@@ -77,11 +84,32 @@ class MusicTransformer(SoftmaxAttention):
             return None
         return self._in_blocks(q, k, v, self.block)
 
+    def mix(self, weights: Tensor, v: Tensor, where: Where) -> Tensor:
+        return grouped_mix(weights, v) + self._relative_values(weights)
+
     def _relative(self, q: Tensor, m: int) -> Tensor:
         """q [b, h, n, d] or blocks of it [b, h, c, n, d] -> the term by distance, [.., n, m]."""
-        table = self.distances[:, : min(m, self.max_distance)].flip(1).transpose(-1, -2)
-        by_distance = q @ (table if q.ndim == 4 else table[:, None])
-        return skew(F.pad(by_distance, (m - table.shape[-1], 0)), m)
+        table, behind, ahead = self._near(self.distances, m)
+        by_distance = q @ (table if q.ndim == 4 else table[:, None]).transpose(-1, -2)
+        return skew(F.pad(by_distance, (behind, ahead)), m)
+
+    def _relative_values(self, weights: Tensor) -> Tensor | float:
+        """weights [b, h, n, m] or [b, h, c, n, m] -> what the keys' distances add to their values, [.., n, d]."""
+        if self.value_distances is None:
+            return 0.0
+        m = weights.shape[-1]
+        table, behind, _ = self._near(self.value_distances, m)
+        by_distance = unskew(weights, m)[..., behind : behind + table.shape[1]]
+        return by_distance @ (table if weights.ndim == 4 else table[:, None])
+
+    def _near(self, table: Tensor, m: int) -> tuple[Tensor, int, int]:
+        """The rows of a table [h, ., d] for distances that m keys can have, the farthest behind first, and how many
+        columns by distance lack a row on either side of them."""
+        reach = min(m, self.max_distance)
+        if self.causal:
+            return table[:, :reach].flip(1), m - reach, 0
+        here = self.max_distance - 1
+        return table[:, here - reach + 1 : here + reach].flip(1), m - reach, m - reach
 
     def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
         n = q.shape[2]
@@ -93,4 +121,4 @@ class MusicTransformer(SoftmaxAttention):
         allowed = j <= torch.arange(block, device=q.device)[:, None]
         first = torch.arange(q.shape[2], device=q.device)[:, None, None] == 0
         weights = masked_softmax(scores, allowed & ~(first & (j < 0)))
-        return (weights @ values).flatten(2, 3)[:, :, :n]
+        return (weights @ values + self._relative_values(weights)).flatten(2, 3)[:, :, :n]

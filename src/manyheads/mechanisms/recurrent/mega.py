@@ -17,7 +17,7 @@ from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 from manyheads.state import State
 
-NORMALISERS = ("softmax", "laplace")
+NORMALISERS = ("softmax", "laplace", "relu2")
 # Tokens, or a chunk more, of a long causal pass that are worked on at once: what lies between stays in the cache.
 STRETCH = 2048
 
@@ -29,8 +29,9 @@ class Mega(Mechanism):
         x' = silu(EMA(x) + omega x);  z = silu(W_z x');  q, k = kappa z + mu;  v = silu(W_v x)
         o = f(q k^T + b) v;  h = silu(W_h x' + U (r o)), r = silu(W_r x');  y = phi h + (1 - phi) x, phi = sigmoid(W x')
 
-    f: "softmax" (q k^T / sqrt(d)) or "laplace" (q k^T / number of keys, then (1 + erf((s - mu) / (sigma sqrt 2))) / 2,
-    not normalised). chunk: attention stays within stretches of so many positions (linear, constant state); None: all.
+    f: "softmax" (q k^T / sqrt(d)), "laplace" (q k^T / number of keys, then (1 + erf((s - mu) / (sigma sqrt 2))) / 2,
+    not normalised) or "relu2" (the same scores, then max(s, 0)^2, not normalised). chunk: attention stays within
+    stretches of so many positions (linear, constant state); None: all.
     b is the learned rotary bias, not the Toeplitz table: it has no longest length. Noncausal: a second EMA from the
     right. heads splits z and v; the paper has one.
     Matrix: f(q k^T + b); the EMA, which reaches beyond the chunk, is beside them.
@@ -201,8 +202,11 @@ class Mega(Mechanism):
         count = allowed.sum(-1, keepdim=True).clamp(min=1)
         scores = torch.cat([q / count.to(q.dtype), q_place], -1) @ k.transpose(-1, -2)
         scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-        # mu = sqrt(1 / 2), sigma = sqrt(1 / (4 pi)): the values that come nearest to a squared ReLU.
-        weights = 0.5 * (1 + torch.erf((scores - 0.5**0.5) * (2 * torch.pi) ** 0.5))
+        if self.normaliser == "relu2":
+            weights = scores.relu().square()
+        else:
+            # mu = sqrt(1 / 2), sigma = sqrt(1 / (4 pi)): the values that come nearest to a squared ReLU.
+            weights = 0.5 * (1 + torch.erf((scores - 0.5**0.5) * (2 * torch.pi) ** 0.5))
         return (weights * allowed).to(q.dtype)
 
     def _reach_back(

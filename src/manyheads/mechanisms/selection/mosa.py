@@ -27,6 +27,8 @@ class MoSA(Mechanism):
     if it is among them, a token once pushed out never comes back, and the state holds top_k tokens. The published
     causal model takes I_h over the whole sequence and masks j > i: there later tokens decide who is chosen.
 
+    include_first: every head holds the first real token, whatever its r (its gate stays), and top_k - 1 others.
+
     Source: arXiv:2505.00315 and its released code. There top_k is the length over a sparsity; here it is given, so that
     padding and decoding change nothing. The paper adds dense heads: sum this module with another. Equal r: the earlier
     token wins.
@@ -52,6 +54,7 @@ class MoSA(Mechanism):
         heads: int,
         *,
         top_k: int = 64,
+        include_first: bool = False,
         causal: bool = False,
         bias: bool = False,
         rotary: Rotary | Mapping[str, Any] | None = None,
@@ -61,6 +64,7 @@ class MoSA(Mechanism):
         if top_k < 1:
             raise ValueError(f"{self.card.name}: top_k={top_k} must be positive")
         self.top_k, self.scale, self.rotary = top_k, self.head_dim**-0.5, Rotary.of(rotary)
+        self.include_first = include_first
         if self.rotary:
             self.rotary.features(self.head_dim)
         self.router = nn.Linear(dim, heads, bias=False)
@@ -73,11 +77,23 @@ class MoSA(Mechanism):
         mixed, weights = self._running(x, scores, call) if self.causal else self._chosen(x, scores, call)
         return Result(self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights)
 
+    def _ranks(self, scores: Tensor, before: Tensor | None) -> Tensor:
+        """scores [b, h, n], by which tokens are chosen: without limit for the first real one, where it is to be held
+        and is not among those of earlier passes, whose scores are `before` [b, h, k]."""
+        if not self.include_first:
+            return scores
+        there = scores.detach() != -torch.inf
+        first = there & (there.cumsum(2) == 1)
+        if before is not None:
+            first = first & (before == -torch.inf).all(2, keepdim=True)
+        return scores.masked_fill(first, torch.inf)
+
     # -- noncausal -------------------------------------------------------------------------------------------------
 
     def _chosen(self, x: Tensor, scores: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         b, n, _ = x.shape
-        best, index = scores.topk(min(self.top_k, n), -1)
+        index = self._ranks(scores, None).topk(min(self.top_k, n), -1).indices
+        best = scores.gather(2, index)
         rows = x[torch.arange(b, device=x.device)[:, None, None], index]
         positions = call.query_positions(x).expand(b, n)[:, None].expand(-1, self.heads, -1).gather(2, index)
         q, k, v = (self._project(rows, each) for each in (self.q_proj, self.k_proj, self.v_proj))
@@ -122,10 +138,11 @@ class MoSA(Mechanism):
         places = torch.arange(call.seen, call.seen + n, device=x.device).expand(b, self.heads, n)
         kept = None if call.state is None or not call.state.fixed else Held(**call.state.fixed)
         held = nothing_held(k, scores, self.top_k) if kept is None else kept
+        ranks = self._ranks(scores, held.scores)
         mixed, weights = [], []
         for start in range(0, n, CHUNK):
             part = slice(start, start + CHUNK)
-            both, inside = running_top(held, Held(k[:, :, part], v[:, :, part], scores[:, :, part], places[:, :, part]))
+            both, inside = running_top(held, Held(k[:, :, part], v[:, :, part], ranks[:, :, part], places[:, :, part]))
             weight = self._among(q[:, :, part], scores[:, :, part], both, inside, call.dense, part)
             held = after_chunk(both, inside, self.top_k)
             mixed.append(weight @ both.values)
