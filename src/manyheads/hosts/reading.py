@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyheads.finite import broken_tokens
 from manyheads.hosts.calls import MechanismCall
+from manyheads.hosts.inside import inner_call, is_shell, offers
 from manyheads.hosts.sites import Site
+from manyheads.inner import Inner
 from manyheads.mechanism import Mechanism, Result
 
 # Gets a call; may give back an output [b, h, n, e] ([b, n, dim] of a mechanism) that takes the place of the call's.
@@ -61,36 +64,69 @@ def fitting(changed: Tensor, output: Tensor, site: Site) -> Tensor:
 
 @contextmanager
 def _listening(module: nn.Module) -> Iterator[None]:
-    """Mechanisms are read by hooks, set once however many readers there are."""
+    """Mechanisms are read from inside or, where they offer nothing, by hooks; once however many readers there are."""
     if not isinstance(module, Mechanism) or module in _hooked:
         yield
         return
+    ear = _Ear(module)
     hooks = [
-        module.register_forward_pre_hook(_weights_with_state, with_kwargs=True),
-        module.register_forward_hook(_on_mechanism, with_kwargs=True),
+        module.register_forward_pre_hook(ear.before, with_kwargs=True),
+        module.register_forward_hook(ear.after, with_kwargs=True),
     ]
+    module.__dict__["listener"] = ear.inside
     _hooked.add(module)
     try:
         yield
     finally:
         _hooked.discard(module)
+        module.__dict__.pop("listener", None)
         for hook in hooks:
             hook.remove()
 
 
-def _weights_with_state(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A pass that changes a state cannot be made a second time for its weights."""
-    return args, kwargs | {"need_weights": True} if kwargs.get("state") is not None else kwargs
+class _Ear:
+    """One mechanism's pass, as it begins, inside, and at its end."""
 
+    def __init__(self, module: Mechanism):
+        self.module = weakref.ref(module)
+        # A pass that changes a state cannot be made a second time for its weights, and a forward of its own has none
+        # to offer unless asked.
+        self.always = offers(module) and not is_shell(module)
+        self.state: Any = None
+        self.broken: Tensor | None = None
+        self.asked = self.heard = False
 
-def _on_mechanism(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Result) -> Result:
-    check_run(module)
-    for site, reader, memo in readings(module):
-        call = MechanismCall(site, args, kwargs, result, memo)
-        changed = reader(call)
-        if changed is not None:
-            result = result._replace(output=fitting(changed, result.output, site))
-    return result
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs.get("x")
+        tokens = isinstance(x, Tensor) and x.ndim == 3 and x.is_floating_point()
+        self.broken = broken_tokens(x) if tokens and isinstance(x, Tensor) else None
+        self.state, self.asked, self.heard = kwargs.get("state"), bool(kwargs.get("need_weights")), False
+        wants = self.always or (self.state is not None and not is_shell(module))  # type: ignore[arg-type]
+        return args, kwargs | {"need_weights": True} if wants else kwargs
+
+    def inside(self, inner: Inner) -> Tensor:
+        module, output = self.module(), inner.output
+        assert module is not None
+        check_run(module)
+        self.heard = True
+        for site, reader, memo in readings(module):
+            call = inner_call(site, inner, self.state, self.broken)
+            call.output, call.memo = output, memo
+            changed = reader(call)
+            if changed is not None:
+                output = fitting(changed, output, site)
+        return output
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Result) -> Result:
+        if not self.heard:
+            check_run(module)
+            for site, reader, memo in readings(module):
+                call = MechanismCall(site, args, kwargs, result, memo)
+                changed = reader(call)
+                if changed is not None:
+                    result = result._replace(output=fitting(changed, result.output, site))
+        self.state = self.broken = None
+        return result if self.asked else result._replace(weights=None)
 
 
 # -- running again -----------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from manyheads.explain.detectors.reading import Measure, even, read
 from manyheads.explain.detectors.subject import Sample, Samples, Subject
+from manyheads.hosts.calls import opened
 from manyheads.hosts.loading import Loaded
-from manyheads.hosts.taps import AttentionCall
 
 LAMBDA = 5.0
 
@@ -61,11 +61,7 @@ class Massive(Measure):
         self.which, self.squares = which, {}  # type: ignore[var-annotated]
 
     def call(self, call: Any, sample: Sample) -> None:
-        if not isinstance(call, AttentionCall):
-            raise ValueError(
-                f"massive-{self.which}: {call.site.path} is a manyheads mechanism, which offers weights alone"
-            )
-        rows = getattr(call, self.which)[0].double().square().sum(1).cpu()
+        rows = getattr(opened(call, f"massive-{self.which}"), self.which)[0].double().square().sum(1).cpu()
         rows = rows.repeat_interleave(call.heads // rows.shape[0], 0)
         self.squares[call.layer] = self.squares.get(call.layer, 0) + rows
 
