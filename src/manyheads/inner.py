@@ -14,7 +14,7 @@ from torch import Tensor
 class Inner(NamedTuple):
     """query [b, h, n, d], key [b, g, m, d], value [b, g, m, e], output [b, h, n, e]: what the heads read and give,
     before anything joins them. weights: [b, h, n, m], None where the pass made none. where: which queries meet which
-    keys."""
+    keys, or that as a mask [b or 1, 1 or h, n, m], True = may attend; None where all meet all."""
 
     query: Tensor
     key: Tensor

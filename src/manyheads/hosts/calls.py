@@ -194,8 +194,7 @@ def opened(call: Any, who: str) -> AttentionCall:
     """The call, if it has queries, keys, values and head outputs; ValueError of `who` needs them if it does not."""
     if isinstance(call, AttentionCall):
         return call
-    module = call.site.module
     raise ValueError(
-        f"{who}: {call.site.path or type(module).__name__} is {module.card.name!r}, a mechanism that offers its "
-        "weights and its output alone: it has no heads that are values summed by weights"
+        f"{who}: {call.site.name} offers its weights and its output alone: it has no heads that are values summed by "
+        "weights"
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from manyheads.finite import broken_tokens
 from manyheads.hosts.calls import MechanismCall
-from manyheads.hosts.inside import inner_call, is_shell, offers
+from manyheads.hosts.inside import inner_call, is_shell, tells_weights
 from manyheads.hosts.sites import Site
 from manyheads.inner import Inner
 from manyheads.mechanism import Mechanism, Result
@@ -89,19 +89,18 @@ class _Ear:
 
     def __init__(self, module: Mechanism):
         self.module = weakref.ref(module)
-        # A pass that changes a state cannot be made a second time for its weights, and a forward of its own has none
-        # to offer unless asked.
-        self.always = offers(module) and not is_shell(module)
         self.state: Any = None
         self.broken: Tensor | None = None
-        self.asked = self.heard = False
+        self.asked = self.heard = self.cross = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = args[0] if args else kwargs.get("x")
-        tokens = isinstance(x, Tensor) and x.ndim == 3 and x.is_floating_point()
-        self.broken = broken_tokens(x) if tokens and isinstance(x, Tensor) else None
-        self.state, self.asked, self.heard = kwargs.get("state"), bool(kwargs.get("need_weights")), False
-        wants = self.always or (self.state is not None and not is_shell(module))  # type: ignore[arg-type]
+        own: Any = module
+        named = {**dict(zip(("x", "context"), args, strict=False)), **kwargs}
+        self.state, self.cross = named.get("state"), named.get("context") is not None
+        self.asked, self.heard = bool(named.get("need_weights")), False
+        self.broken = _broken(own, named.get("x"), None if self.cross else named.get("mask"), self.state)
+        # A pass that changes a state cannot be made a second time for its weights.
+        wants = tells_weights(own) or (self.state is not None and not is_shell(own))
         return args, kwargs | {"need_weights": True} if wants else kwargs
 
     def inside(self, inner: Inner) -> Tensor:
@@ -110,7 +109,7 @@ class _Ear:
         check_run(module)
         self.heard = True
         for site, reader, memo in readings(module):
-            call = inner_call(site, inner, self.state, self.broken)
+            call = inner_call(site, inner, self.state, self.broken, self.cross)
             call.output, call.memo = output, memo
             changed = reader(call)
             if changed is not None:
@@ -127,6 +126,20 @@ class _Ear:
                     result = result._replace(output=fitting(changed, result.output, site))
         self.state = self.broken = None
         return result if self.asked else result._replace(weights=None)
+
+
+def _broken(module: Any, x: Any, mask: Any, state: Any) -> Tensor | None:
+    """[b, n] real tokens of NaN or infinity, and all behind them in a state, of a module that does not read them as
+    such: no past may read its future."""
+    if not module.causal or not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
+        return None
+    found = broken_tokens(x)
+    if found is not None and isinstance(mask, Tensor) and mask.ndim == 2:
+        found = found & mask[:, -x.shape[1] :]
+    if state is None or state.broken is None:
+        return found
+    before = (state.broken < state.length)[:, None].expand(*x.shape[:2])
+    return before if found is None else before | found
 
 
 # -- running again -----------------------------------------------------------------------------------------------------

@@ -30,6 +30,13 @@ class Site:
     path: str
     module: nn.Module = field(repr=False)
 
+    @property
+    def name(self) -> str:
+        """For messages: where it is, and which mechanism it is."""
+        if isinstance(self.module, Mechanism):
+            return f"{self.path} ({self.module.card.name})" if self.path else self.module.card.name
+        return self.path or type(self.module).__name__
+
 
 def sites(model: nn.Module) -> list[Site]:
     """Every place where the model attends, in the order of its modules; a ValueError if there is none."""
