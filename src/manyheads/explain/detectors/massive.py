@@ -97,8 +97,15 @@ def rotary_partners(subject: Subject, dim: int) -> list[int] | None:
     rotate = getattr(own, "rotate_half", None) or getattr(own, "rotate_every_two", None)
     if rotate is None:
         return None
-    settings = getattr(subject.config, "rope_parameters", None) or {}
-    share = settings.get("partial_rotary_factor") or getattr(subject.config, "partial_rotary_factor", None) or 1.0
-    turned = int(dim * share)
+    turned = int(dim * _rotated(subject.config))
+    if not turned:
+        return None
     places = torch.arange(1.0, turned + 1)[None, None, None]
     return [int(place.abs()) - 1 for place in rotate(places).flatten()]
+
+
+def _rotated(config: Any) -> float:
+    """The share of a head's channels that RoPE turns; none is an answer too."""
+    found = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor")
+    found = getattr(config, "partial_rotary_factor", None) if found is None else found
+    return 1.0 if found is None else float(found)
