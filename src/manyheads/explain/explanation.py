@@ -108,7 +108,9 @@ def explain_text(
     if sizes.note:
         report["sizes"] = sizes.note
     progress("attributions", sizes.share(1))
-    shown, report["attributions"] = _attributions(loaded, inputs, tokens, chosen, names, sizes.steps * faithful)
+    shown, report["attributions"] = _attributions(
+        loaded, inputs, tokens, chosen, names, sizes.steps * faithful, sizes.ranked
+    )
     views[:0] = shown
     if heads:
         progress("head detectors", sizes.share(2))
@@ -339,15 +341,22 @@ def _rows(grid: Any) -> list[list[float]]:
 
 
 def _attributions(
-    loaded: Loaded, inputs: dict[str, Tensor], tokens: list[str], target: int | None, names: list[str], steps: int
+    loaded: Loaded,
+    inputs: dict[str, Tensor],
+    tokens: list[str],
+    target: int | None,
+    names: list[str],
+    steps: int,
+    ranked: int | None,
 ) -> tuple[list[View], dict[str, Any]]:
-    """Values for every token, and how faithful each method is, in so many steps; 0: that is not measured."""
+    """Values for every token, and how faithful each method is, in so many steps (0: that is not measured), with ranks
+    over so many tokens."""
     from manyheads.explain.attributions import METHODS, compare_attributions
     from manyheads.explain.views import view_text
 
     found: dict[str, Any] = {}
     if target is not None and steps:
-        compared = compare_attributions(loaded.model, inputs, target, names, steps=steps)
+        compared = compare_attributions(loaded.model, inputs, target, names, steps=steps, sample=ranked)
         values = {name: own[0] for name, own in compared.attributions.items()}
         rows = {row.method: row for row in compared.rows}
         found["faithfulness"] = compared.to_dict()["rows"]
