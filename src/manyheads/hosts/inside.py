@@ -44,6 +44,18 @@ def _names(member: Any) -> tuple[str, ...]:
     return getattr(getattr(member, "__code__", None), "co_names", ())
 
 
+def is_open(site: Site) -> bool:
+    """Whether calls of the site have queries, keys, values and head outputs."""
+    return not isinstance(site.module, Mechanism) or is_shell(site.module) or tells_weights(site.module)
+
+
+def adds_values(site: Site) -> bool:
+    """Whether what a token adds at the site is known to be its values by weights, through one linear map."""
+    module = site.module
+    plain = isinstance(module, Mechanism) and is_shell(module) and _own_stages(module).isdisjoint(("mix", "output"))
+    return plain or not isinstance(module, Mechanism)
+
+
 def inner_call(site: Site, inner: Inner, state: State | None, broken: Tensor | None, cross: bool) -> AttentionCall:
     """broken: [b, n] tokens of this pass that held no numbers, of a mechanism that did not read them as such."""
     module: Any = site.module
