@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from manyheads.hosts.attend import Scoring, masked_attention, pack
 from manyheads.hosts.calls import BLOCK_WEIGHTS, AttentionCall, Edit, MechanismCall
+from manyheads.hosts.own_attention import heard
 from manyheads.hosts.reading import Reader, check_run, fitting, reading, readings, run_again_alike
-from manyheads.hosts.sites import Site, choose, sites
+from manyheads.hosts.sites import Site, attends_alone, choose, sites
 from manyheads.mechanism import Mechanism
 
 __all__ = [
@@ -73,7 +74,9 @@ def tap(
     with ExitStack() as stack_of:
         stack_of.enter_context(_uncompiled())
         stack_of.enter_context(run_again_alike(model))
-        if any(not isinstance(site.module, Mechanism) for site in chosen):
+        own = [site for site in chosen if attends_alone(site.module)]
+        stack_of.enter_context(heard(model, own))
+        if any(not isinstance(site.module, Mechanism) for site in chosen if site not in own):
             stack_of.enter_context(_switched(model))
         for site in chosen:
             stack_of.enter_context(reading(site, reader))
