@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Pattern
 from manyheads.finite import blanked, broken_tokens
+from manyheads.inner import Inner, Listener
 from manyheads.signature import checked_arguments
 from manyheads.state import State
 
@@ -102,6 +103,7 @@ class Mechanism(nn.Module, ABC):
     card: ClassVar[Card]
     config: dict[str, Any]
     sources: int = 1  # how many contexts one call takes; more than one: context and mask are tuples
+    listener: Listener | None = None  # is told of every pass what it does inside, and may change its head outputs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -210,6 +212,12 @@ class Mechanism(nn.Module, ABC):
     @abstractmethod
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         """The mechanism itself, on inputs that were checked."""
+
+    def offered(self, q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, weights: Tensor | None, where: Any) -> Tensor:
+        """The head outputs [b, h, n, e] to go on with, of a forward of its own that made mixed = weights v."""
+        if self.listener is None or weights is None:
+            return mixed
+        return self.listener(Inner(q, k, v, mixed, weights, where))
 
     def init_state(self, batch: int, *, capacity: int = 0) -> State:
         """An empty state. capacity: rows to allocate at once, where the number of tokens is known."""

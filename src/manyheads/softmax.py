@@ -25,6 +25,7 @@ from manyheads.functional.grouped import (
 )
 from manyheads.functional.rotary import Rotary, rotate
 from manyheads.functional.where import Where as Where
+from manyheads.inner import Inner
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.shell import PROJECTIONS, Shell
 from manyheads.state import State
@@ -151,16 +152,22 @@ class SoftmaxAttention(Mechanism):
         weights = None
         mixed = None if call.need_weights else self.fused(q, k, v, where)
         if mixed is None:
-            scores = self.score(q, k, where)
-            if type(self).score_mod is not SoftmaxAttention.score_mod:
-                scores = self.score_mod(scores, *self._indices(where))
-            weights = self.normalise(scores, self.select(q, k, where))
+            weights = self.weigh(q, k, where)
             mixed = self.mix(weights, v, where)
         if context is not None:
             # PyTorch's kernel takes a query of NaN for one with nothing to attend to, and gives zeros: do not hide it.
             mixed = mixed + (q * 0).sum(-1, keepdim=True)
+        if self.listener is not None:
+            mixed = self.listener(Inner(q, k, v, mixed, weights, where))
         output, losses = self.output(mixed, x, call)
         return Result(output, weights if call.need_weights else None, losses)
+
+    def weigh(self, q: Tensor, k: Tensor, where: Where) -> Tensor:
+        """score .. normalise: weights [b, h, n, m]."""
+        scores = self.score(q, k, where)
+        if type(self).score_mod is not SoftmaxAttention.score_mod:
+            scores = self.score_mod(scores, *self._indices(where))
+        return self.normalise(scores, self.select(q, k, where))
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor | None:
         """score .. mix without the matrix, or None where only the stages can say. A mechanism with a faster way of its

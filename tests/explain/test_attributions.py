@@ -572,7 +572,7 @@ def test_mechanisms_have_what_needs_no_gradient() -> None:
     second = model.second(x + first.output, need_weights=True)
     wanted = looped([each.weights[0].mean(0).detach() for each in (first, second)])
     assert_close(Rollout(model).attribute(x)[0], wanted[-1].float(), atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="mechanisms do not offer gradients"):
+    with pytest.raises(ValueError, match=r"hedgehog\) offers its weights and its output alone"):
         Relevance(model).attribute(x, 2)
 
 

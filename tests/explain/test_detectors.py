@@ -250,6 +250,17 @@ def test_blocks_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- massive values --------------------------------------------------------------------------------------------------
 
 
+def test_a_head_of_which_nothing_is_turned_has_no_pairs() -> None:
+    """A share of 0 is a share: it must not be taken for the default of 1."""
+    model = build("llama")
+    model.config.rope_parameters = {**model.config.rope_parameters, "partial_rotary_factor": 0.0}
+    assert massive_values(model, "query", inputs=prompt(1, 9)).pairs is None
+    model.config.rope_parameters["partial_rotary_factor"] = 0.5
+    pairs = massive_values(model, "query", inputs=prompt(1, 9)).pairs
+    assert pairs is not None
+    assert pairs.shape[-1] == 2
+
+
 def test_massive_values_equal_their_definition() -> None:
     model, ids = tiny("llama"), prompt(1, 15)
     with torch.no_grad(), record(model) as calls:
@@ -374,9 +385,12 @@ def test_mechanisms_by_their_weights() -> None:
         assert found.names == list(QUICK)
         assert all(bool(found[column].isfinite().all()) for column in found.names)
         assert found.found("previous") == found.found("sink") == []
+    closed = create_attention("hedgehog", 16, 4, causal=True).eval()
+    for name in ("value-drain", "massive-key"):
+        with pytest.raises(ValueError, match="hedgehog offers its weights and its output alone"):
+            detect(closed, [name], inputs=x)
+        assert bool(detect(causal, [name], inputs=x)[name].isfinite().all())
     for name, words in {
-        "value-drain": "offers weights alone",
-        "massive-key": "offers weights alone",
         "residual-peak": "not a layer of a stack",
         "gate": "does not predict the next token",
         "retrieval": "must write an answer",

@@ -85,9 +85,22 @@ def test_an_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert all(math.isfinite(value) for value in values)
 
 
-@pytest.mark.parametrize("mechanism", ["softmax", "hedgehog"])
-def test_a_model_of_manyheads(mechanism: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A model of mechanisms: weights, and what can be said from them."""
+WEIGHTS, INSIDE = {"raw-attention", "rollout", "input-gradient"}, {"relevance", "attention-gradient"}
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "methods"),
+    [
+        ("softmax", WEIGHTS | INSIDE | {"logit-flow", "value-norm"}),
+        ("eit", WEIGHTS | INSIDE | {"logit-flow", "value-norm"}),
+        ("moh", WEIGHTS | INSIDE),
+        ("hedgehog", WEIGHTS),
+    ],
+)
+def test_a_model_of_manyheads(
+    mechanism: str, methods: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of mechanisms: all that can be said of each, and nothing that is refused."""
     from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
 
     config = ManyheadsConfig(
@@ -96,7 +109,7 @@ def test_a_model_of_manyheads(mechanism: str, tmp_path: Path, capsys: pytest.Cap
     ManyheadsForCausalLM(config).save_pretrained(tmp_path / "model")
     report = explained(capsys, str(tmp_path / "model"), "--text", "import os", "--out", str(tmp_path / "out"))
     assert len(report["entropy"]) == 2
-    assert set(report["attributions"]["values"]) >= {"rollout", "raw-attention"}
+    assert set(report["attributions"]["values"]) == methods
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_all_methods_in_one_call() -> None:
     assert [row.method for row in found.rows] == list(METHODS)
     assert found.refused == {}
     told = json.loads(json.dumps(found.to_dict()))
-    assert set(told) == {"rows", "refused", "remove", "steps", "attributions", "leave_one_out"}
+    assert set(told) == {"rows", "refused", "remove", "steps", "sample", "attributions", "leave_one_out"}
     assert told["remove"] == "attention"
     assert_close(found.attributions["rollout"], Rollout(model).attribute(batch))
     row = next(row for row in found.rows if row.method == "rollout")
@@ -187,6 +187,21 @@ def test_leaving_masked_tokens_out_changes_nothing(name: str, monkeypatch: pytes
     assert_close(short.leave_one_out, whole.leave_one_out, atol=2e-5, rtol=1e-4)
     for one, other in zip(short.rows, whole.rows, strict=True):
         assert_close([one.deletion, one.insertion], [other.deletion, other.insertion], atol=1e-5, rtol=1e-4)
+
+
+def test_ranks_over_a_sample_are_those_of_its_tokens() -> None:
+    model, ids = build("llama"), prompt(2, 13)
+    whole = compare_attributions(model, ids, 2, ["input-gradient"], steps=3)
+    some = compare_attributions(model, ids, 2, ["input-gradient"], steps=3, sample=5)
+    drawn = some.leave_one_out.isfinite() & (whole.leave_one_out != 0)
+    assert drawn.sum(1).tolist() == [5, 5]
+    assert_close(some.leave_one_out[drawn], whole.leave_one_out[drawn], atol=1e-5, rtol=1e-4)
+    wanted = rank_correlation(some.attributions["input-gradient"], whole.leave_one_out, drawn)
+    assert_close(some.rows[0].correlation, sum(wanted) / 2)
+    assert some.rows[0].deletion == pytest.approx(whole.rows[0].deletion)
+    assert (some.to_dict()["sample"], some.to_dict()["leave_one_out"][0].count(None)) == (5, 7)
+    with pytest.raises(ValueError, match="sample=1: ranks"):
+        compare_attributions(model, ids, 2, ["input-gradient"], sample=1)
 
 
 def test_a_window_that_counts_tokens_is_left_alone() -> None:

@@ -193,8 +193,8 @@ def test_what_cannot_be_done_is_told() -> None:
     model, ids = tiny("llama"), prompt(1, 8)
     with pytest.raises(ValueError, match="give loss="):
         Importance.of(build("bert"), inputs=ids)
-    mechanism = create_attention("softmax", 16, 4, causal=True)
-    with pytest.raises(ValueError, match="does not offer its heads' outputs"):
+    mechanism = create_attention("hedgehog", 16, 4, causal=True)
+    with pytest.raises(ValueError, match="offers its weights and its output alone"):
         detect(mechanism, ["gate"], loss=lambda result, _: result.output.sum(), length=16, count=1)
     with pytest.raises(ValueError, match="one finite number"):
         Importance.of(model, lambda out, _: out.logits, inputs=ids).losses()

@@ -400,6 +400,6 @@ def test_what_is_refused() -> None:
     for message, make in cases:
         with pytest.raises(ValueError, match=message), make():
             model(tokens)
-    mechanism = create_attention("softmax", 16, 4)
-    with pytest.raises(ValueError, match="read, but not edited"), boost(mechanism, [0], 2):
+    mechanism = create_attention("hedgehog", 16, 4)
+    with pytest.raises(ValueError, match="offers its weights and its output alone"), boost(mechanism, [0], 2):
         mechanism(torch.randn(1, 4, 16))

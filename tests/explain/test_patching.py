@@ -188,7 +188,7 @@ def test_the_packaged_models_induction_goes_from_layer_0_to_layer_1() -> None:
 def test_what_cannot_be_done_is_told() -> None:
     model, ids, metric = tiny("llama"), prompt(1, 8), logit_difference(1, 2)
     patching = PathPatching(model, ids, prompt(1, 8, seed=2), metric)
-    mechanism = create_attention("softmax", 16, 4, causal=True)
+    mechanism = create_attention("hedgehog", 16, 4, causal=True)
     for call, words in (
         (lambda: PathPatching(model, ids, prompt(1, 9), metric), "the same length"),
         (lambda: patching.effects([(9, 0)]), "no head"),
@@ -197,7 +197,7 @@ def test_what_cannot_be_done_is_told() -> None:
         (lambda: patching.effects([]), "of some heads"),
         (lambda: circuit(patching, share=0), "at least one stage"),
         (lambda: PathPatching(model, ids, ids, lambda out: out.logits * torch.nan), "NaN"),
-        (lambda: PathPatching(mechanism, torch.randn(1, 4, 16), torch.randn(1, 4, 16), metric), "manyheads mechanism"),
+        (lambda: PathPatching(mechanism, torch.randn(1, 4, 16), torch.randn(1, 4, 16), metric), "hedgehog offers"),
     ):
         with pytest.raises(ValueError, match=words):
             call()

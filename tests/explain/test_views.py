@@ -41,7 +41,7 @@ from manyheads.explain.views import (
     view_text,
     write_page,
 )
-from manyheads.hosts.taps import record
+from manyheads.hosts.taps import AttentionCall, record
 
 NASTY = ["</script><script>window.hacked=1</script>", "<b>&amp;", "שלום", " ", "\n", "", "\u202e", "\u2028", "\ud83d"]
 
@@ -188,6 +188,7 @@ def test_stores_of_mechanisms() -> None:
         store = AttentionStore.from_calls(calls, batch=1)
         assert len(store.heads) == exact.shape[1]
         check_head(store, 0, 1, exact[1, 1].detach())
+    assert not isinstance(calls[0], AttentionCall)
     with pytest.raises(ValueError, match="offers no queries and keys"):
         view_neurons(calls, [str(i) for i in range(9)])
 

@@ -471,12 +471,17 @@ def test_models_that_only_encode_and_models_that_do_not_fit(tmp_path: Path) -> N
         assert "only encodes" in ended(own, own.post("/api/intervene", json=change))["error"]
         done = ended(own, own.post("/api/explain", json={"text": "a hill", "methods": ["rollout"]}))
         assert done["state"] == "done", done
-    mechanisms = ManyheadsForCausalLM(ManyheadsConfig(vocab_size=256, hidden_size=32, num_attention_heads=4))
-    with serving(Loaded(mechanisms.eval(), None, "mechanisms")) as running, running.client() as own:
-        facts = own.get("/api/model").json()
-        assert (facts["heads"], facts["answers"], facts["kinds"]) == (4, True, [])
-        refusal = ended(own, own.post("/api/intervene", json={**change, "text": "abc"}))
-        assert "not edited from outside" in refusal["error"]
+    for layer, open_inside in (("softmax", True), ("hedgehog", False)):
+        config = ManyheadsConfig(vocab_size=256, hidden_size=32, num_attention_heads=4, layers=[layer])
+        loaded = Loaded(ManyheadsForCausalLM(config).eval(), None, "mechanisms")
+        with serving(loaded) as running, running.client() as own:
+            facts = own.get("/api/model").json()
+            assert (facts["heads"], facts["answers"], bool(facts["kinds"])) == (4, True, open_inside)
+            chosen = {method["name"] for method in facts["methods"] if method["chosen"]}
+            assert ("value-norm" in chosen, "relevance" in chosen) == (open_inside, open_inside)
+            found = ended(own, own.post("/api/intervene", json={**change, "text": "abc"}))
+            assert open_inside == (found["state"] == "done")
+            assert open_inside or "hedgehog) offers its weights and its output alone" in found["error"]
     for name, words in (("t5", "an encoder and a decoder"), ("vit", "reads no text")):
         with pytest.raises(ValueError, match=words):
             create_app(Loaded(build(name), None, name), Session(), Jobs())

@@ -95,7 +95,7 @@ def explain_text(
     output, took = read(model, inputs)
     answer = _answer(loaded, output)
     chosen = _target(loaded, target, answer)
-    names = list(_known(methods or _defaults(loaded, chosen is not None)))
+    names = list(_known(methods or method_names(loaded, chosen is not None)))
     faithful, heads = chosen is not None and len(tokens) <= FAITHFUL_TOKENS, heads and speaks(model)
     sizes = choose(
         took, len(tokens), len(names), thorough=thorough, faithful=faithful, detectors=heads, causal=speaks(model)
@@ -108,7 +108,9 @@ def explain_text(
     if sizes.note:
         report["sizes"] = sizes.note
     progress("attributions", sizes.share(1))
-    shown, report["attributions"] = _attributions(loaded, inputs, tokens, chosen, names, sizes.steps * faithful)
+    shown, report["attributions"] = _attributions(
+        loaded, inputs, tokens, chosen, names, sizes.steps * faithful, sizes.ranked
+    )
     views[:0] = shown
     if heads:
         progress("head detectors", sizes.share(2))
@@ -234,14 +236,16 @@ def _image_values(
     return values
 
 
-def _defaults(loaded: Loaded, targeted: bool) -> tuple[str, ...]:
-    """Methods that the model can have: of a manyheads mechanism there are weights, and nothing from inside."""
+def method_names(loaded: Loaded, targeted: bool) -> tuple[str, ...]:
+    """Methods that the model can have: of some manyheads mechanisms there are weights, and nothing from inside."""
+    from manyheads.hosts.inside import adds_values, is_open
     from manyheads.hosts.taps import sites
-    from manyheads.mechanism import Mechanism
 
-    if any(isinstance(site.module, Mechanism) for site in sites(loaded.model)):
-        return (*(("input-gradient",) if targeted else ()), "raw-attention", "rollout")
-    return (*TARGETED, *UNTARGETED) if targeted else UNTARGETED
+    own = sites(loaded.model)
+    refused = set() if all(map(adds_values, own)) else {"logit-flow", "value-norm"}
+    refused |= set() if all(map(is_open, own)) else {"relevance", "attention-gradient"}
+    names = (*TARGETED, *UNTARGETED) if targeted else UNTARGETED
+    return tuple(name for name in names if name not in refused)
 
 
 def _known(names: Sequence[str]) -> Sequence[str]:
@@ -322,9 +326,11 @@ def _attention_views(
     if short:
         with torch.no_grad(), record(loaded.model, layers=layers, **where) as calls:
             loaded.model(**inputs)
-        # A manyheads mechanism gives its weights; what its queries and keys are is its own affair.
+        # Some mechanisms tell nothing from inside, and some score by more than queries and keys.
         if all(isinstance(call, AttentionCall) for call in calls):
-            views += [view_neurons(that_fit(calls, page_mb), tokens, budget_mb=page_mb), view_embedding(calls, tokens)]
+            views.append(view_embedding(calls, tokens))
+        if all(isinstance(call, AttentionCall) and call.shares for call in calls):
+            views.insert(-1, view_neurons(that_fit(calls, page_mb), tokens, budget_mb=page_mb))
     report = {
         "layers": list(store.layers),
         "entropy": _rows(store.entropy),
@@ -339,15 +345,22 @@ def _rows(grid: Any) -> list[list[float]]:
 
 
 def _attributions(
-    loaded: Loaded, inputs: dict[str, Tensor], tokens: list[str], target: int | None, names: list[str], steps: int
+    loaded: Loaded,
+    inputs: dict[str, Tensor],
+    tokens: list[str],
+    target: int | None,
+    names: list[str],
+    steps: int,
+    ranked: int | None,
 ) -> tuple[list[View], dict[str, Any]]:
-    """Values for every token, and how faithful each method is, in so many steps; 0: that is not measured."""
+    """Values for every token, and how faithful each method is, in so many steps (0: that is not measured), with ranks
+    over so many tokens."""
     from manyheads.explain.attributions import METHODS, compare_attributions
     from manyheads.explain.views import view_text
 
     found: dict[str, Any] = {}
     if target is not None and steps:
-        compared = compare_attributions(loaded.model, inputs, target, names, steps=steps)
+        compared = compare_attributions(loaded.model, inputs, target, names, steps=steps, sample=ranked)
         values = {name: own[0] for name, own in compared.attributions.items()}
         rows = {row.method: row for row in compared.rows}
         found["faithfulness"] = compared.to_dict()["rows"]

@@ -12,9 +12,12 @@ from torch import Tensor
 from manyheads.hosts.device import device_of
 from manyheads.runs.sizes import chosen_note, clock_of, first_within
 
-# Tokens and samples of each kind that detectors read, and steps of a deletion curve: everything first.
+# Tokens and samples of each kind that detectors read: everything first.
 SAMPLES = ((256, 4), (256, 2), (128, 2), (128, 1))
-STEPS = (10, 5, 0)
+# Steps of a deletion curve, and tokens that are left out one by one to rank them (None: all).
+CURVES: tuple[tuple[int, int | None], ...] = (
+    (10, None), (5, None), (5, 32), (5, 16), (3, 16), (3, 8), (2, 8), (0, None),
+)  # fmt: skip
 # Seconds that the samples and the curves may take.
 ROOM = (6.0, 12.0)
 # Reading the weights once takes a core as long as about so many tokens.
@@ -24,10 +27,12 @@ _READ = 20
 @dataclass(frozen=True)
 class Sizes:
     """samples: (tokens, count) of detectors. steps: of the curves that tell how faithful a method is; 0: not told.
-    seconds: of the views, the attributions and the detectors, about. note: what was chosen, if it is not all."""
+    ranked: tokens over which its ranks are correlated; None: all. seconds: of the views, the attributions and the
+    detectors, about. note: what was chosen, if it is not all."""
 
     samples: tuple[int, int] = SAMPLES[0]
-    steps: int = STEPS[0]
+    steps: int = CURVES[0][0]
+    ranked: int | None = None
     seconds: tuple[float, float, float] = (3.0, 4.0, 2.0)
     note: str = ""
 
@@ -57,25 +62,32 @@ def choose(
     tokens are left out, so that a curve costs half."""
     token = max(took, 1e-9) / (n + _READ)
 
-    def curves(steps: int) -> float:
+    def curves(own: tuple[int, int | None]) -> float:
+        steps, ranked = own
         if not steps:
             return 0.0
-        return token * n * (n + 2 * methods * (steps - 1) * (0.5 if causal else 1.0))
+        return (
+            token
+            * n
+            * (min(n, n if ranked is None else ranked + 1) + 2 * methods * (steps - 1) * (0.5 if causal else 1.0))
+        )
 
     def sampled(own: tuple[int, int]) -> float:
         return 4.5 * token * (own[0] + _READ) * own[1]
 
-    steps = STEPS[0] if thorough else first_within(STEPS, curves, ROOM[1])
+    chosen = CURVES[0] if thorough else first_within(CURVES, curves, ROOM[1])
+    steps, ranked = chosen
     samples = SAMPLES[0] if thorough else first_within(SAMPLES, sampled, ROOM[0])
-    attributed = 2 * methods * took + (curves(steps) if faithful else 0.0)
+    attributed = 2 * methods * took + (curves(chosen) if faithful else 0.0)
     seconds = (6 * took, attributed, sampled(samples) if detectors else 0.0)
     said = []
-    if faithful and steps != STEPS[0]:
-        said.append(f"faithfulness in {steps} steps" if steps else "faithfulness not measured")
+    if faithful and chosen != CURVES[0]:
+        over = "" if ranked is None or ranked >= n - 1 else f", its ranks over {ranked} of {n} tokens drawn by chance"
+        said.append(f"faithfulness in {steps} steps{over}" if steps else "faithfulness not measured")
     if detectors and samples != SAMPLES[0]:
         counted = "1 sample" if samples[1] == 1 else f"{samples[1]} samples"
         said.append(f"head detectors on {counted} of {samples[0]} tokens of a kind")
-    return Sizes(samples, steps, seconds, chosen_note(", ".join(said), sum(seconds)) if said else "")
+    return Sizes(samples, steps, ranked, seconds, chosen_note(", ".join(said), sum(seconds)) if said else "")
 
 
 def that_fit(calls: Sequence[Any], budget_mb: float) -> list[Any]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from manyheads.heads.profile import read_tensors
 from manyheads.hosts.attend import masked_attention, pack
+from manyheads.hosts.calls import opened
 from manyheads.hosts.device import device_of, frozen
 from manyheads.hosts.fingerprint import Fingerprint, fingerprint
 from manyheads.hosts.probes import Inputs
@@ -134,7 +135,7 @@ class GateRun:
         wanted = self.hidden(examples, ids, labels)
 
         def gated(call: Any) -> Tensor:
-            return mixed(call, gates[call.layer], self.settings.sink_size, self.settings.recent_size)
+            return mixed(opened(call, "gates"), gates[call.layer], self.settings.sink_size, self.settings.recent_size)
 
         with tap(self.model, gated, kind="self"):
             given = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[labels].float()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from manyheads.hosts.calls import opened
 from manyheads.hosts.device import device_of, frozen
 from manyheads.hosts.probes import Inputs
 from manyheads.runs.steps import Tell, silent
@@ -82,6 +83,7 @@ def of_sequence(model: Any, ids: Tensor, labels: Tensor, windows: Sequence[int],
 
 def _of_call(call: Any, windows: Sequence[int], sink_size: int) -> Tensor:
     """[windows, heads], a block of rows at a time."""
+    call = opened(call, "influence")
     total = torch.zeros(len(windows), call.heads, dtype=torch.float64)
     for rows in call.blocks():
         effect = effects(call.weights(rows=rows), call.weight_gradients(rows=rows))

@@ -26,11 +26,14 @@ class AttentionCall:
     query and key as they are scored, after rotation. mask [b or 1, 1 or h, n, m]: bool (True = may attend) or added to
     the scores; None: all, or with `causal` those before."""
 
+    # Whether the weights of a row are shares of one, none of them negative.
+    shares = True
+
     def __init__(
         self, site: Site, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scoring: Scoring
     ):
         self.site, self.query, self.key, self.value = site, query, key, value
-        self.mask, self.causal, self.scoring = mask, causal, scoring
+        self._mask, self.causal, self._scoring = mask, causal, scoring
         self.output: Tensor
         # Whether the output keeps its gradient, which a tensor does not tell without a warning.
         self.keeps_gradient = False
@@ -40,6 +43,14 @@ class AttentionCall:
     @property
     def layer(self) -> int:
         return self.site.layer
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self._mask
+
+    @property
+    def scoring(self) -> Scoring:
+        return self._scoring
 
     @property
     def heads(self) -> int:
@@ -117,21 +128,34 @@ class AttentionCall:
     def weight_gradients(self, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:
         """d loss / d weights, [b, heads, rows, m] after a backward pass under record(gradients=True): no matrix was
         kept for it, since it is d loss / d output times the values."""
+        chosen = torch.tensor(self.check_heads(heads), device=self.query.device)
+        upstream = self.upstream().index_select(1, chosen)[:, :, rows]
+        return upstream @ self.of_heads(self.value, chosen).detach().transpose(2, 3)
+
+    def upstream(self) -> Tensor:
+        """d loss / d output, [b, h, n, e]."""
         if not self.keeps_gradient or self.output.grad is None:
             raise ValueError(
                 f"{self.site.path}: no gradient has reached this layer's output; use record(model, gradients=True) "
                 "and call backward on a loss of the model's output"
             )
-        chosen = torch.tensor(self.check_heads(heads), device=self.query.device)
-        upstream = self.output.grad.index_select(1, chosen)[:, :, rows]
-        return upstream @ self.of_heads(self.value, chosen).detach().transpose(2, 3)
+        return self.output.grad
+
+    def check_values(self) -> None:
+        """ValueError where heads give something else than the sum of values by weights."""
+
+    def narrowed(self, stop: int) -> AttentionCall:
+        """The call with its first `stop` keys alone, where its queries' weights do not ask for the others."""
+        mask = None if self.mask is None else self.mask[..., :stop]
+        key, value = self.key[:, :, :stop], self.value[:, :, :stop]
+        return AttentionCall(self.site, self.query, key, value, mask, self.causal, self.scoring)
 
 
 class MechanismCall:
-    """One call of a manyheads mechanism: its inputs and its result [b, n, dim], weights on demand by `need_weights`.
+    """One call of a manyheads mechanism that offers nothing from inside (it has no heads that sum values by weights, or
+    does more with them): its inputs and its result [b, n, dim], weights on demand by `need_weights`."""
 
-    What lies inside (queries, head outputs) differs from mechanism to mechanism and is not offered.
-    """
+    shares = False
 
     def __init__(
         self,
@@ -164,3 +188,13 @@ class MechanismCall:
 
     def blocks(self, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Iterator[slice]:
         yield rows
+
+
+def opened(call: Any, who: str) -> AttentionCall:
+    """The call, if it has queries, keys, values and head outputs; ValueError of `who` needs them if it does not."""
+    if isinstance(call, AttentionCall):
+        return call
+    raise ValueError(
+        f"{who}: {call.site.name} offers its weights and its output alone: it has no heads that are values summed by "
+        "weights"
+    )

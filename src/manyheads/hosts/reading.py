@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyheads.finite import broken_tokens
 from manyheads.hosts.calls import MechanismCall
+from manyheads.hosts.inside import inner_call, is_shell, tells_weights
 from manyheads.hosts.sites import Site
+from manyheads.inner import Inner
 from manyheads.mechanism import Mechanism, Result
 
 # Gets a call; may give back an output [b, h, n, e] ([b, n, dim] of a mechanism) that takes the place of the call's.
@@ -61,36 +64,82 @@ def fitting(changed: Tensor, output: Tensor, site: Site) -> Tensor:
 
 @contextmanager
 def _listening(module: nn.Module) -> Iterator[None]:
-    """Mechanisms are read by hooks, set once however many readers there are."""
+    """Mechanisms are read from inside or, where they offer nothing, by hooks; once however many readers there are."""
     if not isinstance(module, Mechanism) or module in _hooked:
         yield
         return
+    ear = _Ear(module)
     hooks = [
-        module.register_forward_pre_hook(_weights_with_state, with_kwargs=True),
-        module.register_forward_hook(_on_mechanism, with_kwargs=True),
+        module.register_forward_pre_hook(ear.before, with_kwargs=True),
+        module.register_forward_hook(ear.after, with_kwargs=True),
     ]
+    module.__dict__["listener"] = ear.inside
     _hooked.add(module)
     try:
         yield
     finally:
         _hooked.discard(module)
+        module.__dict__.pop("listener", None)
         for hook in hooks:
             hook.remove()
 
 
-def _weights_with_state(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A pass that changes a state cannot be made a second time for its weights."""
-    return args, kwargs | {"need_weights": True} if kwargs.get("state") is not None else kwargs
+class _Ear:
+    """One mechanism's pass, as it begins, inside, and at its end."""
+
+    def __init__(self, module: Mechanism):
+        self.module = weakref.ref(module)
+        self.state: Any = None
+        self.broken: Tensor | None = None
+        self.asked = self.heard = self.cross = False
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        own: Any = module
+        named = {**dict(zip(("x", "context"), args, strict=False)), **kwargs}
+        self.state, self.cross = named.get("state"), named.get("context") is not None
+        self.asked, self.heard = bool(named.get("need_weights")), False
+        self.broken = _broken(own, named.get("x"), None if self.cross else named.get("mask"), self.state)
+        # A pass that changes a state cannot be made a second time for its weights.
+        wants = tells_weights(own) or (self.state is not None and not is_shell(own))
+        return args, kwargs | {"need_weights": True} if wants else kwargs
+
+    def inside(self, inner: Inner) -> Tensor:
+        module, output = self.module(), inner.output
+        assert module is not None
+        check_run(module)
+        self.heard = True
+        for site, reader, memo in readings(module):
+            call = inner_call(site, inner, self.state, self.broken, self.cross)
+            call.output, call.memo = output, memo
+            changed = reader(call)
+            if changed is not None:
+                output = fitting(changed, output, site)
+        return output
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Result) -> Result:
+        if not self.heard:
+            check_run(module)
+            for site, reader, memo in readings(module):
+                call = MechanismCall(site, args, kwargs, result, memo)
+                changed = reader(call)
+                if changed is not None:
+                    result = result._replace(output=fitting(changed, result.output, site))
+        self.state = self.broken = None
+        return result if self.asked else result._replace(weights=None)
 
 
-def _on_mechanism(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Result) -> Result:
-    check_run(module)
-    for site, reader, memo in readings(module):
-        call = MechanismCall(site, args, kwargs, result, memo)
-        changed = reader(call)
-        if changed is not None:
-            result = result._replace(output=fitting(changed, result.output, site))
-    return result
+def _broken(module: Any, x: Any, mask: Any, state: Any) -> Tensor | None:
+    """[b, n] real tokens of NaN or infinity, and all behind them in a state, of a module that does not read them as
+    such: no past may read its future."""
+    if not module.causal or not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point():
+        return None
+    found = broken_tokens(x)
+    if found is not None and isinstance(mask, Tensor) and mask.ndim == 2:
+        found = found & mask[:, -x.shape[1] :]
+    if state is None or state.broken is None:
+        return found
+    before = (state.broken < state.length)[:, None].expand(*x.shape[:2])
+    return before if found is None else before | found
 
 
 # -- running again -----------------------------------------------------------------------------------------------------

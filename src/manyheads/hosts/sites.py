@@ -21,7 +21,7 @@ class Site:
     """A place where a model attends. layer counts from 0 within its stack and kind.
 
     stack: "encoder" or "decoder"; in a model of several modalities "vision", and "language" where text is read.
-    kind: "self" or "cross".
+    kind: "self" or "cross". turn: which of the calls that its module gets in a layer, where it is shared by several.
     """
 
     layer: int
@@ -29,10 +29,21 @@ class Site:
     kind: str
     path: str
     module: nn.Module = field(repr=False)
+    turn: int = 0
+
+    @property
+    def name(self) -> str:
+        """For messages: where it is, and which mechanism it is."""
+        if isinstance(self.module, Mechanism):
+            return f"{self.path} ({self.module.card.name})" if self.path else self.module.card.name
+        return self.path or type(self.module).__name__
 
 
 def sites(model: nn.Module) -> list[Site]:
     """Every place where the model attends, in the order of its modules; a ValueError if there is none."""
+    crossing = _crossmodal(model)
+    if crossing:
+        return crossing
     places = [
         (path, module) for path, module in model.named_modules() if isinstance(module, Mechanism) or _dispatches(module)
     ]
@@ -48,6 +59,36 @@ def sites(model: nn.Module) -> list[Site]:
         layer = counts.get((stack, kind), 0)
         counts[stack, kind] = layer + 1
         found.append(Site(layer, stack, kind, path, module))
+    return found
+
+
+def attends_alone(module: nn.Module) -> bool:
+    """Whether the module is of LXMERT, which has attention of its own."""
+    return type(module).__name__ == "LxmertAttention"
+
+
+# Of LXMERT, in the order in which they run: what a path holds, the stack that reads, its kind, and the turn.
+_LXMERT = (
+    (".layer.", "language", "self", 0),
+    (".r_layers.", "vision", "self", 0),
+    (".visual_attention.", "language", "cross", 0),
+    (".visual_attention.", "vision", "cross", 1),
+    (".lang_self_att.", "language", "self", 0),
+    (".visn_self_att.", "vision", "self", 0),
+)
+
+
+def _crossmodal(model: nn.Module) -> list[Site]:
+    """LXMERT's sites: two towers that read themselves, then each other as well."""
+    found: list[Site] = []
+    counts: dict[tuple[str, str], int] = {}
+    places = [(path, module) for path, module in model.named_modules() if attends_alone(module)]
+    for part, stack, kind, turn in _LXMERT:
+        for path, module in places:
+            if part in f".{path}.":
+                layer = counts.get((stack, kind), 0)
+                counts[stack, kind] = layer + 1
+                found.append(Site(layer, stack, kind, path, module, turn))
     return found
 
 

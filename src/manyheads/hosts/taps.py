@@ -6,11 +6,13 @@ with tap(model, reader, layers=[3]):    # reader(call) at every attention call o
 with record(model) as calls:            # or keep the calls
     model(**inputs)
 calls[0].weights(heads=[1], rows=slice(0, 64))   # [b, 1, 64, m], made when asked for
+calls["layers.0"]                                # the same call, by a part of its site's path
 
 A tap holds queries, keys, values and head outputs, never a matrix [n, m]: weights are computed on demand, for the heads
 and rows that are asked for, by the scores' own formula (scale, mask, soft cap, sinks, position bias). Works on every
 transformers model that uses the library's attention interface (decoders, encoders, both, vision), and on manyheads
-mechanisms, which give their `need_weights`.
+mechanisms: those whose heads are values summed by weights tell what they do inside, the others give their
+`need_weights`.
 
 Legend: b batch, h query heads, g KV heads, n queries, m keys, d key dim, e value dim.
 """
@@ -18,6 +20,7 @@ Legend: b batch, h query heads, g KV heads, n queries, m keys, d key dim, e valu
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,14 +31,16 @@ from torch import Tensor, nn
 
 from manyheads.hosts.attend import Scoring, masked_attention, pack
 from manyheads.hosts.calls import BLOCK_WEIGHTS, AttentionCall, Edit, MechanismCall
+from manyheads.hosts.own_attention import heard
 from manyheads.hosts.reading import Reader, check_run, fitting, reading, readings, run_again_alike
-from manyheads.hosts.sites import Site, choose, sites
+from manyheads.hosts.sites import Site, attends_alone, choose, sites
 from manyheads.mechanism import Mechanism
 
 __all__ = [
     "BLOCK_WEIGHTS",
     "NAME",
     "AttentionCall",
+    "Calls",
     "Edit",
     "MechanismCall",
     "Reader",
@@ -62,16 +67,30 @@ def tap(
     layers, stack, kind choose among `sites(model)`; all of them by default. A layer number that several stacks have
     needs a stack: ValueError. Taps may be nested: the one opened first reads first, and what a reader returns is the
     output that the next one sees. With gradient checkpointing (the model's own) backward computes layers anew, with
-    the readers of their forward pass, which are then called again, even if the tap is closed by then.
+    the readers of their forward pass, which are then called again, even if the tap is closed by then. Whatever
+    torch.compile made, of this model and of others, runs as it was written while a tap is open.
     """
     chosen = choose(model, layers, stack, kind)
     with ExitStack() as stack_of:
+        stack_of.enter_context(_uncompiled())
         stack_of.enter_context(run_again_alike(model))
-        if any(not isinstance(site.module, Mechanism) for site in chosen):
+        own = [site for site in chosen if attends_alone(site.module)]
+        stack_of.enter_context(heard(model, own))
+        if any(not isinstance(site.module, Mechanism) for site in chosen if site not in own):
             stack_of.enter_context(_switched(model))
         for site in chosen:
             stack_of.enter_context(reading(site, reader))
         yield chosen
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Compiled code was made without readers, and does not look for them."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and loading it takes longer than most taps
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager
@@ -82,10 +101,10 @@ def record(
     layers: Sequence[int] | None = None,
     stack: str | None = None,
     kind: str | None = None,
-) -> Iterator[list[Any]]:
+) -> Iterator[Calls]:
     """Keeps the calls of the chosen sites, in the order in which they came. gradients: their outputs keep the gradient
     of a later backward pass, so that `weight_gradients` can be asked for."""
-    calls = _Calls()
+    calls = Calls()
     # A reader may live as long as a graph that hangs on its calls, and must not hold them.
     held = weakref.ref(calls)
 
@@ -111,8 +130,27 @@ def record(
         yield calls
 
 
-class _Calls(list[Any]):
-    """A list that can be referred to weakly."""
+class Calls(list[Any]):
+    """Calls in the order in which they came: calls[0], calls[-2:]; and by name, calls["layers.1"], where that is part
+    of the path of one site that was called once. ValueError for a name that means no call, or several."""
+
+    def __getitem__(self, which: Any) -> Any:
+        if not isinstance(which, str):
+            return super().__getitem__(which)
+        found = [number for number, call in enumerate(self) if _named(call.site.path, which)]
+        if len(found) == 1:
+            return super().__getitem__(found[0])
+        paths = list(dict.fromkeys(call.site.path for call in self))
+        if found:
+            raise ValueError(
+                f"{which!r} names calls {found}: ask for one by its number, or by more of its path: {paths}"
+            )
+        raise ValueError(f"{which!r} is part of no call's path; there are {paths or 'no calls yet'}")
+
+
+def _named(path: str, name: str) -> bool:
+    """Whether the name is a run of whole parts of the path."""
+    return f".{name}." in f".{path}."
 
 
 _switches: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()

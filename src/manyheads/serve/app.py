@@ -22,12 +22,12 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import Request
 
 from manyheads.explain.attributions import METHODS
-from manyheads.explain.explanation import TARGETED, UNTARGETED, _answer, encoded, explain_text
+from manyheads.explain.explanation import UNTARGETED, _answer, encoded, explain_text, method_names
 from manyheads.explain.views.figures import view_text
 from manyheads.explain.views.page import page, safe_json, script, style
+from manyheads.hosts.inside import is_open
 from manyheads.hosts.loading import Loaded, reads_text
 from manyheads.hosts.sites import choose, text_stack
-from manyheads.mechanism import Mechanism
 
 from .change import KINDS, MEASURES, Change, intervene
 from .guard import LOOPBACK, Guard, Session
@@ -130,9 +130,8 @@ def _facts(loaded: Loaded) -> dict[str, Any]:
     inputs, _ = encoded(loaded, "a")
     with torch.no_grad():
         answers = bool(_answer(loaded, model(**inputs)))
-    # What lies inside a mechanism can be read, but not changed from outside.
-    open_inside = answers and not any(isinstance(site.module, Mechanism) for site in own)
-    default = (*TARGETED, *UNTARGETED) if open_inside else UNTARGETED
+    # Some mechanisms tell what they do inside, and let it be changed.
+    open_inside, default = answers and all(map(is_open, own)), method_names(loaded, answers)
     return {
         "name": loaded.name,
         "layers": 1 + max(site.layer for site in own),

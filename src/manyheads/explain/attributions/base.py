@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from manyheads.explain.attributions.feed import Feed, Position, Score, Target, logits_of, places, score_of, still
 from manyheads.explain.attributions.grid import layout
+from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import answering_stack, only_stack
 from manyheads.hosts.taps import AttentionCall, Site, record, sites
 
@@ -202,8 +203,8 @@ def check_layer(trace: Trace, layer: int) -> None:
 def _backward(score: Tensor, calls: list[Any]) -> None:
     if not bool(score.isfinite().all()):
         raise ValueError(f"the score holds NaN or infinity: {BROKEN}")
-    if any(not isinstance(call, AttentionCall) for call in calls):
-        raise ValueError("manyheads mechanisms do not offer gradients of their weights: use a method without gradients")
+    for call in calls:
+        opened(call, "gradients of weights")
     if not score.requires_grad:
         raise ValueError("the score does not depend on any attention output, so it has no gradient")
     score.sum().backward()

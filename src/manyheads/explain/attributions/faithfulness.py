@@ -248,11 +248,16 @@ class Removal:
             keep[step, order[: round(step * len(order) / steps)]] = insert
         return keep
 
-    def leave_one_out(self) -> Tensor:
-        """[b, n]: what the value loses when one token goes, in logits; 0 where none may go."""
+    def leave_one_out(self, sample: int | None = None) -> Tensor:
+        """[b, n]: what the value loses when one token goes, in logits; 0 where none may go. sample: so many tokens of a
+        row, drawn by chance, and NaN for those not drawn."""
         found = torch.zeros(self.removable.shape, dtype=torch.float64, device=self.removable.device)
+        draw = torch.Generator().manual_seed(0)
         for row in range(self.feed.rows):
             free = self.removable[row].nonzero()[:, 0]
+            if sample is not None and sample < len(free):
+                found[row, free] = torch.nan
+                free = free[torch.randperm(len(free), generator=draw)[:sample].to(free.device)]
             keep = torch.ones(len(free) + 1, self.removable.shape[1], dtype=torch.bool, device=free.device)
             keep[torch.arange(1, len(free) + 1), free] = False
             values = self.values(row, keep, logits=True)
@@ -323,14 +328,16 @@ class Comparison:
     steps: int
     attributions: dict[str, Tensor] = field(repr=False)
     leave_one_out: Tensor = field(repr=False)
+    sample: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, fit for JSON; NaN as None."""
         rows = [{key: None if value != value else value for key, value in asdict(row).items()} for row in self.rows]
         tokens = {name: own.tolist() for name, own in self.attributions.items()}
+        alone = [[None if value != value else value for value in row] for row in self.leave_one_out.tolist()]
         return {
             "rows": rows, "refused": self.refused, "remove": self.remove, "steps": self.steps,
-            "attributions": tokens, "leave_one_out": self.leave_one_out.tolist(),
+            "attributions": tokens, "sample": self.sample, "leave_one_out": alone,
         }  # fmt: skip
 
 
@@ -345,21 +352,26 @@ def compare_attributions(
     score: Score | None = None,
     remove: str | None = None,
     steps: int = 20,
+    sample: int | None = None,
     batch_size: int = 16,
 ) -> Comparison:
     """Attributions of one input by several methods, with the faithfulness of each.
 
     methods: names out of METHODS or Attribution objects; None: all, and those that the model cannot have are told in
-    `refused` instead of raised. "random" is an order by chance, the floor that a method has to beat.
+    `refused` instead of raised. sample: correlate over so many tokens of a row, drawn by chance, each of which takes a
+    pass; None: over all. "random" is an order by chance, the floor that a method has to beat.
     """
     named = _named(model, methods, score)
     if steps < 1:
         raise ValueError(f"steps={steps}: a curve needs at least one")
+    if sample is not None and sample < 2:
+        raise ValueError(f"sample={sample}: ranks are correlated over at least 2 tokens, or None for all")
     removal = Removal(
         model, inputs, target, additional_forward_args,
         position=position, score=score, remove=remove, batch_size=batch_size,
     )  # fmt: skip
-    reference = removal.leave_one_out()
+    reference = removal.leave_one_out(sample)
+    counted = removal.removable & reference.isfinite()
     refused, attributions, seconds = {}, {}, {}
     for name, method in named.items():
         start = time.perf_counter()
@@ -377,9 +389,9 @@ def compare_attributions(
     for name, given in attributions.items():
         deletion = removal.curve(given, False, steps).auc
         insertion = removal.curve(given, True, steps).auc
-        correlation = rank_correlation(given, reference, removal.removable)
+        correlation = rank_correlation(given, reference, counted)
         rows.append(Faithfulness(name, _mean(deletion), _mean(insertion), _mean(correlation), seconds[name]))
-    return Comparison(rows, refused, removal.remove, steps, attributions, reference)
+    return Comparison(rows, refused, removal.remove, steps, attributions, reference, sample)
 
 
 def _batches(lengths: Sequence[int], room: int) -> Iterator[slice]:

@@ -97,9 +97,10 @@ class Feed:
     def real(self, stream: str, n: int, both: bool) -> Tensor:
         """[b, n], True where a token of the stream is no padding. both: the model has an encoder and a decoder."""
         name = "decoder_attention_mask" if both and stream == "decoder" else "attention_mask"
+        name = "visual_attention_mask" if stream == "vision" else name
         mask = self.named.get(name)
         device = self.named[self.main].device
-        if stream == "vision" or mask is None or mask.dim() != 2 or mask.shape[1] != n:
+        if mask is None or mask.dim() != 2 or mask.shape[1] != n:
             return torch.ones(self.rows, n, dtype=torch.bool, device=device)
         real = mask.to(device) > 0
         if not bool(real.any(-1).all()):

@@ -14,6 +14,7 @@ from manyheads.explain.attributions.base import Attributed, Attribution, Trace, 
 from manyheads.explain.attributions.feed import Feed, Position, Target, per_row, places, still
 from manyheads.explain.attributions.frozen import Frozen, freeze, is_norm
 from manyheads.explain.attributions.writes import Write, writes
+from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import answering_stack, choose
 from manyheads.hosts.taps import AttentionCall
 
@@ -229,8 +230,10 @@ class _Sum:
     def _write(self, layer: int) -> tuple[Tensor, Frozen | None]:
         """What the layer's attention adds [b, e], and the norm on it, if any; the rest must be some module's output."""
         seen, own = self.seen, self.writes.get(layer)
+        call = opened(self.calls[layer], "logit flow")
+        call.check_values()
         if own is None:
-            raise ValueError(f"{self.calls[layer].site.path}: no linear map reads the heads' outputs as they are")
+            raise ValueError(f"{call.site.name}: no linear map reads the heads' outputs as they are")
         raw = seen.row(own.output)
         assert raw is not None
         inside = seen.inside[layer]
@@ -238,7 +241,9 @@ class _Sum:
         options += [(gave, module) for module, given, gave in inside if is_norm(module) and torch.equal(given, raw)]
         for write, module in options:
             rest = seen.left[layer] - seen.entered[layer] - write
-            if any(gave.shape == rest.shape and _same(gave, rest, seen.left[layer]) for _, _, gave in inside):
+            # A layer without an MLP adds nothing else.
+            others = [gave for _, _, gave in inside if gave.shape == rest.shape] + [torch.zeros_like(rest)]
+            if any(_same(gave, rest, seen.left[layer]) for gave in others):
                 return write, None if module is None else freeze(module, raw, write)
         raise ValueError(f"{self.name}: layer {layer} does not add its attention to the residual stream as it is")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -187,12 +186,7 @@ def narrow(call: Any, rows: slice) -> Any:
         stop = max(stop, int(seen[-1]) + 1 if seen.numel() else 0)
     elif not call.causal:
         return call
-    if stop >= call.key.shape[2]:
-        return call
-    near = copy.copy(call)
-    near.key, near.value = call.key[:, :, :stop], call.value[:, :, :stop]
-    near.mask = None if call.mask is None else call.mask[..., :stop]
-    return near
+    return call if stop >= call.key.shape[2] else call.narrowed(stop)
 
 
 def check_residual(residual: float) -> None:

@@ -11,6 +11,7 @@ from manyheads.explain.attributions.base import Attributed, Attribution, blocks,
 from manyheads.explain.attributions.feed import Feed, Position, Target
 from manyheads.explain.attributions.raw import pick
 from manyheads.explain.attributions.writes import Write, writes, written
+from manyheads.hosts.calls import opened
 
 
 class ValueNorm(Attribution):
@@ -43,8 +44,9 @@ class ValueNorm(Attribution):
             if step is None:
                 continue
             index = next(i for i, call in enumerate(order) if call is step.call)
+            opened(step.call, "value norm").check_values()
             if index not in found_writes:
-                raise ValueError(f"{step.call.site.path}: no linear map reads the heads' outputs as they are")
+                raise ValueError(f"{step.call.site.name}: no linear map reads the heads' outputs as they are")
             vectors = written(step.call, found_writes[index]).to(trace.dtype)
             found[stream] = _norms(step.call, vectors, start[step.reader], self.heads)
         return trace.finish(found)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.hosts.taps import AttentionCall
+from manyheads.mechanism import Mechanism
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,14 @@ def writes(model: nn.Module, calls: list[Any], found: dict[int, Write]) -> Itera
             bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
             found[index] = Write(weight, bias, output.reshape(*heads.shape[:2], -1))
 
+    def check(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        """What a mechanism does to the map's output (a gate, a norm) would not be told."""
+        own = found.get(len(calls) - 1)
+        if own is not None and calls[-1].site.module is module and not torch.equal(result.output, own.output):
+            del found[len(calls) - 1]
+
     hooks = [module.register_forward_hook(look) for module in model.modules() if _linear(module)]
+    hooks += [module.register_forward_hook(check) for module in model.modules() if isinstance(module, Mechanism)]
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from manyheads.explain.detectors.patterns import tokens
 from manyheads.explain.detectors.reading import Measure, Rows
 from manyheads.explain.detectors.subject import Sample, Subject
-from manyheads.hosts.taps import AttentionCall
+from manyheads.hosts.calls import opened
 
 
 class Dormant(Measure):
@@ -52,9 +52,7 @@ class ValueDrain(Measure):
         self.rows = Rows()
 
     def call(self, call: Any, sample: Sample) -> None:
-        if not isinstance(call, AttentionCall):
-            raise ValueError(f"value-drain: {call.site.path} is a manyheads mechanism, which offers weights alone")
-        sizes = call.value[0].double().norm(dim=-1)
+        sizes = opened(call, "value-drain").value[0].double().norm(dim=-1)
         drain = 1 - sizes[:, 0] / sizes[:, 1:].mean(-1)
         self.rows.add(call.layer, drain.repeat_interleave(call.heads // drain.shape[0]))
 

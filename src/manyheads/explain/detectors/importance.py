@@ -24,8 +24,9 @@ from torch.nn.functional import cross_entropy
 from manyheads.explain.attributions.feed import still
 from manyheads.explain.detectors.reading import even
 from manyheads.explain.detectors.subject import Sample, Samples, Subject
+from manyheads.hosts.calls import opened
 from manyheads.hosts.loading import Loaded
-from manyheads.hosts.taps import AttentionCall, record, tap
+from manyheads.hosts.taps import record, tap
 
 # The model's output and its inputs by name -> one number.
 Loss = Callable[[Any, dict[str, Any]], Tensor]
@@ -93,7 +94,7 @@ class Importance:
         with still(model), torch.enable_grad(), self.changed(gone), taps as calls:
             loss = self._loss(sample)
             for call in calls:
-                _refuse(call)
+                opened(call, "importance")
             loss.backward()
         rows = []
         for call in calls:
@@ -128,7 +129,7 @@ class Importance:
         total: dict[int, int] = {}
 
         def read(call: Any) -> None:
-            _refuse(call)
+            opened(call, "importance")
             sums[call.layer] = sums.get(call.layer, 0) + call.output[0].double().sum(1)
             total[call.layer] = total.get(call.layer, 0) + call.output.shape[2]
 
@@ -144,7 +145,7 @@ class Importance:
             by_layer.setdefault(layer, {})[head] = value
 
         def read(call: Any) -> Tensor:
-            _refuse(call)
+            opened(call, "importance")
             own, output = by_layer[call.layer], call.output.clone()
             for head, value in own.items():
                 call.check_heads([head])
@@ -216,10 +217,3 @@ class Pruning:
         for place, (layer, head) in enumerate(self.order):
             found[layer, head] = place / last
         return found
-
-
-def _refuse(call: Any) -> None:
-    if not isinstance(call, AttentionCall):
-        raise ValueError(
-            f"importance: {call.site.path} is a manyheads mechanism, which does not offer its heads' outputs"
-        )

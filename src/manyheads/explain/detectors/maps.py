@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from manyheads.explain.attributions.feed import Feed
 from manyheads.explain.attributions.writes import Write, writes
 from manyheads.explain.detectors.subject import Subject
+from manyheads.hosts.calls import opened
 from manyheads.hosts.loading import Loaded
-from manyheads.hosts.taps import AttentionCall, Site, record, tap
+from manyheads.hosts.taps import Site, record, tap
 
 # Numbers in one block of projected tokens, and rows in one pass.
 _BLOCK = 2**24
@@ -212,8 +213,7 @@ def _parameters(subject: Subject) -> tuple[list[Tensor], list[Tensor], list[Writ
                     _run(subject, len(tokens))
         last = [call.site.path for call in calls]
         for call in calls:
-            if not isinstance(call, AttentionCall):
-                raise ValueError(f"maps: {call.site.path} is a manyheads mechanism, whose value and output are its own")
+            opened(call, "maps").check_values()
             parts[call.layer].append(call.value[0] - call.value[0][:, :1])
     missing = [path for index, path in enumerate(last) if index not in found]
     if missing:

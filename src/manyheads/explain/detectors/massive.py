@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from manyheads.explain.detectors.reading import Measure, even, read
 from manyheads.explain.detectors.subject import Sample, Samples, Subject
+from manyheads.hosts.calls import opened
 from manyheads.hosts.loading import Loaded
-from manyheads.hosts.taps import AttentionCall
 
 LAMBDA = 5.0
 
@@ -61,11 +61,7 @@ class Massive(Measure):
         self.which, self.squares = which, {}  # type: ignore[var-annotated]
 
     def call(self, call: Any, sample: Sample) -> None:
-        if not isinstance(call, AttentionCall):
-            raise ValueError(
-                f"massive-{self.which}: {call.site.path} is a manyheads mechanism, which offers weights alone"
-            )
-        rows = getattr(call, self.which)[0].double().square().sum(1).cpu()
+        rows = getattr(opened(call, f"massive-{self.which}"), self.which)[0].double().square().sum(1).cpu()
         rows = rows.repeat_interleave(call.heads // rows.shape[0], 0)
         self.squares[call.layer] = self.squares.get(call.layer, 0) + rows
 
@@ -101,8 +97,15 @@ def rotary_partners(subject: Subject, dim: int) -> list[int] | None:
     rotate = getattr(own, "rotate_half", None) or getattr(own, "rotate_every_two", None)
     if rotate is None:
         return None
-    settings = getattr(subject.config, "rope_parameters", None) or {}
-    share = settings.get("partial_rotary_factor") or getattr(subject.config, "partial_rotary_factor", None) or 1.0
-    turned = int(dim * share)
+    turned = int(dim * _rotated(subject.config))
+    if not turned:
+        return None
     places = torch.arange(1.0, turned + 1)[None, None, None]
     return [int(place.abs()) - 1 for place in rotate(places).flatten()]
+
+
+def _rotated(config: Any) -> float:
+    """The share of a head's channels that RoPE turns; none is an answer too."""
+    found = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor")
+    found = getattr(config, "partial_rotary_factor", None) if found is None else found
+    return 1.0 if found is None else float(found)

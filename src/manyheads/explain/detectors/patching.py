@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from manyheads.explain.attributions.feed import Feed, still
 from manyheads.explain.detectors.subject import Subject
 from manyheads.hosts.attend import Scoring
+from manyheads.hosts.calls import opened
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.taps import AttentionCall, tap
 
@@ -142,11 +143,7 @@ class PathPatching:
         outputs: dict[int, Tensor] = {}
 
         def keep(call: Any) -> None:
-            if not isinstance(call, AttentionCall):
-                raise ValueError(
-                    f"path patching: {call.site.path} is a manyheads mechanism, which does not offer its heads"
-                )
-            outputs[call.layer] = call.output
+            outputs[call.layer] = opened(call, "path patching").output
 
         metric = self._run(feed, keep)
         return metric, dict(sorted(outputs.items()))

@@ -88,7 +88,7 @@ def shares(call: Any, rows: slice, heads: Sequence[int] | None = None) -> Tensor
     # A row that has NaN anywhere is NaN everywhere, since its entries share a sum.
     if bool(weights[..., 0].isnan().any()):
         raise ValueError(f"attention of {call.site.path} holds NaN: the model's weights or its dtype are broken")
-    if isinstance(call, AttentionCall):
+    if call.shares:
         return weights
     sizes = weights.abs()
     return sizes / sizes.sum(-1, keepdim=True).clamp_min(torch.finfo(sizes.dtype).tiny)
@@ -98,8 +98,7 @@ def _up_to(call: Any, stop: int) -> Any:
     """The call with the keys that its first `stop` queries can see."""
     if not isinstance(call, AttentionCall) or not call.causal or call.mask is not None:
         return call
-    key, value = call.key[:, :, :stop], call.value[:, :, :stop]
-    return AttentionCall(call.site, call.query, key, value, None, True, call.scoring)
+    return call.narrowed(stop)
 
 
 class Rows:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import choose, only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
 
@@ -54,11 +55,7 @@ def changed(
     chosen = heads_by_layer(model, heads, where)
 
     def reader(call: Any) -> Tensor | None:
-        if not isinstance(call, AttentionCall):
-            raise ValueError(
-                f"{call.site.path} is a manyheads mechanism: its weights can be read, but not edited from outside"
-            )
-        return change(call, chosen[call.layer])
+        return change(opened(call, "an intervention"), chosen[call.layer])
 
     with tap(model, reader, layers=sorted(chosen), stack=where, kind="self"):
         yield

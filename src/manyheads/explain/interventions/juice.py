@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manyheads.explain.interventions.common import companions, heads_by_layer
+from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import choose, only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
 
@@ -38,7 +39,7 @@ def juice(model: Any, scales: Mapping[tuple[int, int], float], *, stack: str | N
     first = False
 
     def reader(call: AttentionCall) -> Tensor | None:
-        own = call.check_heads(chosen[call.layer])
+        own = opened(call, "juice").check_heads(chosen[call.layer])
         if first:
             kept[call.layer] = call.output[:, own].detach()
             return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.attend import probabilities
+from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import text_stack
 from manyheads.hosts.taps import AttentionCall, tap
 
@@ -41,7 +42,7 @@ def position_invariant(model: Any, documents: Sequence[tuple[int, int]]) -> Iter
         angle = angles[call.layer]
         if angle is None:
             raise ValueError(f"{call.site.path} has no rotary positions; every layer needs them")
-        return _attend(call, spans, angle)
+        return _attend(opened(call, "position_invariant"), spans, angle)
 
     with tap(model, reader, stack=where, kind="self"):
         yield

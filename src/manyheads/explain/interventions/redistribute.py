@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.explain.interventions.common import check_share, positions
+from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import choose, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
 
@@ -61,7 +62,7 @@ def redistribute(
         if share == 0:
             return None
         marked = call.memo.setdefault("sinks", sinks[call.layer])
-        return _moved(call, marked, positions(image, call.key.shape[2]), share, centric, least)
+        return _moved(opened(call, "redistribute"), marked, positions(image, call.key.shape[2]), share, centric, least)
 
     with ExitStack() as hooks:
         for layer in chosen:

@@ -85,4 +85,6 @@ class ModalityMutual(SoftmaxAttention):
             mixed = grouped_mix(weights, v)
         else:
             mixed = attend_rows(q, k, v, allowed, scale=self.scale, causal=False)
+        if weights is not None:
+            mixed = self.offered(q, k, v, mixed, weights, allowed(slice(None)))
         return Result(unmarked(self.o_proj(mixed.transpose(1, 2).flatten(-2)), KINDS), weights)

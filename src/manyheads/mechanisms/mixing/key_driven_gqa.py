@@ -105,7 +105,7 @@ class KDGQA(SoftmaxAttention):
         mixed, weights = attend_where(q, k, v, where, scale=self.scale, need_weights=call.need_weights)
         if context is not None:
             mixed = mixed + (q * 0).sum(-1, keepdim=True)  # a query of NaN stays one, whatever the kernel makes of it
-        output, _ = self.output(mixed, x, call)
+        output, _ = self.output(self.offered(q, k, v, mixed, weights, where), x, call)
         return Result(output, weights)
 
 

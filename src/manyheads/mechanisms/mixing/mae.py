@@ -57,9 +57,8 @@ class MixtureOfAllButOne(SoftmaxAttention):
         if gate_dim is not None and gate_dim < 1:
             raise ValueError(f"mae: gate_dim={gate_dim} must be positive")
         self.phase = "joint"
-        self.gate = nn.Sequential(
-            nn.Linear(dim, gate_dim or dim), nn.Tanh(), nn.Linear(gate_dim or dim, heads, bias=False)
-        )
+        width = dim if gate_dim is None else gate_dim
+        self.gate = nn.Sequential(nn.Linear(dim, width), nn.Tanh(), nn.Linear(width, heads, bias=False))
 
     def output(self, mixed: Tensor, x: Tensor, call: Call) -> tuple[Tensor, Mapping[str, Tensor]]:
         gates = self.gates(x, call)

@@ -72,7 +72,8 @@ class RCMHA(Mechanism):
         content = grouped_scores(q + self.query_bias[:, None], k)
         scores = (content + self._relative(q, m)) * self.scale
         weights = masked_softmax(scores, where.allowed())
-        output = self.o_proj(grouped_mix(weights, v).transpose(1, 2).flatten(-2))
+        mixed = self.offered(q, k, v, grouped_mix(weights, v), weights, where)
+        output = self.o_proj(mixed.transpose(1, 2).flatten(-2))
         return Result(output, weights if call.need_weights else None)
 
     def _convolved(self, x: Tensor, call: Call) -> tuple[Tensor, ...]:

@@ -76,6 +76,7 @@ class Skim(Mechanism):
                 grouped_scores(self._split(self.q_proj(text)) * self.scale, self._split(self.k_proj(text))), chosen
             )
             mixed = grouped_mix(weights, v)
+        mixed = self.offered(q, k, v, mixed, weights, allowed)
         output = self.o_proj(mixed.transpose(1, 2).flatten(-2))
         return Result(output, weights if call.need_weights else None)
 

@@ -43,15 +43,17 @@ class EfficientSlices(Mechanism):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         q, need = self._split(self.q_proj(x)), call.need_weights
+        seen: Any
         if context is None:
-            where, (tokens,) = joined(call, x, self.causal, tokens=self._split(x))
-            mixed, weights = attend_where(q, tokens, tokens, where, scale=self.scale, need_weights=need)
+            seen, (tokens,) = joined(call, x, self.causal, tokens=self._split(x))
+            mixed, weights = attend_where(q, tokens, tokens, seen, scale=self.scale, need_weights=need)
         else:
             if call.state is not None:
                 call.state.advance(x.shape[1])
-            allowed = call.dense if call.padding is None else call.padding[:, None, None]
+            seen = call.dense if call.padding is None else call.padding[:, None, None]
             tokens = self._split(context)
-            mixed, weights = attend_weighted(q, tokens, tokens, allowed, scale=self.scale, need_weights=need)
+            mixed, weights = attend_weighted(q, tokens, tokens, seen, scale=self.scale, need_weights=need)
+        mixed = self.offered(q, tokens, tokens, mixed, weights, seen)
         return Result(self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights)
 
     def _split(self, tokens: Tensor) -> Tensor:

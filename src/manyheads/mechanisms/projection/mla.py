@@ -107,7 +107,8 @@ class MLA(Mechanism):
             self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).split([self.nope, self.rope], -1)
         )
         q_rope = rotate(q_rope, where.query_positions, self.rotary)
-        absorb = call.state is not None and self._absorbing_pays(x.shape[1])
+        # Whoever listens is told of keys and values, which the absorbed pass never makes.
+        absorb = call.state is not None and self._absorbing_pays(x.shape[1]) and self.listener is None
         way = self._absorbed if absorb else self._expanded
         mixed, weights = way(q_nope, q_rope, latent, where, call.need_weights)
         return Result(self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights)
@@ -138,7 +139,8 @@ class MLA(Mechanism):
         k = torch.cat([k, r.expand(-1, self.heads, -1, -1)], -1)
         q = torch.cat([q_nope, q_rope], -1)
         if need:
-            return self._weigh(q, k, v, where)
+            mixed, weights = self._weigh(q, k, v, where)
+            return self.offered(q, k, v, mixed, weights, where), weights
         # PyTorch's kernel that holds no [n, m] matrix wants one size for keys and values: zeros change neither.
         size = max(self.nope + self.rope, self.value)
         q, k, v = (F.pad(t, (0, size - t.shape[-1])) for t in (q, k, v))

@@ -73,7 +73,8 @@ class Monotonic(SoftmaxAttention):
         alignment = expected_alignment(stops, held.get("alignment"))
         held["alignment"] = alignment[:, :, -1].clone()
         weights = self._drop_heads(alignment.to(v.dtype))
-        output, losses = self.output(grouped_mix(weights, v), x, call)
+        mixed = self.offered(q, k, v, grouped_mix(weights, v), weights, where)
+        output, losses = self.output(mixed, x, call)
         return Result(output, weights if call.need_weights else None, losses)
 
     def _drop_heads(self, weights: Tensor) -> Tensor:

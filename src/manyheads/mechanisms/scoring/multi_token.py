@@ -99,7 +99,9 @@ class MultiToken(SoftmaxAttention):
         if call.dense is not None:
             # A mask per head forbids a key to that head, though another head of its group may see it.
             weights = weights.masked_fill(~allowed[:, :, -weights.shape[2] :], 0.0)
-        mixed = self.norm(grouped_mix(weights, v)) * self.keep
+        seen = allowed[:, :, -weights.shape[2] :]
+        mixed = self.offered(q[:, :, -weights.shape[2] :], k, v, grouped_mix(weights, v), weights, seen)
+        mixed = self.norm(mixed) * self.keep
         if self.gate is not None:
             mixed = mixed * self.gate(mixed).sigmoid()
         output, _ = self.output(mixed, x, call)

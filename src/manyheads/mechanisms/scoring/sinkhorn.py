@@ -60,7 +60,8 @@ class Sinkhorn(SoftmaxAttention):
         q, k, v, where = self._read(x, context, call)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         weights = transport_plan(q @ k.mT / self.epsilon, self._pairs(where, context), self.iterations).to(v.dtype)
-        output, losses = self.output(grouped_mix(weights, v), x, call)
+        mixed = self.offered(q, k, v, grouped_mix(weights, v), weights, where)
+        output, losses = self.output(mixed, x, call)
         return Result(output, weights if call.need_weights else None, losses)
 
     def _pairs(self, where: Where, context: Any) -> Tensor | None:

@@ -82,8 +82,10 @@ class Landmark(SoftmaxAttention):
             parts.append(grouped_mix(weight, v))
             if call.need_weights:
                 weights.append(weight)
-        output, losses = self.output(torch.cat(parts, 2), x, call)
-        return Result(output, torch.cat(weights, 2) if weights else None, losses)
+        whole = torch.cat(weights, 2) if weights else None
+        mixed = self.offered(q, k, v, torch.cat(parts, 2), whole, where)
+        output, losses = self.output(mixed, x, call)
+        return Result(output, whole, losses)
 
     def _weights(self, q: Tensor, k: Tensor, where: Where) -> Tensor:
         scores = grouped_scores(q * self.scale, k)

@@ -81,7 +81,7 @@ class NAtS(SoftmaxAttention):
         if call.state is not None:
             kind = call.state.append("kinds", kind)
         q, k, v, where = self._read(x, context, call)
-        keys = self._kept(kind, where)
+        keys, weights = self._kept(kind, where), None
         if self.training:
             parts = [
                 self._soft(q[:, :, rows], k, where.rows(rows), keys)
@@ -96,7 +96,7 @@ class NAtS(SoftmaxAttention):
             mixed = attend_rows(
                 q, k, v, lambda rows: self._visible(where.rows(rows), keys), scale=self.scale, causal=True
             )
-        output, _ = self.output(mixed, x, call)
+        output, _ = self.output(self.offered(q, k, v, mixed, weights, where), x, call)
         return Result(output, weights if call.need_weights else None, losses)
 
     # -- kinds -----------------------------------------------------------------------------------------------------
