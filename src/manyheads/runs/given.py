@@ -15,9 +15,9 @@ import yaml
 
 MOST_TEXT = 64_000_000
 MOST_JSON = 64_000_000
-MOST_YAML = 1_000_000
+MOST_YAML = 256_000
 # Of YAML: brackets within brackets, items with those that anchors repeat, characters of a value without quotes.
-MOST_DEPTH, MOST_ITEMS, MOST_PLAIN = 32, 100_000, 1000
+MOST_DEPTH, MOST_ITEMS, MOST_PLAIN = 32, 20_000, 1000
 _OPENS = (yaml.SequenceStartEvent, yaml.MappingStartEvent)
 _CLOSES = (yaml.SequenceEndEvent, yaml.MappingEndEvent)
 
@@ -53,9 +53,7 @@ def read_text(path: str | Path, *, most: int = MOST_TEXT, what: str = "") -> str
     try:
         return read_bytes(path, most=most).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
-        ) from None
+        raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from None
     except OSError as error:
         raise ValueError(f"{name} cannot be read ({error.strerror}): give a file that can") from None
 
@@ -81,12 +79,19 @@ def parse_yaml(text: str, what: str) -> Any:
         raise ValueError(f"{what} has {len(text):,} characters; want at most {MOST_YAML:,} of YAML")
     try:
         _bound(text, what)
+    except yaml.YAMLError as error:
+        raise _no_yaml(what, error) from None
+    try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{what} is not YAML: {shown(' '.join(str(error).split()), 300)}") from None
-    except (KeyError, AttributeError, TypeError, ArithmeticError) as error:
-        # What its constructors make of a tag on a value of another kind.
-        raise ValueError(f"{what} is not YAML: a value does not fit its tag ({error!r})") from None
+        raise _no_yaml(what, error) from None
+    except (ValueError, KeyError, AttributeError, TypeError, ArithmeticError) as error:
+        # What its constructors make of a tag on a value of another kind, and of a thirteenth month.
+        raise ValueError(f"{what} is not YAML: a value does not fit its tag ({shown(error)})") from None
+
+
+def _no_yaml(what: str, error: yaml.YAMLError) -> ValueError:
+    return ValueError(f"{what} is not YAML: {shown(' '.join(str(error).split()), 300)}")
 
 
 def _bound(text: str, what: str) -> None:

@@ -105,7 +105,8 @@ def create_app(
     any_address: bool = False,
     places: Places | None = None,
 ) -> Guard:
-    """places: the connections of the server that runs it. ValueError for a model that reads no text, has no attention, or gives NaN."""
+    """places: the connections of the server that runs it. ValueError for a model that reads no text, has no attention,
+    or gives NaN."""
     if Path(loaded.name).exists():
         loaded = replace(loaded, name=Path(loaded.name).resolve().name)  # where it lies is nobody's business
     facts = {**_facts(loaded), "reports": reports is not None}
