@@ -194,10 +194,14 @@ def find_class(target: str) -> type[Mechanism]:
     except (Exception, SystemExit) as error:  # whatever a module of somebody else does when it is imported
         raise ValueError(f"cannot import {module_name!r}: it raises {error!r}; mend that first") from error
     found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, Mechanism)):
-        names = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Mechanism)]
+    if not _is_mechanism(found):
+        names = [n for n, v in vars(module).items() if _is_mechanism(v)]
         raise ValueError(f"{module_name} has no mechanism {class_name!r}; it has {names}")
     return found
+
+
+def _is_mechanism(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, Mechanism) and hasattr(found, "card")
 
 
 app.command()(compare)
@@ -241,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 1
     except Exception as error:
         if os.environ.get(TRACEBACK):
-            traceback.print_exc()
+            typer.echo(_printable(traceback.format_exc()), err=True)
         code = _told(*_explained(error))
     sys.exit(code or 0)
 
@@ -282,6 +286,10 @@ def _told(text: str, code: int) -> int:
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
     line = line if len(line) <= _MOST_SAID else line[: _MOST_SAID - 3] + "..."
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    typer.echo(f"manyheads: {line}".encode(encoding, "backslashreplace").decode(encoding), err=True)
+    typer.echo(_printable(f"manyheads: {line}"), err=True)
     return code
+
+
+def _printable(text: str) -> str:
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

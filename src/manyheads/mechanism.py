@@ -237,6 +237,8 @@ class Mechanism(nn.Module, ABC):
                 + (f" or [batch, height, width, {self.dim}]" if Pattern.GRID in self.card.patterns else "")
             )
         self._check_kind("x", x, x.device)
+        if x.is_meta and (why := self._unlike(x, None)):  # what does not look at x would make numbers of nothing
+            raise ValueError(why)
         if 0 in shape:
             raise ValueError(f"{name}: x has shape {shape}; an empty sequence or batch has nothing to attend to")
         pattern = self._pattern(x, context)
