@@ -13,15 +13,16 @@ from scale import SEED, TIMES
 from manyheads.cli import main
 
 HERE = Path(__file__).parent
+COUNT = 100 * TIMES
 
 
 def test_odd_lines_end_well(tmp_path: Path) -> None:
-    command = [sys.executable, HERE / "run_lines.py", tmp_path, str(150 * TIMES), str(SEED)]
+    command = [sys.executable, HERE / "run_lines.py", tmp_path, str(COUNT), str(SEED)]
     paths = os.pathsep.join([str(HERE), *sys.path])
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
     assert ran.returncode == 0, ran.stderr[-3000:]
     ended = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert len(ended) == 150 * TIMES
+    assert len(ended) == COUNT
     wrong = [own for own in ended if own["end"] not in ("reached", 0, 1, 2)]
     unsaid = [
         own for own in ended if own["end"] == 2 and own["arguments"] and not own["said"].startswith("manyheads: ")
