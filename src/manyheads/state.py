@@ -206,7 +206,7 @@ class State:
     def _check_rows(self, index: Tensor) -> None:
         right = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32) and index.ndim == 1
         if right and index.device.type == "cpu":  # elsewhere the question would stop the queue
-            right = len(index) > 0 and 0 <= int(index.min()) and int(index.max()) < self.batch
+            right = len(index) > 0 and int(index.min()) >= 0 and int(index.max()) < self.batch
         if not right or index.is_meta:
             raise ValueError(
                 f"{self.owner}: cannot reorder the rows of a state for batch {self.batch} by {str(index)[:80]}; want a "

@@ -139,7 +139,8 @@ def odd_methods(state: State) -> dict[str, Any]:
         for value in (-1, state.length + 1, 2.0, True, "1", None, float("nan"), 10**30)
     }
     indices = {
-        "a list": [0, 1], "numbers": torch.tensor([0.0, 1.0]), "too large": torch.tensor([0, 2]), "an axis more": torch.tensor([[0, 1]]),
+        "a list": [0, 1], "numbers": torch.tensor([0.0, 1.0]), "too large": torch.tensor([0, 2]),
+        "an axis more": torch.tensor([[0, 1]]),
         "below": torch.tensor([-1, 0]), "booleans": torch.tensor([True, False]), "one": torch.tensor(0), "None": None,
         "none": torch.tensor([], dtype=torch.long), "on meta": torch.tensor([0, 1], device="meta"),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every argument of every mechanism with every odd value, and several at once: built and working, or refused by name."""
+"""Every argument of every mechanism with every odd value, and several at once: works, or is refused by name."""
 
 import inspect
 import json

@@ -103,7 +103,7 @@ def _bound(text: str, what: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in opened):
                 raise ValueError(f"{what}: {event.anchor!r} is used within itself; write out what is meant")
-            items += sizes.get(event.anchor, 0)
+            items += sizes.get(event.anchor or "", 0)
         elif isinstance(event, _OPENS):
             opened.append((event.anchor, items))
             items += 1
