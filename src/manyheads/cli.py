@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -200,7 +200,7 @@ def find_class(target: str) -> type[Mechanism]:
     return found
 
 
-def _is_mechanism(found: Any) -> bool:
+def _is_mechanism(found: Any) -> TypeGuard[type[Mechanism]]:
     return isinstance(found, type) and issubclass(found, Mechanism) and hasattr(found, "card")
 
 
