@@ -253,12 +253,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _explained(error: Exception) -> tuple[str, int]:
     """What to say of an error that ended a command, and the exit code."""
     if hasattr(error, "format_message"):  # of the parser of command lines
+        parsed: Any = error
         if not str(error):  # nothing was given: it shows the help
-            error.show()  # type: ignore[attr-defined]
+            parsed.show()
             raise SystemExit(2)
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "manyheads"
-        return f"{error.format_message()} See `{where} --help`.", error.exit_code
+        return f"{parsed.format_message()} See `{where} --help`.", parsed.exit_code
     if hasattr(error, "exit_code"):
         return str(error) or "ended", error.exit_code
     if isinstance(error, (ValueError, OSError)):
