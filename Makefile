@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test format
+.PHONY: demo test test-odd format
 demo: $(VENV)/.installed
 	$(BIN)/manyheads compare --preset quick --out demo
 
@@ -15,6 +15,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+# The generators of odd calls, 25 times as many as in `make test`: some 10^5. ODD_SEED=7 draws others.
+test-odd: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 ODD_TIMES=$${ODD_TIMES:-25} ODD_SEED=$${ODD_SEED:-0} $(BIN)/pytest -n 2 tests/odd
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

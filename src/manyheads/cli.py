@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, TypeGuard
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -21,6 +24,7 @@ from manyheads.explain.command import explain
 from manyheads.heads.command import heads
 from manyheads.mechanism import Mechanism
 from manyheads.registry import list_attentions, mechanism_class
+from manyheads.runs.given import parse_json, shown
 from manyheads.serve.command import serve
 from manyheads.shrink.command import shrink
 from manyheads.softmax import changed_stages
@@ -169,14 +173,9 @@ def check(
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"--config {text!r} is not JSON ({error}); want an object such as '{{\"window\": 64}}'"
-        ) from None
+    value = parse_json(text, f"--config {shown(text)}")
     if not isinstance(value, dict):
-        raise ValueError(f"--config {text!r} is not a JSON object; want one such as '{{\"window\": 64}}'")
+        raise ValueError(f"--config {shown(text)} is not a JSON object; want one such as '{{\"window\": 64}}'")
     return value
 
 
@@ -192,11 +191,17 @@ def find_class(target: str) -> type[Mechanism]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(f"cannot import {module_name!r}: {error}; run from the folder that holds it") from None
+    except (Exception, SystemExit) as error:  # whatever a module of somebody else does when it is imported
+        raise ValueError(f"cannot import {module_name!r}: it raises {error!r}; mend that first") from error
     found = getattr(module, class_name, None)
-    if not (isinstance(found, type) and issubclass(found, Mechanism)):
-        names = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Mechanism)]
+    if not _is_mechanism(found):
+        names = [n for n, v in vars(module).items() if _is_mechanism(v)]
         raise ValueError(f"{module_name} has no mechanism {class_name!r}; it has {names}")
     return found
+
+
+def _is_mechanism(found: Any) -> TypeGuard[type[Mechanism]]:
+    return isinstance(found, type) and issubclass(found, Mechanism) and hasattr(found, "card")
 
 
 app.command()(compare)
@@ -221,20 +226,71 @@ def info(as_json: AsJson = False) -> None:
     return None
 
 
+# Set, it shows where an error was raised, of whatever kind it is.
+TRACEBACK = "MANYHEADS_TRACEBACK"
+_BUG = 70  # EX_SOFTWARE of sysexits.h
+_MOST_SAID = 2000
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line. What a user can mend is told on stderr with exit code 2; no traceback."""
+    """Runs the command line. What went wrong is told in one line on stderr: exit code 2 for what a user can mend, 70
+    for a bug."""
     try:
         code = app(arguments, prog_name="manyheads", standalone_mode=False)
-    except (ValueError, OSError) as error:
-        typer.echo(f"manyheads: {error}", err=True)
-        code = 2
     except KeyboardInterrupt:
-        typer.echo("manyheads: interrupted", err=True)
-        code = 130
+        code = _told("interrupted", 130)
+    except BrokenPipeError:
+        # Who read the output has seen enough; what is still in it must not be tried again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except Exception as error:
-        # Errors of the command-line parser know how to print themselves.
-        if not hasattr(error, "exit_code"):
-            raise
-        error.show() if hasattr(error, "show") else typer.echo(str(error), err=True)
-        code = error.exit_code
+        if os.environ.get(TRACEBACK):
+            typer.echo(_printable(traceback.format_exc()), err=True)
+        code = _told(*_explained(error))
     sys.exit(code or 0)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """What to say of an error that ended a command, and the exit code."""
+    if hasattr(error, "format_message"):  # of the parser of command lines
+        parsed: Any = error
+        if not str(error):  # nothing was given: it shows the help
+            parsed.show()
+            raise SystemExit(2)
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "manyheads"
+        return f"{parsed.format_message()} See `{where} --help`.", parsed.exit_code
+    if hasattr(error, "exit_code"):
+        return str(error) or "ended", error.exit_code
+    if isinstance(error, (ValueError, OSError)):
+        return str(error) or type(error).__name__, 2
+    if _memory_ran_out(error):
+        return f"there is not enough memory ({error or 'MemoryError'}): give something smaller, or a larger machine", 2
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = "/".join(Path(frame.filename).parts[-2:])
+    return (
+        f"this is a bug ({type(error).__name__}: {error}, in {place}:{frame.lineno}): run it again with {TRACEBACK}=1 "
+        "in the environment, and report what that shows"
+    ), _BUG
+
+
+def _memory_ran_out(error: Exception) -> bool:
+    """torch raises a plain RuntimeError where a CPU has no more."""
+    import torch
+
+    plain = isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    return plain or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def _told(text: str, code: int) -> int:
+    """One line, whatever the text holds: several become one, and what would steer a terminal is spelled out."""
+    line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    line = line if len(line) <= _MOST_SAID else line[: _MOST_SAID - 3] + "..."
+    typer.echo(_printable(f"manyheads: {line}"), err=True)
+    return code
+
+
+def _printable(text: str) -> str:
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

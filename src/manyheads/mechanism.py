@@ -21,6 +21,7 @@ from manyheads.state import State
 Context = Tensor | Sequence[Tensor]
 _NO_LOSSES: Mapping[str, Tensor] = {}
 _WHOLE = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+_FLOATING = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 class Result(NamedTuple):
@@ -155,9 +156,15 @@ class Mechanism(nn.Module, ABC):
         broken = broken_tokens(x)
         if context is not None and padding is not None:
             context = _without_broken_padding(context, padding)
-        if broken is not None or (state is not None and state.broken is not None):
-            return self._past_broken(x, context, call, broken)
-        return self._pass(x, context, call)
+        try:
+            if broken is not None or (state is not None and state.broken is not None):
+                return self._past_broken(x, context, call, broken)
+            return self._pass(x, context, call)
+        except RuntimeError as error:
+            why = None if torch.compiler.is_compiling() else self._unlike(x, context)
+            if why is None:
+                raise
+            raise ValueError(why) from error
 
     def _pass(self, x: Tensor, context: Context | None, call: Call) -> Result:
         """Attends; a pass that breaks off leaves the state as it was."""
@@ -254,6 +261,9 @@ class Mechanism(nn.Module, ABC):
                 f"{name}: x has shape {shape} and dtype {x.dtype}; want floating point [batch, n, {self.dim}]"
                 + (f" or [batch, height, width, {self.dim}]" if Pattern.GRID in self.card.patterns else "")
             )
+        self._check_kind("x", x, x.device)
+        if x.is_meta and (why := self._unlike(x, None)):  # what does not look at x would make numbers of nothing
+            raise ValueError(why)
         if 0 in shape:
             raise ValueError(f"{name}: x has shape {shape}; an empty sequence or batch has nothing to attend to")
         pattern = self._pattern(x, context)
@@ -282,12 +292,34 @@ class Mechanism(nn.Module, ABC):
         for part in parts:
             if not isinstance(part, Tensor):
                 raise ValueError(f"{self.card.name}: a context is a {type(part).__name__}; want a tensor")
+            self._check_kind("context", part, x.device)
             shape = tuple(part.shape)
             if part.ndim != 3 or shape[0] != x.shape[0] or shape[2] != self.source_dim or shape[1] == 0:
                 raise ValueError(
                     f"{self.card.name}: context has shape {shape}; want [{x.shape[0]}, m >= 1, {self.source_dim}] "
                     f"for x of shape {tuple(x.shape)}"
                 )
+
+    def _check_kind(self, what: str, tensor: Tensor, device: torch.device) -> None:
+        """Refuses tensors that no mechanism computes with."""
+        if tensor.layout is not torch.strided or tensor.dtype not in _FLOATING or tensor.device != device:
+            raise ValueError(
+                f"{self.card.name}: {what} is {tensor.dtype}, {tensor.layout} on {tensor.device}; want a dense tensor "
+                f"of float16, bfloat16, float32 or float64 on {device}"
+            )
+
+    def _unlike(self, x: Tensor, context: Context | None) -> str | None:
+        """What does not fit together, of a pass that torch broke off: its own words name no argument. Asked only then,
+        since under autocast, and for parameters that are kept in another dtype, differences are right."""
+        given = [x, *([] if context is None else [context] if isinstance(context, Tensor) else context)]
+        weights = [p for p in self.parameters() if p.is_floating_point()]
+        kinds = [sorted({f"{t.dtype} on {t.device}" for t in some}) for some in (given, weights)]
+        if len(kinds[0]) == 1 and kinds[1] in ([], kinds[0]):
+            return None
+        return (
+            f"{self.card.name}: what was given is {' and '.join(kinds[0])}, the module's weights are "
+            f"{' and '.join(kinds[1])}; bring them together with .to(...)"
+        )
 
     def _check_mask(self, pattern: Pattern, x: Tensor, context: Any, mask: Any, state: State | None) -> tuple[Any, Any]:
         if mask is None:
@@ -298,20 +330,20 @@ class Mechanism(nn.Module, ABC):
                     f"{self.card.name}: mask must be a tuple of {self.sources} key paddings, one per source"
                 )
             for part, source in zip(mask, context, strict=True):
-                self._want_mask(part, [tuple(source.shape[:2])])
+                self._want_mask(part, [tuple(source.shape[:2])], x.device)
             return tuple(mask), None
         batch = x.shape[0]
         if pattern is Pattern.GRID:
-            self._want_mask(mask, [tuple(x.shape[:3])])
+            self._want_mask(mask, [tuple(x.shape[:3])], x.device)
             return mask, None
         n = x.shape[1]
         new = n if context is None else context.shape[1]
         total = new + (state.length if state is not None and context is None else 0)
         wide = [] if total == new else [(batch, total)]
-        self._want_mask(mask, [(batch, new), *wide, (batch, 1, n, total), (batch, self.heads, n, total)])
+        self._want_mask(mask, [(batch, new), *wide, (batch, 1, n, total), (batch, self.heads, n, total)], x.device)
         return (mask, None) if mask.ndim == 2 else (None, mask)
 
-    def _want_mask(self, mask: Any, shapes: list[tuple[int, ...]]) -> None:
+    def _want_mask(self, mask: Any, shapes: list[tuple[int, ...]], device: torch.device) -> None:
         if not isinstance(mask, Tensor):
             raise ValueError(f"{self.card.name}: mask is a {type(mask).__name__}; want a boolean tensor")
         if mask.dtype != torch.bool:
@@ -319,6 +351,8 @@ class Mechanism(nn.Module, ABC):
                 f"{self.card.name}: mask has dtype {mask.dtype}; want torch.bool with True = may attend "
                 "(for a 0/1 attention mask: mask.bool(); for an additive one: mask == 0)"
             )
+        if mask.device != device or mask.layout is not torch.strided:
+            raise ValueError(f"{self.card.name}: mask is {mask.layout} on {mask.device}; want it dense, on {device}")
         if tuple(mask.shape) not in shapes:
             wanted = " or ".join(str(list(s)) for s in dict.fromkeys(shapes))
             raise ValueError(f"{self.card.name}: mask has shape {tuple(mask.shape)}; want {wanted}")
@@ -355,13 +389,13 @@ class Mechanism(nn.Module, ABC):
         if not isinstance(positions, Tensor):
             raise ValueError(f"{self.card.name}: positions is a {type(positions).__name__}; want a tensor of integers")
         positions = positions[None] if positions.ndim == 1 else positions
-        whole = positions.dtype in _WHOLE and positions.ndim == 2
+        whole = positions.dtype in _WHOLE and positions.ndim == 2 and positions.device == x.device
         if not whole or positions.shape[0] not in (1, x.shape[0]) or positions.shape[1] != x.shape[1]:
             raise ValueError(
-                f"{self.card.name}: positions have shape {tuple(positions.shape)} and dtype {positions.dtype}; want "
-                f"integers [{x.shape[1]}] or [{x.shape[0]}, {x.shape[1]}]"
+                f"{self.card.name}: positions have shape {tuple(positions.shape)} and dtype {positions.dtype} on "
+                f"{positions.device}; want integers [{x.shape[1]}] or [{x.shape[0]}, {x.shape[1]}] on {x.device}"
             )
-        return positions
+        return positions.long()  # in a byte, twice a place of 200 is 144
 
     def _split_heads(self) -> int:
         """dim / heads, for mechanisms that cut the model dimension into equal heads."""

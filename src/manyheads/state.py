@@ -52,15 +52,14 @@ class Buffer:
     def _reserve(self, like: Tensor, added: int) -> None:
         axis, need = _time(like), len(self) + added
         room = 0 if self.data is None else self.data.shape[axis]
-        if self.stop + added <= room:
+        if self.data is not None and self.stop + added <= room:
             return
         # Rows dropped at the front make room again once they are half of the buffer: each row is moved once or twice.
-        if need * 2 > room:
+        if self.data is None or need * 2 > room:
             shape = list(like.shape)
             shape[axis] = max(self.capacity, need if room == 0 else need + need // 2)
             fresh = like.new_empty(shape)
         else:
-            assert self.data is not None
             fresh = self.data
         if self.data is not None and len(self):
             fresh.narrow(axis, 0, len(self)).copy_(self.view())
@@ -187,18 +186,32 @@ class State:
                 buffer.keep_last(span - 1)
 
     def reorder(self, index: Tensor) -> None:
-        """Row r becomes what row index[r] was; index may repeat or leave out rows (beams, selection)."""
-        for buffer in self.grown.values():
-            if buffer.data is not None:
-                buffer.data = buffer.data.index_select(0, index.to(buffer.data.device))
-        for tensors in (self.fixed, self.context):
-            for name, tensor in tensors.items():
-                tensors[name] = tensor.index_select(0, index.to(tensor.device))
-        for name in ("places", "_told", "broken", "_unread"):
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, rows.index_select(0, index.to(rows.device)))
+        """Row r becomes what row index[r] was; index [rows], integers, may repeat or leave out rows (beams,
+        selection). ValueError for another index; one that does not come through leaves all as it was."""
+        self._check_rows(index)
+
+        def chosen(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+            given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+            return {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in given.items()}
+
+        grown = chosen({name: buffer.data for name, buffer in self.grown.items()})
+        fixed, context = chosen(self.fixed), chosen(self.context)
+        rows = chosen({name: getattr(self, name) for name in ("places", "_told", "broken", "_unread")})
+        for name, data in grown.items():
+            self.grown[name].data = data
+        self.fixed, self.context = fixed, context
+        vars(self).update(rows)
         self.batch = index.shape[0]
+
+    def _check_rows(self, index: Tensor) -> None:
+        right = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32) and index.ndim == 1
+        if right and index.device.type == "cpu":  # elsewhere the question would stop the queue
+            right = len(index) > 0 and int(index.min()) >= 0 and int(index.max()) < self.batch
+        if not right or index.is_meta:
+            raise ValueError(
+                f"{self.owner}: cannot reorder the rows of a state for batch {self.batch} by {str(index)[:80]}; want a "
+                f"tensor of integers from 0 to {self.batch - 1}, one for each new row"
+            )
 
     def truncate(self, length: int) -> None:
         """Forgets all tokens from `length` on. Raises ValueError for a recurrence or a window that has moved on."""

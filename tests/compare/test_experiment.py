@@ -121,9 +121,9 @@ def test_files_that_are_no_experiment(content: str, tmp_path: Path) -> None:
     path.write_text(content)
     with pytest.raises(ValueError, match=r"e\.yaml"):
         read_experiment(path)
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match="cannot be read"):
         read_experiment(tmp_path / "none.yaml")
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match="cannot be read"):
         read_experiment(tmp_path)
 
 

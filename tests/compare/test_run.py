@@ -401,7 +401,7 @@ def test_command_fails_where_nothing_could_be_measured(tmp_path: Path, monkeypat
         (["--seeds", "x"], "--seeds 'x': want how many"),
         (["--preset", "fast"], "unknown preset 'fast'"),
         (["--section", "sped"], "sections.0"),
-        (["--experiment", "none.yaml"], "cannot read the experiment file none.yaml"),
+        (["--experiment", "none.yaml"], "--experiment none.yaml cannot be read"),
     ],
 )
 def test_what_a_user_got_wrong_is_a_value_error(arguments: list[str], words: str, tmp_path: Path) -> None:

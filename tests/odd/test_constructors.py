@@ -1,12 +1,15 @@
-"""Every argument of every mechanism with every odd value: built and working, or refused by name."""
+"""Every argument of every mechanism with every odd value, and several at once: works, or is refused by name."""
 
 import inspect
 import json
 import math
+import random
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
+from scale import SEED, TIMES
 
 from manyheads import Mechanism, list_attentions, mechanism_class
 from manyheads.testing.case import Case
@@ -22,10 +25,10 @@ def tries(cls: type[Mechanism]) -> list[tuple[str, Any]]:
     return [(name, value) for name in names for value in ODD]
 
 
-def called(cls: type[Mechanism], name: str, value: Any) -> str | None:
-    """What is wrong with this one argument, None where it works or is refused well."""
+def called(cls: type[Mechanism], odd: Mapping[str, Any]) -> str | None:
+    """What is wrong with these arguments, None where they work or are refused well."""
     causal = any(p.causal for p in cls.card.patterns)
-    settings = {"dim": 16, "heads": 4, **cls.card.example, "causal": causal, name: value}
+    settings = {"dim": 16, "heads": 4, **cls.card.example, "causal": causal, **odd}
     try:
         module = cls(**settings)
         json.dumps(module.config)
@@ -36,7 +39,8 @@ def called(cls: type[Mechanism], name: str, value: Any) -> str | None:
         output = module(x, context).output
     except ValueError as error:
         text = str(error)
-        return None if cls.card.name in text or name in text else f"refused in other words: {text}"
+        named = cls.card.name in text or any(name in text for name in odd)
+        return None if named else f"refused in other words: {text}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None if output.shape[-1] == module.dim else "another width comes out"
@@ -49,5 +53,21 @@ def x_is_flat(case: Case) -> bool:
 @pytest.mark.parametrize("name", list_attentions())
 def test_arguments_are_taken_or_refused_by_name(name: str) -> None:
     cls = mechanism_class(name)
-    wrong = [f"{key}={value!r}: {why}" for key, value in tries(cls) if (why := called(cls, key, value))]
+    wrong = [f"{key}={value!r}: {why}" for key, value in tries(cls) if (why := called(cls, {key: value}))]
+    assert not wrong, "\n".join(wrong)
+
+
+# Values that most arguments take: what is built from two of them gets furthest.
+NEAR: list[Any] = [None, 1, 2, 3, 5, 7, 8, 15, 17, 64, 0.5, 1.0, True, False, [1], [2, 3], {}]
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_odd_arguments_together(name: str) -> None:
+    cls, rng = mechanism_class(name), random.Random(f"{SEED} {name}")
+    names, wrong = list(inspect.signature(cls).parameters), []
+    for _ in range(15 * TIMES):
+        chosen = rng.sample(names, min(len(names), rng.choice([2, 2, 3])))
+        odd = {key: rng.choice(NEAR if rng.random() < 0.8 else ODD) for key in chosen}
+        if why := called(cls, odd):
+            wrong.append(f"{odd}: {why}")
     assert not wrong, "\n".join(wrong)

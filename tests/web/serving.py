@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import uvicorn
 
 from manyheads.hosts.loading import Loaded
 from manyheads.serve.app import create_app
-from manyheads.serve.command import _listen
+from manyheads.serve.command import _listen, create_server
 from manyheads.serve.guard import Session
 from manyheads.serve.jobs import Jobs
+from manyheads.serve.places import Places
 
 
 @dataclass
@@ -42,11 +42,10 @@ class Served:
 
 @contextmanager
 def serving(loaded: Loaded, **options: Any) -> Iterator[Served]:
-    session, jobs = Session(), Jobs()
+    session, jobs, places = Session(), Jobs(), options.pop("places", None) or Places()
     listener = _listen("127.0.0.1", 0)
-    app = create_app(loaded, session, jobs, **options)
-    settings = {"log_level": "error", "lifespan": "off", "ws": "none", "timeout_graceful_shutdown": 1}
-    server = uvicorn.Server(uvicorn.Config(app, **settings))
+    app = create_app(loaded, session, jobs, places=places, **options)
+    server = create_server(app, places)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -12,7 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
+from manyheads.runs.given import shown
 from manyheads.runs.names import parse_name
+
+MOST_SEEDS = 10_000
 
 
 def compare(
@@ -143,4 +146,6 @@ def parse_seeds(text: str) -> list[int]:
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})*,?", text) or text == "0":
         raise ValueError(f"--seeds {text!r}: want how many, such as 3, or which, such as 0,7")
     given = [int(part) for part in text.split(",") if part]
+    if max(given[0] if "," not in text else 0, len(given)) > MOST_SEEDS:
+        raise ValueError(f"--seeds {shown(text)!r}: want at most {MOST_SEEDS:,} of them")
     return list(range(given[0])) if "," not in text else given

@@ -8,6 +8,7 @@ model and training settings from that recipe, unless its entry says otherwise.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from manyheads.registry import create_attention, mechanism_class, suggest
+from manyheads.runs.given import MOST_YAML, parse_yaml, read_text, shown
 from manyheads.tasks import create_task, list_tasks
 
 PRESETS = ("quick", "standard", "full")
@@ -184,7 +186,7 @@ class Experiment(Settings):
     def _consistent(self) -> Experiment:
         for what, entries in (("mechanism", self.mechanisms), ("task", self.tasks)):
             labels = [entry.label for entry in entries]
-            twice = sorted({label for label in labels if labels.count(label) > 1})
+            twice = sorted(label for label, count in Counter(labels).items() if count > 1)
             if twice:
                 raise ValueError(f"the {what} {twice[0]} is there twice; leave one out, or give them other arguments")
         if "quality" in self.sections and not self.tasks:
@@ -206,14 +208,9 @@ def create_experiment(changes: Mapping[str, Any] | None = None, *, where: str = 
 
 def read_experiment(path: str | Path) -> dict[str, Any]:
     """The changes in a YAML file, not yet checked; `create_experiment` does that."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the experiment file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    content = parse_yaml(read_text(path, most=MOST_YAML, what="--experiment"), f"--experiment {path}")
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: want a mapping with keys such as 'mechanisms' and 'tasks', got {content!r}")
+        raise ValueError(f"{path}: want a mapping with keys such as 'mechanisms' and 'tasks', got {shown(content)}")
     return content
 
 

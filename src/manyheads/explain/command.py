@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from manyheads.explain.studies.command import study
+from manyheads.runs.given import read_text
 
 MOST_TEXT = 4_000_000
 
@@ -58,7 +60,7 @@ def page(
     given = [name for name, own in (("--text", text), ("--file", file), ("--image", image)) if own is not None]
     if len(given) != 1:
         raise ValueError(f"give one of --text, --file and --image; got {', '.join(given) or 'none'}")
-    content = _read(file) if file is not None else text
+    content = read_text(file, most=MOST_TEXT, what="--file") if file is not None else text
     loaded = load_any(model)
     shared: dict[str, Any] = {"methods": method, "target": target, "layers": _numbers(layers), "page_mb": size}
     with _told() as tell:
@@ -75,17 +77,6 @@ def page(
     typer.echo(f"\npage: {written}")
 
 
-def _read(path: Path) -> str:
-    """A text file of a size that a page can show."""
-    size = path.stat().st_size
-    if size > MOST_TEXT:
-        raise ValueError(f"{path} has {size:,} bytes: give a text below {MOST_TEXT:,}")
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it first") from error
-
-
 def _numbers(text: str | None) -> list[int] | None:
     """'0,3' or '2-5'."""
     if text is None:
@@ -93,7 +84,7 @@ def _numbers(text: str | None) -> list[int] | None:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or len(part) > 12:
+        if not all(re.fullmatch(r"[0-9]{1,4}", own) for own in (first, *([last] if dash else []))):
             raise ValueError(f"--layers {text!r}: want numbers such as 0,3 or 2-5")
         found += range(int(first), int(last if dash else first) + 1)
     return sorted(set(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from manyheads.explain.sizes import choose, read, that_fit
 from manyheads.hosts.loading import Loaded, find_model, load_model, reads_text
 from manyheads.hosts.patches import Patches, find_patches
 from manyheads.hosts.sites import text_stack
+from manyheads.runs.given import read_bytes, read_json
 
 if TYPE_CHECKING:
     from manyheads.explain.views import View
@@ -25,6 +27,7 @@ Progress = Callable[[str, float], None]
 FAITHFUL_TOKENS = 256
 # Queries, keys and a plane of them are shown for inputs up to so many tokens.
 VECTOR_TOKENS = 512
+MOST_IMAGE = 100_000_000  # bytes
 TARGETED = ("logit-flow", "relevance", "attention-gradient", "input-gradient")
 UNTARGETED = ("raw-attention", "rollout", "value-norm")
 
@@ -58,14 +61,21 @@ def load_any(name: str | Path | None) -> Loaded:
     config = Path(where := find_model(name)) / "config.json"
     if config.is_file():
         try:
-            known = json.loads(config.read_text()).get("architectures") or []
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{config} is not JSON ({error}): give a folder that save_pretrained wrote") from error
+            known = _architectures(read_json(config))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{error}: give a folder that save_pretrained wrote") from error
     else:
         from transformers import AutoConfig
 
         known = AutoConfig.from_pretrained(where, trust_remote_code=False).architectures or []
-    return replace(load_model(where, auto=str(known[0]) if known else "AutoModel"), name=str(name))
+    return replace(load_model(where, auto=known[0] if known else "AutoModel"), name=str(name))
+
+
+def _architectures(config: Any) -> list[str]:
+    known = (config.get("architectures") or []) if isinstance(config, dict) else None
+    if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
+        raise ValueError("config.json is no object that names its architectures in a list")
+    return known
 
 
 def speaks(model: Any) -> bool:
@@ -191,14 +201,14 @@ def pictured(loaded: Loaded, path: str | Path) -> tuple[Any, dict[str, Tensor]]:
     if size is None or channels not in (1, 3):
         raise ValueError(f"{loaded.name} reads no images: give --text, or a vision model with image_size in its config")
     try:
-        with Image.open(path) as opened:
+        with Image.open(BytesIO(read_bytes(path, most=MOST_IMAGE))) as opened:
             if opened.width * opened.height > 10**8:
                 raise ValueError(f"{path} has {opened.width} x {opened.height} pixels: give one below 100 megapixels")
             if opened.mode not in ("L", "RGB", "RGBA", "P", "1", "LA"):
                 raise ValueError(f"{path} is of mode {opened.mode}: convert it to RGB or L first")
             image = opened.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no image that can be read: {error}") from error
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+        raise ValueError(f"--image {path} is no image that can be read: {error}") from error
     height, width = (size, size) if isinstance(size, int) else size
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(image)).float() / 255
@@ -210,9 +220,12 @@ def pictured(loaded: Loaded, path: str | Path) -> tuple[Any, dict[str, Tensor]]:
 def _normalisation(name: str, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and spread per channel from the folder's preprocessor_config.json; 0.5 and 0.5 where there is none."""
     path = Path(name) / "preprocessor_config.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    each = [found.get(key, [0.5] * channels) for key in ("image_mean", "image_std")]
-    mean, spread = (torch.tensor(own, dtype=torch.float32).view(-1, 1, 1) for own in each)
+    try:
+        found = read_json(path) if path.is_file() else {}
+        each = [found.get(key, [0.5] * channels) for key in ("image_mean", "image_std")]
+        mean, spread = (torch.tensor(own, dtype=torch.float32).view(channels, 1, 1) for own in each)
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} has no image_mean and image_std of {channels} numbers: {error}") from error
     return mean, spread
 
 

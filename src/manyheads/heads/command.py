@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from manyheads.hosts.probes import read_text
+from manyheads.runs.given import read_text
 
 if TYPE_CHECKING:
     from manyheads.runs.sizes import Speed
@@ -51,7 +51,7 @@ def heads(
 ) -> None:
     """Measure what every head does. Stopped runs go on where they were."""
     wanted = parse_measures(measure)
-    content = None if text is None else read_text(text)
+    content = None if text is None else read_text(text, what="--text")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
     study = Study(model, out, length=length, steps=steps, seed=seed, text=content, where=str(text), thorough=thorough)

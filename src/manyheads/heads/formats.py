@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from manyheads.runs.files import write_durably
+from manyheads.runs.given import read_json, read_text
 
 CONFIG, GATES = "config.json", "full_attention_heads.tsv"
 
@@ -53,7 +54,7 @@ def read_duo(folder: str | Path) -> DuoPattern:
     if missing:
         raise ValueError(f"{folder} has no {' and no '.join(missing)}: give the folder of one DuoAttention pattern")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         sizes = [config["sink_size"], config["recent_size"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -70,8 +71,8 @@ def read_duo(folder: str | Path) -> DuoPattern:
 def read_gates(path: str | Path) -> list[list[float]]:
     """DuoAttention's full_attention_heads.tsv: a row of gates for every layer."""
     try:
-        rows = [[float(cell) for cell in line.split()] for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        rows = [[float(cell) for cell in line.split()] for line in read_text(path).splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a table of gates (one row of numbers per layer): {error}") from error
     if not rows or len({len(row) for row in rows}) != 1:
         raise ValueError(f"{path} is not a table of gates: rows have {sorted({len(row) for row in rows})} columns")
@@ -94,7 +95,7 @@ def read_retrieval(path: str | Path) -> Tensor:
     path = Path(path)
     try:
         # Their writer makes one line and their reader takes the first; a file that a person indented is read too.
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         return _table(found)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f'{path} is not a Retrieval_Head file, {{"layer-head": [scores]}}: {error}') from error

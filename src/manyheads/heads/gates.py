@@ -29,6 +29,7 @@ from manyheads.hosts.device import device_of, frozen
 from manyheads.hosts.fingerprint import Fingerprint, fingerprint
 from manyheads.hosts.probes import Inputs
 from manyheads.runs.files import write_durably
+from manyheads.runs.given import parse_json
 from manyheads.runs.steps import Tell, silent
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
@@ -170,8 +171,8 @@ class GateRun:
             return
         try:
             metadata, tensors = read_tensors(self.checkpoint)
-            step, settings = int(metadata["step"]), json.loads(metadata["settings"])
-            model = Fingerprint(**json.loads(metadata["model"]))
+            step, settings = int(metadata["step"]), parse_json(metadata["settings"], "its settings")
+            model = Fingerprint(**parse_json(metadata["model"], "its model"))
             shapes = {tuple(tensors[name].shape) for name in ("gates", "first", "second")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(

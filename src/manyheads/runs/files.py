@@ -1,23 +1,34 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, each by way of a draft beside it: `.NAME.PID.part`.
+
+A process that is killed leaves its draft; the next one that writes into the folder removes it. Whose process lives is
+told by its number, and by the lock that it holds on the draft, which machines and containers that share the folder
+see too.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where there is no asking whether a process lives
+    fcntl = None  # type: ignore[assignment]
+
+_DRAFT = re.compile(r"\..+\.(\d{1,10})\.part")
+_swept: set[tuple[Path, int]] = set()  # with the process: a fork sweeps for itself
+_open: set[Path] = set()
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
     """The whole file or the old one: written beside the target, then put in its place."""
     path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(draft, path)
+        _write(path, content.encode() if isinstance(content, str) else content, durable=False)
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
         advice = "make room or choose another folder; finished cells are kept"
         raise OSError(error.errno, f"could not write it ({error.strerror}): {advice}", str(path)) from error
     return path
@@ -25,14 +36,78 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
 
 def write_durably(path: Path, content: bytes) -> None:
     """The whole file or the old one, also when the machine loses power."""
+    _write(path, content, durable=True)
+
+
+def _write(path: Path, content: bytes, *, durable: bool) -> None:
+    sweep(path.parent)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _open.add(draft.absolute())
     try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError:
+        try:
+            _put(draft, path, content, durable)
+        except FileNotFoundError:  # swept by another machine before the lock was ours
+            _put(draft, path, content, durable)
+    except BaseException:
         with suppress(OSError):
             draft.unlink()
         raise
+    finally:
+        _open.discard(draft.absolute())
+
+
+def _put(draft: Path, path: Path, content: bytes, durable: bool) -> None:
+    with draft.open("wb") as file:
+        _locked(file.fileno())
+        file.write(content)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+        # Still locked: whoever finds the draft without its lock may take it away.
+        os.replace(draft, path)
+
+
+def sweep(folder: Path) -> None:
+    """Removes the drafts of processes that are dead, once for each folder; of others none."""
+    key = (folder.absolute(), os.getpid())
+    if fcntl is None or key in _swept:
+        return
+    _swept.add(key)
+    with suppress(OSError):
+        for found in list(os.scandir(folder)):
+            named = _DRAFT.fullmatch(found.name)
+            if named and found.is_file(follow_symlinks=False):
+                _remove(Path(found.path).absolute(), int(named[1]))
+
+
+def _remove(draft: Path, process: int) -> None:
+    if draft in _open or (process != os.getpid() and _lives(process)):
+        return
+    with suppress(OSError):
+        descriptor = os.open(draft, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            if _locked(descriptor):
+                draft.unlink()
+        finally:
+            os.close(descriptor)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is somebody else's
+        return True
+    return True
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether the lock on a file is ours now. A file system without locks gives none."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import yaml
+from manyheads.runs.given import parse_yaml, shown
+
+_MOST = 10_000
 
 
 def parse_name(text: str) -> Any:
     """'moba' as it is; 'moba[block=64]' as {'name': 'moba', 'block': 64}."""
+    if len(text) > _MOST:
+        raise ValueError(f"{shown(text)!r} has {len(text):,} characters; want NAME[key=value,key=value]")
     found = re.fullmatch(r"([^\[\]]+)\[(.*)\]", text)
     if not found:
         return text
@@ -18,5 +22,8 @@ def parse_name(text: str) -> Any:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"{text!r}: {part!r} is no argument; want NAME[key=value,key=value]")
-        arguments[key.strip()] = yaml.safe_load(value)
+        if key.strip() in arguments:
+            what = "the name stands before the bracket" if key.strip() == "name" else "give it once"
+            raise ValueError(f"{text!r}: {key.strip()!r} is there twice; {what}")
+        arguments[key.strip()] = parse_yaml(value, f"{shown(text)!r}: {key.strip()}")
     return arguments

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from manyheads.runs.files import write_durably
+from manyheads.runs.given import read_json
 from manyheads.runs.progress import duration
 
 FILE = "sizes.json"
@@ -112,7 +113,7 @@ def keep_sizes(folder: Path, facts: Mapping[str, Any], sizes: Mapping[str, Any])
 def _kept(folder: Path) -> list[dict[str, Any]]:
     path = folder / FILE
     try:
-        runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        runs: list[dict[str, Any]] = read_json(path)["runs"]
         if not all(isinstance(own["facts"], dict) and isinstance(own["sizes"], dict) for own in runs):
             raise ValueError("it holds something else")
         return runs

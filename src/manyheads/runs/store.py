@@ -13,7 +13,8 @@ from typing import Any
 
 import manyheads
 from manyheads.runs.cells import Cell
-from manyheads.runs.files import write_durably
+from manyheads.runs.files import sweep, write_durably
+from manyheads.runs.given import read_json
 from manyheads.runs.results import SCHEMA
 
 _RESERVE = 256 * 1024  # room for the cell that is being computed when the disk fills up
@@ -33,6 +34,7 @@ class Store:
         except OSError as error:
             raise ValueError(f"cannot make the results folder {self.folder}: {error.strerror}") from None
         self._lock = self._locked()
+        sweep(self._cells)
         try:
             self._reserve.write_bytes(b"\0" * _RESERVE)
         except OSError as error:
@@ -58,7 +60,7 @@ class Store:
         """The stored outcome of a cell; None, with a warning where a file is there but cannot be read."""
         path = self._path(cell)
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
+            held = read_json(path)
             if held["key"] != cell.key or held["schema"] != SCHEMA or not isinstance(held["cell"]["status"], str):
                 raise ValueError("it holds something else")
             # The same work may have another label by now; what is stored is the outcome.
@@ -106,7 +108,7 @@ class Store:
     def _check_version(self) -> None:
         path = self.folder / "experiment.json"
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
+            held = read_json(path)
             schema, version = held["schema"], held["manyheads"]
         except FileNotFoundError:
             return

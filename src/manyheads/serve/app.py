@@ -32,6 +32,7 @@ from manyheads.hosts.sites import choose, text_stack
 from .change import KINDS, MEASURES, Change, intervene
 from .guard import LOOPBACK, Guard, Session
 from .jobs import Full, Job, Jobs, Tell, Work, said
+from .places import Places
 from .reports import list_reports, open_report
 
 PAGE_MB = 16
@@ -102,8 +103,10 @@ def create_app(
     reports: Path | None = None,
     names: Iterable[str] = LOOPBACK,
     any_address: bool = False,
+    places: Places | None = None,
 ) -> Guard:
-    """ValueError for a model that reads no text, has no attention, or gives NaN."""
+    """places: the connections of the server that runs it. ValueError for a model that reads no text, has no attention,
+    or gives NaN."""
     if Path(loaded.name).exists():
         loaded = replace(loaded, name=Path(loaded.name).resolve().name)  # where it lies is nobody's business
     facts = {**_facts(loaded), "reports": reports is not None}
@@ -115,7 +118,7 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(AnyHTTPException, _refused)
     app.add_exception_handler(Exception, _failed)
-    return Guard(app, session, names, any_address)
+    return Guard(app, session, names, any_address, **({"admitted": places.admit} if places else {}))
 
 
 def _facts(loaded: Loaded) -> dict[str, Any]:

@@ -8,9 +8,14 @@ import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from .places import Places
 
 
 def serve(
@@ -38,17 +43,19 @@ def serve(
         from manyheads.explain.explanation import load_any
 
         from .app import create_app
+        from .places import Places
 
         port = int(listener.getsockname()[1])
-        session, jobs = Session(f"manyheads-{port}"), Jobs()
+        session, jobs, places = Session(f"manyheads-{port}"), Jobs(), Places()
         names = {*LOOPBACK, host} | ({socket.gethostname(), socket.getfqdn()} if allow_remote else set())
         app = create_app(
-            load_any(model), session, jobs, reports=reports and reports.resolve(), names=names, any_address=allow_remote
-        )
+            load_any(model), session, jobs, reports=reports and reports.resolve(), names=names,
+            any_address=allow_remote, places=places,
+        )  # fmt: skip
         place = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         url = f"http://{f'[{place}]' if ':' in place else place}:{port}/?token={session.token}"
         typer.echo(f"{url}\nThe link opens once, in one browser. Ctrl-C ends.")
-        _run(app, listener, url if browser else None)
+        _run(app, listener, places, url if browser else None)
     typer.echo("ended", err=True)
     if not jobs.close(3):
         # The model is in the middle of a step that cannot be broken off.
@@ -73,20 +80,27 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"cannot listen on {host} port {port} ({why}): choose another --port or --host") from error
 
 
-def _run(app: object, listener: socket.socket, url: str | None) -> None:
-    import threading
-    import webbrowser
-
+def create_server(app: object, places: Places) -> uvicorn.Server:
+    """The HTTP server of the app, whose connections are in these places."""
     import uvicorn
+
+    from .places import MOST
 
     # No access log: it would hold the token.
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
-        log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off", limit_concurrency=256,
-        timeout_graceful_shutdown=2,
+        http=places.protocol(), log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off",
+        limit_concurrency=MOST, timeout_graceful_shutdown=2,
     )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+def _run(app: object, listener: socket.socket, places: Places, url: str | None) -> None:
+    import threading
+    import webbrowser
+
     # A browser of the terminal would use the link up.
     if url is not None and (sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         threading.Timer(0.5, webbrowser.open, [url]).start()
     with suppress(KeyboardInterrupt):  # by then the server has ended in good order
-        uvicorn.Server(config).run(sockets=[listener])
+        create_server(app, places).run(sockets=[listener])

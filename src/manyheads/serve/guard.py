@@ -69,10 +69,11 @@ def same(given: str, secret: str) -> bool:
 class Guard:
     """An ASGI app around another. Refuses, in this order: foreign Host (DNS rebinding), no session, posts from another
     origin, bodies above 1 MB (counted as they come in). names: host names beside addresses that may be asked for; any:
-    also every address in digits, which no name can be rebound to."""
+    also every address in digits, which no name can be rebound to. admitted: told of each client who has a session."""
 
-    def __init__(self, app: Any, session: Session, names: Iterable[str] = LOOPBACK, any_address: bool = False):
-        self.app, self.session = app, session
+    def __init__(self, app: Any, session: Session, names: Iterable[str] = LOOPBACK, any_address: bool = False,
+                 admitted: Callable[[Any], None] = lambda client: None):  # fmt: skip
+        self.app, self.session, self.admitted = app, session, admitted
         self.names, self.any_address = {name.lower() for name in names}, any_address
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
@@ -89,6 +90,7 @@ class Guard:
             headers[key] = f"{headers[key]}, {own}" if key in headers else own
         try:
             cookie = self._admit(scope, headers)
+            self.admitted(scope.get("client"))
             if cookie is not None:
                 await _redirect(answer, cookie)
                 return

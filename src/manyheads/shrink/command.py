@@ -62,7 +62,7 @@ def shrink(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Shrink a model's KV cache, and tell what that saves and what it costs. Stopped runs go on where they were."""
-    from manyheads.hosts.probes import read_text
+    from manyheads.runs.given import read_text
 
     wanted = parse_tasks(tasks)
     budgets = read_budgets(budget_tokens, budget_bytes, compression_ratio)
@@ -73,7 +73,7 @@ def shrink(
         raise ValueError(f"--trials {trials}: want 1 to 1000")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
-    content = None if text is None else read_text(text)
+    content = None if text is None else read_text(text, what="--text")
     loaded = load(model, device, dtype)
 
     from manyheads.hosts.questions import Questions

@@ -44,7 +44,12 @@ def examine_mechanism(
     wanted = known if properties is None else set(properties)
     if wanted - known:
         raise ValueError(f"unknown properties {sorted(wanted - known)}; want some of {sorted(known)}")
-    for pattern in sorted(cls.card.patterns) if patterns is None else patterns:
+    chosen = sorted(cls.card.patterns) if patterns is None else list(patterns)
+    if strange := [name for name in chosen if name not in cls.card.patterns]:
+        raise ValueError(
+            f"{cls.card.name} declares no pattern {strange[0]!r}; want some of {sorted(cls.card.patterns)}"
+        )
+    for pattern in chosen:
         case = Case(cls, Pattern(pattern), dict(config or {}), device, oracle)
         for prop in PROPERTIES:
             if prop.name in wanted and _applies(prop, case):

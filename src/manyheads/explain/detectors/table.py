@@ -19,6 +19,7 @@ import manyheads
 from manyheads.heads.profile import Profile, read_tensors
 from manyheads.hosts.fingerprint import fingerprint
 from manyheads.runs.files import write_durably
+from manyheads.runs.given import parse_json, read_json
 
 FORMAT = "manyheads head table"
 SCHEMA = 1
@@ -137,14 +138,14 @@ class HeadTable:
     @classmethod
     def _read(cls, path: Path) -> HeadTable:
         if path.suffix == ".json":
-            head = json.loads(path.read_text(encoding="utf-8"))
+            head = read_json(path)
             scores = {
                 name: torch.tensor([[math.nan if x is None else x for x in row] for row in values])
                 for name, values in head["scores"].items()
             }
         else:
             metadata, scores = read_tensors(path)
-            head = json.loads(metadata["table"])
+            head = parse_json(metadata["table"], "its metadata")
         if head["format"] != FORMAT or head["schema"] != SCHEMA:
             raise ValueError(f"it holds {head['format']!r}, schema {head['schema']!r}")
         found = cls(head["model"], head["stack"], head["layers"], head["heads"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import manyheads
 from manyheads.explain.studies.study import Study, create_study, source_of
 from manyheads.runs.cells import Cell as Unit
 from manyheads.runs.environment import environment
+from manyheads.runs.given import read_json
 from manyheads.runs.loop import here, public, run_cells
 from manyheads.runs.outcome import outcome_of
 from manyheads.runs.progress import Progress, duration
@@ -105,7 +105,7 @@ def _figures(study: Study, unit: Unit) -> dict[str, Any]:
 def _check_folder(out: Path, name: str) -> None:
     """A folder holds one study."""
     try:
-        held = json.loads((out / "experiment.json").read_text(encoding="utf-8"))["experiment"].get("study")
+        held = read_json(out / "experiment.json")["experiment"].get("study")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
     if held != name:

@@ -231,7 +231,7 @@ def tree_objective(
     """
     pattern = module._check_inputs(x, context)
     if mask is not None:
-        module._want_mask(mask, [tuple(context.shape[:2])])
+        module._want_mask(mask, [tuple(context.shape[:2])], x.device)
     levels, q = module._levels(context, Call(pattern, mask)), module._split(module.q_proj(x))
     found, bottom = module._search(q, levels), levels[0]
     real = (bottom.size > 0)[:, None, None]
