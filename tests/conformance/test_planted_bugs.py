@@ -402,6 +402,30 @@ class AnyState(Healthy):
         return state
 
 
+class ReadAround(SoftmaxAttention):
+    """Values come from the weight, whatever stands in the layer's place or hangs on it."""
+
+    card = bug("read-around")
+
+    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x, source)
+        if self.reads(source):
+            v = (source @ self.v_proj.weight.to(source.dtype).T).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return q, k, v
+
+    def reads(self, source: Tensor) -> bool:
+        return True
+
+
+class ReadAroundInDecoding(ReadAround):
+    """The whole pass calls the layer, decoding absorbs its weight."""
+
+    card = bug("read-around-in-decoding", "causal-self")
+
+    def reads(self, source: Tensor) -> bool:
+        return source.shape[1] == 1
+
+
 def scaled_oracle(module: Mechanism, x: Tensor, context: Any) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, head by head and row by row."""
     assert isinstance(module, SoftmaxAttention)
@@ -451,6 +475,8 @@ BUGS: list[tuple[type[Mechanism], str]] = [
     (Overflowing, "no-numbers-padded"),
     (AnyPositions, "odd-arguments"),
     (AnyState, "odd-arguments"),
+    (ReadAround, "wrapped"),
+    (ReadAroundInDecoding, "wrapped"),
 ]
 
 

@@ -16,6 +16,7 @@ from manyheads.functional.grouped import (
     grouped_scores,
     masked_softmax,
 )
+from manyheads.functional.layers import plain_weight
 from manyheads.functional.rotary import Rotary, rotate
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
@@ -34,7 +35,8 @@ class MLA(Mechanism):
     d_rope d / 2, d_nope and d_v d.
 
     Decoding absorbs W_kvb into queries and outputs: q_i^T W_k^h meets c_j itself, and W_v^h the mixed latents. For a
-    chunk of many queries expanding the keys costs less, and is what happens.
+    chunk of many queries expanding the keys costs less, and is what happens; so it does, at a cost per step, while an
+    adapter, quantised weights or a hook are around W_kvb (merge an adapter before decoding at length).
     Source: DeepSeek-V2, arXiv:2405.04434; names and norms as in its code, without its context extension (YaRN).
     """
 
@@ -107,9 +109,12 @@ class MLA(Mechanism):
             self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).split([self.nope, self.rope], -1)
         )
         q_rope = rotate(q_rope, where.query_positions, self.rotary)
-        absorb = call.state is not None and self._absorbing_pays(x.shape[1])
-        way = self._absorbed if absorb else self._expanded
-        mixed, weights = way(q_nope, q_rope, latent, where, call.need_weights)
+        # Without its weight alone W_kvb cannot be absorbed: an adapter or a hook around it acts on calls.
+        weight = plain_weight(self.kv_b_proj) if call.state is not None and self._absorbing_pays(x.shape[1]) else None
+        if weight is None:
+            mixed, weights = self._expanded(q_nope, q_rope, latent, where, call.need_weights)
+        else:
+            mixed, weights = self._absorbed(weight, q_nope, q_rope, latent, where, call.need_weights)
         return Result(self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights)
 
     def _read(self, x: Tensor, call: Call) -> tuple[Tensor, Where]:
@@ -145,10 +150,10 @@ class MLA(Mechanism):
         return self._kernel(q, k, v, where)[..., : self.value], None
 
     def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, where: Where, need: bool
+        self, weight: Tensor, q_nope: Tensor, q_rope: Tensor, latent: Tensor, where: Where, need: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One key/value head for all: the latents as they lie in the state, without a copy."""
-        to_key, to_value = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split([self.nope, self.value], 1)
+        to_key, to_value = weight.unflatten(0, (self.heads, -1)).split([self.nope, self.value], 1)
         q = torch.cat([q_nope @ to_key, q_rope], -1)
         mixed, weights = (
             self._weigh(q, latent, latent, where) if need else (self._kernel(q, latent, latent, where), None)

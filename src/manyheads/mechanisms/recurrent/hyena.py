@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.layers import call_in
 from manyheads.functional.linear import widen
 from manyheads.functional.shift import causal_taps
 from manyheads.mechanism import Call, Mechanism, Result
@@ -124,18 +125,12 @@ class Hyena(Mechanism):
         angle = 2 * torch.pi / self.max_length * place * bands
         z = torch.cat((time, angle.cos(), -angle.sin()), -1)
         for layer in self.inner:
-            z = (self.frequency.to(like.dtype) * _linear(z, layer)).sin()
+            z = (self.frequency.to(like.dtype) * call_in(layer, z)).sin()
         window = (-time * self.delta.to(like.dtype).abs()).exp()
-        return _linear(z, self.last).unflatten(-1, (self.order - 1, -1)).transpose(0, 1) * window
+        return call_in(self.last, z).unflatten(-1, (self.order - 1, -1)).transpose(0, 1) * window
 
     def _append(self, state: State | None, name: str, rows: Tensor) -> Tensor:
         return rows if state is None else state.append(name, rows)
 
     def _hide(self, rows: Tensor, call: Call) -> Tensor:
         return rows if call.padding is None else rows.masked_fill(~call.padding[..., None], 0.0)
-
-
-def _linear(x: Tensor, layer: Any) -> Tensor:
-    """The layer in the dtype of x: filters are made in at least float32, whatever the module's."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return nn.functional.linear(x, layer.weight.to(x.dtype), bias)
