@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from manyheads.functional.precision import own_dtype
+
 
 def plain_weight(layer: nn.Module) -> Tensor | None:
     """The weight of a Linear or Conv1d, where that and the bias are all that there is to a call of the layer.
@@ -26,11 +28,21 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
 
 
 def call_in(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x) in the dtype of x, whatever the dtype of the layer: for what is computed in at least float32."""
+    """layer(x) in the dtype of x, whatever the dtype of the layer or of autocast: for what is computed in at least
+    float32."""
     held = dict(chain(layer.named_parameters(), layer.named_buffers()))
     other = {name: t.to(x.dtype) for name, t in held.items() if t.is_floating_point() and t.dtype != x.dtype}
     weight = plain_weight(layer)
-    if weight is None or not other:
-        return functional_call(layer, other, (x,)) if other else layer(x)
-    # What functional_call comes to here, without its cost.
-    return F.linear(x, other["weight"], other.get("bias"))
+    with own_dtype(x):
+        if weight is None or not other:
+            return functional_call(layer, other, (x,)) if other else layer(x)
+        # What functional_call comes to here, without its cost.
+        return F.linear(x, other["weight"], other.get("bias"))
+
+
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, in the dtype of its weight and back in that of x: under autocast these differ, and PyTorch would warn,
+    leave its fused way, and widen all that follows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)

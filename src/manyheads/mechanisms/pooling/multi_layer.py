@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import masked_softmax
+from manyheads.functional.precision import unit
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -82,7 +83,7 @@ class MultiLayerPooling(Mechanism):
         z = self.latents + self.o_proj((weights @ v).transpose(1, 2).flatten(-2))
         value, gate = self.ff_in(self.norm_ff(z)).chunk(2, -1)
         pooled = (z + self.ff_out(value * F.gelu(gate))).mean(1)
-        return Result(F.normalize(pooled, dim=-1), weights.mean(2, keepdim=True) if call.need_weights else None)
+        return Result(unit(pooled), weights.mean(2, keepdim=True) if call.need_weights else None)
 
     def _heads(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)

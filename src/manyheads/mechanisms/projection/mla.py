@@ -16,7 +16,7 @@ from manyheads.functional.grouped import (
     grouped_scores,
     masked_softmax,
 )
-from manyheads.functional.layers import plain_weight
+from manyheads.functional.layers import RMSNorm, plain_weight
 from manyheads.functional.rotary import Rotary, rotate
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
@@ -86,11 +86,11 @@ class MLA(Mechanism):
         else:
             self.q_proj = nn.Sequential(
                 nn.Linear(dim, q_lora_rank, bias=bias),
-                nn.RMSNorm(q_lora_rank, eps=1e-6),
+                RMSNorm(q_lora_rank, eps=1e-6),
                 nn.Linear(q_lora_rank, queries, bias=False),
             )
         self.kv_a_proj = nn.Linear(dim, self.rank + self.rope, bias=bias)
-        self.kv_a_norm = nn.RMSNorm(self.rank, eps=1e-6)
+        self.kv_a_norm = RMSNorm(self.rank, eps=1e-6)
         self.kv_b_proj = nn.Linear(self.rank, heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(heads * self.value, dim, bias=bias)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from manyheads.card import Pattern
 from manyheads.mechanism import Mechanism
-from manyheads.testing.case import Case, expect, expect_close
+from manyheads.testing.case import Case, each, expect, expect_close
 from manyheads.testing.properties.prop import decodes, prop
 
 # The longer one is past what the fast paths of the examples begin at; a grid of 9 has 90 cells.
@@ -155,3 +155,61 @@ def wrapped(case: Case, n: int) -> None:
     _acts(case, n, "hooks", module, case.outputs(module, x, context).output)
     if n > SMALL:
         _learns(case, n, "hooks", module, gains)
+
+
+# How far from float32 half precision may come: some eight roundings.
+HALVES = ((torch.bfloat16, 0.1), (torch.float16, 0.02))
+
+
+def _far(found: Tensor, wanted: Tensor) -> float:
+    """The median distance of rows, in units of their usual size: a choice that turns over moves a few rows only."""
+    gap, size = (t.detach().float().flatten(0, -2).norm(dim=-1).median() for t in (found - wanted, wanted))
+    return float(gap / size.clamp(min=1e-6))
+
+
+def _last_padded(case: Case, x: Tensor, context: Any) -> Any:
+    """A mask that hides the last token of row 0, or None where no mask is taken."""
+
+    def mask_of(tensor: Tensor) -> Tensor:
+        mask = torch.ones(tensor.shape[:-1], dtype=torch.bool, device=tensor.device)
+        mask.view(len(mask), -1)[0, -1] = False
+        return mask
+
+    return None if case.pattern is Pattern.GRAPH else each(x if context is None else context, mask_of)
+
+
+def _learns_in(kind: torch.dtype, what: str, module: Mechanism, x: Tensor, context: Any, mask: Any) -> Tensor:
+    """The output of a pass under autocast, behind which gradients were taken."""
+    x = x.detach().requires_grad_()
+    module.zero_grad()
+    with torch.autocast(x.device.type, kind):
+        result = module(x, context, mask=mask)
+        loss = result.output.float().square().mean() + sum(result.losses.values())
+    loss.backward()
+    expect(bool(result.output.isfinite().all()), f"{what}: values that are not finite")
+    for name, value in (("x", x), *module.named_parameters()):
+        finite = value.grad is None or bool(value.grad.isfinite().all())
+        expect(finite, f"{what}: the gradient of {name} is not finite")
+    return result.output.detach()
+
+
+@prop("autocast", "under autocast to bfloat16 and float16 it runs, learns and stays near float32", sizes=(SMALL, LONG))
+def autocast(case: Case, n: int) -> None:
+    n = _size(case, n)
+    module = case.build(torch.float32)
+    single = case.x(n, dtype=torch.float32), case.context(n, dtype=torch.float32)
+    wanted = case.outputs(module, *single).output
+    for kind, near in HALVES:
+        # A model gives what its norm made of either: float32 for the most part, half precision from a Linear.
+        for given in (torch.float32, kind) if n <= SMALL else (torch.float32,):
+            x, context = (each(t, lambda part, to=given: part.to(to)) for t in single)  # type: ignore[misc]
+            what = f"{given} under autocast to {kind}"
+            if n <= SMALL:
+                _learns_in(kind, f"{what}, padded", module, x, context, _last_padded(case, x, context))
+            output = _learns_in(kind, what, module, x, context, None)
+            with torch.autocast(x.device.type, kind):
+                paths = [("a pass with a graph", output), *_paths(case, module, x, context)]
+            for path, found in paths:
+                expect(found.dtype == output.dtype, f"{what}: {path} gives {found.dtype}, not {output.dtype}")
+                far = _far(found, wanted)
+                expect(far < near, f"{what}: {path} is {far:.2g} away from float32")
