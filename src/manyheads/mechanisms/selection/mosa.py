@@ -89,7 +89,8 @@ class MoSA(Mechanism):
         gate = best.masked_fill(~chosen, 0.0).sigmoid()[..., None]
         weights = gate * masked_softmax(q * self.scale @ k.mT, allowed)
         spread = index[..., None].expand_as(q)
-        mixed = q.new_zeros(b, self.heads, n, self.head_dim).scatter(2, spread, weights @ v)
+        found = weights @ v
+        mixed = found.new_zeros(b, self.heads, n, self.head_dim).scatter(2, spread, found)
         if not call.need_weights:
             return mixed, None
         full = weights.new_zeros(b, self.heads, n * n).scatter(2, place.flatten(2), weights.flatten(2))
