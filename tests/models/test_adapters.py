@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import causal_lm, tokens
+from tiny_models import causal_lm, randomised, tiny, tokens
 from torch.testing import assert_close
 
 from manyheads import list_attentions
+from manyheads.models import ManyheadsForImageClassification
 
 CAUSAL = list_attentions(pattern="causal-self")
 
@@ -60,3 +61,31 @@ def test_in_bfloat16(name: str) -> None:
     for found in (step, whole):
         assert found.dtype == torch.bfloat16
         assert_close(found.double(), wanted, rtol=0.0, atol=0.05)
+
+
+class Int8(torch.nn.Module):
+    """A Linear with a weight in whole numbers."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", (100 * linear.weight.detach()).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) / 100, self.bias)
+
+
+def test_what_is_around_the_embeddings_of_images_acts() -> None:
+    config = tiny("softmax", image_size=6, patch_size=2, num_channels=1, positions="learned", is_causal=False)
+    model = randomised(ManyheadsForImageClassification(config))
+    pixels = torch.rand(2, 1, 6, 6, dtype=torch.float64)
+    plain = model(pixels).logits
+    handle = model.get_submodule("stack.embed_positions").register_forward_hook(lambda part, given, out: 2 * out)
+    assert (model(pixels).logits - plain).abs().max() > 1e-3
+    handle.remove()
+    wrapped = Int8(model.embed_patches)
+    with torch.no_grad():
+        model.embed_patches.weight.copy_(wrapped.weight / 100)
+    wanted = model(pixels).logits
+    model.embed_patches = wrapped
+    assert_close(model(pixels).logits, wanted)
