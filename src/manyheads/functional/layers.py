@@ -30,14 +30,13 @@ def plain_weight(layer: nn.Module) -> Tensor | None:
 def call_in(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x) in the dtype of x, whatever the dtype of the layer or of autocast: for what is computed in at least
     float32."""
-    held = dict(chain(layer.named_parameters(), layer.named_buffers()))
-    other = {name: t.to(x.dtype) for name, t in held.items() if t.is_floating_point() and t.dtype != x.dtype}
     weight = plain_weight(layer)
     with own_dtype(x):
-        if weight is None or not other:
-            return functional_call(layer, other, (x,)) if other else layer(x)
-        # What functional_call comes to here, without its cost.
-        return F.linear(x, other["weight"], other.get("bias"))
+        if weight is not None and isinstance(layer, nn.Linear):
+            return F.linear(x, weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+        held = chain(layer.named_parameters(), layer.named_buffers())
+        other = {name: t.to(x.dtype) for name, t in held if t.is_floating_point() and t.dtype != x.dtype}
+        return functional_call(layer, other, (x,)) if other else layer(x)
 
 
 class RMSNorm(nn.RMSNorm):
