@@ -402,6 +402,61 @@ class AnyState(Healthy):
         return state
 
 
+class ReadAround(SoftmaxAttention):
+    """Values come from the weight, whatever stands in the layer's place or hangs on it."""
+
+    card = bug("read-around")
+
+    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x, source)
+        if self.reads(source):
+            v = (source @ self.v_proj.weight.to(source.dtype).T).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return q, k, v
+
+    def reads(self, source: Tensor) -> bool:
+        return True
+
+
+class ReadAroundInDecoding(ReadAround):
+    """The whole pass calls the layer, decoding absorbs its weight."""
+
+    card = bug("read-around-in-decoding", "causal-self")
+
+    def reads(self, source: Tensor) -> bool:
+        return source.shape[1] == 1
+
+
+class MixesDtypes(SoftmaxAttention):
+    """Blends what a Linear gave with what it was given: under autocast they have two dtypes, and lerp takes one."""
+
+    card = bug("mixes-dtypes")
+
+    def output(self, mixed: Tensor, x: Tensor, call: Call) -> tuple[Tensor, Mapping[str, Tensor]]:
+        output, losses = super().output(mixed, x, call)
+        return torch.lerp(x, output, 0.5), losses
+
+
+class WidensInDecoding(SoftmaxAttention):
+    """Under autocast the whole pass gives half precision, a step float32."""
+
+    card = bug("widens-in-decoding", "causal-self")
+
+    def output(self, mixed: Tensor, x: Tensor, call: Call) -> tuple[Tensor, Mapping[str, Tensor]]:
+        output, losses = super().output(mixed, x, call)
+        return (output if call.state is None else output.to(x.dtype)), losses
+
+
+class NormOfNothing(SoftmaxAttention):
+    """Keys less the first, of length one over a floor that float16 takes for zero: the first is 0 / 0."""
+
+    card = bug("norm-of-nothing", "noncausal-self")
+
+    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().project(x, source)
+        moved = k - k[:, :, :1]
+        return q, nn.functional.normalize(moved, dim=-1), v
+
+
 def scaled_oracle(module: Mechanism, x: Tensor, context: Any) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, head by head and row by row."""
     assert isinstance(module, SoftmaxAttention)
@@ -451,10 +506,16 @@ BUGS: list[tuple[type[Mechanism], str]] = [
     (Overflowing, "no-numbers-padded"),
     (AnyPositions, "odd-arguments"),
     (AnyState, "odd-arguments"),
+    (MixesDtypes, "autocast"),
+    (WidensInDecoding, "autocast"),
+    (NormOfNothing, "autocast"),
+    (NormOfNothing, "dtype"),
+    (ReadAround, "wrapped"),
+    (ReadAroundInDecoding, "wrapped"),
 ]
 
 
-@pytest.mark.parametrize(("cls", "name"), BUGS, ids=[cls.card.name for cls, _ in BUGS])
+@pytest.mark.parametrize(("cls", "name"), BUGS, ids=[f"{cls.card.name}-{name}" for cls, name in BUGS])
 def test_caught_by_name(cls: type[Mechanism], name: str) -> None:
     oracle = scaled_oracle if name == "oracle" else None
     findings = list(examine_mechanism(cls, properties=[name], oracle=oracle))

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from manyheads.functional.precision import unit
 
 
 class TokenMax(NamedTuple):
@@ -38,7 +39,7 @@ def token_max_similarity(
             f"token_max_similarity: image has shape {tuple(image.shape)} and text {tuple(text.shape)}; want "
             "[a, n, d] and [t, m, d]"
         )
-    image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    image, text = unit(image), unit(text)
     image_real = _real(image, image_real)
     text_real = _real(text, text_real)
     rows = [_one_text(image, image_real, text[j], text_real[j]) for j in range(text.shape[0])]

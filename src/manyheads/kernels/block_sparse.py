@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyheads.functional.precision import own_dtype
+
 _TILE = 64  # rows of queries in a tile
 _CHUNK = 32  # tiles computed at once
 _SHARE = 16384  # rows of queries worked on at a time
@@ -228,7 +230,8 @@ def _forward(
     out, lse = _outputs(q, k, v, index, chosen, real, block, scale)
     for b, h, g in _shares(q.shape[0], q.shape[1], k.shape[1], lse.shape[2]):
         seen = None if real is None else real[b]
-        out[b, h], lse[b, h] = _attend(q[b, h], k[b, g], v[b, g], index[b, h], chosen[b, h], seen, block, scale)
+        with own_dtype(q):
+            out[b, h], lse[b, h] = _attend(q[b, h], k[b, g], v[b, g], index[b, h], chosen[b, h], seen, block, scale)
     return out, lse
 
 
@@ -260,7 +263,8 @@ def _backward(
     for b, h, g in _shares(q.shape[0], q.shape[1], k.shape[1], lse.shape[2]):
         ours = grad[b, h], q[b, h], k[b, g], v[b, g], out[b, h], lse[b, h], index[b, h], chosen[b, h]
         seen = None if real is None else real[b]
-        dq[b, h], dk[b, g], dv[b, g] = _differentiate(*ours, seen, block, scale)
+        with own_dtype(q):
+            dq[b, h], dk[b, g], dv[b, g] = _differentiate(*ours, seen, block, scale)
     return dq, dk, dv
 
 

@@ -343,4 +343,4 @@ class ManyheadsForImageClassification(ManyheadsPreTrainedModel):
             )
         side = self.config.patch_size
         cut = pixel_values.unflatten(3, (-1, side)).unflatten(2, (-1, side))
-        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).to(self.embed_patches.weight.dtype)
+        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).to(self.dtype)

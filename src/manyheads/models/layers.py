@@ -247,7 +247,8 @@ class Stack(nn.Module):
         if self.embed_positions is None:
             return x
         if x.ndim == 4:
-            return x + self.embed_positions.weight.view(*x.shape[1:3], -1)
+            places = torch.arange(self.places, device=x.device)
+            return x + self.embed_positions(places).view(*x.shape[1:3], -1)
         if positions is None:
             seen = 0 if cache is None else cache.get_seq_length()
             if seen + x.shape[1] > self.places:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.precision import own_dtype, unit
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -44,11 +45,15 @@ class _SlowNet(nn.Module):
         """[size, size, heads], with scales [b, size, size, heads]"""
         line = torch.linspace(-1.0, 1.0, self.size, dtype=self.place_bias.dtype, device=self.place_bias.device)
         places = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
+        with own_dtype(line):  # half precision has too few digits for sines of so high frequencies
+            return self._made(places, [scale.to(line.dtype) for scale in scales])
+
+    def _made(self, places: Tensor, scales: Sequence[Tensor]) -> Tensor:
         h = self.filters[0](places).sin()
         for i, (filtered, linear) in enumerate(zip(self.filters[1:], self.linears, strict=True)):
             h = filtered(places).sin() * linear(h) + self.place_bias[..., None]
             if scales:
-                h = scales[i] * (h + 0.1 * F.normalize(h.flatten(-3, -2), dim=-2).view_as(h))
+                h = scales[i] * (h + 0.1 * unit(h.flatten(-3, -2), -2).view_as(h))
         kernel: Tensor = self.out(h)
         return kernel
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.drawing import draw, highest
 from manyheads.functional.grouped import masked_softmax
+from manyheads.functional.precision import unit
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -87,6 +87,6 @@ class Acmil(Mechanism):
 def _alike(weights: Tensor) -> Tensor:
     """Mean cosine over pairs of branches and the bags that have an instance, [b, k, n] -> scalar; 0 for one branch."""
     k = weights.shape[1]
-    unit = F.normalize(weights, dim=-1)
-    pairs = (unit @ unit.transpose(1, 2)).triu(1).sum((1, 2)) / max(1, k * (k - 1) // 2)
+    rows = unit(weights)
+    pairs = (rows @ rows.transpose(1, 2)).triu(1).sum((1, 2)) / max(1, k * (k - 1) // 2)
     return pairs.sum() / (weights != 0).flatten(1).any(1).sum().clamp_min(1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import masked_softmax
+from manyheads.functional.layers import plain_weight
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -57,7 +58,11 @@ class EfficientProbing(Mechanism):
             allowed = call.padding[:, None]
             x = x.masked_fill(~call.padding[..., None], 0.0)
         weights = masked_softmax((self.queries * self.dim**-0.5) @ x.transpose(1, 2), allowed)
-        pooled = weights @ x
-        per_query = self.v_proj.weight.unflatten(0, (self.heads, self.head_dim))
-        output = torch.einsum("bme,mde->bmd", pooled, per_query).flatten(1)
-        return Result(output, weights[:, :, None] if call.need_weights else None)
+        return Result(self._pooled(weights, x).flatten(1), weights[:, :, None] if call.need_weights else None)
+
+    def _pooled(self, weights: Tensor, x: Tensor) -> Tensor:
+        """weights [b, M, n] over the values of x [b, n, dim] -> [b, M, dim / M]."""
+        split, weight = (self.heads, self.head_dim), plain_weight(self.v_proj)
+        if weight is None:
+            return torch.einsum("bmn,bnmd->bmd", weights, self.v_proj(x).unflatten(-1, split))
+        return torch.einsum("bme,mde->bmd", weights @ x, weight.unflatten(0, split))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import masked_softmax
+from manyheads.functional.precision import unit
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -64,7 +64,7 @@ class Lama(Mechanism):
             x = x.masked_fill(~call.padding[..., None], 0.0)
             mean = x.sum(1, keepdim=True) / call.padding.sum(1).clamp_min(1)[:, None, None]
             allowed = call.padding[:, None]
-        scores = F.normalize(torch.tanh(self.p_proj(mean) * self.q_proj(x)), dim=-1)
+        scores = unit(torch.tanh(self.p_proj(mean) * self.q_proj(x)))
         weights = masked_softmax(scores.transpose(1, 2), allowed)
         output = self.o_proj((weights @ x).flatten(1))
         return Result(output, weights[:, :, None] if call.need_weights else None)

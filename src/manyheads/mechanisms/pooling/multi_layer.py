@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import masked_softmax
+from manyheads.functional.precision import unit
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -39,7 +40,7 @@ class MultiLayerPooling(Mechanism):
         time="n",
         state="",
         decodes=False,
-        example={"layers": 64, "latents": 3},
+        example={"layers": 80, "latents": 3},
         notes="the tokens are the layers of a model, at most `layers` of them",
     )
 
@@ -52,6 +53,7 @@ class MultiLayerPooling(Mechanism):
             raise ValueError(
                 f"multi-layer-pooling: layers={layers}, latents={latents}, expand={expand} must be positive"
             )
+        self.layers = layers
         self.latents = nn.Parameter(torch.randn(latents, dim))
         self.place = nn.Embedding(layers, dim)
         self.norm_latents, self.norm_layers, self.norm_ff = (nn.LayerNorm(dim) for _ in range(3))
@@ -65,23 +67,23 @@ class MultiLayerPooling(Mechanism):
                 "multi-layer-pooling pools x into one vector: a dense mask was not expected; give key padding "
                 "[batch, n] as the mask"
             )
-        if x.shape[1] > self.place.num_embeddings:
+        if x.shape[1] > self.layers:
             raise ValueError(
-                f"multi-layer-pooling: x has {x.shape[1]} layers, the module was built for {self.place.num_embeddings}"
+                f"multi-layer-pooling: x has {x.shape[1]} layers, the module was built for {self.layers}"
                 "; build it with a larger `layers`"
             )
         allowed = None
         if call.padding is not None:
             x = x.masked_fill(~call.padding[..., None], 0.0)
             allowed = call.padding[:, None, None]
-        held = self.norm_layers(x + self.place.weight[: x.shape[1]])
+        held = self.norm_layers(x + self.place(torch.arange(x.shape[1], device=x.device)))
         q = self._heads(self.q_proj(self.norm_latents(self.latents))[None])
         k, v = self._heads(self.k_proj(held)), self._heads(self.v_proj(held))
         weights = masked_softmax(q * self.head_dim**-0.5 @ k.transpose(-1, -2), allowed)
         z = self.latents + self.o_proj((weights @ v).transpose(1, 2).flatten(-2))
         value, gate = self.ff_in(self.norm_ff(z)).chunk(2, -1)
         pooled = (z + self.ff_out(value * F.gelu(gate))).mean(1)
-        return Result(F.normalize(pooled, dim=-1), weights.mean(2, keepdim=True) if call.need_weights else None)
+        return Result(unit(pooled), weights.mean(2, keepdim=True) if call.need_weights else None)
 
     def _heads(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)

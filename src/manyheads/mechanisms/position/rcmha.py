@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import grouped_mix, grouped_scores, masked_softmax
+from manyheads.functional.layers import plain_weight
 from manyheads.functional.passes import joined
 from manyheads.functional.skew import skew
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
+
+# Up to so many tokens one product for all is cheaper than three convolutions.
+FEW = 64
 
 
 @register
@@ -89,9 +93,13 @@ class RCMHA(Mechanism):
         if state is not None:
             state.fixed["tail"] = rows[:, :, rows.shape[2] - back :].clone()
         convs = (self.q_conv, self.k_conv, self.v_conv)
-        filters = torch.stack([conv.weight[:, 0] for conv in convs])
+        weights = [weight for conv in convs if (weight := plain_weight(conv)) is not None]
+        if len(weights) < len(convs) or x.shape[1] > FEW:
+            each = rows.unflatten(-1, (self.heads, -1)).permute(1, 0, 3, 4, 2).flatten(1, 2)
+            return tuple(conv(t).unflatten(0, (-1, self.heads)).mT for conv, t in zip(convs, each, strict=True))
         bias = torch.stack([conv.bias for conv in convs if conv.bias is not None])
         windows = rows.unflatten(-1, (self.heads, -1)).unfold(2, self.kernel, 1)
+        filters = torch.stack([weight[:, 0] for weight in weights])
         out = torch.einsum("bcnhdk,cdk->bchnd", windows, filters) + bias[:, None, None]
         return out.unbind(1)
 

@@ -122,7 +122,8 @@ class Dual(Mechanism):
 
     def _relate(self, x: Tensor, read: Tensor) -> Tensor:
         """read [b, h, n, relations p + d]: weighted relation keys and symbols -> [b, h, n, d]."""
-        keys, symbols = read.split([self.relation_k_proj.out_features, self.relation_mix.shape[1]], -1)
+        d = self.relation_mix.shape[1]
+        keys, symbols = read.split([read.shape[-1] - d, d], -1)
         queries = self.relation_q_proj(x)[:, None].unflatten(-1, (self.relations, -1))
         related = (queries * keys.unflatten(-1, (self.relations, -1))).sum(-1) * queries.shape[-1] ** -0.5
         return related @ self.relation_mix.transpose(-1, -2) + symbols

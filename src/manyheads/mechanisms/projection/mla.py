@@ -16,6 +16,7 @@ from manyheads.functional.grouped import (
     grouped_scores,
     masked_softmax,
 )
+from manyheads.functional.layers import RMSNorm, plain_weight
 from manyheads.functional.rotary import Rotary, rotate
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
@@ -34,7 +35,8 @@ class MLA(Mechanism):
     d_rope d / 2, d_nope and d_v d.
 
     Decoding absorbs W_kvb into queries and outputs: q_i^T W_k^h meets c_j itself, and W_v^h the mixed latents. For a
-    chunk of many queries expanding the keys costs less, and is what happens.
+    chunk of many queries expanding the keys costs less, and is what happens; so it does, at a cost per step, while an
+    adapter, quantised weights or a hook are around W_kvb (merge an adapter before decoding at length).
     Source: DeepSeek-V2, arXiv:2405.04434; names and norms as in its code, without its context extension (YaRN).
     """
 
@@ -84,11 +86,11 @@ class MLA(Mechanism):
         else:
             self.q_proj = nn.Sequential(
                 nn.Linear(dim, q_lora_rank, bias=bias),
-                nn.RMSNorm(q_lora_rank, eps=1e-6),
+                RMSNorm(q_lora_rank, eps=1e-6),
                 nn.Linear(q_lora_rank, queries, bias=False),
             )
         self.kv_a_proj = nn.Linear(dim, self.rank + self.rope, bias=bias)
-        self.kv_a_norm = nn.RMSNorm(self.rank, eps=1e-6)
+        self.kv_a_norm = RMSNorm(self.rank, eps=1e-6)
         self.kv_b_proj = nn.Linear(self.rank, heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(heads * self.value, dim, bias=bias)
 
@@ -109,8 +111,12 @@ class MLA(Mechanism):
         q_rope = rotate(q_rope, where.query_positions, self.rotary)
         # Whoever listens is told of keys and values, which the absorbed pass never makes.
         absorb = call.state is not None and self._absorbing_pays(x.shape[1]) and self.listener is None
-        way = self._absorbed if absorb else self._expanded
-        mixed, weights = way(q_nope, q_rope, latent, where, call.need_weights)
+        # Without its weight alone W_kvb cannot be absorbed: an adapter or a hook around it acts on calls.
+        weight = plain_weight(self.kv_b_proj) if absorb else None
+        if weight is None:
+            mixed, weights = self._expanded(q_nope, q_rope, latent, where, call.need_weights)
+        else:
+            mixed, weights = self._absorbed(weight, q_nope, q_rope, latent, where, call.need_weights)
         return Result(self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights)
 
     def _read(self, x: Tensor, call: Call) -> tuple[Tensor, Where]:
@@ -147,10 +153,10 @@ class MLA(Mechanism):
         return self._kernel(q, k, v, where)[..., : self.value], None
 
     def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, where: Where, need: bool
+        self, weight: Tensor, q_nope: Tensor, q_rope: Tensor, latent: Tensor, where: Where, need: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One key/value head for all: the latents as they lie in the state, without a copy."""
-        to_key, to_value = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split([self.nope, self.value], 1)
+        to_key, to_value = weight.unflatten(0, (self.heads, -1)).split([self.nope, self.value], 1)
         q = torch.cat([q_nope @ to_key, q_rope], -1)
         mixed, weights = (
             self._weigh(q, latent, latent, where) if need else (self._kernel(q, latent, latent, where), None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.layers import call_in
 from manyheads.functional.linear import widen
 from manyheads.functional.shift import causal_taps
 from manyheads.mechanism import Call, Mechanism, Result
@@ -137,10 +138,10 @@ class Hyena(Mechanism):
         else:
             z = self.positions[:length].to(like.dtype)
         for layer in self.inner:
-            z = (self.frequency.to(like.dtype) * _linear(z, layer)).sin()
+            z = (self.frequency.to(like.dtype) * call_in(layer, z)).sin()
         time = place[:, None, None] / (self.max_length - 1)
         window = (-time * self.delta.to(like.dtype).abs()).exp() + self.shift
-        filters = _linear(z, self.last).unflatten(-1, (self.order - 1, -1)) * window
+        filters = call_in(self.last, z).unflatten(-1, (self.order - 1, -1)) * window
         if self.normalized:
             total = filters.abs().sum((-2, -1), keepdim=True)
             filters = filters / total.clamp(min=torch.finfo(total.dtype).tiny)
@@ -158,9 +159,3 @@ def _positions(place: Tensor, length: int, bands: int) -> Tensor:
     waves = torch.linspace(1e-4, bands - 1, bands, device=place.device, dtype=place.dtype)
     angle = 2 * torch.pi / length * place[:, None] * waves
     return torch.cat((place[:, None] / (length - 1), angle.cos(), -angle.sin()), -1)
-
-
-def _linear(x: Tensor, layer: Any) -> Tensor:
-    """The layer in the dtype of x: filters are made in at least float32, whatever the module's."""
-    bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return nn.functional.linear(x, layer.weight.to(x.dtype), bias)

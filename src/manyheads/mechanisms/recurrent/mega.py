@@ -124,7 +124,8 @@ class Mega(Mechanism):
         )
         mixed, weights = self._attend_chunks(q, k, v, call)
         h = F.silu(h + self.h_proj(mixed * F.silu(r)))
-        return Result(torch.lerp(x, h, phi.sigmoid()), weights)
+        wide = torch.promote_types(x.dtype, h.dtype)  # under autocast they differ
+        return Result(torch.lerp(x.to(wide), h.to(wide), phi.sigmoid().to(wide)), weights)
 
     def _in_stretches(self, x: Tensor, call: Call, stretch: int) -> Tensor:
         """A long pass as several with a state."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import masked_softmax
 from manyheads.functional.kernelised import real_tokens
+from manyheads.functional.layers import call_in
 from manyheads.functional.linear import widen
 from manyheads.functional.online import Rates, Weights, apply, learn
 from manyheads.functional.windowed import window_attention
@@ -188,8 +189,7 @@ class Titans(Mechanism):
         """x [b, t, e] is written and read: [b, t, e]."""
         x = _normed(x)
         q, k, v = self._query(x), self._unit(self._project(x, self.memory_k)), self._project(x, self.memory_v)
-        gates = F.linear(x, self.rates.weight.to(x.dtype), self.rates.bias.to(x.dtype))
-        forget, momentum, step = gates.unflatten(-1, (3, self.heads)).permute(2, 0, 3, 1)
+        forget, momentum, step = call_in(self.rates, x).unflatten(-1, (3, self.heads)).permute(2, 0, 3, 1)
         there = None if take is None else take[:, None].to(x.dtype)
         rates = Rates(F.logsigmoid(-forget), F.logsigmoid(momentum), step.sigmoid(), there)
         read, weights = learn(weights, q, k, v, rates)
@@ -287,7 +287,7 @@ class Titans(Mechanism):
 
     def _project(self, x: Tensor, layer: nn.Linear) -> Tensor:
         """[b, t, e] -> [b, h, t, d], in the dtype of x: the memory is in at least float32, whatever the module is."""
-        return F.linear(x, layer.weight.to(x.dtype)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return call_in(layer, x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 def _normed(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import grouped_mix, grouped_scores, masked_softmax
+from manyheads.functional.layers import RMSNorm
 from manyheads.functional.rotary import Rotary
 from manyheads.mechanism import Call, Result
 from manyheads.registry import register
@@ -70,7 +71,7 @@ class MultiToken(SoftmaxAttention):
         post = post_query_kernel or post_key_kernel
         self.post_kernel = self._identity(post_query_kernel, post_key_kernel) if post else None
         self.head_mixing = nn.Parameter(torch.eye(group).repeat(heads // group, 1, 1))
-        self.norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+        self.norm = RMSNorm(self.head_dim, eps=1e-5)
         self.gate = nn.Linear(self.head_dim, 1) if gate else None
         self.keep = 1.0 - lambda_init
         # Rows of scores before the first query that its weights depend on, through one convolution or both.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from manyheads.card import Card, Family
+from manyheads.functional.layers import plain_weight
 from manyheads.registry import register
 from manyheads.softmax import SoftmaxAttention, Where
 
@@ -56,17 +59,26 @@ class NeuralAttention(SoftmaxAttention):
         self.third = nn.Linear(p // 2, 1, bias=False)
 
     def score(self, q: Tensor, k: Tensor, where: Where) -> Tensor:
-        of_query, of_key = self.first.weight.split(self.score_dim, 1)
-        q = self.query_in(q) @ of_query.T + self.first.bias
-        k = self.key_in(k) @ of_key.T
+        q, k, weight, first = self.query_in(q), self.key_in(k), plain_weight(self.first), self._of_pairs
+        if weight is not None:
+            of_query, of_key = weight.split(self.score_dim, 1)
+            q, k, first = q @ of_query.T + self.first.bias, k @ of_key.T, _sums
         b, h, m, p = k.shape
         rows = max(1, HIDDEN // (b * h * m * p))
         if rows >= q.shape[2]:
-            return self._score_rows(q, k)
+            return self._score_rows(q, k, first)
         # Under autograd each slice is computed again in the backward pass: its hidden values are not kept.
-        parts = [checkpoint(self._score_rows, part, k, use_reentrant=False) for part in q.split(rows, 2)]
+        parts = [checkpoint(self._score_rows, part, k, first, use_reentrant=False) for part in q.split(rows, 2)]
         return torch.cat(parts, 2)
 
-    def _score_rows(self, q: Tensor, k: Tensor) -> Tensor:
-        hidden = (q[:, :, :, None] + k[:, :, None]).relu()
+    def _score_rows(self, q: Tensor, k: Tensor, first: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        hidden = first(q[:, :, :, None], k[:, :, None]).relu()
         return self.third(self.second(hidden).relu()).squeeze(-1)
+
+    def _of_pairs(self, q: Tensor, k: Tensor) -> Tensor:
+        """W1 on pairs, for a W1 that cannot be split."""
+        return self.first(torch.cat(torch.broadcast_tensors(q, k), -1))
+
+
+def _sums(q: Tensor, k: Tensor) -> Tensor:
+    return q + k

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import grouped_mix
+from manyheads.functional.precision import unit
 from manyheads.functional.sinkhorn import transport_plan
 from manyheads.mechanism import Call, Result
 from manyheads.registry import register
@@ -58,7 +58,7 @@ class Sinkhorn(SoftmaxAttention):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         q, k, v, where = self._read(x, context, call)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q, k = unit(q), unit(k)
         weights = transport_plan(q @ k.mT / self.epsilon, self._pairs(where, context), self.iterations).to(v.dtype)
         mixed = self.offered(q, k, v, grouped_mix(weights, v), weights, where)
         output, losses = self.output(mixed, x, call)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import masked_softmax
+from manyheads.functional.layers import plain_weight
 from manyheads.functional.rotary import Rotary, rotate
 from manyheads.functional.running import CHUNK, Held, after_chunk, nothing_held, running_top
 from manyheads.mechanism import Call, Mechanism, Result
@@ -94,9 +95,8 @@ class MoSA(Mechanism):
         b, n, _ = x.shape
         index = self._ranks(scores, None).topk(min(self.top_k, n), -1).indices
         best = scores.gather(2, index)
-        rows = x[torch.arange(b, device=x.device)[:, None, None], index]
         positions = call.query_positions(x).expand(b, n)[:, None].expand(-1, self.heads, -1).gather(2, index)
-        q, k, v = (self._project(rows, each) for each in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (self._project(x, index, each) for each in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self._turn(q, positions), self._turn(k, positions)
         chosen = best != -torch.inf
         allowed = chosen[..., None, :] & chosen[..., None]
@@ -107,15 +107,21 @@ class MoSA(Mechanism):
         gate = best.masked_fill(~chosen, 0.0).sigmoid()[..., None]
         weights = gate * masked_softmax(q * self.scale @ k.mT, allowed)
         spread = index[..., None].expand_as(q)
-        mixed = q.new_zeros(b, self.heads, n, self.head_dim).scatter(2, spread, weights @ v)
+        found = weights @ v
+        mixed = found.new_zeros(b, self.heads, n, self.head_dim).scatter(2, spread, found)
         if not call.need_weights:
             return mixed, None
         full = weights.new_zeros(b, self.heads, n * n).scatter(2, place.flatten(2), weights.flatten(2))
         return mixed, full.view(b, self.heads, n, n)
 
-    def _project(self, rows: Tensor, projection: nn.Linear) -> Tensor:
-        """rows [b, h, k, e], each head's own through that head's part of the projection -> [b, h, k, d]."""
-        out = rows @ projection.weight.unflatten(0, (self.heads, -1)).mT
+    def _project(self, x: Tensor, index: Tensor, projection: nn.Linear) -> Tensor:
+        """The tokens index [b, h, k] of x, each head's own through its part of the projection -> [b, h, k, d]."""
+        weight = plain_weight(projection)
+        if weight is None:
+            every = projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            return every.gather(2, index[..., None].expand(-1, -1, -1, self.head_dim))
+        rows = x[torch.arange(len(x), device=x.device)[:, None, None], index]
+        out = rows @ weight.unflatten(0, (self.heads, -1)).mT
         return out if projection.bias is None else out + projection.bias.view(self.heads, 1, -1)
 
     def _turn(self, rows: Tensor, positions: Tensor) -> Tensor:

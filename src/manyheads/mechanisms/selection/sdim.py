@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.precision import unit
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -106,7 +106,7 @@ class SDIM(Mechanism):
         # The largest entry is taken out first: squares of tiny or huge sums must not leave the range of the type.
         scale = sums.detach().abs().amax(-1, keepdim=True)
         scaled = sums / scale.masked_fill(scale == 0, 1.0)
-        return F.normalize(scaled, dim=-1), torch.linalg.vector_norm(sums.detach(), dim=-1)
+        return unit(scaled), torch.linalg.vector_norm(sums.detach(), dim=-1)
 
     def _weights(self, own: Tensor, context: Tensor, sizes: Tensor, padding: Tensor | None) -> Tensor:
         """The mean over groups of 1 / size where signatures meet, [b, h, n, m]."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import attend_masked, masked_softmax
+from manyheads.functional.linear import widen
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -175,7 +176,7 @@ class TreeCross(Mechanism):
             real = (level.size > 0).gather(1, children.flatten(1)).view_as(children)
             score = (keys @ q[..., None]).squeeze(-1)
             if height:
-                policy = masked_softmax(score, real[:, None]).mean(1)
+                policy = widen(masked_softmax(score, real[:, None]).mean(1))  # 1e-9 is zero in float16
                 entropies.append(-(policy * (policy + 1e-9).log()).sum(-1))
                 chosen = self._choose(policy.detach())
                 chance = chance + (policy.gather(2, chosen)[..., 0] + 1e-9).log()

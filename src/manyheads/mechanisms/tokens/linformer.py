@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.layers import plain_weight
 from manyheads.functional.weighted import attend_weighted
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
@@ -41,7 +42,7 @@ class Linformer(Mechanism):
         time="n compressed_length",
         state="",
         decodes=False,
-        example={"max_length": 48, "compressed_length": 5},
+        example={"max_length": 80, "compressed_length": 5},
         notes="no causal form: each compressed token holds the whole sequence",
     )
 
@@ -94,7 +95,7 @@ class Linformer(Mechanism):
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
         k = self._compress(source, self.key_mix, self.k_proj)
         v = self._compress(source, value_mix, self.v_proj)
-        if call.padding is not None and self.v_proj.bias is not None:
+        if call.padding is not None:
             v = v * call.padding.any(1)[:, None, None, None]  # no token at all: nothing, the bias neither
         mixed, weights = attend_weighted(q, k, v, None, scale=self.head_dim**-0.5, need_weights=call.need_weights)
         output = self.o_proj(mixed.transpose(1, 2).flatten(-2))
@@ -108,6 +109,10 @@ class Linformer(Mechanism):
     def _compress(self, source: Tensor, mix: Tensor, projection: nn.Linear) -> Tensor:
         """source [b, m, e] over time with mix [1 or h, k, max_length], then projected: [b, h, k, d]."""
         short = mix[..., : source.shape[1]] @ source[:, None]
-        heads = (self.heads, self.head_dim)
-        projected = short @ projection.weight.unflatten(0, heads).transpose(1, 2)
-        return projected if projection.bias is None else projected + projection.bias.view(heads)[:, None]
+        split, weight = (self.heads, self.head_dim), plain_weight(projection)
+        if len(mix) == 1:
+            return projection(short[:, 0]).unflatten(-1, split).transpose(1, 2)
+        if weight is None:  # every head's rows through the whole projection, of which its own part is kept
+            return projection(short).unflatten(-1, split).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        projected = short @ weight.unflatten(0, split).transpose(1, 2)
+        return projected if projection.bias is None else projected + projection.bias.view(split)[:, None]

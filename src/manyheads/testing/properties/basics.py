@@ -38,9 +38,9 @@ def shapes(case: Case, n: int) -> None:
         expect(bool(output.isfinite().all()), f"x {list(x.shape)} gives values that are not finite")
 
 
-@prop("dtype", "float32 and bfloat16 in, the same out, finite, on the same device", sizes=(1, 9))
+@prop("dtype", "float32, bfloat16 and float16 in, the same out, finite, on the same device", sizes=(1, 9))
 def dtype(case: Case, n: int) -> None:
-    for kind in (torch.float32, torch.bfloat16):
+    for kind in (torch.float32, torch.bfloat16, torch.float16):
         module = case.build(kind)
         x, context = case.x(n, dtype=kind), case.context(n, dtype=kind)
         result = case.outputs(module, x, context)
