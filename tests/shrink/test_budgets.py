@@ -180,7 +180,7 @@ BAD: list[tuple[Any, str]] = [
     (lambda: KeyNorm(budget_bytes=-1), "at least 1"),
     (lambda: KeyNorm(budget_tokens=9, budget_per="row"), "head, layer, model"),
     (lambda: KeyNorm(budget_per="head"), "give one of them"),
-    (lambda: KeyNorm(budget_tokens=9, when="never"), "prefill, decode, both"),
+    (lambda: KeyNorm(budget_tokens=9, when="never"), "prefill, passes, decode, both"),
     (lambda: KeyNorm(budget_tokens=9, interval=0), "interval"),
     (lambda: Full(budget_tokens=9), "takes no budget"),
     (lambda: SnapKV(budget_tokens=9, window_size=9), "always keeps"),

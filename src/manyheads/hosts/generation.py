@@ -168,6 +168,8 @@ def _cached_generate(model: Any, generate: Callable[..., Any], check: Callable[[
             # Made while the model still says how many layers it has.
             exits.append(check(None))
         cache = kwargs["past_key_values"] = check(given)
+        if resolved.prefill_chunk_size is not None and not cache.get_seq_length():
+            cache.expect(_prompt_tokens(kwargs))
         try:
             return _generated(generate, kwargs, cache, resolved)
         finally:
@@ -176,6 +178,12 @@ def _cached_generate(model: Any, generate: Callable[..., Any], check: Callable[[
             check(cache)
 
     return with_cache
+
+
+def _prompt_tokens(kwargs: dict[str, Any]) -> int:
+    """Tokens of the prompt that a call of generate was given, 1 where there is none."""
+    given = [kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None]
+    return int(given[-1].shape[1]) if given else 1
 
 
 def _caching(config: Any) -> dict[str, Any]:

@@ -118,6 +118,12 @@ class RaggedLayer(CacheLayerMixin):
         return not self.policy.is_full and self.policy.acts(decoding=True)
 
     @property
+    def context(self) -> int:
+        """Slots before this one are of the context: what was fed first."""
+        cache = self._cache()
+        return 1 if cache is None else cache.context
+
+    @property
     def guesses(self) -> int | None:
         """Tokens at the end of the pass that may be taken back, where its call tells."""
         cache = self._cache()
@@ -293,6 +299,8 @@ class RaggedCache(Cache):
         self._closed = self.assists = False
         # Tokens at the end of a pass that may be taken back, where its call tells.
         self.guesses: int | None = None
+        # A pass that begins before this slot is of the context.
+        self.context = 1
         super().__init__(layers=[RaggedLayer(self, i, own.window) for i, own in enumerate(plans)])
         policy.prepare(model, self)
 
@@ -314,6 +322,16 @@ class RaggedCache(Cache):
         known = isinstance(logits_to_keep, int) and logits_to_keep > 0
         self.guesses = logits_to_keep - 1 + self.assists if known else None
 
+    def expect(self, tokens: int) -> None:
+        """The next `tokens` tokens are one context, in however many passes they come; for an empty cache. Without this
+        the first pass is. generate inside a policy's block says it for its chunks."""
+        if self.get_seq_length():
+            raise ValueError(
+                f"expect({tokens}): the cache holds {self.get_seq_length()} tokens, so its context is there already; "
+                "say it before the first pass, or after reset()"
+            )
+        self.context = tokens
+
     def assist(self) -> None:
         """For the cache of a model that guesses for another: the token before its guesses is taken back with them."""
         self.assists = True
@@ -321,7 +339,7 @@ class RaggedCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self._closed = False
+        self._closed, self.context = False, 1
 
     @property
     def nbytes(self) -> int:

@@ -181,7 +181,7 @@ def shrink(layer: Any, passes: list[Pass]) -> None:
     policy = layer.policy
     count = passes[-1].queries.shape[3]
     decoding = count == 1 or (layer.record_past and passes[-1].seen.offset > 0)
-    acts = policy.acts(decoding)
+    acts = policy.acts(decoding=decoding, context=passes[0].seen.offset < layer.context)
     if not policy.is_full and (acts or policy.observes):
         views = _views(layer, passes)
         for view in views:
@@ -195,7 +195,9 @@ def shrink(layer: Any, passes: list[Pass]) -> None:
 def make_room(layer: Any, coming: int) -> None:
     """Before tokens come, for policies whose rule needs no scores: after this pass the budget still holds."""
     policy = layer.policy
-    if policy.is_full or not policy.evicts_before or layer.last is None or not policy.acts(coming == 1):
+    if policy.is_full or not policy.evicts_before or layer.last is None:
+        return
+    if not policy.acts(decoding=coming == 1, context=layer.seen < layer.context):
         return
     _evict(layer, _views(layer, [layer.last], coming), coming=coming, least=policy.interval, fresh=False)
 

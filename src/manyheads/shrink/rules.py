@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from manyheads.shrink.store import Codec, Group
 
 PER = ("head", "layer", "model")
-WHEN = ("prefill", "decode", "both")
+WHEN = ("prefill", "passes", "decode", "both")
 
 
 class Allocation(Protocol):
@@ -42,8 +42,10 @@ class Rules:
     compression_ratio: the share of the tokens that is dropped (0.75 keeps a quarter). budget_tokens: entries for each
     KV head on average; budget_bytes: bytes for the whole cache; budget_per="head", "layer" or "model" counts either
     otherwise.
-    when: at prefill (passes of several tokens), at decode (single tokens), or both. interval: decoding lets a head grow
-    this many entries over before it is cut back. storage: Quantised(bits=4) holds keys and values as codes.
+    when: "prefill" drops once, from the context, which is the first pass (or the prompt that generate feeds in chunks),
+    and keeps all that follows; "passes" at every pass of several tokens, so that a question competes with the context;
+    "decode" at single tokens; "both" at all. interval: decoding lets a head grow this many entries over before it is
+    cut back. storage: Quantised(bits=4) holds keys and values as codes.
     """
 
     compression_ratio: float | None = None
@@ -163,8 +165,10 @@ class Rules:
 
     # What the cache asks.
 
-    def acts(self, decoding: bool) -> bool:
-        return self.when == "both" or self.when == ("decode" if decoding else "prefill")
+    def acts(self, *, decoding: bool, context: bool = False) -> bool:
+        """decoding: whether tokens come one by one. context: whether the pass is of the text that came first."""
+        moments = {"prefill": context and not decoding, "passes": not decoding, "decode": decoding, "both": True}
+        return moments[self.when]
 
     def mean_target(self, layer: Any, view: View) -> Tensor:
         """[b or 1]: entries per head, on average."""

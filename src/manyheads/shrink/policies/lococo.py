@@ -169,7 +169,7 @@ class _Record(Policy):
     def is_full(self) -> bool:
         return False
 
-    def acts(self, decoding: bool) -> bool:
+    def acts(self, *, decoding: bool, context: bool = False) -> bool:
         return False
 
     def observe(self, view: View) -> None:
