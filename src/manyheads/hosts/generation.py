@@ -14,6 +14,7 @@ from torch import Tensor
 
 from manyheads.hosts.attention import attach, detach, is_attached
 from manyheads.hosts.families import TESTED, layer_plans
+from manyheads.hosts.wrappers import untraced
 
 
 def library_cache(model: Any) -> Any:
@@ -97,7 +98,7 @@ def intercepted(model: Any, check: Callable[[Any], Any]) -> Iterator[None]:
     names = ("generate", *(name for name in _CONTINUOUS if hasattr(model, name)))
     before = {name: model.__dict__[name] for name in names if name in model.__dict__}
     hooks = [
-        own.register_forward_pre_hook(_with_cache(own, check), with_kwargs=True)
+        own.register_forward_pre_hook(untraced(model, _with_cache(own, check)), with_kwargs=True)
         for own in {id(own): own for own in (model, model.base_model)}.values()
     ]
     model.generate = _cached_generate(model, model.generate, check)

@@ -8,6 +8,7 @@ nothing dropped it is simply a cache that does not copy itself for every token.
 from __future__ import annotations
 
 import weakref
+from functools import cache as remembered
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from manyheads.hosts.attend import Mask, Scoring, causal_attention, masked_attention, one_query, pack, with_bias
 from manyheads.hosts.attention import Visibility, is_attached
 from manyheads.hosts.families import layer_plans
+from manyheads.hosts.wrappers import is_compiled
 from manyheads.shrink.compress import Pass, make_room, shrink, trim
 from manyheads.shrink.store import Group, Store, room_for
 from manyheads.shrink.trial import Trial, in_parts, starts_again, without_last
@@ -287,6 +289,18 @@ class RaggedLayer(CacheLayerMixin):
     prefetch = offload
 
 
+@remembered
+def _untraced() -> type[RaggedLayer]:
+    """For compiled models: a layer's shapes change with every token, and a graph that read them would be compiled anew
+    as often. Made when asked for, since torch's compiler takes a second to import."""
+
+    class Untraced(RaggedLayer):
+        update = torch.compiler.disable(RaggedLayer.update)
+        attend = torch.compiler.disable(RaggedLayer.attend)
+
+    return Untraced
+
+
 class RaggedCache(Cache):
     """One RaggedLayer per layer of the model. Made by `policy.make_cache(model)`."""
 
@@ -301,7 +315,8 @@ class RaggedCache(Cache):
         self.guesses: int | None = None
         # A pass that begins before this slot is of the context.
         self.context = 1
-        super().__init__(layers=[RaggedLayer(self, i, own.window) for i, own in enumerate(plans)])
+        made = _untraced() if is_compiled(model) else RaggedLayer
+        super().__init__(layers=[made(self, i, own.window) for i, own in enumerate(plans)])
         policy.prepare(model, self)
 
     def begin(self, *, use_cache: bool | None, logits_to_keep: Any, position_ids: Tensor | None) -> None:
