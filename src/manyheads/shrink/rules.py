@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from manyheads.shrink.hints import Hinted
+
 if TYPE_CHECKING:
     from manyheads.hosts.attend import Scoring
     from manyheads.hosts.attention import Visibility
@@ -36,7 +38,7 @@ class Storage(Protocol):
 
 
 @dataclass(kw_only=True)
-class Rules:
+class Rules(Hinted):
     """Budget and moment, common to all policies. At most one budget; none keeps everything.
 
     compression_ratio: the share of the tokens that is dropped (0.75 keeps a quarter). budget_tokens: entries for each
