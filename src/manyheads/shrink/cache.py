@@ -317,6 +317,7 @@ class RaggedCache(Cache):
         self.context = 1
         made = _untraced() if is_compiled(model) else RaggedLayer
         super().__init__(layers=[made(self, i, own.window) for i, own in enumerate(plans)])
+        policy.check_layers(self.depth)
         policy.prepare(model, self)
 
     def begin(self, *, use_cache: bool | None, logits_to_keep: Any, position_ids: Tensor | None) -> None:

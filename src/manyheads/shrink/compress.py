@@ -254,7 +254,7 @@ class _Targets(NamedTuple):
 def _targets(layer: Any, view: View, coming: int, fresh: bool) -> _Targets:
     """Layers that hold alike are told alike: what the first of them finds out serves all."""
     policy, lengths = layer.policy, layer.store.lengths()
-    apart = policy.by_layer or layer.shares is not None or layer.window is not None
+    apart = policy.apart or layer.shares is not None or layer.window is not None
     asked = (coming, fresh, tuple(lengths), layer.index if apart else None)
     # The padding itself, not what it says: every layer of a pass is given the same tensor.
     moment = (layer.seen, view.passes[-1].seen.padding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ class PyramidKV(Hinted):
     """
 
     beta: float = 20.0
+    across_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.beta < 1:
