@@ -201,6 +201,11 @@ class Rules(Hinted):
 
     # What the cache asks.
 
+    @property
+    def parts(self) -> tuple[Rules, ...]:
+        """Policies that act one after the other."""
+        return (self,)
+
     def acts(self, *, decoding: bool, context: bool = False) -> bool:
         """decoding: whether tokens come one by one. context: whether the pass is of the text that came first."""
         moments = {"prefill": context and not decoding, "passes": not decoding, "decode": decoding, "both": True}
