@@ -25,6 +25,8 @@ class ExpectedAttention(Policy):
     rotary=False takes queries as they are, for models without rotary positions.
     """
 
+    # A bunch of queries joins the statistics, and a bunch of entries is scored, in the time of one.
+    interval: int = 16
     n_future_positions: int = 512
     sink_size: int = 4
     use_covariance: bool = True
