@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from recorder import feed, held
-from test_nothing_to_drop import GATES, SMALL
+from test_nothing_to_drop import SMALL
 from tiny_families import prompt, tiny
 from torch import Tensor
 
@@ -20,7 +21,7 @@ BUDGETS: list[dict[str, Any]] = [{"compression_ratio": 0.5}, {"budget_tokens": 1
 
 
 def cases() -> list[Any]:
-    found = [pytest.param(cls, own | some, id=f"{cls.__name__}-{[*some][0]}") for cls, own in SMALL.items()
+    found = [pytest.param(cls, own | some, id=f"{cls.__name__}-{next(iter(some))}") for cls, own in SMALL.items()
              for some in BUDGETS]  # fmt: skip
     return [*found, pytest.param(MoA, {"rule": (3, 0.2), "sink_size": 1}, id="MoA")]
 
@@ -45,7 +46,7 @@ def test_what_follows_the_context_stays(cls: type[Policy], settings: dict[str, A
     kept = slots(cache)
     assert max(len(own) for layer in kept for own in layer.values()) <= CONTEXT
     assert min(len(own) for layer in kept for own in layer.values()) < CONTEXT - 3
-    for start, end in zip(ENDS, ENDS[1:], strict=False):
+    for start, end in pairwise(ENDS):
         positions = (padding.cumsum(1) - 1).clamp_min(0)[:, start:end]
         with torch.no_grad():
             model(tokens[:, start:end], attention_mask=padding[:, :end], position_ids=positions, past_key_values=cache)

@@ -76,7 +76,9 @@ def test_keeps_what_is_expected(family: str, turning: int, settings: dict[str, A
     """Prompt, single tokens and a chunk of a padded batch: the statistics grow with every query."""
     model = tiny(family).double()
     tokens, padding = padded()
-    policy = ExpectedAttention(interval=1, budget_tokens=8, sink_size=2, n_future_positions=AHEAD, epsilon=0.01, **settings)
+    policy = ExpectedAttention(
+        interval=1, budget_tokens=8, sink_size=2, n_future_positions=AHEAD, epsilon=0.01, **settings
+    )
     values: dict[int, list[Tensor]] = {}
     update = RaggedLayer.update
     with pytest.MonkeyPatch.context() as patch:

@@ -39,9 +39,9 @@ def layer_plans(model: Any) -> list[LayerPlan]:
         raise ValueError(f"{name} is not a causal language model: it has no cache to shrink")
     if config.model_type == "manyheads":
         raise ValueError(
-            f"{name} keeps each layer's state in its mechanism, in a form of the mechanism's own, so that no policy can "
-            "choose what of it stays; give its layers a mechanism whose state is bounded (`manyheads list`), or shrink a "
-            "model of transformers' own"
+            f"{name} keeps each layer's state in its mechanism, in a form of the mechanism's own, so that no policy "
+            "can choose what of it stays; give its layers a mechanism whose state is bounded (`manyheads list`), or "
+            "shrink a model of transformers' own"
         )
     # None, as some configs have it, leaves it to the head of the model.
     if getattr(config, "is_causal", None) is False:

@@ -40,14 +40,13 @@ def _check_adapters(model: Any) -> None:
 def is_compiled(model: Any) -> bool:
     """Whether torch.compile is around the model or any of its parts."""
     return model in _compiled or any(
-        "_orig_mod" in own._modules or getattr(own, "_compiled_call_impl", None) is not None
-        for own in model.modules()
+        "_orig_mod" in own._modules or getattr(own, "_compiled_call_impl", None) is not None for own in model.modules()
     )
 
 
 def untraced(model: Any, hook: Any) -> Any:
-    """The hook, hidden from torch.compile where that is around the model: what a cache does differs from token to token,
-    and a graph of it would be compiled anew as often."""
+    """The hook, hidden from torch.compile where that is around the model: what a cache does differs from token to
+    token, and a graph of it would be compiled anew as often."""
     if not is_compiled(model):
         return hook
     import torch

@@ -24,7 +24,7 @@ _ARGUMENTS = {
     "compression_interval": "interval",
     "n_future": "n_future_positions",
 }
-_TO_ALLOCATE = "{name} shares out what a policy's scores say, and is given to the policy: {policy}(..., allocation={name}())"
+_TO_ALLOCATE = "{name} shares out a budget by a policy's scores: write {policy}(..., allocation={name}())"
 _PRESSES = {
     "KnormPress": "KeyNorm(...)",
     "ObservedAttentionPress": "H2O(...)",
@@ -71,7 +71,10 @@ def _of_name(cls: type, name: str, known: list[str]) -> str:
     if here.split(",")[0] in known:
         return f"{cls.__name__}: {name!r} is {here} here"
     if name in ("press", "base_press"):
-        return f"{cls.__name__}: no policy is put around another; allocation=AdaKV() is given to a policy, Composed(...) has several"
+        return (
+            f"{cls.__name__}: no policy is put around another; allocation=AdaKV() is given to a policy, and "
+            "Composed(...) has several"
+        )
     return f"{cls.__name__} has no argument {name!r}; it has {', '.join(known)}"
 
 

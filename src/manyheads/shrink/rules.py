@@ -83,15 +83,7 @@ class Rules(Hinted):
         }
         if len(given) > 1:
             raise ValueError(f"{name}: one budget, please; got {', '.join(given)}")
-        for ratio in each(self.compression_ratio):
-            if not 0 <= ratio < 1:
-                raise ValueError(
-                    f"{name}: compression_ratio is the share that is dropped, from 0 to below 1; got {ratio}"
-                )
-        for key in ("budget_tokens", "budget_bytes"):
-            for own in each(given.get(key)) if key == "budget_tokens" else [given[key]] if key in given else []:
-                if not isinstance(own, int) or own < 1:
-                    raise ValueError(f"{name}: {key} must be a whole number of at least 1; got {own!r}")
+        self._check_sizes()
         self._check_lists()
         if self.budget_per is not None and self.budget_per not in PER:
             raise ValueError(f"{name}: budget_per is one of {', '.join(PER)}; got {self.budget_per!r}")
@@ -105,6 +97,19 @@ class Rules(Hinted):
         least = min(each(self.budget_tokens), default=None)
         if least is not None and self.budget_per in (None, "head") and least < self.smallest:
             raise ValueError(f"{name}: budget_tokens={least} is below the {self.smallest} that it always keeps")
+
+    def _check_sizes(self) -> None:
+        name = type(self).__name__
+        for ratio in each(self.compression_ratio):
+            if not 0 <= ratio < 1:
+                raise ValueError(
+                    f"{name}: compression_ratio is the share that is dropped, from 0 to below 1; got {ratio}"
+                )
+        of_bytes = [] if self.budget_bytes is None else [self.budget_bytes]
+        for key, sizes in (("budget_tokens", each(self.budget_tokens)), ("budget_bytes", of_bytes)):
+            for own in sizes:
+                if not isinstance(own, int) or own < 1:
+                    raise ValueError(f"{name}: {key} must be a whole number of at least 1; got {own!r}")
 
     def _check_lists(self) -> None:
         """Budgets of each layer: for policies that tell their heads nothing but what their layer is told."""
@@ -128,7 +133,8 @@ class Rules(Hinted):
             given = getattr(self, key)
             if is_list(given) and len(given) != layers:
                 raise ValueError(
-                    f"{type(self).__name__}: {key} has {len(given)} numbers, and the model {layers} layers; give as many"
+                    f"{type(self).__name__}: {key} has {len(given)} numbers, and the model {layers} layers; "
+                    "give as many"
                 )
 
     def _check_reads(self) -> None:
