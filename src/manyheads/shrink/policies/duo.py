@@ -29,6 +29,7 @@ class Duo(Policy):
     Source: arXiv 2410.10819, mit-han-lab/duo-attention; ties there are broken by noise, here by order.
     """
 
+    compression_ratio: float | None = None
     gates: list[list[float]] = field(default_factory=list)
     sink_size: int = 64
     recent_size: int = 256
