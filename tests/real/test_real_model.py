@@ -108,7 +108,7 @@ DROPPING: list[Policy] = [
     H2O(budget_tokens=16),
     TOVA(budget_tokens=16),
     KeyNorm(budget_tokens=16, allocation=PyramidKV(beta=4)),
-    ExpectedAttention(budget_tokens=16),
+    ExpectedAttention(interval=1, budget_tokens=16),
     LoCoCo(budget_tokens=20, mem_compress=4, recent_size=8),
 ]
 ENDS = [48, 49, 50, 56, 57, 58]

@@ -180,7 +180,7 @@ BAD: list[tuple[Any, str]] = [
     (lambda: KeyNorm(budget_bytes=-1), "at least 1"),
     (lambda: KeyNorm(budget_tokens=9, budget_per="row"), "head, layer, model"),
     (lambda: KeyNorm(budget_per="head"), "give one of them"),
-    (lambda: KeyNorm(budget_tokens=9, when="never"), "prefill, decode, both"),
+    (lambda: KeyNorm(budget_tokens=9, when="never"), "prefill, passes, decode, both"),
     (lambda: KeyNorm(budget_tokens=9, interval=0), "interval"),
     (lambda: Full(budget_tokens=9), "takes no budget"),
     (lambda: SnapKV(budget_tokens=9, window_size=9), "always keeps"),
@@ -284,3 +284,24 @@ def test_other_caches_are_refused_inside() -> None:
         cache = model(tokens).past_key_values
     with pytest.raises(ValueError, match="no longer attends"):
         model(tokens, past_key_values=cache)
+
+
+def test_budgets_of_each_layer() -> None:
+    assert filled(KeyNorm(budget_tokens=[5, 10, 20]), 40, singles=3).lengths() == [[5] * 2, [10] * 2, [20] * 2]
+    assert filled(KeyNorm(compression_ratio=[0.5, 0.0, 0.75]), 40).lengths() == [[20] * 2, [40] * 2, [10] * 2]
+    layers = filled(SnapKV(budget_tokens=[20, 30, 40], window_size=3, budget_per="layer", allocation=AdaKV()), 40)
+    assert [sum(own) for own in layers.lengths()] == [20 + 6, 30 + 6, 40 + 6]
+    assert filled(StreamingLLM(budget_tokens=(6, 7, 8)), 40, singles=3).lengths() == [[6] * 2, [7] * 2, [8] * 2]
+    assert KeyNorm(compression_ratio=[0.0, 0.0]).is_full
+    for bad, said in (
+        ({"budget_tokens": [4, 0, 4]}, "at least 1; got 0"),
+        ({"compression_ratio": [0.5, 1.5, 0.1]}, "got 1.5"),
+        ({"budget_tokens": [9, 9, 9], "budget_per": "model"}, "is for layers"),
+        ({"budget_tokens": [9, 9, 9], "allocation": PyramidKV()}, "PyramidKV shares one budget"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            KeyNorm(**bad)
+    with pytest.raises(ValueError, match="2 numbers, and the model 3 layers"):
+        KeyNorm(budget_tokens=[4, 5]).make_cache(tiny("llama"))
+    with pytest.raises(ValueError, match="as one number"):
+        Duo(gates=[[0.5, 0.2]], budget_tokens=[9])

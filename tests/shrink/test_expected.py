@@ -76,7 +76,9 @@ def test_keeps_what_is_expected(family: str, turning: int, settings: dict[str, A
     """Prompt, single tokens and a chunk of a padded batch: the statistics grow with every query."""
     model = tiny(family).double()
     tokens, padding = padded()
-    policy = ExpectedAttention(budget_tokens=8, sink_size=2, n_future_positions=AHEAD, epsilon=0.01, **settings)
+    policy = ExpectedAttention(
+        interval=1, budget_tokens=8, sink_size=2, n_future_positions=AHEAD, epsilon=0.01, **settings
+    )
     values: dict[int, list[Tensor]] = {}
     update = RaggedLayer.update
     with pytest.MonkeyPatch.context() as patch:
@@ -158,7 +160,7 @@ def test_a_budget_that_covers_everything(family: str) -> None:
 
 def test_rows_that_change_places_take_their_statistics_along() -> None:
     model, tokens, more = tiny("llama").double(), prompt(2, 16), prompt(1, 4, seed=5)
-    policy = ExpectedAttention(budget_tokens=6, sink_size=1, n_future_positions=AHEAD)
+    policy = ExpectedAttention(interval=1, budget_tokens=6, sink_size=1, n_future_positions=AHEAD)
 
     def go_on(cache: Any, rows: int) -> Tensor:
         return torch.stack([model(more[:, i : i + 1].expand(rows, -1), past_key_values=cache).logits for i in range(4)])
@@ -178,7 +180,7 @@ def test_rows_that_change_places_take_their_statistics_along() -> None:
 
 def test_with_shares_of_ada_kv() -> None:
     model = tiny("llama")
-    cache = ExpectedAttention(budget_tokens=8, sink_size=2, allocation=AdaKV(floor=0.2)).make_cache(model)
+    cache = ExpectedAttention(interval=1, budget_tokens=8, sink_size=2, allocation=AdaKV(floor=0.2)).make_cache(model)
     feed(model, cache, prompt(1, 40), torch.ones(1, 40, dtype=torch.long), [36, 37, 38, 39, 40])
     assert all(sum(own) <= 16 for own in cache.lengths())
     assert len({length for own in cache.lengths() for length in own}) > 1
@@ -206,3 +208,30 @@ def test_what_is_refused() -> None:
     model = tiny("gpt2")
     with pytest.raises(ValueError, match=r"cannot turn queries back.*no rotary positions.*rotary=False"):
         ExpectedAttention(budget_tokens=8).make_cache(model)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_queries_counted_in_bunches_are_those_counted_one_by_one(rows: int) -> None:
+    model, tokens = tiny("llama"), prompt(rows, 45)
+    padding = torch.ones(rows, 45, dtype=torch.long)
+    padding[-1, : 4 * (rows - 1)] = 0
+    one, bunches = (ExpectedAttention(budget_tokens=64, interval=own).make_cache(model) for own in (1, 5))
+    # Twelve tokens one by one leave two that wait when the second turn comes.
+    for cache in (one, bunches):
+        feed(model, cache, tokens, padding, [20, *range(21, 33), 40])
+    for layer, other in zip(one.layers, bunches.layers, strict=True):
+        assert layer.memo.keys() == other.memo.keys()
+        torch.testing.assert_close(other.memo, layer.memo, rtol=1e-4, atol=1e-4)
+
+
+def test_a_budget_is_exceeded_by_less_than_the_interval() -> None:
+    model, tokens = tiny("llama"), prompt(2, 70)
+    cache = ExpectedAttention(budget_tokens=8, sink_size=2).make_cache(model)
+    with torch.no_grad():
+        model(tokens[:, :30], past_key_values=cache)
+        lengths = []
+        for token in tokens[:, 30:].split(1, 1):
+            model(token, past_key_values=cache)
+            lengths.append(cache.lengths()[0][0])
+    assert min(lengths) == 8
+    assert max(lengths) == 8 + 15

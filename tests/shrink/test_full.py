@@ -217,13 +217,18 @@ def test_blocks_within_blocks() -> None:
     model = tiny("llama")
     config, tokens = model.config, prompt(1, 10)
     with Full()(model) as outer:
-        with StreamingLLM(budget_tokens=6)(model) as inner:
-            generate(model, tokens)
+        with (
+            pytest.raises(ValueError, match=r"StreamingLLM: the model is inside a block of Full already"),
+            StreamingLLM(budget_tokens=6)(model),
+        ):
+            raise AssertionError("the inner block began")
         generate(model, tokens)
-    assert inner.cache is not None
     assert outer.cache is not None
-    assert inner.cache.lengths() == [[6, 6]] * 3
     assert outer.cache.lengths() == [[18, 18]] * 3
+    with StreamingLLM(budget_tokens=6)(model) as after:
+        generate(model, tokens)
+    assert after.cache is not None
+    assert after.cache.lengths() == [[6, 6]] * 3
     assert model.config is config
 
 

@@ -285,7 +285,7 @@ def test_beams_carry_what_was_merged(policy: Policy) -> None:
 @pytest.mark.parametrize("policy", [
     Razor(retrieval=RETRIEVAL, sink_size=2, recent_floor=3, compression=100),
     LoCoCo(budget_tokens=8, mem_compress=3, recent_size=2, weights=weights()),
-    ExpectedAttention(budget_tokens=8, sink_size=2),
+    ExpectedAttention(interval=1, budget_tokens=8, sink_size=2),
 ], ids=["razor", "lococo", "expected"])  # fmt: skip
 def test_tokens_taken_back_are_in_no_mean(policy: Policy) -> None:
     """Tokens on trial are merged when they are there to stay: as if those taken back had never been fed."""

@@ -79,7 +79,7 @@ def cases() -> list[Any]:
 def test_no_policy_is_left_out() -> None:
     exported = {getattr(policies, name) for name in policies.__all__}
     known = {own for own in exported if isinstance(own, type) and issubclass(own, Policy)}
-    assert known == {*SMALL, MoA, LongHeads, TidalDecode, policies.Full}
+    assert known == {*SMALL, MoA, LongHeads, TidalDecode, policies.Full, policies.Composed}
 
 
 def turns(model: Any, cache: Any, tokens: Tensor, padding: Tensor) -> Tensor:

@@ -68,6 +68,18 @@ def test_it_is_what_the_general_way_gives(
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("policy", POLICIES, ids=name)
+def test_one_head_of_one_row(policy: Policy) -> None:
+    model, draw = tiny("llama", num_key_value_heads=1), torch.Generator().manual_seed(5)
+    tokens = torch.randperm(model.config.vocab_size, generator=draw)[None, :30]
+    cache = policy.make_cache(model)
+    with torch.no_grad():
+        for part in (tokens[:, :15], *tokens[:, 15:].split(1, 1)):
+            model(part, past_key_values=cache)
+    wanted = 8 if policy.compression_ratio is None else int(30 * (1 - policy.compression_ratio))
+    assert cache.lengths() == [[wanted]] * 3
+
+
 def test_rows_that_hold_different_tokens_have_no_common_oldest() -> None:
     """Key norms keep other tokens in every head: then a place of one head says nothing of another's."""
     model = tiny("llama")

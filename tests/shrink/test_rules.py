@@ -203,7 +203,7 @@ def test_snapkv() -> None:
             return held
         return best(snap(head, held, turn, 3, 5), 8)
 
-    check(SnapKV(budget_tokens=8, window_size=3, kernel_size=5), lambda layer, head: rule)
+    check(SnapKV(when="passes", budget_tokens=8, window_size=3, kernel_size=5), lambda layer, head: rule)
 
 
 def test_pyramid_kv() -> None:
@@ -218,7 +218,7 @@ def test_pyramid_kv() -> None:
 
         return rule
 
-    check(KeyNorm(budget_tokens=6, when="prefill", allocation=PyramidKV(beta=4)), rule_of)
+    check(KeyNorm(budget_tokens=6, when="passes", allocation=PyramidKV(beta=4)), rule_of)
 
 
 def test_ada_kv() -> None:

@@ -41,7 +41,7 @@ POLICIES: dict[str, Policy] = {
     "keynorm": KeyNorm(compression_ratio=0.5, allocation=PyramidKV(beta=4)),
     "keynorm decode": KeyNorm(budget_tokens=8, when="decode"),
     "keynorm prefill": KeyNorm(budget_tokens=8, when="prefill", allocation=AdaKV()),
-    "expected": ExpectedAttention(budget_tokens=8, sink_size=2),
+    "expected": ExpectedAttention(interval=1, budget_tokens=8, sink_size=2),
     "duo": Duo(gates=GATES, sink_size=1, recent_size=4, compression_ratio=0.5),
     "duo tokens": Duo(gates=GATES, sink_size=1, recent_size=4, budget_tokens=8),
     "razor": Razor(retrieval=[(0, 1)], sink_size=1, recent_floor=4),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from manyheads.hosts.attend import Scoring, causal_attention, masked_attention, pack
 from manyheads.hosts.families import layer_plans
+from manyheads.hosts.wrappers import untraced
 
 NAME = "manyheads_ragged"
 
@@ -259,7 +260,7 @@ def attach(model: Any) -> None:
         if config is not None:
             kept.append((module, config))
             module.config = copy.deepcopy(config, memo)
-    _originals[model] = kept, model.register_forward_pre_hook(_announce, with_kwargs=True)
+    _originals[model] = kept, model.register_forward_pre_hook(untraced(model, _announce), with_kwargs=True)
     try:
         model.set_attn_implementation(NAME)
     except BaseException:

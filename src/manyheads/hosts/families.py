@@ -37,7 +37,14 @@ def layer_plans(model: Any) -> list[LayerPlan]:
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder or not model.can_generate() or _is_encoder(model):
         raise ValueError(f"{name} is not a causal language model: it has no cache to shrink")
-    if not getattr(config, "is_causal", True):
+    if config.model_type == "manyheads":
+        raise ValueError(
+            f"{name} keeps each layer's state in its mechanism, in a form of the mechanism's own, so that no policy "
+            "can choose what of it stays; give its layers a mechanism whose state is bounded (`manyheads list`), or "
+            "shrink a model of transformers' own"
+        )
+    # None, as some configs have it, leaves it to the head of the model.
+    if getattr(config, "is_causal", None) is False:
         raise ValueError(f"{name} has is_causal=False: tokens see the future, so nothing may be cached")
     if not model._can_set_attn_implementation():
         raise ValueError(f"{name} does not use transformers' attention interface, so its cache cannot be ragged")

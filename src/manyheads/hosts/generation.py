@@ -14,6 +14,7 @@ from torch import Tensor
 
 from manyheads.hosts.attention import attach, detach, is_attached
 from manyheads.hosts.families import TESTED, layer_plans
+from manyheads.hosts.wrappers import untraced
 
 
 def library_cache(model: Any) -> Any:
@@ -97,7 +98,7 @@ def intercepted(model: Any, check: Callable[[Any], Any]) -> Iterator[None]:
     names = ("generate", *(name for name in _CONTINUOUS if hasattr(model, name)))
     before = {name: model.__dict__[name] for name in names if name in model.__dict__}
     hooks = [
-        own.register_forward_pre_hook(_with_cache(own, check), with_kwargs=True)
+        own.register_forward_pre_hook(untraced(model, _with_cache(own, check)), with_kwargs=True)
         for own in {id(own): own for own in (model, model.base_model)}.values()
     ]
     model.generate = _cached_generate(model, model.generate, check)
@@ -168,6 +169,8 @@ def _cached_generate(model: Any, generate: Callable[..., Any], check: Callable[[
             # Made while the model still says how many layers it has.
             exits.append(check(None))
         cache = kwargs["past_key_values"] = check(given)
+        if resolved.prefill_chunk_size is not None and not cache.get_seq_length():
+            cache.expect(_prompt_tokens(kwargs))
         try:
             return _generated(generate, kwargs, cache, resolved)
         finally:
@@ -176,6 +179,12 @@ def _cached_generate(model: Any, generate: Callable[..., Any], check: Callable[[
             check(cache)
 
     return with_cache
+
+
+def _prompt_tokens(kwargs: dict[str, Any]) -> int:
+    """Tokens of the prompt that a call of generate was given, 1 where there is none."""
+    given = [kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None]
+    return int(given[-1].shape[1]) if given else 1
 
 
 def _caching(config: Any) -> dict[str, Any]:

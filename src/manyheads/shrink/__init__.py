@@ -1,9 +1,13 @@
 """Smaller key-value caches for Hugging Face models, per head and for real."""
 
+from typing import Any
+
+from manyheads.shrink import hints
 from manyheads.shrink.policies import (
     H2O,
     TOVA,
     AdaKV,
+    Composed,
     Duo,
     ExpectedAttention,
     Full,
@@ -26,6 +30,7 @@ __all__ = [
     "H2O",
     "TOVA",
     "AdaKV",
+    "Composed",
     "Duo",
     "ExpectedAttention",
     "Full",
@@ -44,3 +49,11 @@ __all__ = [
     "plan_spans",
     "release",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    told = hints.of_press(name, __all__)
+    if told is not None:
+        # An AttributeError's words would be lost on the way to who imports.
+        raise ImportError(told)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ nothing dropped it is simply a cache that does not copy itself for every token.
 from __future__ import annotations
 
 import weakref
+from functools import cache as remembered
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from manyheads.hosts.attend import Mask, Scoring, causal_attention, masked_attention, one_query, pack, with_bias
 from manyheads.hosts.attention import Visibility, is_attached
 from manyheads.hosts.families import layer_plans
+from manyheads.hosts.wrappers import is_compiled
 from manyheads.shrink.compress import Pass, make_room, shrink, trim
 from manyheads.shrink.store import Group, Store, room_for
 from manyheads.shrink.trial import Trial, in_parts, starts_again, without_last
@@ -116,6 +118,12 @@ class RaggedLayer(CacheLayerMixin):
     def drops(self) -> bool:
         """Whether entries leave while decoding."""
         return not self.policy.is_full and self.policy.acts(decoding=True)
+
+    @property
+    def context(self) -> int:
+        """Slots before this one are of the context: what was fed first."""
+        cache = self._cache()
+        return 1 if cache is None else cache.context
 
     @property
     def guesses(self) -> int | None:
@@ -281,6 +289,18 @@ class RaggedLayer(CacheLayerMixin):
     prefetch = offload
 
 
+@remembered
+def _untraced() -> type[RaggedLayer]:
+    """For compiled models: a layer's shapes change with every token, and a graph that read them would be compiled anew
+    as often. Made when asked for, since torch's compiler takes a second to import."""
+
+    class Untraced(RaggedLayer):
+        update = torch.compiler.disable(RaggedLayer.update)
+        attend = torch.compiler.disable(RaggedLayer.attend)
+
+    return Untraced
+
+
 class RaggedCache(Cache):
     """One RaggedLayer per layer of the model. Made by `policy.make_cache(model)`."""
 
@@ -293,7 +313,11 @@ class RaggedCache(Cache):
         self._closed = self.assists = False
         # Tokens at the end of a pass that may be taken back, where its call tells.
         self.guesses: int | None = None
-        super().__init__(layers=[RaggedLayer(self, i, own.window) for i, own in enumerate(plans)])
+        # A pass that begins before this slot is of the context.
+        self.context = 1
+        made = _untraced() if is_compiled(model) else RaggedLayer
+        super().__init__(layers=[made(self, i, own.window) for i, own in enumerate(plans)])
+        policy.check_layers(self.depth)
         policy.prepare(model, self)
 
     def begin(self, *, use_cache: bool | None, logits_to_keep: Any, position_ids: Tensor | None) -> None:
@@ -314,6 +338,16 @@ class RaggedCache(Cache):
         known = isinstance(logits_to_keep, int) and logits_to_keep > 0
         self.guesses = logits_to_keep - 1 + self.assists if known else None
 
+    def expect(self, tokens: int) -> None:
+        """The next `tokens` tokens are one context, in however many passes they come; for an empty cache. Without this
+        the first pass is. generate inside a policy's block says it for its chunks."""
+        if self.get_seq_length():
+            raise ValueError(
+                f"expect({tokens}): the cache holds {self.get_seq_length()} tokens, so its context is there already; "
+                "say it before the first pass, or after reset()"
+            )
+        self.context = tokens
+
     def assist(self) -> None:
         """For the cache of a model that guesses for another: the token before its guesses is taken back with them."""
         self.assists = True
@@ -321,7 +355,7 @@ class RaggedCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self._closed = False
+        self._closed, self.context = False, 1
 
     @property
     def nbytes(self) -> int:

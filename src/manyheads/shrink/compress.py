@@ -178,26 +178,34 @@ class View:
 
 def shrink(layer: Any, passes: list[Pass]) -> None:
     """After attention: notes are brought up to date, and what is over the policy's budget leaves."""
-    policy = layer.policy
     count = passes[-1].queries.shape[3]
     decoding = count == 1 or (layer.record_past and passes[-1].seen.offset > 0)
-    acts = policy.acts(decoding)
-    if not policy.is_full and (acts or policy.observes):
+    context = passes[0].seen.offset < layer.context
+    parts = [own for own in layer.policy.parts if not own.is_full]
+    acting = [own for own in parts if own.acts(decoding=decoding, context=context)]
+    if acting or any(own.observes for own in parts):
         views = _views(layer, passes)
-        for view in views:
-            policy.observe(view)
-        if acts:
-            _evict(layer, views, coming=0, least=policy.interval if decoding else 1, fresh=not decoding)
+        for own in parts:
+            for view in views:
+                own.observe(view)
+        for i, own in enumerate(acting):
+            if i:
+                # Attention's own weights are of entries that may have left.
+                views = _views(layer, [replace(done, weights=()) for done in passes])
+            _evict(layer, own, views, coming=0, least=own.interval if decoding else 1, fresh=not decoding)
     if not layer.record_past:
         trim(layer)
 
 
 def make_room(layer: Any, coming: int) -> None:
     """Before tokens come, for policies whose rule needs no scores: after this pass the budget still holds."""
-    policy = layer.policy
-    if policy.is_full or not policy.evicts_before or layer.last is None or not policy.acts(coming == 1):
+    if layer.last is None:
         return
-    _evict(layer, _views(layer, [layer.last], coming), coming=coming, least=policy.interval, fresh=False)
+    context = layer.seen < layer.context
+    for own in layer.policy.parts:
+        if own.evicts_before and not own.is_full and own.acts(decoding=coming == 1, context=context):
+            views = _views(layer, [layer.last], coming)
+            _evict(layer, own, views, coming=coming, least=own.interval, fresh=False)
 
 
 def _views(layer: Any, passes: list[Pass], coming: int = 0) -> list[View]:
@@ -206,16 +214,15 @@ def _views(layer: Any, passes: list[Pass], coming: int = 0) -> list[View]:
     return [View(group, place, passes, *fixed, **own) for place, group in enumerate(layer.store.groups)]
 
 
-def _evict(layer: Any, views: list[View], *, coming: int, least: int, fresh: bool) -> None:
+def _evict(layer: Any, policy: Any, views: list[View], *, coming: int, least: int, fresh: bool) -> None:
     """Down to the targets, where some head is at least `least` entries above its own (with those that are coming)."""
-    policy = layer.policy
     if fresh and policy.allocation is not None:
-        targets = _shared_out(layer, views, coming)
+        targets = _shared_out(layer, policy, views, coming)
     else:
-        found = _targets(layer, views[0], coming, fresh)
+        found = _targets(layer, policy, views[0], coming, fresh)
         if found.over < least:
             return
-        if found.over == 1 and found.even is not None and _replaces(layer, views, found):
+        if found.over == 1 and found.even is not None and _replaces(layer, policy, views, found):
             return
         targets = found.entries
     _set_targets(views, targets)
@@ -224,10 +231,9 @@ def _evict(layer: Any, views: list[View], *, coming: int, least: int, fresh: boo
         policy.placed(layer, view)
 
 
-def _shared_out(layer: Any, views: list[View], coming: int) -> Tensor:
+def _shared_out(layer: Any, policy: Any, views: list[View], coming: int) -> Tensor:
     """Targets from the policy's allocation. Shares of the budget are given out once, on the whole prompt; later tokens
     keep to them."""
-    policy = layer.policy
     base = policy.mean_target(layer, views[0])
     # What a head keeps whatever its budget is not there to be shared out.
     spared = policy.smallest - 1
@@ -249,11 +255,12 @@ class _Targets(NamedTuple):
     even: Tensor | None
 
 
-def _targets(layer: Any, view: View, coming: int, fresh: bool) -> _Targets:
+def _targets(layer: Any, policy: Any, view: View, coming: int, fresh: bool) -> _Targets:
     """Layers that hold alike are told alike: what the first of them finds out serves all."""
-    policy, lengths = layer.policy, layer.store.lengths()
-    apart = policy.by_layer or layer.shares is not None or layer.window is not None
-    asked = (coming, fresh, tuple(lengths), layer.index if apart else None)
+    lengths = layer.store.lengths()
+    shares = None if policy.allocation is None else layer.shares
+    apart = policy.apart or shares is not None or layer.window is not None
+    asked = (id(policy), coming, fresh, tuple(lengths), layer.index if apart else None)
     # The padding itself, not what it says: every layer of a pass is given the same tensor.
     moment = (layer.seen, view.passes[-1].seen.padding)
     at, told = view.shared.get(f"targets {coming}", ((None, None), {}))
@@ -264,8 +271,8 @@ def _targets(layer: Any, view: View, coming: int, fresh: bool) -> _Targets:
         return known
     mean = policy.mean_target(layer, view)
     targets = policy.targets(mean, layer, len(lengths))
-    if layer.shares is not None and not fresh:
-        targets = (layer.shares * mean.floor()[:, None]).round().long()
+    if shares is not None and not fresh:
+        targets = (shares * mean.floor()[:, None]).round().long()
     targets = _less(policy, targets, coming)
     above = torch.tensor(lengths)[None] - targets
     even = int(above.min()) == int(above.max()) and len(set(lengths)) == 1
@@ -279,10 +286,10 @@ def _less(policy: Any, targets: Tensor, coming: int) -> Tensor:
     return (targets - coming).clamp_min(policy.smallest - 1) if coming else targets
 
 
-def _replaces(layer: Any, views: list[View], targets: _Targets) -> bool:
+def _replaces(layer: Any, policy: Any, views: list[View], targets: _Targets) -> bool:
     """Decoding as it mostly is: every head is one entry over, and every row holds one at every place. Then the last
     entry takes the place of the one that leaves, and nothing is ranked or counted."""
-    policy, seen = layer.policy, views[0].passes[-1].seen
+    seen = views[0].passes[-1].seen
     plain = seen.padding is None and seen.tensor is None and layer.window is None
     if not plain or not policy.drops_alone or not all(view.group.simple for view in views):
         return False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from manyheads.shrink.hints import Hinted
 
 if TYPE_CHECKING:
     from manyheads.hosts.attend import Scoring
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from manyheads.shrink.store import Codec, Group
 
 PER = ("head", "layer", "model")
-WHEN = ("prefill", "decode", "both")
+WHEN = ("prefill", "passes", "decode", "both")
 
 
 class Allocation(Protocol):
@@ -36,18 +39,20 @@ class Storage(Protocol):
 
 
 @dataclass(kw_only=True)
-class Rules:
+class Rules(Hinted):
     """Budget and moment, common to all policies. At most one budget; none keeps everything.
 
     compression_ratio: the share of the tokens that is dropped (0.75 keeps a quarter). budget_tokens: entries for each
     KV head on average; budget_bytes: bytes for the whole cache; budget_per="head", "layer" or "model" counts either
-    otherwise.
-    when: at prefill (passes of several tokens), at decode (single tokens), or both. interval: decoding lets a head grow
-    this many entries over before it is cut back. storage: Quantised(bits=4) holds keys and values as codes.
+    otherwise. The first two may be lists, one number for each layer.
+    when: "prefill" drops once, from the context, which is the first pass (or the prompt that generate feeds in chunks),
+    and keeps all that follows; "passes" at every pass of several tokens, so that a question competes with the context;
+    "decode" at single tokens; "both" at all. interval: decoding lets a head grow this many entries over before it is
+    cut back. storage: Quantised(bits=4) holds keys and values as codes.
     """
 
-    compression_ratio: float | None = None
-    budget_tokens: int | None = None
+    compression_ratio: float | Sequence[float] | None = None
+    budget_tokens: int | Sequence[int] | None = None
     budget_bytes: int | None = None
     budget_per: str | None = None
     when: str = "both"
@@ -78,12 +83,8 @@ class Rules:
         }
         if len(given) > 1:
             raise ValueError(f"{name}: one budget, please; got {', '.join(given)}")
-        ratio = self.compression_ratio
-        if ratio is not None and not 0 <= ratio < 1:
-            raise ValueError(f"{name}: compression_ratio is the share that is dropped, from 0 to below 1; got {ratio}")
-        for key in ("budget_tokens", "budget_bytes"):
-            if key in given and (not isinstance(given[key], int) or given[key] < 1):
-                raise ValueError(f"{name}: {key} must be a whole number of at least 1; got {given[key]!r}")
+        self._check_sizes()
+        self._check_lists()
         if self.budget_per is not None and self.budget_per not in PER:
             raise ValueError(f"{name}: budget_per is one of {', '.join(PER)}; got {self.budget_per!r}")
         if self.budget_per is not None and self.budget_tokens is None and self.budget_bytes is None:
@@ -93,10 +94,48 @@ class Rules:
         if not isinstance(self.interval, int) or self.interval < 1:
             raise ValueError(f"{name}: interval must be a whole number of tokens of at least 1; got {self.interval!r}")
         _check_storage(name, self.storage)
-        if self.budget_tokens is not None and self.budget_per in (None, "head") and self.budget_tokens < self.smallest:
+        least = min(each(self.budget_tokens), default=None)
+        if least is not None and self.budget_per in (None, "head") and least < self.smallest:
+            raise ValueError(f"{name}: budget_tokens={least} is below the {self.smallest} that it always keeps")
+
+    def _check_sizes(self) -> None:
+        name = type(self).__name__
+        for ratio in each(self.compression_ratio):
+            if not 0 <= ratio < 1:
+                raise ValueError(
+                    f"{name}: compression_ratio is the share that is dropped, from 0 to below 1; got {ratio}"
+                )
+        of_bytes = [] if self.budget_bytes is None else [self.budget_bytes]
+        for key, sizes in (("budget_tokens", each(self.budget_tokens)), ("budget_bytes", of_bytes)):
+            for own in sizes:
+                if not isinstance(own, int) or own < 1:
+                    raise ValueError(f"{name}: {key} must be a whole number of at least 1; got {own!r}")
+
+    def _check_lists(self) -> None:
+        """Budgets of each layer: for policies that tell their heads nothing but what their layer is told."""
+        name, by_layer = type(self).__name__, [key for key in _LISTS if is_list(getattr(self, key))]
+        if not by_layer:
+            return
+        key = by_layer[0]
+        if self.by_layer or self.reads:
+            raise ValueError(f"{name} shares its budget out by itself; give {key} as one number, not a list by layers")
+        if self.budget_per == "model":
+            raise ValueError(f"{name}: a list of {key} is for layers; budget_per is 'head' or 'layer' there")
+        if getattr(self.allocation, "across_layers", False):
             raise ValueError(
-                f"{name}: budget_tokens={self.budget_tokens} is below the {self.smallest} that it always keeps"
+                f"{name}: {type(self.allocation).__name__} shares one budget out among the layers; leave it out, or "
+                f"give {key} as one number"
             )
+
+    def check_layers(self, layers: int) -> None:
+        """Lists have a number for each layer of the model."""
+        for key in _LISTS:
+            given = getattr(self, key)
+            if is_list(given) and len(given) != layers:
+                raise ValueError(
+                    f"{type(self).__name__}: {key} has {len(given)} numbers, and the model {layers} layers; "
+                    "give as many"
+                )
 
     def _check_reads(self) -> None:
         name = type(self).__name__
@@ -127,8 +166,13 @@ class Rules:
         return 1
 
     @property
+    def apart(self) -> bool:
+        """Whether layers with different numbers may be told different targets."""
+        return self.by_layer or any(is_list(getattr(self, key)) for key in _LISTS)
+
+    @property
     def is_full(self) -> bool:
-        none = not self.compression_ratio and self.budget_tokens is None and self.budget_bytes is None
+        none = not any(each(self.compression_ratio)) and self.budget_tokens is None and self.budget_bytes is None
         return none or self.reads
 
     def score(self, view: View) -> Tensor:
@@ -163,14 +207,22 @@ class Rules:
 
     # What the cache asks.
 
-    def acts(self, decoding: bool) -> bool:
-        return self.when == "both" or self.when == ("decode" if decoding else "prefill")
+    @property
+    def parts(self) -> tuple[Rules, ...]:
+        """Policies that act one after the other."""
+        return (self,)
+
+    def acts(self, *, decoding: bool, context: bool = False) -> bool:
+        """decoding: whether tokens come one by one. context: whether the pass is of the text that came first."""
+        moments = {"prefill": context and not decoding, "passes": not decoding, "decode": decoding, "both": True}
+        return moments[self.when]
 
     def mean_target(self, layer: Any, view: View) -> Tensor:
         """[b or 1]: entries per head, on average."""
-        if self.compression_ratio is not None:
+        ratio = of_layer(self.compression_ratio, layer.index)
+        if ratio is not None:
             # As exact as the ratio was written: 10 tokens less a ratio of 0.9 is one token, not 0.99999.
-            return (view.fed.cpu().double() * (1 - self.compression_ratio) + 1e-9).floor()
+            return (view.fed.cpu().double() * (1 - ratio) + 1e-9).floor()
         return torch.tensor([self.fixed_target(layer)], dtype=torch.float64)
 
     def fixed_target(self, layer: Any) -> float:
@@ -178,7 +230,8 @@ class Rules:
         heads = sum(len(group.heads) for group in groups)
         if self.budget_tokens is not None:
             share = {"head": 1, "layer": heads, "model": heads * layer.layers}[self.budget_per or "head"]
-            return self._enough(self.budget_tokens / share, "budget_tokens", self.budget_tokens)
+            tokens: int = of_layer(self.budget_tokens, layer.index)
+            return self._enough(tokens / share, "budget_tokens", tokens)
         assert self.budget_bytes is not None
         batch = groups[0].rows["keys"].shape[0]
         fixed = 0 if layer.store.codec is None else layer.store.codec.fixed_nbytes()
@@ -204,6 +257,22 @@ class Rules:
         return {
             field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None
         }
+
+
+_LISTS = ("compression_ratio", "budget_tokens")
+
+
+def is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def each(value: Any) -> list[Any]:
+    """The numbers of a list, or the one number; none for None."""
+    return list(value) if is_list(value) else [] if value is None else [value]
+
+
+def of_layer(value: Any, index: int) -> Any:
+    return value[index] if is_list(value) else value
 
 
 def _check_storage(name: str, storage: Any) -> None:

@@ -217,7 +217,9 @@ class Group:
                 row.select(2, at).copy_(row.select(2, last))
             else:
                 index = hole.view(*hole.shape, *(1,) * (row.dim() - 2)).expand(*hole.shape, 1, *row.shape[3:])
-                row.scatter_(2, index, row.narrow(2, last, 1))
+                end = row.narrow(2, last, 1)
+                # One row of one head lies in one piece, which scatter sees to be its own and refuses.
+                row.scatter_(2, index, end.clone() if hole.numel() == 1 else end)
         self.length -= 1
         queue, self._queue = self._queue, None
         if queue and isinstance(hole, int) and queue[0] == hole and queue[-1] == self.length:

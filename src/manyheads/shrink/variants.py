@@ -81,7 +81,9 @@ def budget_text(budget: Budget) -> str:
 def known_policies() -> dict[str, type[Policy]]:
     """Exported policies by their names in small letters."""
     found = [getattr(policies, name) for name in policies.__all__]
-    return {cls.__name__.lower(): cls for cls in found if isinstance(cls, type) and issubclass(cls, Policy)}
+    # What is made of other policies is written in Python.
+    made = [cls for cls in found if isinstance(cls, type) and issubclass(cls, Policy) and "parts" not in vars(cls)]
+    return {cls.__name__.lower(): cls for cls in made}
 
 
 def find_policy(name: str) -> type[Policy]:

@@ -1,6 +1,7 @@
 """One method, one file."""
 
 from manyheads.shrink.policies.allocations import AdaKV, PyramidKV
+from manyheads.shrink.policies.composed import Composed
 from manyheads.shrink.policies.duo import Duo
 from manyheads.shrink.policies.expected import ExpectedAttention
 from manyheads.shrink.policies.full import Full
@@ -19,6 +20,7 @@ __all__ = [
     "H2O",
     "TOVA",
     "AdaKV",
+    "Composed",
     "Duo",
     "ExpectedAttention",
     "Full",

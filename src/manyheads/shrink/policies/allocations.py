@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from manyheads.shrink.hints import Hinted
+
 
 @dataclass(frozen=True, kw_only=True)
-class AdaKV:
+class AdaKV(Hinted):
     """Claim: heads that spread their attention need more of a layer's budget than heads that focus.
 
     Every head is sure of floor * mean entries, its own best; the rest of the layer's budget goes to the best scores of
@@ -46,7 +49,7 @@ class AdaKV:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidKV:
+class PyramidKV(Hinted):
     """Claim: lower layers spread their attention and upper ones funnel it, so budgets should fall with depth.
 
     budget(l) = high - (high - low) l / (L - 1), low = mean / beta, high = 2 mean - low, so that the mean over the L
@@ -55,6 +58,7 @@ class PyramidKV:
     """
 
     beta: float = 20.0
+    across_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.beta < 1:

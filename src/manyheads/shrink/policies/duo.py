@@ -32,6 +32,7 @@ class Duo(Policy):
     sink_size + recent_size and itself; here room is made before it, and it is one of the recent ones, as in training.
     """
 
+    compression_ratio: float | None = None
     gates: list[list[float]] = field(default_factory=list)
     sink_size: int = 64
     recent_size: int = 256

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manyheads.functional.rotary import turn
-from manyheads.shrink.compress import Pass, View
+from manyheads.shrink.compress import View
 from manyheads.shrink.policy import Policy
 
 
@@ -25,6 +25,8 @@ class ExpectedAttention(Policy):
     rotary=False takes queries as they are, for models without rotary positions.
     """
 
+    # A bunch of queries joins the statistics, and a bunch of entries is scored, in the time of one.
+    interval: int = 16
     n_future_positions: int = 512
     sink_size: int = 4
     use_covariance: bool = True
@@ -64,34 +66,49 @@ class ExpectedAttention(Policy):
             layer.angles = angles
 
     def observe(self, view: View) -> None:
-        """Counts, means and scatter of all queries so far; each head's once, with the group that it is in."""
-        b, heads, repeat, _, d = view.passes[-1].queries.shape
-        memo, index = view.memo, view.group.index
-        if not memo:
-            wide = torch.promote_types(view.keys.dtype, torch.float32)
-            memo["asked"] = view.keys.new_zeros((b, heads), dtype=wide)
-            memo["mean"] = view.keys.new_zeros((b, heads, repeat, d), dtype=wide)
-            if self.use_covariance:
-                memo["scatter"] = view.keys.new_zeros((b, heads, repeat, d, d), dtype=wide)
+        """Counts, means and scatter of all queries so far, of all heads at once. Decoded ones wait until they are
+        `interval`, or are asked for: so many take no longer than one."""
+        if view.place:
+            return
+        memo = view.memo
         for done in view.passes:
-            own = {name: row.index_select(1, index) for name, row in memo.items()}
-            for name, row in _joined(own, *self._unturned(view, done)).items():
-                memo[name].index_copy_(1, index, row)
+            if not memo:
+                memo |= self._nothing(done.queries)
+            count, offset = done.queries.shape[3], done.seen.offset
+            held = [memo.pop("waiting")] if "waiting" in memo else []
+            waiting = torch.cat([*held, done.queries], 3)
+            if count == 1 and waiting.shape[3] < self.interval:
+                memo["waiting"] = waiting
+            else:
+                self._join(view, waiting, offset + count)
 
-    def _unturned(self, view: View, done: Pass) -> tuple[Tensor, Tensor]:
-        """The pass's queries [b, g, r, n, d] as before rotation, and which of them count, [b or 1, n]."""
-        queries = done.queries.index_select(1, view.group.index)
-        slots = torch.arange(queries.shape[3], device=queries.device) + done.seen.offset
+    def _nothing(self, queries: Tensor) -> dict[str, Tensor]:
+        b, heads, repeat, _, d = queries.shape
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        none = {
+            "asked": queries.new_zeros((b, heads), dtype=wide),
+            "mean": queries.new_zeros((b, heads, repeat, d), dtype=wide),
+        }
+        if self.use_covariance:
+            none["scatter"] = queries.new_zeros((b, heads, repeat, d, d), dtype=wide)
+        return none
+
+    def _join(self, view: View, queries: Tensor, end: int) -> None:
+        """Adds the queries [b, H, r, n, d] of the n tokens before slot `end`, turned back to before rotation."""
+        memo, padding = view.memo, view.passes[-1].seen.padding
+        slots = torch.arange(end - queries.shape[3], end, device=queries.device)
         positions, real = slots[None], torch.ones_like(slots, dtype=torch.bool)[None]
-        if done.seen.padding is not None:
-            positions = (done.seen.padding.long().cumsum(1) - 1)[:, slots]
-            real = done.seen.padding[:, slots]
-        queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+        if padding is not None:
+            positions, real = (padding.long().cumsum(1) - 1)[:, slots], padding[:, slots]
+        queries = queries.to(memo["mean"].dtype)
         if view.angles is not None:
             queries = turn(queries, -positions[:, None, None], view.angles.to(queries.device))
-        return queries, real & (positions >= self.sink_size)
+        memo |= _joined(memo, queries, real & (positions >= self.sink_size))
 
     def score(self, view: View) -> Tensor:
+        if "waiting" in view.memo:
+            last = view.passes[-1]
+            self._join(view, view.memo.pop("waiting"), last.seen.offset + last.queries.shape[3])
         memo, index, scale = view.memo, view.group.index, view.passes[-1].scoring.scale
         asked = memo["asked"].index_select(1, index).clamp_min(1)
         mean = memo["mean"].index_select(1, index)

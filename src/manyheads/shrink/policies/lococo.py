@@ -169,7 +169,7 @@ class _Record(Policy):
     def is_full(self) -> bool:
         return False
 
-    def acts(self, decoding: bool) -> bool:
+    def acts(self, *, decoding: bool, context: bool = False) -> bool:
         return False
 
     def observe(self, view: View) -> None:
@@ -245,7 +245,7 @@ def _check_fit(model: Any, ids: Tensor, policy: LoCoCo, prefix: int, kernel_size
         raise ValueError(f"fit_lococo: {type(model).__name__} has sliding windows, behind which nothing is compressed")
     if ids.dim() != 2 or not 0 < prefix < ids.shape[1]:
         raise ValueError(f"fit_lococo: ids must be [rows, n] with n above prefix={prefix}; got {tuple(ids.shape)}")
-    if policy.budget_tokens is None or not policy.smallest <= policy.budget_tokens < prefix:
+    if not isinstance(policy.budget_tokens, int) or not policy.smallest <= policy.budget_tokens < prefix:
         raise ValueError(
             f"fit_lococo: the policy needs budget_tokens from {policy.smallest} to below prefix={prefix}; "
             f"got {policy.budget_tokens}"

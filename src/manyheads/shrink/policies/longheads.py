@@ -37,6 +37,7 @@ class LongHeads(Policy):
     where no keys are shared. Layers with a sliding window read their window. Padding must stand left of the text.
     """
 
+    budget_tokens: int | None = None
     chunk_size: int = 256
     begin_selective_length: int | None = None
     reads: ClassVar[bool] = True

@@ -34,6 +34,7 @@ class Razor(Policy):
     decoded tokens join the mean as they leave. Layers with a sliding window drop without a summary.
     """
 
+    compression_ratio: float | None = None
     echo: Table | None = None
     induction: Table | None = None
     retrieval: Sequence[tuple[int, int]] | None = None

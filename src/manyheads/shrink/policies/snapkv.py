@@ -31,7 +31,7 @@ class SnapKV(Policy):
             raise ValueError(f"SnapKV: window_size must be a whole number of at least 1; got {self.window_size!r}")
         if not isinstance(self.kernel_size, int) or self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"SnapKV: kernel_size must be odd; got {self.kernel_size!r}")
-        if self.when != "prefill":
+        if self.when not in ("prefill", "passes"):
             raise ValueError(f"SnapKV reads the end of a prompt: when={self.when!r} is not possible; use TOVA or H2O")
         super().__post_init__()
 

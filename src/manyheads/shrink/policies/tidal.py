@@ -29,6 +29,7 @@ class TidalDecode(Policy):
     choose must have none.
     """
 
+    budget_tokens: int | None = None
     top_k: int | None = None
     sparse_layer_start: int = 2
     correction_layer: int | None = None
