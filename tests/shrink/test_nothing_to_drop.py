@@ -11,12 +11,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from manyheads.shrink import (
+    CUR,
     H2O,
     TOVA,
     AdaKV,
     Duo,
     ExpectedAttention,
+    KeyDiff,
     KeyNorm,
+    LagKV,
     LoCoCo,
     LongHeads,
     MoA,
@@ -44,6 +47,9 @@ SMALL: dict[type[Policy], dict[str, Any]] = {
     ExpectedAttention: {"sink_size": 2},
     Duo: {"gates": GATES, "sink_size": 1, "recent_size": 2},
     Razor: {"retrieval": [(0, 1)], "sink_size": 1, "recent_floor": 2},
+    KeyDiff: {},
+    LagKV: {"sink_size": 2, "lag_size": 3},
+    CUR: {"sink_size": 2, "local_window": 3},
     LoCoCo: {"mem_compress": 2, "recent_size": 2},
 }
 COVERING: dict[str, dict[str, Any]] = {

@@ -1,13 +1,16 @@
 """Smaller key-value caches for Hugging Face models, per head and for real."""
 
 from manyheads.shrink.policies import (
+    CUR,
     H2O,
     TOVA,
     AdaKV,
     Duo,
     ExpectedAttention,
     Full,
+    KeyDiff,
     KeyNorm,
+    LagKV,
     LoCoCo,
     LongHeads,
     MoA,
@@ -23,13 +26,16 @@ from manyheads.shrink.policy import Policy, release
 from manyheads.shrink.quantised import Quantised
 
 __all__ = [
+    "CUR",
     "H2O",
     "TOVA",
     "AdaKV",
     "Duo",
     "ExpectedAttention",
     "Full",
+    "KeyDiff",
     "KeyNorm",
+    "LagKV",
     "LoCoCo",
     "LongHeads",
     "MoA",
