@@ -15,6 +15,8 @@ from manyheads.shrink import (
     H2O,
     TOVA,
     AdaKV,
+    ChunkKV,
+    CriticalKV,
     Duo,
     ExpectedAttention,
     KeyDiff,
@@ -50,6 +52,8 @@ SMALL: dict[type[Policy], dict[str, Any]] = {
     KeyDiff: {},
     LagKV: {"sink_size": 2, "lag_size": 3},
     CUR: {"sink_size": 2, "local_window": 3},
+    ChunkKV: {"base": SnapKV(window_size=3, kernel_size=1), "chunk_length": 2},
+    CriticalKV: {"base": SnapKV(window_size=3, kernel_size=1)},
     LoCoCo: {"mem_compress": 2, "recent_size": 2},
 }
 COVERING: dict[str, dict[str, Any]] = {

@@ -1,6 +1,8 @@
 """One method, one file."""
 
 from manyheads.shrink.policies.allocations import AdaKV, PyramidKV
+from manyheads.shrink.policies.chunkkv import ChunkKV
+from manyheads.shrink.policies.criticalkv import CriticalKV
 from manyheads.shrink.policies.cur import CUR
 from manyheads.shrink.policies.duo import Duo
 from manyheads.shrink.policies.expected import ExpectedAttention
@@ -23,6 +25,8 @@ __all__ = [
     "H2O",
     "TOVA",
     "AdaKV",
+    "ChunkKV",
+    "CriticalKV",
     "Duo",
     "ExpectedAttention",
     "Full",
