@@ -19,6 +19,7 @@ from manyheads.shrink import (
     CriticalKV,
     Duo,
     ExpectedAttention,
+    Finch,
     KeyDiff,
     KeyNorm,
     LagKV,
@@ -54,6 +55,7 @@ SMALL: dict[type[Policy], dict[str, Any]] = {
     CUR: {"sink_size": 2, "local_window": 3},
     ChunkKV: {"base": SnapKV(window_size=3, kernel_size=1), "chunk_length": 2},
     CriticalKV: {"base": SnapKV(window_size=3, kernel_size=1)},
+    Finch: {"window_size": 3},
     LoCoCo: {"mem_compress": 2, "recent_size": 2},
 }
 COVERING: dict[str, dict[str, Any]] = {
