@@ -22,6 +22,7 @@ from manyheads.shrink import (
     Finch,
     KeyDiff,
     KeyNorm,
+    KVzip,
     LagKV,
     LoCoCo,
     LongHeads,
@@ -56,6 +57,7 @@ SMALL: dict[type[Policy], dict[str, Any]] = {
     ChunkKV: {"base": SnapKV(window_size=3, kernel_size=1), "chunk_length": 2},
     CriticalKV: {"base": SnapKV(window_size=3, kernel_size=1)},
     Finch: {"window_size": 3},
+    KVzip: {"sink_size": 2},
     LoCoCo: {"mem_compress": 2, "recent_size": 2},
 }
 COVERING: dict[str, dict[str, Any]] = {

@@ -11,6 +11,7 @@ from manyheads.shrink.policies.full import Full
 from manyheads.shrink.policies.h2o import H2O
 from manyheads.shrink.policies.key_norm import KeyNorm
 from manyheads.shrink.policies.keydiff import KeyDiff
+from manyheads.shrink.policies.kvzip import KVzip
 from manyheads.shrink.policies.lagkv import LagKV
 from manyheads.shrink.policies.lococo import LoCoCo, fit_lococo
 from manyheads.shrink.policies.longheads import LongHeads
@@ -32,6 +33,7 @@ __all__ = [
     "ExpectedAttention",
     "Finch",
     "Full",
+    "KVzip",
     "KeyDiff",
     "KeyNorm",
     "LagKV",
