@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from manyheads.hosts.attend import probabilities, query_blocks
 from manyheads.shrink.compress import View, _views
 from manyheads.shrink.policy import Policy
 from manyheads.shrink.textorder import whole_number
+from manyheads.shrink.together import after_context, budget, drop_together, real_tokens
 
 # Tokens of the chunk before that a request to repeat names; the official code's number.
 _CARRIED = 8
@@ -92,31 +92,15 @@ class KVzip(Policy):
                 f"{type(model).__name__} has layers with a sliding window, which do not see their context when it is "
                 "repeated; KVzip needs full attention in all layers"
             )
-        own = weakref.ref(cache)
-
-        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            held = own()
-            if held is None or kwargs.get("past_key_values") is not held:
-                return
-            count = held.layers[0].store.groups[0].length
-            first = count == held.get_seq_length() == _fed(kwargs).shape[1] > 1
-            if first and not held.shared.get("repeating"):
-                self._compress(module, held, kwargs)
-
-        hook = model.base_model.register_forward_hook(after, with_kwargs=True)
-        weakref.finalize(cache, hook.remove)
+        after_context(model, cache, self._compress)
 
     @torch.no_grad()
     def _compress(self, module: Any, cache: Any, kwargs: dict[str, Any]) -> None:
-        padding = kwargs.get("attention_mask")
-        if isinstance(padding, Tensor) and padding.dim() != 2:
-            raise ValueError("KVzip repeats whole rows of text; give a 2-D attention_mask [batch, tokens]")
         embedded = kwargs.get("inputs_embeds")
         if embedded is None:
             embedded = module.get_input_embeddings()(kwargs["input_ids"])
-        alive = torch.ones(embedded.shape[:2], dtype=torch.bool, device=embedded.device)
-        alive = padding.bool() if isinstance(padding, Tensor) else alive
-        if bool((self._budget(cache.layers[0], alive) >= alive.sum(1)).all()):
+        alive = real_tokens("KVzip", kwargs)
+        if bool((budget(self, cache.layers[0], alive) >= alive.sum(1)).all()):
             return
         if cache.layers[0].record_past:
             raise ValueError(
@@ -132,7 +116,7 @@ class KVzip(Policy):
             cache.shared.pop("repeating")
             for layer in cache.layers:
                 layer.record_past = False
-        self._drop(cache, scores, alive)
+        drop_together(self, cache, scores, alive)
 
     def _repeat(self, module: Any, cache: Any, embedded: Tensor, alive: Tensor) -> list[Tensor]:
         """Scores [b, H, m] of every layer."""
@@ -174,46 +158,9 @@ class KVzip(Policy):
         asked = inside.any(1, keepdim=True).expand(-1, before)
         return text, torch.cat([asked, inside], 1)
 
-    def _drop(self, cache: Any, scores: list[Tensor], alive: Tensor) -> None:
-        first = alive & (alive.long().cumsum(1) <= self.sink_size)
-        ranked = [own.masked_fill(first[:, None], torch.inf).masked_fill(~alive[:, None], -torch.inf) for own in scores]
-        layers = cache.layers
-        budget = [self._budget(layer, alive) * own.shape[1] for layer, own in zip(layers, ranked, strict=True)]
-        if self.per_layer:
-            keeps = [_best(own.flatten(1), each).view_as(own) for own, each in zip(ranked, budget, strict=True)]
-        else:
-            together = _best(torch.cat([own.flatten(1) for own in ranked], 1), torch.stack(budget).sum(0))
-            parts = together.split([own.shape[1] * own.shape[2] for own in ranked], 1)
-            keeps = [part.view_as(own) for part, own in zip(parts, ranked, strict=True)]
-        for layer, keep in zip(layers, keeps, strict=True):
-            keep = keep & alive[:, None]
-            if not bool(keep.all()):
-                layer.store.evict([keep], layer.spare, layer.slack)
-
-    def _budget(self, layer: Any, alive: Tensor) -> Tensor:
-        """[b]: entries per head, on average."""
-        count = alive.sum(1)
-        if self.compression_ratio is not None:
-            found = (count.double() * (1 - self.compression_ratio) + 1e-9).floor().long()
-        else:
-            found = torch.full_like(count, int(self.fixed_target(layer)))
-        return found.clamp_min(self.smallest)
-
-
-def _fed(kwargs: dict[str, Any]) -> Tensor:
-    given = kwargs.get("input_ids")
-    found: Tensor = kwargs["inputs_embeds"] if given is None else given
-    return found
-
 
 def _rows(embedded: Tensor, at: Tensor) -> Tensor:
     return embedded.gather(1, at[..., None].expand(-1, -1, embedded.shape[-1]))
-
-
-def _best(scores: Tensor, count: Tensor) -> Tensor:
-    """[b, x] True at the count [b] highest scores of each row."""
-    ranks = scores.argsort(-1, descending=True).argsort(-1)
-    return ranks < count[:, None]
 
 
 def _looked_at(view: View, chunk: Chunk, valid: Tensor) -> Tensor:
