@@ -255,7 +255,11 @@ class Ours(Side):
 
     def positions(self, index: int) -> Tensor:
         groups = self.cache.layers[index].store.groups
-        rows = {head: group.slots()[0, i].long() for group in groups for i, head in enumerate(group.heads)}
+        rows = {
+            head: group.slots().expand(1, len(group.heads), -1)[0, i].long()
+            for group in groups
+            for i, head in enumerate(group.heads)
+        }
         return _side_by_side([rows[head] for head in sorted(rows)])
 
     @torch.no_grad()

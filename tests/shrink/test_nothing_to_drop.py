@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_fast_kvzip import gates
 from tiny_families import prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
@@ -20,6 +21,7 @@ from manyheads.shrink import (
     CriticalKV,
     Duo,
     ExpectedAttention,
+    FastKVzip,
     Finch,
     KeyDiff,
     KeyNorm,
@@ -67,6 +69,7 @@ SMALL: dict[type[Policy], dict[str, Any]] = {
     Leverage: {},
     NonCausal: {"chunk_size": 3},
     Compactor: {"sink_size": 1, "recent_size": 1, "chunk_size": 3},
+    FastKVzip: {"gates": gates(), "sink_size": 2},
     LoCoCo: {"mem_compress": 2, "recent_size": 2},
 }
 COVERING: dict[str, dict[str, Any]] = {
@@ -81,7 +84,7 @@ COVERING: dict[str, dict[str, Any]] = {
 # Heads that keep everything have no byte budget.
 BY_HEAD = (Duo, Razor)
 # Which heads keep how much is the method itself.
-ALLOTTED = (*BY_HEAD, ChunkKV, KVzip)
+ALLOTTED = (*BY_HEAD, ChunkKV, KVzip, FastKVzip)
 ALLOCATIONS = (None, AdaKV(), PyramidKV())
 
 

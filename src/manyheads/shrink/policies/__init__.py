@@ -7,6 +7,7 @@ from manyheads.shrink.policies.criticalkv import CriticalKV
 from manyheads.shrink.policies.cur import CUR
 from manyheads.shrink.policies.duo import Duo
 from manyheads.shrink.policies.expected import ExpectedAttention
+from manyheads.shrink.policies.fast_kvzip import FastKVzip
 from manyheads.shrink.policies.finch import Finch
 from manyheads.shrink.policies.full import Full
 from manyheads.shrink.policies.h2o import H2O
@@ -37,6 +38,7 @@ __all__ = [
     "CriticalKV",
     "Duo",
     "ExpectedAttention",
+    "FastKVzip",
     "Finch",
     "Full",
     "KVzip",
