@@ -21,7 +21,7 @@ def after_context(model: Any, cache: Any, compress: Compress) -> None:
     own = weakref.ref(cache)
 
     def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        held = own()
+        held: Any = own()
         if held is None or kwargs.get("past_key_values") is not held or held.shared.get("repeating"):
             return
         if held.layers[0].store.groups[0].length == held.get_seq_length() == _fed(kwargs).shape[1] > 1:

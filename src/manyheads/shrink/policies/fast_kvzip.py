@@ -55,9 +55,7 @@ class FastKVzip(Policy):
         for i, own in enumerate(self.parts):
             missing = [name for name in _PARTS if name not in own]
             if missing:
-                raise ValueError(
-                    f"FastKVzip: the gate of layer {i} lacks {', '.join(missing)}; want {', '.join(_PARTS)}"
-                )
+                raise ValueError(f"FastKVzip: layer {i}'s gate lacks {', '.join(missing)}; want {', '.join(_PARTS)}")
         super().__post_init__()
 
     @property
@@ -100,10 +98,10 @@ class FastKVzip(Policy):
 
     def _reader(self, own: Any, layer: int) -> Any:
         def read(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            cache = own()
+            cache: Any = own()
             if cache is None or kwargs.get("past_key_values") is not cache or cache.layers[layer].seen:
                 return
-            states = kwargs.get("hidden_states", args[0] if args else None)
+            states: Any = kwargs.get("hidden_states", args[0] if args else None)
             with torch.no_grad():
                 cache.shared.setdefault("gated", {})[layer] = gated(self.parts[layer], states)
 
@@ -111,7 +109,12 @@ class FastKVzip(Policy):
 
     @torch.no_grad()
     def _compress(self, module: Any, cache: Any, kwargs: dict[str, Any]) -> None:
-        gates = cache.shared.pop("gated")
+        gates = cache.shared.pop("gated", {})
+        if len(gates) != cache.depth:
+            raise ValueError(
+                f"FastKVzip read the states of {len(gates)} of {cache.depth} attention layers of "
+                f"{type(module).__name__}: they are not passed on by the names that it knows; use KVzip"
+            )
         alive = real_tokens("FastKVzip", kwargs)
         if bool((budget(self, cache.layers[0], alive) >= alive.sum(1)).all()):
             return
