@@ -94,7 +94,7 @@ def critical(score: Score, budget: int, share: float) -> Callable[[Now], list[in
     def rule(now: Now) -> list[int]:
         own, weight = score(now), written(now, model)
         sure = best(own, max(1, int(budget * share)) if share else 0)
-        ranked = {slot: (own[slot] + 1e-4) * weight[slot] for slot in now.held} | dict.fromkeys(sure, math.inf)
+        ranked = {slot: (own[slot] + 0.05) * weight[slot] for slot in now.held} | dict.fromkeys(sure, math.inf)
         return best(ranked, budget)
 
     return rule
@@ -104,7 +104,7 @@ def critical(score: Score, budget: int, share: float) -> Callable[[Now], list[in
 def test_criticalkv(share: float) -> None:
     rule = critical(window, 12, share)
     check(
-        CriticalKV(base=SnapKV(window_size=3, kernel_size=1), budget_tokens=12, first_stage_ratio=share),
+        CriticalKV(base=SnapKV(window_size=3, kernel_size=1), budget_tokens=12, first_stage_ratio=share, epsilon=0.05),
         lambda now: now.held if now.decoding or len(now.held) <= 12 else rule(now),
     )
 
@@ -119,7 +119,7 @@ def test_criticalkv_while_decoding() -> None:
                 votes[slot] += weight / len(now.queries)
         return votes
 
-    check(CriticalKV(base=TOVA(), budget_tokens=12, when="both"), critical(last, 12, 0.5))
+    check(CriticalKV(base=TOVA(), budget_tokens=12, when="both", epsilon=0.05), critical(last, 12, 0.5))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3", "gpt_oss"])
