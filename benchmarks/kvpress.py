@@ -72,7 +72,7 @@ KEPT: dict[str, dict[str, Any]] = {
     "CUR": {"sink_size": 4, "local_window": 16},
     "Compactor": {"sink_size": 8, "recent_size": 8, "chunk_size": 16, "sketch_dimension": 48},
     "NonCausal": {"chunk_size": 128},
-    "SimLayerKV": {"lazy_threshold": 0.5, "recent_size": 128},
+    "SimLayerKV": {"lazy_threshold": 0.2, "recent_size": 128},
 }
 # What tests/shrink holds on a tiny model, by windows and chunks that fit its 96 tokens. KVzip is not there: its press
 # fails in float64.
@@ -94,7 +94,7 @@ STORED: list[tuple[str, dict[str, Any]]] = [
     ("CUR", {"sink_size": 4, "local_window": 16}),
     ("Compactor", {"sink_size": 8, "recent_size": 8, "chunk_size": 16, "sketch_dimension": 8}),
     ("NonCausal", {"chunk_size": 32}),
-    ("SimLayerKV", {"lazy_threshold": 0.4, "recent_size": 16}),
+    ("SimLayerKV", {"lazy_threshold": 0.2, "recent_size": 16}),
 ]
 # They feed the context a second time, so that every case runs it anew, as tokens.
 AGAIN = ("KVzip",)
