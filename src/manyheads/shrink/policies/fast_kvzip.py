@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ class FastKVzip(Policy):
 
     def _reader(self, own: Any, layer: int) -> Any:
         def read(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            cache: Any = own()
+            cache = cast(Any, own())
             if cache is None or kwargs.get("past_key_values") is not cache or cache.layers[layer].seen:
                 return
             states: Any = kwargs.get("hidden_states", args[0] if args else None)
