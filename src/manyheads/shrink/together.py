@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ def after_context(model: Any, cache: Any, compress: Compress) -> None:
     own = weakref.ref(cache)
 
     def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        held = cast(Any, own())
-        if held is None or kwargs.get("past_key_values") is not held or held.shared.get("repeating"):
+        held = own()
+        if held is None:
+            return
+        if kwargs.get("past_key_values") is not held or held.shared.get("repeating"):
             return
         if held.layers[0].store.groups[0].length == held.get_seq_length() == _fed(kwargs).shape[1] > 1:
             compress(module, held, kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,10 @@ class FastKVzip(Policy):
 
     def _reader(self, own: Any, layer: int) -> Any:
         def read(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            cache = cast(Any, own())
-            if cache is None or kwargs.get("past_key_values") is not cache or cache.layers[layer].seen:
+            cache = own()
+            if cache is None:
+                return
+            if kwargs.get("past_key_values") is not cache or cache.layers[layer].seen:
                 return
             states: Any = kwargs.get("hidden_states", args[0] if args else None)
             with torch.no_grad():
