@@ -21,10 +21,10 @@ def after_context(model: Any, cache: Any, compress: Compress) -> None:
     own = weakref.ref(cache)
 
     def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        held = own()
-        if held is None:
+        held = kwargs.get("past_key_values")
+        if held is not own():
             return
-        if kwargs.get("past_key_values") is not held or held.shared.get("repeating"):
+        if held is None or held.shared.get("repeating"):
             return
         if held.layers[0].store.groups[0].length == held.get_seq_length() == _fed(kwargs).shape[1] > 1:
             compress(module, held, kwargs)

@@ -98,10 +98,10 @@ class FastKVzip(Policy):
 
     def _reader(self, own: Any, layer: int) -> Any:
         def read(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            cache = own()
-            if cache is None:
+            cache = kwargs.get("past_key_values")
+            if cache is not own():
                 return
-            if kwargs.get("past_key_values") is not cache or cache.layers[layer].seen:
+            if cache is None or cache.layers[layer].seen:
                 return
             states: Any = kwargs.get("hidden_states", args[0] if args else None)
             with torch.no_grad():
