@@ -6,23 +6,37 @@ from typing import Any
 
 import pytest
 import torch
+from test_fast_kvzip import gates
 from tiny_families import prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
 from manyheads.shrink import (
+    CUR,
     H2O,
     TOVA,
     AdaKV,
+    ChunkKV,
+    Compactor,
+    CriticalKV,
     Duo,
     ExpectedAttention,
+    FastKVzip,
+    Finch,
+    KeyDiff,
     KeyNorm,
+    KVzip,
+    LagKV,
+    Leverage,
     LoCoCo,
     LongHeads,
     MoA,
+    NonCausal,
     Policy,
     PyramidKV,
+    QFilters,
     Razor,
+    SimLayerKV,
     SnapKV,
     StreamingLLM,
     TidalDecode,
@@ -44,6 +58,18 @@ SMALL: dict[type[Policy], dict[str, Any]] = {
     ExpectedAttention: {"sink_size": 2},
     Duo: {"gates": GATES, "sink_size": 1, "recent_size": 2},
     Razor: {"retrieval": [(0, 1)], "sink_size": 1, "recent_floor": 2},
+    KeyDiff: {},
+    LagKV: {"sink_size": 2, "lag_size": 3},
+    CUR: {"sink_size": 2, "local_window": 3},
+    ChunkKV: {"base": SnapKV(window_size=3, kernel_size=1), "chunk_length": 2},
+    CriticalKV: {"base": SnapKV(window_size=3, kernel_size=1)},
+    Finch: {"window_size": 3},
+    KVzip: {"sink_size": 2},
+    QFilters: {"filters": torch.ones(3, 2, 8)},
+    Leverage: {},
+    NonCausal: {"chunk_size": 3},
+    Compactor: {"sink_size": 1, "recent_size": 1, "chunk_size": 3},
+    FastKVzip: {"gates": gates(), "sink_size": 2},
     LoCoCo: {"mem_compress": 2, "recent_size": 2},
 }
 COVERING: dict[str, dict[str, Any]] = {
@@ -55,14 +81,16 @@ COVERING: dict[str, dict[str, Any]] = {
     "beyond the positions": {"budget_tokens": 10**6},
     "bytes": {"budget_bytes": 10**6},
 }
-# Heads that keep everything have no byte budget, and which keep how much is the method itself.
+# Heads that keep everything have no byte budget.
 BY_HEAD = (Duo, Razor)
+# Which heads keep how much is the method itself.
+ALLOTTED = (*BY_HEAD, ChunkKV, KVzip, FastKVzip)
 ALLOCATIONS = (None, AdaKV(), PyramidKV())
 
 
 def cases() -> list[Any]:
     found = [
-        pytest.param(cls, own | budget, ALLOCATIONS[: 1 if cls in BY_HEAD else None], id=f"{cls.__name__}-{name}")
+        pytest.param(cls, own | budget, ALLOCATIONS[: 1 if cls in ALLOTTED else None], id=f"{cls.__name__}-{name}")
         for cls, own in SMALL.items()
         for name, budget in COVERING.items()
         if not (name == "bytes" and cls in BY_HEAD)
@@ -71,6 +99,8 @@ def cases() -> list[Any]:
         (MoA, {"rule": (0, 1), "sink_size": 0}),
         (LongHeads, {"budget_tokens": 32, "chunk_size": 8}),
         (TidalDecode, {"budget_tokens": 32, "sparse_layer_start": 1}),
+        (SimLayerKV, {"lazy_threshold": 1.0}),
+        (SimLayerKV, {"lazy_threshold": 0.0, "recent_size": TOKENS}),
     ):
         found.append(pytest.param(cls, settings, (None,), id=cls.__name__))
     return found
@@ -79,7 +109,7 @@ def cases() -> list[Any]:
 def test_no_policy_is_left_out() -> None:
     exported = {getattr(policies, name) for name in policies.__all__}
     known = {own for own in exported if isinstance(own, type) and issubclass(own, Policy)}
-    assert known == {*SMALL, MoA, LongHeads, TidalDecode, policies.Full, policies.Composed}
+    assert known == {*SMALL, MoA, LongHeads, SimLayerKV, TidalDecode, policies.Full, policies.Composed}
 
 
 def turns(model: Any, cache: Any, tokens: Tensor, padding: Tensor) -> Tensor:

@@ -129,11 +129,12 @@ def _check_arguments(cls: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def _resolved(value: Any) -> Any:
-    """What can only be written as a name, allocation=adakv or storage=quantised(bits=8), as the object of that name."""
+    """What can only be written as a name, allocation=adakv, storage=quantised(bits=8) or base=snapkv, as the object of
+    that name."""
     written = re.fullmatch(r"(\w+)(?:\((.*)\))?", value) if isinstance(value, str) else None
     named = {key.lower(): getattr(shrink, key) for key in shrink.__all__}
     found = named.get(written[1].lower()) if written else None
-    if written is None or not isinstance(found, type) or issubclass(found, Policy):
+    if written is None or not isinstance(found, type):
         return value
     entry = parse_name(f"{written[1]}[{written[2] or ''}]")
     arguments = {key: own for key, own in entry.items() if key != "name"}
