@@ -1,0 +1,12 @@
+"""Change a checkpoint's attention, and say what that cost.
+
+>>> from manyheads.convert import grouped
+>>> small = grouped(model, 2, calibration=rows)  # the same class with two key/value heads in every layer
+"""
+
+from manyheads.convert.damage import Judge, Sizes
+from manyheads.convert.grouped import aligned, grouped
+from manyheads.convert.healing import Healing, heal
+from manyheads.convert.saving import check_conversion, save_conversion
+
+__all__ = ["Healing", "Judge", "Sizes", "aligned", "check_conversion", "grouped", "heal", "save_conversion"]
