@@ -73,6 +73,19 @@ def test_a_dry_run_measures_several_and_writes_no_weights(tmp_path: Path) -> Non
     assert rows[1]["bits_per_token"] == pytest.approx(rows[0]["bits_per_token"], abs=1e-5)
 
 
+def test_a_latent_opens_as_a_stock_class_and_a_budget_chooses_its_rank(tmp_path: Path) -> None:
+    out = tmp_path / "mla"
+    assert run("--to", "mla", "--budget-bytes", "2048", *SMALL, "--out", str(out), "--json") == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert type(model).__name__ == "DeepseekV3ForCausalLM"
+    assert 4 * (model.config.kv_lora_rank + model.config.qk_rope_head_dim) * 4 == 2048
+    record = json.loads((out / "conversion.json").read_text())
+    assert record["rows"][1]["cache_bytes_per_token"] == 2048
+    assert run("check", str(out)) == 0
+    told = model.generate(torch.tensor([list(b"The pass key is")]), max_new_tokens=4, do_sample=False)
+    assert told.shape == (1, 19)
+
+
 def test_too_much_damage_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "gqa"
     arguments = ["--kv-heads", "1", "--align", "mean", "--max-damage", "0.1", *SMALL, "--out", str(out)]
@@ -97,6 +110,13 @@ def test_healing_is_measured_beside_a_control_healed_alike(tmp_path: Path) -> No
     [
         (["--to", "mla2"], "--to 'mla2': want"),
         (["--kv-heads", "3"], "can be pooled into 1, 2, 4"),
+        (["--kv-heads", "0"], "can be pooled into"),
+        (["--rank", "8"], "--rank belongs to --to mla"),
+        (["--to", "mla", "--align", "mean"], "--align belongs to --to gqa"),
+        (["--to", "mla", "--rank", "100000"], "the full rank of LlamaForCausalLM"),
+        (["--to", "mla", "--norm", "none"], "--norm 'none': want exact or fitted"),
+        (["--budget-bytes", "3"], "the smallest cache here takes"),
+        (["--budget-bytes", "3", "--kv-heads", "2"], "give one of them"),
         (["--kv-heads", "two"], "want a number, or several"),
         (["--kv-heads", "2,1"], "several are measured with --dry-run only"),
         (["--heal", "0"], "want a number of tokens such as 200k"),

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
-from manyheads.convert.grouped import aligned, cache_numbers, grouped
-from manyheads.convert.layout import FAMILIES, attentions
+from manyheads.convert.grouped import aligned, grouped
+from manyheads.convert.layout import FAMILIES, attentions, cache_numbers
 from manyheads.hosts.loading import load_model
 from manyheads.hosts.questions import Questions, library_text
 

@@ -11,10 +11,11 @@ import typer
 
 if TYPE_CHECKING:
     from manyheads.convert.healing import Healing
+    from manyheads.convert.methods import Method
     from manyheads.hosts.loading import Loaded
     from manyheads.hosts.questions import Questions
 
-METHODS = ("gqa",)
+METHODS = ("gqa", "mla", "prune")
 DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 # The share of a text that is measured on; the rest is for calibration and healing.
@@ -27,8 +28,22 @@ def convert(
         typer.Argument(help="A folder, hub name, .gguf file or smollm2; or: check DIR. Else the packaged model."),
     ] = None,
     to: Annotated[str, typer.Option(help=f"What to convert to: {', '.join(METHODS)}.")] = "gqa",
-    kv_heads: Annotated[str, typer.Option(help="Key/value heads; several with --dry-run: 4,2,1.")] = "1",
-    align: Annotated[str, typer.Option(help="procrustes, mean, first, or random.")] = "procrustes",
+    kv_heads: Annotated[
+        str | None, typer.Option(help="gqa: key/value heads; several with --dry-run: 4,2,1. A half without it.")
+    ] = None,
+    align: Annotated[str | None, typer.Option(help="gqa: procrustes, mean, first, or random.")] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="mla: numbers of the latent, several with --dry-run. Half the cache without it.")
+    ] = None,
+    norm: Annotated[
+        str | None,
+        typer.Option(help="mla: exact (one more channel, transformers only) or fitted (any engine; heal it)."),
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="prune: query heads that stay in all; several with --dry-run. Half without it.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="prune: importance, ablation, or random.")] = None,
+    budget_bytes: Annotated[int | None, typer.Option(help="Bytes of cache per token, in place of the above.")] = None,
     calibrate: Annotated[int, typer.Option(help="Tokens of calibration.")] = 8192,
     heal: Annotated[str | None, typer.Option(help="Tokens to heal with: 200k, 1M. None without it.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of healing; by the model's size without it.")] = None,
@@ -58,28 +73,57 @@ def convert(
     if not 64 <= length <= 1 << 20:
         raise ValueError(f"--length {length}: want 64 tokens or more")
     from manyheads.convert.damage import Sizes
-    from manyheads.convert.run import Damaged, Plan, convert_grouped
+    from manyheads.convert.run import Damaged, Plan, run_conversion
     from manyheads.convert.saving import check_target
 
     check_target(out)
-    counts = parse_counts(kv_heads)
+    method, knob = _method(
+        to,
+        {"gqa": {"align": align}, "mla": {"norm": norm}, "prune": {"by": by}},
+        {"gqa": kv_heads, "mla": rank, "prune": heads},
+    )
+    values = None if knob is None else parse_counts(method.knob, knob)
+    if values and budget_bytes is not None:
+        raise ValueError(f"{method.knob} and --budget-bytes both say how far to go: give one of them")
     from manyheads.hosts.loading import load_model
 
     loaded = load_model(given[0] if given else None, dtype=dtype)
+    values = values or (_within(method, loaded, budget_bytes),)
     measured, trained = _texts(loaded, text)
     sizes = Sizes(windows, length, keys, length)
-    plan = Plan(counts, sizes, align, calibrate, _healing(loaded, heal, lr, length), max_damage)
+    plan = Plan(values, sizes, calibrate, _healing(loaded, heal, lr, length), max_damage)
     try:
-        record = convert_grouped(loaded, plan, measured, trained, out, write=not dry_run)
+        record = run_conversion(loaded, method, plan, measured, trained, out, write=not dry_run)
     except Damaged as error:
         typer.echo(f"manyheads: {error}", err=True)
         raise typer.Exit(3) from None
     return _tell(record, out, dry_run, as_json)
 
 
-def parse_counts(text: str) -> tuple[int, ...]:
+def _method(to: str, own: dict[str, dict[str, str | None]], knobs: dict[str, str | None]) -> tuple[Method, str | None]:
+    """The method with its settings, and what its knob was set to; ValueError for options of another one."""
+    from manyheads.convert.methods import METHODS as KNOWN
+
+    for other, settings in own.items():
+        strange = [f"--{key}" for key, value in settings.items() if value is not None]
+        strange += [KNOWN[other].knob] if knobs[other] is not None else []
+        if other != to and strange:
+            raise ValueError(f"{strange[0]} belongs to --to {other}, and --to {to} was given")
+    return KNOWN[to](**{key: value for key, value in own[to].items() if value is not None}), knobs[to]
+
+
+def _within(method: Method, loaded: Loaded, size: int | None) -> int:
+    """The knob's value for so many bytes of cache per token; for half of what the model has, without them."""
+    from manyheads.convert.layout import cache_numbers
+
+    whole = cache_numbers(loaded.model)
+    each = next(loaded.model.parameters()).element_size()
+    return method.within(loaded.model, whole // 2 if size is None else size // each)
+
+
+def parse_counts(name: str, text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d{1,6}(,\d{1,6})*", text):
-        raise ValueError(f"--kv-heads {text!r}: want a number, or several such as 4,2,1 with --dry-run")
+        raise ValueError(f"{name} {text!r}: want a number, or several such as 4,2,1 with --dry-run")
     return tuple(dict.fromkeys(int(part) for part in text.split(",")))
 
 

@@ -18,7 +18,6 @@ Attention Heads Before Merging Them, arXiv:2412.20677 (the alignment).
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -170,18 +169,3 @@ def _turn_values(layer: Attention, products: Tensor) -> None:
     columns = out.weight.view(out.out_features, layer.heads, dim)
     each = by.repeat_interleave(layer.heads // layer.kv_heads, 0)
     columns.copy_(torch.einsum("ohd,hde->ohe", columns.double(), each))
-
-
-def cache_numbers(model: Any) -> int:
-    """Numbers that the cache holds for one token, over all layers."""
-    return sum(2 * layer.kv_heads * layer.head_dim for layer in attentions(model))
-
-
-def alignment_error(model: Any, kv_heads: int, calibration: Sequence[Sequence[int]]) -> float:
-    """The largest difference of logits between a model and its aligned copy, relative to the largest logit: rounding,
-    or a bug."""
-    row = torch.tensor([list(calibration[0])[:64]], device=model.device)
-    with torch.no_grad():
-        before, after = model(row).logits, aligned(model, kv_heads, calibration)(row).logits
-    gap = float((before - after).abs().max() / before.abs().max())
-    return gap if math.isfinite(gap) else math.inf

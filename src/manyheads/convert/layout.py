@@ -77,3 +77,11 @@ def with_kv_heads(model: Any, kv_heads: int) -> Any:
     made.load_state_dict(given, strict=False)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(parameter.device).eval()
+
+
+def cache_numbers(model: Any) -> int:
+    """Numbers that the cache holds for one token, over all layers."""
+    config = model.config
+    if getattr(config, "kv_lora_rank", None):
+        return int(config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim))
+    return sum(2 * layer.kv_heads * layer.head_dim for layer in attentions(model))

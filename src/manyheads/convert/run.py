@@ -9,11 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
-from manyheads.convert.grouped import aligned, cache_numbers, check_kv_heads, grouped
 from manyheads.convert.healing import Healing, heal
+from manyheads.convert.layout import cache_numbers
+from manyheads.convert.methods import Method, prove
 from manyheads.convert.saving import check_target, save_conversion, write_record
 from manyheads.hosts.fingerprint import fingerprint
 from manyheads.hosts.loading import Loaded
@@ -21,8 +20,6 @@ from manyheads.hosts.questions import Questions
 from manyheads.runs.environment import environment
 from manyheads.runs.steps import Progress
 
-# Largest difference of logits that rounding makes, as a share of the largest logit.
-EXACT = 2e-3
 ORIGINAL, CONTROL = "original", "control, healed"
 
 
@@ -32,45 +29,50 @@ class Damaged(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """kv_heads: one conversion each. tokens: of calibration."""
+    """values: of the method's knob, one conversion each. tokens: of calibration. max_damage: bits per token."""
 
-    kv_heads: tuple[int, ...]
+    values: tuple[int, ...]
     sizes: Sizes
-    align: str = "procrustes"
     tokens: int = 8192
     healing: Healing | None = None
     max_damage: float | None = None
 
 
-def convert_grouped(
-    loaded: Loaded, plan: Plan, measured_on: Questions, trained_on: Questions, out: Path, *, write: bool = True
+def run_conversion(
+    loaded: Loaded,
+    method: Method,
+    plan: Plan,
+    measured_on: Questions,
+    trained_on: Questions,
+    out: Path,
+    *,
+    write: bool = True,
 ) -> dict[str, Any]:
     """Converts, measures, heals and writes; returns the record. write: False measures and writes no weights."""
     check_target(out)
-    if write and len(plan.kv_heads) != 1:
-        raise ValueError(f"--kv-heads {','.join(map(str, plan.kv_heads))}: several are measured with --dry-run only")
-    for count in plan.kv_heads:
-        check_kv_heads(loaded.model, count)
+    if write and len(plan.values) != 1:
+        given = ",".join(map(str, plan.values))
+        raise ValueError(f"{method.knob} {given}: several are measured with --dry-run only")
+    for value in plan.values:
+        method.check(loaded.model, value)
     progress = Progress()
     judge = Judge(loaded, measured_on, plan.sizes)
-    length = min(plan.sizes.length, plan.tokens)
-    calibration = calibration_rows(trained_on, plan.tokens, length) if plan.align == "procrustes" else []
-    prove(loaded.model, plan, calibration)
-    rows = [_row(judge, loaded.model, ORIGINAL, progress)]
+    rows = calibration_rows(trained_on, plan.tokens, min(plan.sizes.length, plan.tokens)) if method.calibrated else []
+    prove(method, loaded.model, plan.values, rows)
+    lines = [_line(judge, loaded.model, ORIGINAL, progress)]
     made = loaded.model
-    for count in plan.kv_heads:
-        made = grouped(loaded.model, count, align=plan.align, calibration=calibration)
-        title = f"gqa {count}, {plan.align}"
-        rows.append(_row(judge, made, title, progress))
+    for value in plan.values:
+        made = method.make(loaded.model, value, rows)
+        lines.append(_line(judge, made, method.title(value), progress))
         if plan.healing is not None:
-            made = _healed(made, plan.healing, trained_on, out, f"healing-{count}", progress)
-            rows.append(_row(judge, made, f"{title}, healed", progress))
+            made = _healed(made, plan.healing, trained_on, out, f"healing-{method.name}-{value}", progress)
+            lines.append(_line(judge, made, f"{method.title(value)}, healed", progress))
+    cost = lines[-1]["bits_per_token"] - lines[0]["bits_per_token"]
     if plan.healing is not None:
         control = _healed(copy.deepcopy(loaded.model), plan.healing, trained_on, out, "healing-control", progress)
-        rows.append(_row(judge, control, CONTROL, progress))
+        lines.append(_line(judge, control, CONTROL, progress))
         del control
-    record = _record(loaded, plan, rows)
-    cost = rows[-2 if plan.healing else -1]["bits_per_token"] - rows[0]["bits_per_token"]
+    record = _record(loaded, method, plan, lines)
     if plan.max_damage is not None and cost > plan.max_damage:
         raise Damaged(f"{cost:.3f} bits per token lost, more than --max-damage {plan.max_damage}: nothing is written")
     if write:
@@ -81,25 +83,7 @@ def convert_grouped(
     return record
 
 
-def prove(model: Any, plan: Plan, calibration: Sequence[Sequence[int]]) -> None:
-    """The exact identities of the conversion, on this model; RuntimeError where one fails, which is a bug of ours."""
-    layers = max(1, model.config.num_key_value_heads)
-    row = torch.tensor([[(7 * i + 3) % model.config.vocab_size for i in range(64)]], device=model.device)
-    same = {"as many heads as before": lambda: grouped(model, layers, align="mean")}
-    if plan.align == "procrustes":
-        same["turned heads, not yet pooled"] = lambda: aligned(model, min(plan.kv_heads), calibration)
-    with torch.no_grad():
-        before = model(row, use_cache=False).logits
-        for name, make in same.items():
-            gap = float((make()(row, use_cache=False).logits - before).abs().max() / before.abs().max())
-            if not gap < EXACT * (1 if model.dtype == torch.float32 else 50):
-                raise RuntimeError(
-                    f"{name} should leave {type(model).__name__} as it was, and changes its logits by {gap:.2g} of the "
-                    "largest: a bug of manyheads; nothing was written, please report it"
-                )
-
-
-def _row(judge: Judge, model: Any, title: str, progress: Progress) -> dict[str, Any]:
+def _line(judge: Judge, model: Any, title: str, progress: Progress) -> dict[str, Any]:
     with progress.measure(title) as tell:
         figures = judge.measure(model, tell)
     size = next(model.parameters()).element_size()
@@ -108,18 +92,18 @@ def _row(judge: Judge, model: Any, title: str, progress: Progress) -> dict[str, 
 
 def _healed(model: Any, plan: Healing, questions: Questions, out: Path, name: str, progress: Progress) -> Any:
     keep = out.with_name(f".{out.name}.{name}")
+    keep.parent.mkdir(parents=True, exist_ok=True)
     with progress.measure(name.replace("-", " ")) as tell:
         return heal(model, questions, plan, keep=keep, tell=tell)
 
 
-def _record(loaded: Loaded, plan: Plan, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    counts = ", ".join(map(str, plan.kv_heads))
+def _record(loaded: Loaded, method: Method, plan: Plan, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "title": f"Key/value heads pooled from {loaded.config.num_key_value_heads} to {counts} ({plan.align})",
+        "title": "; ".join(method.title(value) for value in plan.values),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": asdict(fingerprint(loaded.model, loaded.name)),
-        "method": "gqa",
-        "settings": asdict(plan),
-        "rows": list(rows),
+        "method": method.name,
+        "settings": {**asdict(plan), **vars(method)},
+        "rows": list(lines),
         "environment": environment(),
     }
