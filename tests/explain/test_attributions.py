@@ -263,6 +263,45 @@ def test_relevance_of_one_stream_is_the_loop(name: str) -> None:
         assert float(found[i][~real].abs().sum()) == 0
 
 
+@pytest.mark.parametrize("first", [1, -1, -2])
+def test_relevance_from_a_layer_on_leaves_out_those_before(first: int) -> None:
+    model, batch = doubled("bert", classifier("bert"))
+    found = Relevance(model, start_layer=first).attribute(batch, 1)
+    out = eager(model, batch, 1)
+    real = batch["attention_mask"][0].bool()
+    state = torch.eye(int(real.sum()), dtype=torch.float64)
+    for each in out.attentions[first:]:
+        state = state + gained(with_grad(each, 0, real, real)) @ state
+    assert_close(found[0][real], state[0], atol=1e-6, rtol=1e-5)
+    if len(out.attentions[first:]) < len(out.attentions):
+        assert float((found - Relevance(model).attribute(batch, 1)).abs().max()) > 1e-6
+
+
+def test_relevance_from_the_last_layer_of_encoder_and_decoder() -> None:
+    model, batch = doubled("bart")
+    found = Relevance(model, start_layer=-1).attribute(batch, 4)
+    out = eager(model, batch, 4)
+    real = batch["attention_mask"][0].bool()
+    ii, qq = (torch.eye(n, dtype=torch.float64) for n in (int(real.sum()), 7))
+    ii = ii + gained(with_grad(out.encoder_attentions[-1], 0, real, real)) @ ii
+    qq = qq + gained(with_grad(out.decoder_attentions[-1], 0)) @ qq
+    qi = row_normalised(qq).T @ gained(with_grad(out.cross_attentions[-1], 0, None, real)) @ row_normalised(ii)
+    assert_close(found["encoder"][0][real], qi[-1], atol=1e-7, rtol=1e-5)
+    assert_close(found["decoder"][0], qq[-1], atol=1e-7, rtol=1e-5)
+
+
+def test_relevance_refuses_a_start_layer_that_there_is_not() -> None:
+    model, batch = doubled("bert", classifier("bert"))
+    for first in (len(eager(model, batch, 1).attentions), -99):
+        with pytest.raises(ValueError, match=f"start_layer={first}: stream encoder has layers 0 to"):
+            Relevance(model, start_layer=first).attribute(batch, 1)
+    with pytest.raises(ValueError, match=r"start_layer=1\.5: give the number"):
+        Relevance(model, start_layer=1.5)
+    pair, inputs_of = doubled("bart")
+    with pytest.raises(ValueError, match="say which by stack="):
+        Relevance(pair, start_layer=1).attribute(inputs_of, 4)
+
+
 def row_normalised(matrix: Tensor) -> Tensor:
     n = matrix.shape[0]
     found = torch.zeros_like(matrix)

@@ -18,6 +18,8 @@ def built(**config: object) -> Hyena:
     with torch.no_grad():
         module.short_bias.normal_()
         module.skip.normal_()
+        if module.positions is not None:
+            module.positions.add_(torch.randn_like(module.positions))
     return module
 
 
@@ -32,12 +34,18 @@ def filter_at(module: Hyena, t: int) -> list[list[float]]:
     z = [t / (length - 1)]
     z += [math.cos(2 * math.pi * t / length * f) for f in waves]
     z += [-math.sin(2 * math.pi * t / length * f) for f in waves]
+    if module.positions is not None:
+        z = module.positions[t].tolist()
     for layer in module.inner:
         rows = zip(layer.weight.tolist(), layer.bias.tolist(), module.frequency.tolist(), strict=True)
         z = [math.sin(w * (sum(a * b for a, b in zip(row, z, strict=True)) + c)) for row, c, w in rows]
     flat = [sum(a * b for a, b in zip(row, z, strict=True)) for row in module.last.weight.tolist()]
-    window = [math.exp(-abs(delta) * t / (length - 1)) for delta in module.delta.tolist()]
-    return [[flat[o * 4 + e] * window[e] for e in range(4)] for o in range(module.order - 1)]
+    h = [
+        [flat[o * 4 + e] * (math.exp(-abs(deltas[e]) * t / (length - 1)) + module.shift) for e in range(4)]
+        for o, deltas in enumerate(module.delta.tolist())
+    ]
+    total = sum(abs(value) for row in h for value in row) if module.normalized else 1.0
+    return [[value / total for value in row] for row in h]
 
 
 def by_loops(module: Hyena, x: Tensor) -> Tensor:
@@ -65,7 +73,12 @@ def by_loops(module: Hyena, x: Tensor) -> Tensor:
     return module.out_proj(out)
 
 
-@pytest.mark.parametrize("config", [{}, {"order": 3}, {"order": 4, "bands": 3}, {"bands": 1, "frequency": 1.0}])
+OPTIONS = [{"shift": 0.05}, {"order": 3, "normalized": True}, {"learned_positions": True, "shift": 0.05}]
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"order": 3}, {"order": 4, "bands": 3}, {"bands": 1, "frequency": 1.0}, *OPTIONS]
+)
 @pytest.mark.parametrize("n", [3, 13])
 @torch.no_grad()
 def test_equals_the_chain(config: dict[str, object], n: int) -> None:
@@ -94,6 +107,48 @@ def test_a_filter_depends_on_the_longest_length_and_not_on_the_given_one() -> No
     other = built(max_length=40)
     other.load_state_dict(module.state_dict())
     assert (other(x).output - module(x).output).abs().max() > 1e-4
+
+
+def test_decays_of_each_order_span_the_whole_range() -> None:
+    """As the code deals them out: channel by channel, and within it from the order that is applied first."""
+    fast, slow = math.log(0.01) / 0.3, math.log(0.01) / 1.5
+    dealt = [slow + (fast - slow) * step / 11 for step in range(12)]
+    delta = Hyena(4, 2, order=4).delta
+    assert_close(delta, torch.tensor([[dealt[3 * e + 2 - i] for e in range(4)] for i in range(3)]))
+
+
+@torch.no_grad()
+def test_learned_positions_start_as_the_others() -> None:
+    x, plain, learned = (
+        tokens(15),
+        built(order=3),
+        Hyena(4, 2, max_length=20, filter_dim=5, order=3, learned_positions=True),
+    )
+    missing, unexpected = learned.load_state_dict(plain.state_dict(), strict=False)
+    assert (missing, unexpected) == (["positions"], [])
+    assert_close(learned.double()(x).output, plain(x).output, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_layout_of_released_weights() -> None:
+    """A filter computed from tensors as HyenaDNA holds them, for both of its orders of rows."""
+    dim, order = 4, 4
+    module = built(order=order, shift=0.05, learned_positions=True)
+    generator = torch.Generator().manual_seed(3)
+    rows, deltas = (torch.randn((order - 1) * dim, *s, dtype=torch.float64, generator=generator) for s in [(5,), ()])
+    hidden = module.positions
+    for layer in module.inner:
+        hidden = (module.frequency * layer(hidden)).sin()
+    time = torch.linspace(0, 1, 20, dtype=torch.float64)[:, None]
+    flat = hidden @ rows.T * ((-time * deltas.abs()).exp() + 0.05)
+    for split in (
+        lambda t: t.unflatten(0, (dim, order - 1)).transpose(0, 1),
+        lambda t: t.unflatten(0, (order - 1, dim)),
+    ):
+        module.last.weight.copy_(split(rows).flip(0).flatten(0, 1))
+        module.delta.copy_(split(deltas).flip(0))
+        theirs = split(flat.T)  # theirs[0] is applied first, with the last gate
+        assert_close(module._filters(20, hidden).transpose(1, 2), theirs.flip(0))
 
 
 @torch.no_grad()

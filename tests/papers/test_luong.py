@@ -30,7 +30,7 @@ def loops(module: Luong, x: Tensor, source: Tensor) -> Tensor:
         part, place = slice(h * d, (h + 1) * d), float(min(t, s - 1))
         if module.reach == "local-p":
             hidden = (module.place_proj.weight @ x[t]).tanh()[part]
-            place = (s - 1) / (1 + math.exp(-float(module.place_vector[h] @ hidden)))
+            place = s / (1 + math.exp(-float(module.place_vector[h] @ hidden)))
         near = [j for j in range(s) if module.reach == "global" or abs(j - math.floor(place)) <= module.window]
         scores = [raw_score(module, h, x[t, part], source[j, part]) for j in near]
         total = sum(math.exp(score) for score in scores)
@@ -68,6 +68,33 @@ def test_padding_is_not_part_of_the_source(reach: str, window: int) -> None:
         alone = module(x[row : row + 1], source[row : row + 1, mask[row]], need_weights=True)
         close(result.output[row], alone.output[0], rtol=1e-12, atol=1e-12)
         close(result.weights[row][..., mask[row]], alone.weights[0], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_predicted_places_are_those_of_the_released_code() -> None:
+    """The code's srcLens counts an end-of-sentence and its places count from 1: (srcLens - 1) sigmoid + 1."""
+    torch.manual_seed(0)
+    module = Luong(8, 1, reach="local-p", window=1).double()
+    x, words = 3 * torch.randn(1, 40, 8, dtype=torch.float64), 6
+    scale = (module.place_proj(x).tanh() @ module.place_vector[0]).sigmoid()[0]
+    weights = module(x, torch.randn(1, words, 8, dtype=torch.float64), need_weights=True).weights[0, 0]
+    mu = scale * ((words + 1) - 1) + 1
+    for t in range(40):
+        seen = [j for j in range(1, words + 1) if abs(j - math.floor(mu[t])) <= 1]
+        assert weights[t].nonzero().flatten().tolist() == [j - 1 for j in seen]
+    assert math.floor(mu.max()) == words  # the last word is somebody's centre
+
+
+@pytest.mark.parametrize("m", [3, 9])
+@torch.no_grad()
+def test_a_place_rounded_past_the_end_is_that_of_the_last_word(m: int) -> None:
+    torch.manual_seed(0)
+    module = Luong(8, 1, reach="local-p", window=1)
+    module.place_proj.weight.copy_(100 * torch.eye(8))
+    module.place_vector.fill_(10.0)
+    x, source = torch.ones(1, 1, 8), torch.randn(1, m, 8)
+    weights = module(x, source, need_weights=True).weights[0, 0, 0]
+    assert weights.nonzero().flatten().tolist() == [m - 2, m - 1]
 
 
 @torch.no_grad()

@@ -17,11 +17,11 @@ def order_of(q: list[Tensor], k: list[Tensor], temperature: float, iterations: i
     cells = [[max(float(a.mean(0) @ b.mean(0)) / math.sqrt(D), 0.0) for b in k] for a in q]
     cells = [[(cell + 1e-6) ** (1 / temperature) for cell in row] for row in cells]
     for _ in range(iterations):
+        cells = [[cell / sum(row) for cell in row] for row in cells]
         for j in range(c):
             total = sum(row[j] for row in cells)
             for row in cells:
                 row[j] /= total
-        cells = [[cell / sum(row) for cell in row] for row in cells]
     return torch.tensor(cells, dtype=torch.float64)
 
 
@@ -62,6 +62,20 @@ def test_equals_loops(n: int) -> None:
         output, matrix = by_loops(module, x[row])
         torch.testing.assert_close(result.output[row], output)
         torch.testing.assert_close(result.weights[row], matrix)
+
+
+@torch.no_grad()
+def test_every_block_is_given_away_whole() -> None:
+    """Columns come last: after one round already they sum to 1, and rows do not. With padding the same."""
+    module = SparseSinkhorn(12, 3, block=4, iterations=1).double().eval()
+    q, k = torch.randn(2, 2, 3, 5, 4, D, dtype=torch.float64)
+    real = torch.ones(2, 5, 4, dtype=torch.bool)
+    real[1, 3:] = False
+    for given in (None, real):
+        order = module._order(*(t.masked_fill(~real[:, None, ..., None], 0.0) for t in (q, k)), given)
+        count = 5 if given is None else 3
+        torch.testing.assert_close(order.sum(2)[1, :, :count], torch.ones(3, count, dtype=torch.float64))
+        assert (order.sum(3)[1, :, :count] - 1).abs().max() > 1e-3
 
 
 @torch.no_grad()

@@ -113,3 +113,17 @@ def test_rows_of_a_batch_do_not_touch_each_other(policy: Policy) -> None:
         picked.append(both[at + counts[0] : at + sum(counts)])
         at, start = at + sum(counts), end
     torch.testing.assert_close(torch.cat(picked), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "policy", [POLICIES[9], StreamingLLM(budget_tokens=6, sink_size=2, positions="text")], ids=name
+)
+def test_what_a_streaming_head_sees_of_a_prompt_and_after_it(policy: Policy) -> None:
+    """As their docstrings say: a first pass sees all of itself, a later token sinks and recent ones with itself among
+    them, and before a pass of several tokens there is room for all of them."""
+    model, ends = tiny("llama"), [14, 15, 18]
+    with recording() as steps:
+        feed(model, policy.make_cache(model), prompt(1, 18), padding_of(1, 18, [0]), ends)
+    streaming = 1 if isinstance(policy, Duo) else 0  # of layer 0
+    seen = [step.during[0, streaming] for step in steps[0]]
+    assert seen == [list(range(14)), [0, 1, 11, 12, 13, 14], [0, 1, 14, 15, 16, 17]]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manyheads.explain.attributions.base import Attributed, Attribution, Step, Trace, blocks
+from manyheads.explain.attributions.base import Attributed, Attribution, Step, Trace, blocks, check_layer
 from manyheads.explain.attributions.feed import Feed, Position, Target
 
 # (stream that reads, stream that is read) -> relevance [b, n, m]
@@ -25,17 +27,21 @@ class Relevance(Attribution):
 
     A row of R - I without relevance divides 0 by 0 in the released code; here it stays 0. That code also sets the class
     token's relevance to itself to 0 at the end, which the paper does not: here it is as the equations give it.
-    normalise=False: R in the place of Rn.
+    normalise=False: R in the place of Rn. start_layer: layers before it are left out, counted in every stream from 0,
+    or from its end where negative. The paper takes all of them; the released notebooks for CLIP take the last alone
+    unless told otherwise, which is start_layer=-1.
     """
 
     of_target = True
 
-    def __init__(self, model: nn.Module, *, normalise: bool = True, **shared: Any):
+    def __init__(self, model: nn.Module, *, normalise: bool = True, start_layer: int = 0, **shared: Any):
         super().__init__(model, **shared)
-        self.normalise = normalise
+        if not isinstance(start_layer, int) or isinstance(start_layer, bool):
+            raise ValueError(f"start_layer={start_layer!r}: give the number of a layer, from 0 on, or -1 for the last")
+        self.normalise, self.start_layer = normalise, start_layer
 
     def _attribute(self, feed: Feed, target: Target, position: Position) -> Attributed:
-        trace = self.trace(feed, target, position, gradients=True)
+        trace = _from_layer(self.trace(feed, target, position, gradients=True), self.start_layer)
         start = trace.start(position)
         if all(step.reader == step.source for step in trace.steps):
             for step in reversed(trace.steps):
@@ -57,6 +63,26 @@ class Relevance(Attribution):
             for step, abar in maps:
                 found |= step_rule(before, step.reader, step.source, abar, self.normalise)
         return found
+
+
+def _from_layer(trace: Trace, first: int) -> Trace:
+    """Without the steps before this layer of their stream and kind. ValueError for a layer that there is not."""
+    if first not in (0, -1):
+        check_layer(trace, first)
+    ways = Counter((step.reader, step.source) for step in trace.steps)
+    for (reader, _), count in ways.items():
+        if not -count <= first < count:
+            raise ValueError(f"start_layer={first}: stream {reader} has layers 0 to {count - 1}")
+    passed: Counter[tuple[str, str]] = Counter()
+    groups: list[list[Step]] = []
+    for group in trace.groups:
+        groups.append([])
+        for step in group:
+            way = step.reader, step.source
+            if passed[way] >= first % ways[way]:
+                groups[-1].append(step)
+            passed[way] += 1
+    return replace(trace, groups=groups)
 
 
 def initial(shapes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Relevances:

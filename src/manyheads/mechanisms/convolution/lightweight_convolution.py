@@ -27,10 +27,11 @@ class LightweightConvolution(Mechanism):
     its [time, batch, channel] version and in dynamic convolution, the second in the [batch, channel, time] version and
     the CUDA kernel: weights trained with one do not fit the other.
     Taps outside the sequence, on padding or forbidden by a dense mask add nothing; the others are not raised in their
-    place. Weights: a band, the same for all tokens. The state is the last kernel_size - 1 rows of u.
+    place. Matrix: a band, the same for all tokens. The state is the last kernel_size - 1 rows of u.
 
     Source: Wu et al., Pay Less Attention with Lightweight and Dynamic Convolutions, arXiv:1901.10430, and the released
     LightweightConv, without its drop-out of taps and its optional bias after the convolution. bias: of W_in, W_out.
+    Weights: kernel[h] is weight[h, 0].
     """
 
     card = Card(

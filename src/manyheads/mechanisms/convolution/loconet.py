@@ -28,6 +28,8 @@ class LoCoNet(Mechanism):
     Source: Wang et al., LoCoNet: Long-Short Context Network for Active Speaker Detection, arXiv:2301.08237, and its
     released layers, in their order, where 3 speakers are read (here 4 by default); the paper lists long before short.
     Without dropout.
+    Weights: short_up, short_down are conv2d_1x1, conv2d_1x1_2 without their last two axes; self_attn.in_proj is q, k, v
+    in this order.
     """
 
     card = Card(

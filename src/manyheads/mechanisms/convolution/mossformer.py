@@ -40,12 +40,14 @@ class MossFormer(Mechanism):
         A = relu(q k^T / chunk)^2 within a chunk + q' k'^T / n over all;   result C_o((A u) v sigmoid((A v) u))
 
     C: norm, linear, silu, and a depthwise convolution added to it. heads: 1 as published; more split v and u, with a
-    gamma and beta each. The result is to be added to x. A last chunk may be shorter. Weights: A. Dense masks are
+    gamma and beta each. The result is to be added to x. A last chunk may be shorter. Matrix: A. Dense masks are
     refused: convolutions cannot obey.
 
     Source: Zhao and Ma, MossFormer, arXiv:2302.11824, and the authors' released FLASH_ShareA_FFConvM, with n the number
     of real tokens; without dropout and without that code's shift of half of the features by one token, inherited from
     FLASH. Norms are layer norms, that class's default; the full model sets ScaleNorm.
+    Weights: rows of the code's to_hidden are to_v's and then to_u's, whose norm is one; gamma and beta are of q, q', k,
+    k' in this order, with an axis of heads.
     """
 
     card = Card(

@@ -23,7 +23,7 @@ class Lxmert(Mechanism):
 
     Both ways: one module per stream, each called with the states before the layer, as text(x, c) and image(c, x). The
     two share their cross attention: `image.cross = text.cross`. The result is y, residuals and norms included.
-    A mask speaks of the context: x must hold no padding. Weights: those of the cross attention.
+    A mask speaks of the context: x must hold no padding. Matrix: those of the cross attention.
 
     Source: Tan and Bansal, LXMERT, arXiv:1908.07490. The paper writes the two cross attentions with weights of their
     own; the released code (and Hugging Face's) shares one. Without dropout.

@@ -24,7 +24,7 @@ class ThemeTransformer(Mechanism):
     P: sinusoids. x: the last feature is the label, 0 outside the regions where the theme is played and 1, 2, .. along
     each of them, so that cross attention knows the place in the theme and not in the piece. It is not attended with,
     and the output is zero there. exclusive=False: self-attention is on everywhere, as in every second layer.
-    A mask speaks of the theme: x must hold no padding. Weights: on the theme, g_i / 2 in sum.
+    A mask speaks of the theme: x must hold no padding. Matrix: on the theme, g_i / 2 in sum.
 
     Source: Shih et al., Theme Transformer, arXiv:2111.04093, and its released decoder layer, whose halving it follows;
     without dropout. Residual, norm and feed-forward belong to the surrounding block. Without a theme there is nothing

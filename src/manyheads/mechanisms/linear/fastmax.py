@@ -40,8 +40,9 @@ class Fastmax(Mechanism):
     State: sums of 1, k', k' (x) k' times [v, 1], about d^2 (d + 1) numbers per head for p = 2. chunk: tokens computed
     at once.
     Source: Gerami et al., FAST, arXiv:2402.07901, whose normalisation per token is followed; the released function
-    divides instead by the largest norm of the sequence, which would let the future in. scale: 1 for p = 2, as in the
-    code, which has no 1 / sqrt(d). For p = 1 it is at most 1 / d, the default: beyond it weights can be negative and
+    divides instead by the largest norm of the sequence, which would let the future in, or with its default
+    normalize=False by nothing (s = q . k itself, which is not here). scale: 1 for p = 2, as in the code, which has no
+    1 / sqrt(d). For p = 1 it is at most 1 / d, the default: beyond it weights can be negative and
     their sum zero. Dropout on the factors and the relative position matrix of the code are left out.
     """
 

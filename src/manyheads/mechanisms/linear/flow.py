@@ -47,7 +47,7 @@ class FlowAttention(Mechanism):
     and a projection. Causal: each sum is over the prefix, as a mean for I' and O', and the softmax of source j is over
     sources up to j, so that its share is fixed once it is seen. State: six such sums, d^2 + 4 d + 2 numbers per head.
     Source: Wu et al., Flowformer, arXiv:2202.06258; the released Flow_Attention.py, with its 1e-6 per feature, O'
-    within [-1, 1] (newer than the paper) and biases; without its dropout. Weights: all factors but the values.
+    within [-1, 1] (newer than the paper) and biases; without its dropout. Matrix: all factors but the values.
     """
 
     card = Card(

@@ -38,6 +38,7 @@ class InLine(Mechanism):
     Source: Han et al., Bridging the Divide, arXiv:2412.06590. The paper writes q . k - mean + 1 / n; the 1 / n on all
     of it and s are the released code's, whose class token, which the residual leaves out, is not here. In the code r is
     predicted before the projection, as here. Padding enters neither mean nor the neighbours.
+    Weights: the code's qkv is q, k, v in this order; residual.0 and residual.2 are near_in and near_out.
     """
 
     card = Card(

@@ -46,6 +46,7 @@ class Lightning(Mechanism):
     Source: Qin et al., TransNormerLLM, arXiv:2307.14995; computed in chunks, arXiv:2401.04658 and 2405.17381. This is
     the released language model's block; the kernel repository's example module instead has silu on v too, LayerNorm
     and a low-rank sigmoid gate. LRPE, the rotation that the model adds in its first layer only, is left out.
+    Weights: qkvu_proj of the released model is q, k, v, u in this order.
     """
 
     card = Card(

@@ -30,6 +30,7 @@ class TransNormerLLM(Mechanism):
     Source: Qin et al., TransNormerLLM, arXiv:2307.14995. The paper writes lambda = exp(-8 h / H (1 - l / L)); ALiBi's
     slopes and L - 1 are the released model's, whose 1e-5 on the last layer is left out. i - j of the decay counts real
     tokens, that of the rotation is in positions. Without LRPE this is the mechanism `lightning`.
+    Weights: qkvu_proj of the released model is q, k, v, u in this order.
     """
 
     card = Card(

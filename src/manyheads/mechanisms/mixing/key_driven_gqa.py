@@ -69,6 +69,7 @@ class KDGQA(SoftmaxAttention):
     Source: Khan et al., arXiv:2408.08454, and its code, but: the code sums norms over the batch, so that a row depends
     on its neighbours, where here each row decides for itself; equal norms, there 0 / 0, share evenly; padding is not in
     the norms. No causal form: the norms are those of all keys, later ones too (DGQA has one).
+    Weights: the code's proj has a bias whether or not q, k, v have.
     """
 
     card = Card(
@@ -113,13 +114,14 @@ class DGQA(SoftmaxAttention):
     """Grouped queries whose groups follow the norms of the keys while the model is trained, and are fixed after it.
 
         every `window` training passes, with n_g the mean of ||K_g||_F over the batch and c_g the cache:
-        rule "ema": c = 0.9 n + 0.1 c, shares as KDGQA of c;  rule "diff": shares |c - n|, then c = n
+        rule "ema": c = 0.9 n + 0.1 c, shares c as they are;  rule "diff": shares |c - n|, then c = n
 
     allocation: query heads per key head to start with, by default even; afterwards the buffer `counts` [kv_heads].
-    Source: Khan et al., arXiv:2408.08454. Where it and its code differ or are unclear: the code's "ema" stores n and so
-    averages two values only, here it is the average of the paper; the sum is mended as in KDGQA, not at random; groups
-    change in training alone (the code's also in evaluation), as the first training pass after a backward begins, by the
-    mean n of those due, so that no output depends on later tokens or on the batch. Padding is not in the norms.
+    Source: Khan et al., arXiv:2408.08454, and its code, but: the code's cache is (c + n) / window in training and n in
+    evaluation, whatever the rule; here it is the paper's average, or n. The sum is mended as in KDGQA, not at random.
+    Groups change in training alone (the code's also in evaluation), as the first training pass after a backward begins,
+    by the mean n of those due, so that no output depends on later tokens or on the batch. No padding in the norms.
+    Weights: the code's proj has a bias whether or not q, k, v have; its splits, not saved there, are counts.
     """
 
     card = Card(
@@ -218,7 +220,7 @@ class DGQA(SoftmaxAttention):
             return
         if self.rule == "ema":
             self.cache.copy_(0.9 * self.norms + 0.1 * self.cache)
-            shares = stretched(self.cache)
+            shares = self.cache
         else:
             shares = (self.cache - self.norms).abs()
             self.cache.copy_(self.norms)

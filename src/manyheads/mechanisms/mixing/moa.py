@@ -39,6 +39,8 @@ class MixtureOfAttentionHeads(Mechanism):
     sampled choices, both off in the code by default.
     Losses, unweighted, over real tokens: cv, switch, z. Weights returned are gated: a head's row is its gate times its
     attention, zero where it was not chosen. Source: arXiv:2210.05144.
+    Weights: router.weight is q_proj.w_gate transposed; q_experts, o_experts are q_proj.experts.w and
+    q_proj.output_experts.w.
     """
 
     card = Card(

@@ -29,6 +29,7 @@ class MoH(SoftmaxAttention):
     Losses: `balance` = r^2 mean_i(P_i F_i), P the mean of p and F of m over real tokens (the paper's weight is 0.01).
     All heads are computed, as in the released code. By default heads // 4 are shared and 3/4 of all heads are on.
     Weights returned are those of the heads, without gates. Source: arXiv:2410.11842.
+    Weights: the code's qkv is q, k, v in this order; wg, wg_1, wg_0 are router, shared_router, balance.
     """
 
     card = Card(

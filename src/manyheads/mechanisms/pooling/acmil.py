@@ -28,6 +28,7 @@ class Acmil(Mechanism):
 
     Source: Zhang et al., Attention-Challenging Multiple Instance Learning, arXiv:2311.07125, and its released ACMIL_GA
     (MIT). Left out: the bias of w_k, which softmax cancels. Padded instances are never among the highest.
+    Weights: tanh_proj, gate_proj, branches are attention_V.0, attention_U.0, attention_weights without its bias.
     """
 
     card = Card(

@@ -24,7 +24,9 @@ class EfficientProbing(Mechanism):
 
     Source: Psomas et al., Attention, Please! Revisiting Attentive Probing Through the Lens of Efficiency,
     arXiv:2506.10178. The released code projects every token and then pools; projection being linear, this file pools
-    first, which costs n M dim instead of n dim^2. Its narrower output (d_out) is left to the classifier that follows.
+    first, which costs n M dim instead of n dim^2. Its narrower output (d_out) is left to the classifier that follows;
+    the bias that W_v can have there (qkv_bias, off by default) is left out.
+    Weights: queries is cls_token[0].
     """
 
     card = Card(

@@ -26,6 +26,7 @@ class CoCA(SoftmaxAttention):
     when all positions are shifted. The default is the paper's.
     Source: Zhu et al., Cure the Headache of Transformers via Collinear Constrained Attention, arXiv:2309.08646, and
     its code (the mean of the two halves of T x is the code's). Without causality it is not in the paper.
+    Weights: k_proj is t_proj.
     """
 
     card = Card(

@@ -25,6 +25,7 @@ class MusicTransformer(SoftmaxAttention):
     Source: Huang et al., arXiv:1809.04281, and its code in tensor2tensor (`dot_product_self_attention_relative_v2`,
     `masked_relative_local_attention_1d`): both terms are scaled, tables differ by head and start at N(0, 1 / d), and
     what is farther than the table reaches is zero, not clipped. Distances are between places in the sequence.
+    Weights: row r of distances is of distance r; the code's rows go the other way, its last one is of distance 0.
     """
 
     card = Card(

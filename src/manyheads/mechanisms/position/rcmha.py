@@ -28,6 +28,8 @@ class RCMHA(Mechanism):
     Transformer-XL's sinusoids, and start at zero with u. Padded tokens are zero to the convolutions.
     Source: arXiv:2308.03429, and its code (RelativeMultiHeadAttention). Distances are between places in
     the sequence. The convolutions are causal in the code; so they are here, also where attention is not.
+    Weights: distances[h, max_length - 1 + r] is key_pos_embeddings[4096 + r, h] for the distance r = j - i, and
+    distance_bias likewise.
     """
 
     card = Card(

@@ -30,7 +30,10 @@ class Dual(Mechanism):
     A relation is linear in x_j: alpha weighs W_rk x_j, and the product with W_rq x_i follows, so that no r per pair is
     held. Both groups have an output projection of their own width; results lie side by side.
     Source: Altabaa and Lafferty, arXiv:2405.16727, and its code (DualAttention, SymbolicAttention), with its default of
-    no activation on r. Its other symbols (by position, by relative position) and shared attention are left out.
+    no activation on r. Divergence: s_j has `heads` heads, the code's symbols a number of their own. Its other symbols
+    (by position, by relative position) and shared attention are left out.
+    Weights: rows of q_proj and k_proj are the sensory heads' and then wq_attn and wk_attn; relation_mix is wr,
+    symbol_proj wv.
     """
 
     card = Card(

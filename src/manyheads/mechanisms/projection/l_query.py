@@ -24,11 +24,12 @@ class LQuery(Mechanism):
         output = alpha (1-query attention) + (1 - alpha) (L-query attention), each with projections of its own
 
     window: L; a mean is over the real tokens among the last L places. alpha=0: the L-query attention alone, and the
-    other is not built. Weights: the two matrices combined in the same way, which is exact only where the values agree.
+    other is not built. Matrix: the two matrices combined in the same way, which is exact only where the values agree.
     Source: Zhu et al., arXiv:2311.01056, and its code (MQSA_TED.py): no output projection, biases everywhere. There the
     two run through blocks of their own and meet before the item logits, which are linear: in one block this is the
     same. The code's norm of the query and its residual, the normed mean, are the block's. The loss that teaches item
     embeddings who follows whom is `transition_loss`.
+    Weights: the code's dense layers hold [in, out], so that each is transposed here.
     """
 
     card = Card(

@@ -23,16 +23,19 @@ class Luong(Mechanism):
     """A decoder's state x_t weighs the states s_j of an encoder, all of them or a window, and is mixed with the result.
 
         score: dot x_t . s_j,  general x_t . W_a s_j,  concat v_a . tanh(W_q x_t + W_s s_j);  no 1 / sqrt(d)
-        reach: global; local-m: p_t = t;  local-p: p_t = (S - 1) sigmoid(v_p . tanh(W_p x_t)); S real tokens
+        reach: global; local-m: p_t = t;  local-p: p_t = S sigmoid(v_p . tanh(W_p x_t)); S real tokens
         a_tj = softmax over j of the score, locally over |j - floor(p_t)| <= window, and for local-p then times
         exp(-2 (j - p_t)^2 / window^2), not renormalised;   output = tanh(W_c [sum_j a_tj s_j; x_t])
 
     heads cut x, s and the context into slices with scores and windows of their own; heads=1 is the paper's. Local
     reaches gather 2 window + 1 tokens per query, where that is less than the context. t is the query's position, at
-    most S - 1.
-    Source: Luong et al., arXiv:1508.04025, and its code (nmt.matlab), whence S - 1 where the paper has S. Input feeding
-    belongs to the decoder. Its code reads the source backwards. The paper's fourth score, location (softmax(W_a x_t),
-    a row of W_a per place), sees no s_j and holds for one greatest length: it is left out.
+    most S - 1; tokens count from 0.
+    Source: Luong et al., arXiv:1508.04025, and its code (nmt.matlab), whose srcLens - 1 is this S: it counts an
+    end-of-sentence that nobody attends to. Input feeding belongs to the decoder. Its code reads the source backwards.
+    Concat: the code has no W_s (the identity); OpenNMT-py's has a bias in W_q, one in W_c, and no tanh behind W_c. The
+    paper's fourth score, location (softmax(W_a x_t), a row of W_a per place), sees no s_j and holds for one greatest
+    length: it is left out.
+    Weights: with heads=1, q_proj[0] is the code's W_a transposed, and for concat k_proj[0] the identity.
     """
 
     card = Card(
@@ -130,11 +133,11 @@ class Luong(Mechanism):
         last = real.sum(1)[:, None, None] - 1
         place = self._place(x, positions, last)
         if 2 * self.window + 1 >= m:
-            return self._masked(q, k, values, real, place, call)
+            return self._masked(q, k, values, real, last, place, call)
         # Real tokens first, in order: a window counts those only.
         order = torch.argsort((~real).byte(), dim=1, stable=True)
         offsets = torch.arange(-self.window, self.window + 1, device=x.device)
-        near = place.detach().floor().long()[..., None] + offsets
+        near = self._centre(place, last).long()[..., None] + offsets
         inside = ((near >= 0) & (near <= last[..., None])).expand(b, h, n, -1)
         near = near.clamp(0, m - 1)
         index = order.expand(b, -1)[:, None, None].expand(-1, h, n, -1).gather(-1, near.expand(b, h, n, -1))
@@ -150,11 +153,11 @@ class Luong(Mechanism):
         return mixed, weights.new_zeros(b, h, n, m).scatter_add(-1, index, weights)
 
     def _masked(
-        self, q: Tensor, k: Tensor, values: Tensor, real: Tensor, place: Tensor, call: Call
+        self, q: Tensor, k: Tensor, values: Tensor, real: Tensor, last: Tensor, place: Tensor, call: Call
     ) -> tuple[Tensor, Tensor | None]:
         """The same for a window as wide as the context, by the matrix of all pairs."""
         at = real.cumsum(1)[:, None, None] - 1
-        inside = real[:, None, None] & ((at - place.detach().floor()[..., None]).abs() <= self.window)
+        inside = real[:, None, None] & ((at - self._centre(place, last)[..., None]).abs() <= self.window)
         if call.dense is not None:
             inside = inside & call.dense
         weights = self._faded(masked_softmax(self._scores(q, k), inside), at, place)
@@ -172,7 +175,11 @@ class Luong(Mechanism):
         if self.place_proj is None or self.place_vector is None:
             return torch.minimum(positions[:, None], last).to(wide)
         hidden = self._split(self.place_proj(x).tanh())
-        return (hidden.to(wide) @ self.place_vector[..., None].to(wide)).squeeze(-1).sigmoid() * last
+        return (hidden.to(wide) @ self.place_vector[..., None].to(wide)).squeeze(-1).sigmoid() * (last + 1)
+
+    def _centre(self, place: Tensor, last: Tensor) -> Tensor:
+        """The token that a window is laid about; a sigmoid rounded up to 1 would be one past the end."""
+        return torch.minimum(place.detach().floor(), last.to(place.dtype))
 
     def _split(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -39,7 +39,7 @@ class PartialAttention(Mechanism):
     The first `source_length` positions are the source. A is causal over all tokens; A' of a target token sees the whole
     source, A' of a source token what stands before it, so that nothing leaks: in the model sources attend both ways.
     In cross attention the context is the source, of any length, and A goes over it and the targets so far.
-    Weights: the mean of the two matrices (cross: its columns for the context). Positions that start again at the
+    Matrix: the mean of the two matrices (cross: its columns for the context). Positions that start again at the
     target, the embedding of which part a token is of, and the loss that reconstructs the source are the model's.
     Source: Fu et al., arXiv:2304.04052 (PALM); its text gives the idea, the equation is that of a public port
     (christianThardy/Partial-Attention-Mechanism). Norms and residuals of the port, which come after each sublayer, are

@@ -22,7 +22,7 @@ class Super(Mechanism):
 
     W_A [max_length, max_length] is shared by the heads and starts as the identity (the paper does not say); its rows
     and columns are positions. Causal: its lower triangle only. heads=1 is the paper's form. Padded tokens enter no mix.
-    Weights: softmax(..) W_A, over tokens; entries may be negative.
+    Matrix: softmax(..) W_A, over tokens; entries may be negative.
     Source: Hosseini and Hosseini, You Need to Pay Better Attention, arXiv:2403.01643. The public ports differ from the
     paper: one adds biases and normalises over queries, one takes W_A transposed. This file follows the equation.
     """

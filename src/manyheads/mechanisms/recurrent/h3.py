@@ -31,6 +31,9 @@ class H3(Mechanism):
     Source: Fu et al., arXiv:2212.14052. The paper convolves by FFT; here chunks of `chunk` tokens are matrices and the
     memory passes between them, which is linear and also decodes. Zero-order hold, as in S4D. The released D of the
     shift is its first tap here, and output channels are in the order of the inputs (head, feature).
+    Weights: of its S4D kernel (disc="zoh", real_type="exp") log_decay, turn are inv_A_real, A_imag, and read is B C as
+    a complex product; taps[:, l] is sum_s B_s C_(s + l) of its shift kernel, plus ssm_k_D where l = 0. Features of its
+    output_linear's columns are (feature, head).
     """
 
     card = Card(

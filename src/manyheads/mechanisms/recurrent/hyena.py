@@ -36,14 +36,18 @@ class Hyena(Mechanism):
     """Attention's place taken by a chain of long convolutions with implicit filters and gates read from the input.
 
         x_0, .., x_(N-1), v = short(W_in x);  for i = N-1 .. 1: v <- h_i * (v x_i) + b_i (v x_i);  y = W_out (v x_0)
-        h_i(t) = MLP_i(t, cos, sin of bands) exp(-|delta| t),  t = position / (max_length - 1)
+        h_i(t) = MLP_i(t, cos, sin of bands) (exp(-|delta_i| t) + shift),  t = position / (max_length - 1)
 
     short: a depthwise causal convolution of three taps. The filters' MLP has two inner layers with sines of one shared,
-    learned frequency, and one output per order and channel. heads: of no meaning, each channel has filters of its own;
-    there is no matrix of weights either. State: the inputs of every long convolution, (order - 1) dim numbers per
-    token; a token then costs time in all tokens before it.
-    Source: Poli et al., arXiv:2302.10866; Nguyen et al., HyenaDNA, arXiv:2306.15794, whose sizes are the defaults here
-    (order 2, 64 features, 5 position features, frequency 10). Time is relative to max_length, not to the length given.
+    learned frequency. normalized: h(t) over the sum of |h(t)| of all orders and channels. learned_positions: the MLP's
+    input is a parameter, which wants no weight decay. heads: of no meaning; there is no matrix of weights. State: the
+    inputs of every long convolution; a token costs time in all tokens before it.
+    Source: Poli et al., arXiv:2302.10866 (safari); Nguyen et al., HyenaDNA, arXiv:2306.15794, whose sizes are the
+    defaults here. Time is relative to max_length, not to the length given. shift is 0 where HyenaDNA is trained, 0.05
+    in the standalone file that runs its weights. safari normalises before the window, HyenaDNA and this after it. The
+    codes learn the input or delta where given a learning rate for it; here delta always is.
+    Weights: h_i is number N - 1 - i of the code, whose last rows, deltas and bias go by (channel, number), in the
+    standalone file by (number, channel); here all go by (i - 1, channel). Tap l is its tap 2 - l, positions its z[0].
     """
 
     card = Card(
@@ -71,6 +75,9 @@ class Hyena(Mechanism):
         filter_dim: int = 64,
         bands: int = 2,
         frequency: float = 10.0,
+        shift: float = 0.0,
+        normalized: bool = False,
+        learned_positions: bool = False,
         bias: bool = True,
     ) -> None:
         super().__init__(dim, heads, causal=causal)
@@ -80,6 +87,7 @@ class Hyena(Mechanism):
                 "and max_length of at least 2, filter_dim and bands of at least 1"
             )
         self.order, self.max_length, self.bands = order, max_length, bands
+        self.shift, self.normalized = shift, normalized
         self.in_proj = nn.Linear(dim, (order + 1) * dim, bias=bias)
         self.out_proj = nn.Linear(dim, dim, bias=bias)
         self.short_taps = nn.Parameter(torch.empty((order + 1) * dim, 3).uniform_(-(3**-0.5), 3**-0.5))
@@ -89,7 +97,12 @@ class Hyena(Mechanism):
         self.last = nn.Linear(filter_dim, (order - 1) * dim, bias=False)
         self.frequency = nn.Parameter(torch.full((filter_dim,), float(frequency)))
         fast, slow = math.log(0.01) / 0.3, math.log(0.01) / 1.5
-        self.delta = nn.Parameter(torch.linspace(slow, fast, dim))
+        # The first filter to be applied is that of the last order.
+        self.delta = nn.Parameter(torch.linspace(slow, fast, (order - 1) * dim).view(dim, -1).mT.flip(0).contiguous())
+        start = (
+            _positions(torch.arange(max_length, dtype=torch.float64), max_length, bands) if learned_positions else None
+        )
+        self.positions = None if start is None else nn.Parameter(start.to(self.delta.dtype))
         self.skip = nn.Parameter(torch.randn(order - 1, dim))
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
@@ -118,21 +131,33 @@ class Hyena(Mechanism):
 
     def _filters(self, length: int, like: Tensor) -> Tensor:
         """[order - 1, length, dim]."""
-        place = torch.arange(length, device=like.device, dtype=like.dtype)[:, None]
-        time = place / (self.max_length - 1)
-        bands = torch.linspace(1e-4, self.bands - 1, self.bands, device=like.device, dtype=like.dtype)
-        angle = 2 * torch.pi / self.max_length * place * bands
-        z = torch.cat((time, angle.cos(), -angle.sin()), -1)
+        place = torch.arange(length, device=like.device, dtype=like.dtype)
+        if self.positions is None:
+            z = _positions(place, self.max_length, self.bands)
+        else:
+            z = self.positions[:length].to(like.dtype)
         for layer in self.inner:
             z = (self.frequency.to(like.dtype) * _linear(z, layer)).sin()
-        window = (-time * self.delta.to(like.dtype).abs()).exp()
-        return _linear(z, self.last).unflatten(-1, (self.order - 1, -1)).transpose(0, 1) * window
+        time = place[:, None, None] / (self.max_length - 1)
+        window = (-time * self.delta.to(like.dtype).abs()).exp() + self.shift
+        filters = _linear(z, self.last).unflatten(-1, (self.order - 1, -1)) * window
+        if self.normalized:
+            total = filters.abs().sum((-2, -1), keepdim=True)
+            filters = filters / total.clamp(min=torch.finfo(total.dtype).tiny)
+        return filters.transpose(0, 1)
 
     def _append(self, state: State | None, name: str, rows: Tensor) -> Tensor:
         return rows if state is None else state.append(name, rows)
 
     def _hide(self, rows: Tensor, call: Call) -> Tensor:
         return rows if call.padding is None else rows.masked_fill(~call.padding[..., None], 0.0)
+
+
+def _positions(place: Tensor, length: int, bands: int) -> Tensor:
+    """place [n], of at most `length` -> what a filter's MLP reads of each, [n, 2 bands + 1]."""
+    waves = torch.linspace(1e-4, bands - 1, bands, device=place.device, dtype=place.dtype)
+    angle = 2 * torch.pi / length * place[:, None] * waves
+    return torch.cat((place[:, None] / (length - 1), angle.cos(), -angle.sin()), -1)
 
 
 def _linear(x: Tensor, layer: Any) -> Tensor:

@@ -32,11 +32,15 @@ class Mega(Mechanism):
     f: "softmax" (q k^T / sqrt(d)) or "laplace" (q k^T / number of keys, then (1 + erf((s - mu) / (sigma sqrt 2))) / 2,
     not normalised). chunk: attention stays within stretches of so many positions (linear, constant state); None: all.
     b is the learned rotary bias, not the Toeplitz table: it has no longest length. Noncausal: a second EMA from the
-    right. heads splits z and v; the paper has one. x is what the block normed, in v and in (1 - phi) x too.
-    Weights: f(q k^T + b); the EMA, which reaches beyond the chunk, is beside them.
+    right. heads splits z and v; the paper has one.
+    Matrix: f(q k^T + b); the EMA, which reaches beyond the chunk, is beside them.
 
-    Source: Ma et al., Mega: Moving Average Equipped Gated Attention, arXiv:2209.10655. Follows the released code in
-    silu inside the EMA, 1 / sqrt(ema_dim) in it, and both EMAs counting the token itself.
+    Source: Ma et al., arXiv:2209.10655, and its code: silu and 1 / sqrt(ema_dim) inside the EMA, and both EMAs counting
+    the token itself. Divergence: x is what the block normed; the code norms inside, and its (1 - phi) x is the residual
+    before the norm. mu = sqrt(1 / 2), sigma = sqrt(1 / (4 pi)) are exact here, 0.707107 and 0.282095 there.
+    Weights: the code has the paper's alpha and delta the other way round: ema_alpha is its delta, ema_delta its alpha,
+    ema_eta its gamma, [direction, dim, ema_dim], where it has one direction after the other in [2 dim, ema_dim]; kappa,
+    mu are its gamma, beta; place[0, 0], place[1, 0] its rotary alpha, beta; ema_proj is mx_proj, row by row.
     """
 
     card = Card(

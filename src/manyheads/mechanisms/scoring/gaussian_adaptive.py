@@ -30,6 +30,7 @@ class GaussianAdaptive(Mechanism):
     mixture. There the heads cut the axis that is normalised (the tokens) into stretches, which needs at least as
     many tokens as heads; here they are features. Padding is not in mean and variance, and its output
     is zero. The importance factor is not in the code: taken from the paper as remembered.
+    Weights: row h of mean_offsets and widths is attention_heads.h.mean_offsets and .c.
     """
 
     card = Card(

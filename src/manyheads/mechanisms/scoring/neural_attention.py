@@ -26,6 +26,8 @@ class NeuralAttention(SoftmaxAttention):
     Source: DiGiugno and Mahmood, arXiv:2502.17206, and its code, whence: no 1 / sqrt(d), and p = d // 32 (here at least
     2). Unlike the code, features of a head lie together in the projections, and w3 has no bias (softmax ignores it).
     The paper has self attention only; nothing in the score asks for that.
+    Weights: feature i of head h is row (3 i + s) heads + h of the code's to_qkv, s = 0, 1, 2 for q, k, v, and row h d +
+    i here; linear1 to linear3 are first to third.
     """
 
     card = Card(

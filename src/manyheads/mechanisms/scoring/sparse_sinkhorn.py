@@ -20,15 +20,17 @@ from manyheads.registry import register
 class SparseSinkhorn(Mechanism):
     """A block of queries attends to itself and to one more block, put beside it by a soft permutation of the blocks.
 
-        R = sinkhorn(log(relu(mean q_I . mean k_J / sqrt(d)) / temperature)),  K'_I = sum_J R_IJ K_J, V' likewise
+        R = sinkhorn(log(relu(mean q_I . mean k_J / sqrt(d))) / temperature),  K'_I = sum_J R_IJ K_J, V' likewise
         out_i = softmax over the tokens of block I and the slots of K'_I of (q_i . k / sqrt(d)), times v
 
-    block: tokens per block, the last one may be shorter. iterations: of rows and columns. In training Gumbel noise is
-    added to the logarithms. Padding is not in the means, blocks without a token are not sorted, and a slot counts if
-    some block has a token there. Weights over tokens: those of the block itself, plus slot weights times R.
+    block: tokens per block, the last one may be shorter. iterations: of rows, then columns, so that columns of R sum to
+    1, and rows almost. In training Gumbel noise is added to the logarithms. Padding is not in the means, blocks without
+    a token are not sorted, and a slot counts if some block has a token there. Matrix over tokens: the weights of the
+    block itself, plus slot weights times R.
     Source: Tay et al., Sparse Sinkhorn Attention, arXiv:2002.11296, whose sorting network maps a block's sum to places;
     this follows the form by mean queries and keys of the best-known code (sinkhorn-transformer), which any length
     allows, without its noise in evaluation and its sorted keys in place of sorted values.
+    Weights: the code's to_kv is k, v in this order; its to_out has a bias, the others none.
     """
 
     card = Card(
@@ -108,7 +110,9 @@ class SparseSinkhorn(Mechanism):
             logits = logits - torch.empty_like(logits).exponential_().log()
         some = None if real is None else real.any(2)
         pairs = None if some is None else (some[:, :, None] & some[:, None])[:, None]
-        return transport_plan(logits / self.temperature, pairs, self.iterations)
+        # Rows first, columns last, which is the plan of the transpose.
+        pairs = None if pairs is None else pairs.mT
+        return transport_plan(logits.mT / self.temperature, pairs, self.iterations).mT
 
     def _over_tokens(self, weights: Tensor, order: Tensor, real: Tensor, n: int) -> Tensor:
         b, h, c, s, _ = weights.shape

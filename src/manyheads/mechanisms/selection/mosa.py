@@ -30,6 +30,8 @@ class MoSA(Mechanism):
     Source: arXiv:2505.00315 and its released code. There top_k is the length over a sparsity; here it is given, so that
     padding and decoding change nothing. The paper adds dense heads: sum this module with another. Equal r: the earlier
     token wins.
+    Weights: rows of q_proj, k_proj, v_proj for head h are the thirds of QKV.W[h], [dim, 3 d], transposed; columns of
+    o_proj for head h are O.W[h], [d, dim], transposed. The code turns the first half of a head's features.
     """
 
     card = Card(

@@ -25,6 +25,8 @@ class MultiWindow(SoftmaxAttention):
     window is shorter where they do not.
     b: learned, 2 w - 1 numbers per windowed head and none for a global one, as in the released code, whose option of
     shifted windows is left out. Source: arXiv:2306.00561 and its released code.
+    Weights: the code's qkv is q, k, v in this order; relative holds attn_heads.h.relative_position_bias_table[:, 0] of
+    the windowed heads, in order.
     """
 
     card = Card(

@@ -30,11 +30,12 @@ class RoutingTransformer(Mechanism):
     A token in no cluster gets zero. In training mu_c moves by 1 - decay towards the mean of the q^, k^ nearest to it.
     Losses: `commitment`, mean |q^ - mu|^2 / d over real tokens (and k^), as in lucidrains' code, which weighs it 1e-4.
 
-    Source: arXiv:2003.05997 (algorithm 1); the norm of the released code (TensorFlow) takes the 1 / sqrt(d) away again.
-    Divergence: its causal form takes the best `window` tokens of the whole sequence, so that later tokens decide what
-    earlier ones see. This causal form is the nearest-centroid rule that its section 4 starts from, cut to the newest
-    tokens: it does not leak. Centroids start at random, and move when the first training pass after a backward begins,
-    by what all passes before it gathered: a pass is routed by those before, also where checkpointing repeats it.
+    Source: arXiv:2003.05997 (algorithm 1) and its code (TensorFlow), which scores normed q and k too, and whose norm
+    takes the 1 / sqrt(d) away again. lucidrains' code norms to length 1, for the routing, and scores q as it is.
+    Divergence: the causal form of both takes the best `window` tokens of the whole sequence, so that later ones decide
+    what earlier ones see. Here it is the nearest-centroid rule of section 4, cut to the newest tokens. Centroids start
+    at random, and move when the first training pass after a backward begins, by what all passes before it gathered: a
+    pass is routed by those before, also where checkpointing repeats it.
     """
 
     card = Card(

@@ -44,7 +44,10 @@ class SeqBoat(Mechanism):
     window: an active token sees that many active ones before it, and itself (noncausal: as many after it). q and k are
     turned by the places in the whole sequence. The state holds the average and the newest `window` active tokens.
     heads splits z and v; the paper has one. Source: arXiv:2306.11197 and its released code, with its rotary option
-    instead of the table of biases, which has a longest length. x is what the block normed, also where it is added.
+    instead of the table of biases, which has a longest length. Divergence: x is what the block normed; the code norms
+    inside, and the x that it adds is the residual before the norm.
+    Weights: as in Mega ema_alpha is the code's delta, ema_delta its alpha, ema_eta its gamma, with the directions in
+    front; kappa, mu are its gamma, beta; y_proj is hx_proj, in_proj is mx_proj, row by row.
     """
 
     card = Card(

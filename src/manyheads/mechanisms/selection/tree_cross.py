@@ -73,7 +73,7 @@ class TreeCross(Mechanism):
     attends to all leaves: `tree_objective` below. Without it p learns through the projections it shares. The code takes
     the entropy of each head's softmax and not of p, detaches children unless bptt is set, and fills the tree up with
     masked copies of tokens.
-    Weights: a summary's weight is shared evenly by the tokens below it; no exact matrix exists.
+    Matrix: a summary's weight is shared evenly by the tokens below it; no exact matrix exists.
     """
 
     card = Card(

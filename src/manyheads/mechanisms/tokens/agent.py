@@ -26,12 +26,14 @@ class Agent(Mechanism):
     B: a 7 x 7 table per head and agent, bilinear to the size of the grid, plus a line per axis kept at `window` places.
     x: [b, height, width, dim] with mask [b, height, width], or [b, n, dim], which is a grid of height one with its
     agents in one row. Rows, columns and cells are counted over real tokens, so that padding changes nothing.
-    Weights: softmax(Q A^T ..) softmax(A K^T ..); the convolution is beside them.
+    Matrix: softmax(Q A^T ..) softmax(A K^T ..); the convolution is beside them.
 
     Source: Han et al., Agent Attention: On the Integration of Softmax and Linear Attention, arXiv:2312.08874. The
     released code fixes the grid to window x window and treats a class token apart: here the lines are interpolated
     too (equal at that size), there is no class token, and the 1-D form is ours. No cross form: V of a context does not
     lie on the grid of x, so that there is nothing to convolve. bias: of q, k, v.
+    Weights: the code's qkv is q, k, v in this order; block_bias is [an_bias, na_bias], line_bias[0] ah_bias, aw_bias,
+    and line_bias[1] ha_bias, wa_bias, which have agents last there. ac_bias, ca_bias are the class token's.
     """
 
     card = Card(

@@ -24,11 +24,12 @@ class Linformer(Mechanism):
     sharing: which E, F are one: "none", "headwise" (E_i = E, F_i = F), "kv" (headwise, and E = F); for one E in all
     layers, give their `key_mix` the same parameter. Padded tokens are zero before the projection over time. A causal
     form does not exist: every combination holds every token.
-    Weights: softmax(..) F_i, over tokens; entries may be negative. With bias=True the bias of W^V is beside them.
+    Matrix: softmax(..) F_i, over tokens; entries may be negative. With bias=True the bias of W^V is beside them.
 
     Source: Wang et al., Linformer: Self-Attention with Linear Complexity, arXiv:2006.04768. As in the released code the
     time axis is compressed before W^K and W^V, so that their biases are not; it offers headwise and kv, and compresses
     padded tokens along with the others, which this file does not.
+    Weights: key_mix, value_mix are compress_k.weight, compress_v.weight with an axis of heads in front.
     """
 
     card = Card(

@@ -58,8 +58,9 @@ class InducedSetAttention(Mechanism):
         ISAB(X) = MAB(X, MAB(I, X)),  I: [points, dim] learned;  MAB: AttentionBlock above, with its residuals
 
     Permuting the tokens permutes the outputs. With a context, MAB(X, MAB(I, context)), which is not in the paper.
-    Weights: softmax(X H) softmax(I X), the paths of attention from token to token, beside the residuals and layers.
+    Matrix: softmax(X H) softmax(I X), the paths of attention from token to token, beside the residuals and layers.
     Source: Lee et al., Set Transformer, arXiv:1810.00825, in the form of its released code (see AttentionBlock).
+    Weights: points is I[0]; gather, spread are mab0, mab1.
     """
 
     card = Card(
@@ -102,6 +103,7 @@ class AttentionPooling(Mechanism):
     x: [b, n, dim] -> [b, dim], whatever the order of the tokens; weights: [b, heads, 1, n].
     Source: Lee et al., Set Transformer, arXiv:1810.00825, whose k seeds are one here: a pool gives one vector.
     rFF is in the paper, and not in the released code (feed_forward=False).
+    Weights: seed is S[0].
     """
 
     card = Card(

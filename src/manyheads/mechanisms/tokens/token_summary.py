@@ -23,7 +23,7 @@ class TokenSummary(Mechanism):
 
     x: [class token, selectors], [b, n, dim]; context c: the patches, [b, m, dim]. prompts: learned keys and values
     before those of Z. Selectors meet patches as they are, without projections or heads.
-    Weights: over the patches, through the summaries; what the class token and the prompts take is beside them.
+    Matrix: over the patches, through the summaries; what the class token and the prompts take is beside them.
     Source: De Min et al., Less is more, arXiv:2405.15633, and its code, where this is one lane: a lane per task shares
     the projections and has its own selectors and prompts, the patches are detached and go their own frozen way, and
     selectors pass to the next layer as they are (take x[:, 1:] for that).

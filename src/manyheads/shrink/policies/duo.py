@@ -26,7 +26,10 @@ class Duo(Policy):
     heads, lowest gates first over the whole model, that only keep sink_size + recent_size entries; the others keep all.
     budget_tokens (per head on average) instead: what the streaming heads leave of it is shared by the others, which
     then drop their oldest; half of the heads stream unless streaming says otherwise, and none while all tokens fit.
-    Source: arXiv 2410.10819, mit-han-lab/duo-attention; ties there are broken by noise, here by order.
+    Source: arXiv 2410.10819, mit-han-lab/duo-attention; ties there are broken by noise, here by order. Divergence: in
+    training streaming heads see only sinks and recent tokens within one prompt as well; in the code that runs them a
+    first pass of any length sees all of itself, as here. It makes room after a pass, so that a later token sees
+    sink_size + recent_size and itself; here room is made before it, and it is one of the recent ones, as in training.
     """
 
     gates: list[list[float]] = field(default_factory=list)

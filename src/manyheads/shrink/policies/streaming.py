@@ -19,9 +19,11 @@ class StreamingLLM(Policy):
 
     keep(t) = position(t) < sink_size, then the latest, to the budget. Room is made before a token comes, so its query
     sees at most the budget, itself included. Positions are those in the cache: 0 .. length - 1.
-    Source: arXiv 2309.17453, mit-han-lab/streaming-llm `kv_cache.py`, `pos_shift/`. There a prompt's eviction waits for
-    the next token; here it happens at once. There keys are kept unrotated and all are rotated for every token; here the
-    sinks alone are turned by the number of dropped tokens, which gives every query the same distances.
+    Source: arXiv 2309.17453, mit-han-lab/streaming-llm `kv_cache.py`, `pos_shift/`. Room is made before tokens, as by
+    its `evict_for_space`; where the code evicts after each token (`eval_long_ppl.py`) a query sees the budget and
+    itself, one more. A prompt's eviction waits for the next token there; here it happens at once. There keys are kept
+    unrotated and all are rotated for every token; here the sinks alone are turned by the number of dropped tokens,
+    which gives every query the same distances.
     positions="text" leaves distances as they are in the text, for models whose positions cannot be moved.
     """
 
