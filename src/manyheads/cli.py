@@ -1,4 +1,4 @@
-"""The command line: list, show, check, compare, heads, shrink, explain, serve, info."""
+"""The command line: list, show, check, compare, heads, shrink, convert, explain, serve, info."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rich.table import Table
 
 import manyheads
 from manyheads.compare.command import compare
+from manyheads.convert.command import convert
 from manyheads.explain.command import explain
 from manyheads.heads.command import heads
 from manyheads.mechanism import Mechanism
@@ -207,6 +208,7 @@ def _is_mechanism(found: Any) -> TypeGuard[type[Mechanism]]:
 app.command()(compare)
 app.command()(heads)
 app.command()(shrink)
+app.command()(convert)
 app.command()(serve)
 app.add_typer(explain, name="explain")
 

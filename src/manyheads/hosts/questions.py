@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -119,7 +119,7 @@ class Questions:
         order: Sequence[int],
         depth: float | None,
     ) -> Trial:
-        filler, prefix, before = self._stretch(rng, spare), list(self._lead), 0
+        filler, prefix, before = self.stretch(rng, spare), list(self._lead), 0
         for cut, (statement, _, _) in zip(cuts, parts, strict=True):
             prefix += filler[before:cut] + statement
             before = cut
@@ -133,7 +133,8 @@ class Questions:
             tail += answer
         return Trial(prefix, tail, tuple(answers), depth)
 
-    def _stretch(self, rng: random.Random, size: int) -> list[int]:
+    def stretch(self, rng: random.Random, size: int) -> list[int]:
+        """So many tokens of the text, from anywhere in it."""
         ids = self._ids
         while len(ids) <= size:
             ids = ids + ids
@@ -184,12 +185,24 @@ def keys_in(length: int) -> int:
 @lru_cache(maxsize=1)
 def held_out() -> str:
     """Sources of the standard library that the packaged model was not trained on."""
+    return _sources(lambda number: number % _HELD_OUT == 0, _TEXT)
+
+
+@lru_cache(maxsize=1)
+def library_text() -> str:
+    """Sources of the standard library beside the held-out ones: to calibrate and to train on."""
+    return _sources(lambda number: number % _HELD_OUT != 0 and number % 3 == 0, _TEXT)
+
+
+def _sources(wanted: Callable[[int], bool], most: int) -> str:
+    """Files of the standard library by their number in the order of their names, cut to so many characters."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    texts = []
-    for path in sorted(root.rglob("*.py"))[::_HELD_OUT]:
-        if _SKIPPED & set(path.relative_to(root).parts):
+    texts, size = [], 0
+    for number, path in enumerate(sorted(root.rglob("*.py"))):
+        if size > most or not wanted(number) or _SKIPPED & set(path.relative_to(root).parts):
             continue
         data = path.read_bytes()
         if data.isascii():
             texts.append(data.decode())
-    return "\n".join(texts)[:_TEXT]
+            size += len(data)
+    return "\n".join(texts)[:most]

@@ -1,0 +1,26 @@
+"""Change a checkpoint's attention, and say what that cost.
+
+>>> from manyheads.convert import grouped
+>>> small = grouped(model, 2, calibration=rows)  # the same class with two key/value heads in every layer
+>>> other = latent(model, 96, calibration=rows)  # a DeepseekV3ForCausalLM whose cache holds 96 numbers and one key
+"""
+
+from manyheads.convert.damage import Judge, Sizes
+from manyheads.convert.grouped import aligned, grouped
+from manyheads.convert.healing import Healing, heal
+from manyheads.convert.latent import latent
+from manyheads.convert.pruned import pruned
+from manyheads.convert.saving import check_conversion, save_conversion
+
+__all__ = [
+    "Healing",
+    "Judge",
+    "Sizes",
+    "aligned",
+    "check_conversion",
+    "grouped",
+    "heal",
+    "latent",
+    "pruned",
+    "save_conversion",
+]

@@ -1,0 +1,115 @@
+"""A converted checkpoint on disk, whole or not at all, with what was done to it and what that cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manyheads.hosts.loading import Loaded, load_model
+from manyheads.hosts.quiet import quiet
+from manyheads.runs.files import write_atomically
+
+RECORD = "conversion.json"
+SCHEMA = 1
+_SAMPLE = 48  # tokens whose logits are kept, to see after loading that nothing was lost on the way
+_LARGEST_RECORD = 16 << 20
+
+
+def check_target(out: Path) -> None:
+    """ValueError where the folder holds something that is no conversion."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+        raise ValueError(f"--out {out} holds files that are no conversion: give a new or an empty folder")
+
+
+def save_conversion(model: Any, loaded: Loaded, out: Path, record: Mapping[str, Any]) -> None:
+    """Writes weights, config, tokenizer and record beside `out`, and then puts the folder in its place."""
+    check_target(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        with quiet():
+            model.save_pretrained(draft)
+            if loaded.tokenizer is not None:
+                loaded.tokenizer.save_pretrained(draft)
+        write_record(draft, {**record, "class": type(model).__name__, "sample": sample(model)})
+        (draft / "README.md").write_text(card(record, model), encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(draft, out)
+    except OSError as error:
+        advice = "make room or choose another folder; the source model is untouched"
+        raise OSError(error.errno, f"could not write it ({error.strerror}): {advice}", str(out)) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
+    return write_atomically(folder / RECORD, json.dumps({"schema": SCHEMA, **record}, indent=1) + "\n")
+
+
+def sample(model: Any) -> dict[str, Any]:
+    """Ids and some logits: those of the last token, at 64 places of the vocabulary."""
+    ids = [(7 * i + 3) % model.config.vocab_size for i in range(_SAMPLE)]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float().cpu()
+    places = torch.linspace(0, len(logits) - 1, 64, dtype=torch.float64).long()
+    return {"places": places.tolist(), "logits": logits[places].tolist(), "dtype": str(model.dtype)}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {RECORD}: give a folder that `manyheads convert --out` wrote")
+    if path.stat().st_size > _LARGEST_RECORD:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than a record has")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is no record of schema {SCHEMA}: convert again")
+    return record
+
+
+def check_conversion(folder: Path) -> dict[str, Any]:
+    """Loads a converted folder and says whether it is what was written: its class, whether transformers alone opens
+    it, and the largest difference of the kept logits."""
+    record = read_record(folder)
+    kept = record.get("sample")
+    if kept is None:
+        raise ValueError(f"{folder} holds a measurement without weights (--dry-run)")
+    loaded = load_model(folder, dtype=str(kept["dtype"]).removeprefix("torch."))
+    again = sample(loaded.model)
+    gap = max(abs(a - b) for a, b in zip(again["logits"], kept["logits"], strict=True))
+    size = max(abs(a) for a in kept["logits"])
+    return {
+        "folder": str(folder),
+        "class": type(loaded.model).__name__,
+        "stock": type(loaded.model).__module__.startswith("transformers."),
+        "largest_difference": gap,
+        "equal": gap <= 1e-4 * max(1.0, size),
+    }
+
+
+def card(record: Mapping[str, Any], model: Any) -> str:
+    """A model card of what was done."""
+    lines = [
+        f"# {record['source']['name']}, converted by manyheads",
+        "",
+        f"{record['title']}. Class: `{type(model).__name__}`.",
+        "",
+        "| | bits per token | KL to the original (bits) | hidden keys |",
+        "|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        figures = f"{row['bits_per_token']:.3f} | {row['kl_bits']:.4f} | {row['passkeys']} of {row['keys']}"
+        lines.append(f"| {row['title']} | {figures} |")
+    return "\n".join([*lines, "", f"Every setting and figure: `{RECORD}`.", ""])

@@ -1,0 +1,141 @@
+"""Grouped heads into a latent: the identities, the attention in loops, and what DeepseekV3 has no place for."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from manyheads.convert.damage import Judge, Sizes, calibration_rows
+from manyheads.convert.grouped import grouped
+from manyheads.convert.latent import full_rank, latent
+from manyheads.convert.layout import attentions
+from manyheads.hosts.loading import load_model
+from manyheads.hosts.questions import Questions, library_text
+
+ROWS = [list(range(1, 41)), list(range(40, 0, -1))]
+SIZES = {
+    "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4, "num_hidden_layers": 2,
+    "intermediate_size": 24, "vocab_size": 48, "max_position_embeddings": 64, "pad_token_id": 0, "sliding_window": None,
+}  # fmt: skip
+
+
+def tiny(kind: str = "llama", **more: Any) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **more})).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def logits(model: Any, places: Any = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor(ROWS), position_ids=places).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+def test_where_positions_turn_nothing_the_full_rank_is_exact(kind: str, kv_heads: int) -> None:
+    model = tiny(kind, num_key_value_heads=kv_heads)
+    made = latent(model, full_rank(model), calibration=ROWS)
+    assert type(made).__name__ == "DeepseekV3ForCausalLM"
+    still = torch.zeros(2, 40, dtype=torch.long)
+    torch.testing.assert_close(logits(made, still), logits(model, still), rtol=1e-5, atol=1e-5)
+    apart = (logits(made) - logits(model)).abs().max()
+    assert (apart < 1e-4) == (kv_heads == 1)  # one head has no component that loses its positions
+
+
+def test_scores_and_values_in_loops() -> None:
+    """The first layer at full rank: the first component of the keys keeps its positions, the others lose them."""
+    model = tiny(num_hidden_layers=1)
+    made = latent(model, full_rank(model), calibration=ROWS)
+    (layer,) = attentions(model)
+    x = torch.randn(1, 6, 32).double()
+    places = torch.arange(6)[None]
+    angle = places[0, :, None] * model.model.rotary_emb.inv_freq.double()
+    q, k, v = (getattr(layer.module, f"{p}_proj")(x)[0].view(6, -1, 4) for p in "qkv")
+    pairs = [torch.complex(t[..., :2], t[..., 2:]) for t in (q, k)]
+    rows = torch.tensor(ROWS)
+    with torch.no_grad():
+        hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(rows))
+        seen = layer.module.k_proj(hidden).view(-1, 4, 4)
+    wanted = torch.zeros(6, 8, 4).double()
+    turns = []
+    for p in range(2):
+        c = torch.complex(seen[..., p], seen[..., p + 2])
+        turns.append(torch.linalg.eigh((c.T @ c.conj()).real)[1].flip(1))
+    for h in range(8):
+        g = h // 2
+        for i in range(6):
+            scores = torch.zeros(i + 1).double()
+            for j in range(i + 1):
+                for p in range(2):
+                    for a in range(4):
+                        component = sum(turns[p][g2, a] * pairs[1][j, g2, p] for g2 in range(4))
+                        turn = torch.exp(1j * (angle[i, p] - angle[j, p])) if a == 0 else 1.0
+                        query = turns[p][g, a] * pairs[0][i, h, p] * turn
+                        scores[j] += (query * component.conj()).real / 2.0
+            weights = scores.softmax(0)
+            wanted[i, h] = sum(weights[j] * v[j, g] for j in range(i + 1))
+    wanted = wanted.flatten(1) @ layer.module.o_proj.weight.T
+    attention = made.model.layers[0].self_attn
+    past = torch.full((6, 6), -torch.inf).triu(1).double()[None, None]
+    made.set_attn_implementation("eager")
+    out = attention(x, position_embeddings=made.model.rotary_emb(x, places), attention_mask=past)[0]
+    torch.testing.assert_close(out[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_lower_rank_loses_more_and_bfloat16_keeps_the_constant_channel() -> None:
+    model = tiny()
+    full = latent(model, full_rank(model), calibration=ROWS)
+    gaps = [(logits(latent(model, rank, calibration=ROWS)) - logits(full)).abs().mean() for rank in (24, 16, 8)]
+    assert gaps[0] < gaps[1] < gaps[2]
+    small = tiny().bfloat16()
+    low = latent(small, full_rank(small), calibration=ROWS)
+    assert next(low.parameters()).dtype == torch.bfloat16
+    scale = logits(full).abs().max()
+    own = (logits(small).double() - logits(model)).abs().mean() / scale
+    torch.testing.assert_close((logits(low).double() - logits(full)).abs().mean() / scale, own, rtol=0, atol=0.02)
+
+
+def test_decoding_with_its_cache_equals_one_pass() -> None:
+    made = latent(tiny(), 12, calibration=ROWS)
+    ids = torch.tensor(ROWS)
+    with torch.no_grad():
+        first = made(ids[:, :30], use_cache=True)
+        later = made(ids[:, 30:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(later, logits(made)[:, 30:], rtol=1e-6, atol=1e-6)
+    layer = first.past_key_values.layers[0]
+    assert layer.keys.shape[-1] + layer.values.shape[-1] == 12 + 1 + 4
+
+
+def test_what_the_target_has_no_place_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="no converter to a latent"):
+        latent(tiny("qwen2"), 8, calibration=ROWS)
+    with pytest.raises(ValueError, match="has biases in its attention"):
+        latent(tiny(attention_bias=True), 8, calibration=ROWS)
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(ValueError, match="rotary scaling 'linear'"):
+        latent(tiny(rope_parameters=scaled), 8, calibration=ROWS)
+    with pytest.raises(ValueError, match="sliding window"):
+        latent(tiny("mistral", sliding_window=8), 8, calibration=ROWS)
+    with pytest.raises(ValueError, match="--rank 29: want 1 to 28"):
+        latent(tiny(), 29, calibration=ROWS)
+    with pytest.raises(ValueError, match="--norm 'none'"):
+        latent(tiny(), 8, norm="none", calibration=ROWS)
+    with pytest.raises(ValueError, match="needs calibration text"):
+        latent(tiny(), 8)
+
+
+def test_at_equal_bytes_a_latent_costs_less_than_fewer_heads() -> None:
+    """The paper's claim, on the packaged model: half of the cache, before any training."""
+    loaded = load_model()
+    rows = calibration_rows(Questions(loaded, text=library_text(), seed=1), 4096, 256)
+    judge = Judge(loaded, Questions(loaded), Sizes(windows=2, length=256, keys=1, key_length=192))
+    pooled = judge.measure(grouped(loaded.model, 2, calibration=rows))
+    made = judge.measure(latent(loaded.model, 96, calibration=rows))
+    fitted = judge.measure(latent(loaded.model, 96, norm="fitted", calibration=rows))
+    assert made["kl_bits"] < fitted["kl_bits"] < pooled["kl_bits"]
+    assert made["kl_bits"] < 0.5 * pooled["kl_bits"]
