@@ -6,7 +6,7 @@ Shapes: b batch, n tokens, e hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -258,9 +258,12 @@ def _sum_losses(trace_loss: Tensor | None, pooled: Result) -> Tensor | None:
 class ManyheadsForSequenceClassification(ManyheadsPreTrainedModel):
     """Labels for whole sequences. Layers are noncausal where their mechanism is, unless is_causal says otherwise."""
 
+    # How its body is made; a configuration does not say.
+    body: ClassVar[dict[str, Any]] = {"causal": None, "decodes": False}
+
     def __init__(self, config: ManyheadsConfig) -> None:
         super().__init__(config)
-        self.model = ManyheadsModel(config, causal=None, decodes=False)
+        self.model = ManyheadsModel(config, **self.body)
         self.pooling = Pooling(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -305,6 +308,7 @@ class ManyheadsForImageClassification(ManyheadsPreTrainedModel):
     its rows. is_causal as in ManyheadsForSequenceClassification."""
 
     main_input_name = "pixel_values"
+    _input_embed_layer = "embed_patches"
     input_modalities = ("image",)
 
     def __init__(self, config: ManyheadsConfig) -> None:

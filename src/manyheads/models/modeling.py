@@ -46,6 +46,10 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear | nn.RMSNorm | ShortConvolution):
             module.reset_parameters()
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: the configuration that is saved with it says how it is opened."""
+
     def initialize_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, Mechanism) and getattr(module, "_awaits_weights", False):
