@@ -10,8 +10,9 @@ import pytest
 import torch
 from tiny_models import causal_lm, randomised, seq2seq, tiny, tokens
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from manyheads.hosts.loading import BUNDLED, load_model
 from manyheads.models import (
     ManyheadsConfig,
     ManyheadsForCausalLM,
@@ -19,6 +20,7 @@ from manyheads.models import (
     ManyheadsForSequenceClassification,
     ManyheadsSeq2SeqModel,
 )
+from manyheads.models.byte_tokenizer import byte_tokenizer
 
 OPEN = "found = {auto}.from_pretrained(r'{folder}'{more}); assert type(found).__name__ == '{name}', type(found)"
 
@@ -39,7 +41,8 @@ LIGHT = (
     "from transformers import AutoConfig, AutoTokenizer; "
     "assert 'transformers.modeling_utils' not in sys.modules and 'manyheads.models.heads' not in sys.modules; "
     "assert not any(type(f).__module__.startswith('manyheads') for f in sys.meta_path); "
-    "import inspect, transformers.models.auto.configuration_auto as auto; assert 'AutoConfig' in inspect.getsource(auto); "
+    "import inspect; from transformers.models.auto import configuration_auto; "
+    "assert 'AutoConfig' in inspect.getsource(configuration_auto); "
 )
 
 
@@ -118,3 +121,16 @@ def test_a_configuration_alone_is_saved_and_opened(tmp_path: Path) -> None:
     tiny("softmax").save_pretrained(tmp_path)
     assert (tmp_path / "open_manyheads.py").exists()
     assert isinstance(AutoConfig.from_pretrained(tmp_path), ManyheadsConfig)
+
+
+def test_the_packaged_byte_model_has_a_tokenizer(tmp_path: Path) -> None:
+    found = AutoTokenizer.from_pretrained(BUNDLED)
+    text = "def f(x):\n\treturn  'Hé llo' # 你好 <|x|> \x00 \r\n  "
+    assert found(text)["input_ids"] == list(text.encode())
+    assert found.decode(list(text.encode())) == text
+    assert (len(found), found.model_max_length) == (256, 4096)
+    byte_tokenizer(4096).save_pretrained(tmp_path)
+    for file in tmp_path.iterdir():
+        assert file.read_text() == (BUNDLED / file.name).read_text()
+    # Ours reads bytes as before, and shows those that are no character.
+    assert load_model().tokens([195]) == ["\\xc3"]

@@ -150,7 +150,11 @@ def _tokenizer(where: str, model: Any) -> Any | None:
     from transformers import AutoTokenizer
 
     words = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
-    if words is None or not reads_text(model) or (words == 256 and not _has_tokenizer(where)):
+    if (
+        words is None
+        or not reads_text(model)
+        or (words == 256 and not _has_tokenizer(where))
+    ):
         return None
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
@@ -160,4 +164,6 @@ def _tokenizer(where: str, model: Any) -> Any | None:
 
 def _has_tokenizer(where: str) -> bool:
     folder = Path(where)
+    if folder == BUNDLED:  # its tokenizer is for others: bytes that are no character are shown only without one
+        return False
     return not folder.is_dir() or any(folder.glob("*token*")) or any(folder.glob("vocab*"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 OPENER = "open_manyheads"
-CODE = '''"""Opens this model where manyheads is installed: transformers runs this file where trust_remote_code=True is given."""
+CODE = '''"""Opens this model where manyheads is installed: transformers runs it where trust_remote_code=True."""
 
 from manyheads.models import {names}
 '''
