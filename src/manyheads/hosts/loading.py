@@ -150,11 +150,7 @@ def _tokenizer(where: str, model: Any) -> Any | None:
     from transformers import AutoTokenizer
 
     words = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
-    if (
-        words is None
-        or not reads_text(model)
-        or (words == 256 and not _has_tokenizer(where))
-    ):
+    if words is None or not reads_text(model) or (words == 256 and not _has_tokenizer(where)):
         return None
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False)

@@ -132,6 +132,12 @@ class ManyheadsConfig(PreTrainedConfig):
             return self.image_size, self.image_size
         return self.image_size[0], self.image_size[1]
 
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.image_shape
+        return height // self.patch_size, width // self.patch_size
+
     # -- what is refused ---------------------------------------------------------------------------------------------
 
     def _check_values(self) -> None:
