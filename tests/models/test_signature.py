@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
+from transformers.utils.generic import find_labels
 
 from manyheads.models import ManyheadsForCausalLM, ManyheadsForImageClassification, ManyheadsForSequenceClassification
 
@@ -53,6 +54,13 @@ def test_labels_that_are_shifted_already(labelled: bool, items: int | None) -> N
     out = model(ids, shift_labels=shifted, num_items_in_batch=items, **labels)
     wanted = ForCausalLMLoss(out.logits, ids, VOCAB, shift_labels=shifted, num_items_in_batch=items)
     assert_close(out.loss.float(), wanted)
+
+
+def test_no_other_argument_is_taken_and_trainer_looks_for_labels_alone() -> None:
+    model = causal_lm("softmax")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'shift_lables'"):
+        model(tokens(1, 3), shift_lables=tokens(1, 3))
+    assert find_labels(ManyheadsForCausalLM) == ["labels"]
 
 
 @pytest.mark.parametrize("images", [False, True])

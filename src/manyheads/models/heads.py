@@ -6,7 +6,7 @@ Shapes: b batch, n tokens, e hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -87,11 +87,19 @@ class ManyheadsGenerationMixin(GenerationMixin):
             cache.activate_past_recording()
 
 
-def shifted(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
+class Shifted(TypedDict, total=False):
+    """Taken beside the named arguments: Trainer holds every parameter named after labels for one that it must have."""
+
+    shift_labels: Tensor | None
+
+
+def shifted(labels: Tensor | None, beside: Shifted) -> Tensor | None:
     """What each token is to predict: [b, n], as given, or the labels one place to the left."""
-    if shift_labels is not None or labels is None:
-        return shift_labels
-    return F.pad(labels[:, 1:], (0, 1), value=-100)
+    unknown = sorted(beside.keys() - Shifted.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"ManyheadsForCausalLM.forward() got an unexpected keyword argument {unknown[0]!r}")
+    found = beside.get("shift_labels")
+    return F.pad(labels[:, 1:], (0, 1), value=-100) if found is None and labels is not None else found
 
 
 def token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> tuple[Tensor, Any]:
@@ -140,13 +148,14 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-        shift_labels: Tensor | None = None,
         token_type_ids: Any = None,
         cache_position: Any = None,
+        **beside: Unpack[Shifted],
     ) -> ManyheadsCausalLMOutput:
         """labels: [b, n] as input_ids (they are shifted here), -100 = not predicted: in packed rows the first token of
         each document, which the one before it would else predict. shift_labels: [b, n], shifted already, and taken
         before labels, as by transformers. All else as in ManyheadsModel."""
+        wanted = shifted(labels, beside)
         out = self.model(
             input_ids,
             attention_mask,
@@ -166,7 +175,6 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss, share = None, 1.0
-        wanted = shifted(labels, shift_labels)
         if wanted is not None:
             loss, share = token_loss(logits, wanted, num_items_in_batch)
         return ManyheadsCausalLMOutput(
