@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test format
+.PHONY: demo test test-clients format
 demo: $(VENV)/.installed
 	$(BIN)/manyheads compare --preset quick --out demo
 
@@ -15,6 +15,19 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+# Not run in CI: transformers' own tests out of its sdist, lm-evaluation-harness, PEFT, accelerate and captum over our
+# models, in an environment of their own. CLIENTS="--kinds softmax,gqa" takes some kinds of layers only.
+CLIENTS_VENV := .venv-clients
+test-clients: $(CLIENTS_VENV)/.installed
+	$(CLIENTS_VENV)/bin/python tests/clients/run.py --out benchmarks/results/clients.json $(CLIENTS)
+
+$(CLIENTS_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
+		pytest peft parameterized==0.9.0 lm-eval==0.4.13
+	@touch $@
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
