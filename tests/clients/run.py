@@ -99,20 +99,20 @@ def case(element: ElementTree.Element) -> dict[str, Any]:
     for child in element:
         if child.tag in ("failure", "error", "skipped"):
             outcome, why = child.tag, (child.get("message") or "").split("\n")[0][:300]
-    known = REASONS.get(name)
+    model = group[1].replace("_", "-") if group else next((m for m in models.MODELS if m in "".join(words)), "")
+    known = REASONS.get((model, name))
     if outcome == "skipped" or (outcome != "passed" and known):
         outcome, why = "not applicable", known or why
     if group:
         return {
             "client": "ModelTesterMixin",
-            "model": group[1].replace("_", "-"),
+            "model": model,
             "kind": group[2],
             "test": name,
             "outcome": outcome,
             "why": why,
         }
     kind = next((k for k in models.KINDS if re.search(rf"\b{k}\b", "".join(words))), "")
-    model = next((m for m in models.MODELS if m in "".join(words)), "")
     return {"client": name, "model": model, "kind": kind, "test": whole, "outcome": outcome, "why": why}
 
 
