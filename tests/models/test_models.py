@@ -193,7 +193,6 @@ def test_config_round_trip(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "manyheads"
 
 
-
 # -- what the models compute -----------------------------------------------------------------------------------------
 
 
