@@ -186,7 +186,7 @@ def test_lm_evaluation_harness_on_a_made_up_task(kind: str, tmp_path: Path) -> N
     file.write_text("\n".join(json.dumps(doc) for doc in docs))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "made_up.yaml").write_text(TASK.format(file=file))
-    arguments = f"pretrained={tmp_path / 'model'},trust_remote_code=True,dtype=float32"
+    arguments = f"pretrained={tmp_path / 'model'},trust_remote_code=True,dtype=float32,prefix_token_id=10"
     command = ["-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments, "--tasks", "made_up"]
     command += ["--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out")]
     run([*command, "--device", "cpu", "--batch_size", "2", "--trust_remote_code"])
