@@ -420,13 +420,16 @@ class Run:
         self.save()
 
     def export(self) -> None:
-        """The folder `from_pretrained` reads: config.json and bfloat16 weights."""
+        """The folder `from_pretrained` reads: config.json, bfloat16 weights and a tokenizer."""
+        from manyheads.models.byte_tokenizer import byte_tokenizer
+
         folder = self.out / "model"
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.to(torch.bfloat16) for name, p in self.names.items()}
         write(folder / "model.safetensors", tensors, {"format": "pt"})
         self.model.config.architectures = ["LlamaForCausalLM"]
         self.model.config.save_pretrained(folder)
+        byte_tokenizer(self.model.config.max_position_embeddings).save_pretrained(folder)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Every published attention mechanism behind one contract: compare, shrink, convert, explain."""
 
+from manyheads.announce import announce
 from manyheads.card import Card, Family, Pattern
 from manyheads.functional.rotary import Rotary
 from manyheads.mechanism import Call, Mechanism, Result
@@ -27,3 +28,5 @@ __all__ = [
     "mechanism_class",
     "register",
 ]
+
+announce()

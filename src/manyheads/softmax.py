@@ -179,9 +179,9 @@ class SoftmaxAttention(Mechanism):
             plain
             and where.padding is None
             and where.dense is None
-            and (where.square or not where.causal or len(where.i) == 1)
+            and (where.square or not where.causal or q.shape[2] == 1)
         ):
-            return attend_grouped(q, k, v, scale=self.scale, causal=where.square and len(where.i) > 1)
+            return attend_grouped(q, k, v, scale=self.scale, causal=where.square and q.shape[2] > 1)
 
         def allowed(rows: slice) -> Tensor | None:
             return self.select(q[:, :, rows], k, where.rows(rows))

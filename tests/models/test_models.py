@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -58,14 +56,15 @@ def image_classifier(*names: str, **settings: Any) -> ManyheadsForImageClassific
 def reloaded(model: Any, path: Path, auto: Any) -> Any:
     model.save_pretrained(path)
     files = {p.name for p in path.iterdir()}
-    assert files <= {"config.json", "generation_config.json", "model.safetensors"}
+    beside = {"open_manyheads.py", "README.md"}
+    assert files <= beside | {"config.json", "generation_config.json", "model.safetensors"}
     again = auto.from_pretrained(path, dtype=torch.float64)
     assert type(again) is type(model)
     return again
 
 
 def settings(config: ManyheadsConfig) -> dict[str, Any]:
-    return config.to_dict() | {"_name_or_path": "", "architectures": None}
+    return config.to_dict() | {"_name_or_path": "", "architectures": None, "auto_map": None}
 
 
 def assert_same_weights(found: nn.Module, wanted: nn.Module) -> None:
@@ -194,11 +193,6 @@ def test_config_round_trip(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "manyheads"
 
 
-def test_importing_manyheads_does_not_import_transformers() -> None:
-    code = "import manyheads, sys; assert 'transformers' not in sys.modules; import manyheads.models"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 # -- what the models compute -----------------------------------------------------------------------------------------
 
 
@@ -323,7 +317,7 @@ def test_image_classification(name: str) -> None:
     assert out.logits.shape == (2, 3)
     assert [tuple(h.shape) for h in out.hidden_states] == [(2, 16, 16)] * 3
     out.loss.backward()
-    assert model.stack.layers[0].self_attn.grid == ("grid" in card(name).patterns)
+    assert (model.stack.layers[0].self_attn.grid is not None) == ("grid" in card(name).patterns)
     other = images.clone()
     other[0, 0, 0, 0] += 1
     moved = (model(other).logits - out.logits).abs().sum(-1)
@@ -531,7 +525,7 @@ def test_lora(tmp_path: Path) -> None:
         (lambda: image_classifier("softmax", is_causal=False, layers="hilo"), ["layers[0]", "hilo"]),
         (lambda: ManyheadsModel(tiny(is_encoder_decoder=True)), ["ManyheadsSeq2SeqModel"]),
         (lambda: ManyheadsSeq2SeqModel(tiny()), ["is_encoder_decoder=True"]),
-        (lambda: causal_lm()(tokens(1, 3), past_key_values=DynamicCache()), ["DynamicCache", "ManyheadsCache(2)"]),
+        (lambda: causal_lm(short_conv=2)(tokens(1, 3), past_key_values=DynamicCache()), ["DynamicCache", "Cache(2)"]),
         (lambda: causal_lm()(tokens(1, 3), torch.ones(1, 2)), ["attention_mask", "(1, 2)", "[1, 3]"]),
         (lambda: causal_lm()(tokens(1, 3), torch.ones(1, 1, 3, 3)), ["boolean"]),
         (lambda: causal_lm()(), ["exactly one of"]),

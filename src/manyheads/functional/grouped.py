@@ -40,7 +40,9 @@ def attend_grouped(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: boo
     """softmax(scale q k^T) v with PyTorch's kernel. causal: n == m and key j is seen by queries i >= j."""
     (b, h, n, d), g = q.shape, k.shape[1]
     if h == g:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        if causal:  # traced with a length that may change, it is a symbol, which the kernel does not take
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     if not causal or n == 1:
         # The heads of a group stand in line as queries of the one head that they share.
         packed = q.reshape(b, g, h // g * n, d)

@@ -170,4 +170,6 @@ def _tokenizer(where: str, model: Any) -> Any | None:
 
 def _has_tokenizer(where: str) -> bool:
     folder = Path(where)
+    if folder == BUNDLED:  # its tokenizer is for others: bytes that are no character are shown only without one
+        return False
     return not folder.is_dir() or any(folder.glob("*token*")) or any(folder.glob("vocab*"))

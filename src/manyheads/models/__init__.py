@@ -1,32 +1,28 @@
-"""One Hugging Face configuration and model for every mechanism. Importing this registers the Auto classes."""
+"""One Hugging Face configuration and model for every mechanism.
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-)
+The configuration is light; the models are imported when one of them, or any configuration, is made.
+"""
 
-from manyheads.models.cache import ManyheadsCache
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from manyheads.models.configuration import ManyheadsConfig
-from manyheads.models.heads import (
-    ManyheadsForCausalLM,
-    ManyheadsForImageClassification,
-    ManyheadsForSeq2SeqLM,
-    ManyheadsForSequenceClassification,
-)
-from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
 
-AutoConfig.register("manyheads", ManyheadsConfig, exist_ok=True)
-AutoModel.register(ManyheadsConfig, ManyheadsModel, exist_ok=True)
-AutoModelForCausalLM.register(ManyheadsConfig, ManyheadsForCausalLM, exist_ok=True)
-AutoModelForSeq2SeqLM.register(ManyheadsConfig, ManyheadsForSeq2SeqLM, exist_ok=True)
-AutoModelForSequenceClassification.register(ManyheadsConfig, ManyheadsForSequenceClassification, exist_ok=True)
-AutoModelForImageClassification.register(ManyheadsConfig, ManyheadsForImageClassification, exist_ok=True)
+if TYPE_CHECKING:
+    from manyheads.models.auto import ManyheadsBody
+    from manyheads.models.cache import ManyheadsCache
+    from manyheads.models.heads import (
+        ManyheadsForCausalLM,
+        ManyheadsForImageClassification,
+        ManyheadsForSeq2SeqLM,
+        ManyheadsForSequenceClassification,
+    )
+    from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
 
 __all__ = [
+    "ManyheadsBody",
     "ManyheadsCache",
     "ManyheadsConfig",
     "ManyheadsForCausalLM",
@@ -37,3 +33,11 @@ __all__ = [
     "ManyheadsPreTrainedModel",
     "ManyheadsSeq2SeqModel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module("manyheads.models.auto"), name)
+    globals()[name] = found
+    return found

@@ -181,6 +181,15 @@ class ManyheadsCache(Cache):
         """Bytes held, with what is allocated ahead."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def max_cache_len(self) -> int:
+        """-1: it grows, as get_max_length says of layers; PEFT asks a cache by this name."""
+        return -1
+
+    def after(self, tokens: int) -> Cache:
+        """After a pass of so many tokens: what the caller goes on with."""
+        return self
+
     def tell(self, real: Tensor) -> None:
         """From now on those of the tokens seen are real that are in `real`, [batch, seen]. Raises ValueError, and
         changes nothing, where a state cannot take back what it was fed."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
 from manyheads.card import Pattern
+from manyheads.models.saved import AUTO_MAP, write_beside
 from manyheads.registry import mechanism_class, suggest
 
 POSITIONS = ("learned", "rotary", "none")
@@ -81,6 +84,21 @@ class ManyheadsConfig(PreTrainedConfig):
         self._check_values()
         super().__post_init__(**kwargs)
         self._check_patterns()
+        # Whoever has a configuration may open its model. The Auto classes hear of the models now and no sooner, as they
+        # are heavy, and transformers imports its Auto classes in the middle of importing what the models are made of.
+        import_module("manyheads.models.auto")
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """And, beside config.json, what opens the model where manyheads is installed and not imported."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
+        write_beside(Path(save_directory), self.architectures)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: what is saved says already how it is opened, and no source file is to be copied beside it."""
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> ManyheadsConfig:
         """The configuration itself: encoder and decoder share it."""
@@ -113,6 +131,12 @@ class ManyheadsConfig(PreTrainedConfig):
         if isinstance(self.image_size, int):
             return self.image_size, self.image_size
         return self.image_size[0], self.image_size[1]
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.image_shape
+        return height // self.patch_size, width // self.patch_size
 
     # -- what is refused ---------------------------------------------------------------------------------------------
 

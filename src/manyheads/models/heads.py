@@ -6,7 +6,7 @@ Shapes: b batch, n tokens, e hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,11 @@ class ManyheadsGenerationMixin(GenerationMixin):
         if stack.obstacle and generation_config.use_cache is not False:
             logger.warning_once(f"{stack.obstacle}, cannot decode step by step: generating without a cache")
             generation_config.use_cache = False
+        if generation_config.output_attentions and generation_config.use_cache is not False:
+            hidden = stack.weights_obstacle()
+            if hidden:
+                logger.warning_once(f"{hidden}: generating without a cache, as output_attentions=True asks for weights")
+                generation_config.use_cache = False
         if generation_config.use_cache is False:
             return
         cache = model_kwargs.get("past_key_values")
@@ -80,6 +85,21 @@ class ManyheadsGenerationMixin(GenerationMixin):
             cache._is_user_defined = True
         if generation_config.is_assistant:
             cache.activate_past_recording()
+
+
+class Shifted(TypedDict, total=False):
+    """Taken beside the named arguments: Trainer holds every parameter named after labels for one that it must have."""
+
+    shift_labels: Tensor | None
+
+
+def shifted(labels: Tensor | None, beside: Shifted) -> Tensor | None:
+    """What each token is to predict: [b, n], as given, or the labels one place to the left."""
+    unknown = sorted(beside.keys() - Shifted.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"ManyheadsForCausalLM.forward() got an unexpected keyword argument {unknown[0]!r}")
+    found = beside.get("shift_labels")
+    return F.pad(labels[:, 1:], (0, 1), value=-100) if found is None and labels is not None else found
 
 
 def token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> tuple[Tensor, Any]:
@@ -128,9 +148,14 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        token_type_ids: Any = None,
+        cache_position: Any = None,
+        **beside: Unpack[Shifted],
     ) -> ManyheadsCausalLMOutput:
         """labels: [b, n] as input_ids (they are shifted here), -100 = not predicted: in packed rows the first token of
-        each document, which the one before it would else predict. All else as in ManyheadsModel."""
+        each document, which the one before it would else predict. shift_labels: [b, n], shifted already, and taken
+        before labels, as by transformers. All else as in ManyheadsModel."""
+        wanted = shifted(labels, beside)
         out = self.model(
             input_ids,
             attention_mask,
@@ -150,8 +175,8 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss, share = None, 1.0
-        if labels is not None:
-            loss, share = token_loss(logits[:, :-1], labels[:, 1:], num_items_in_batch)
+        if wanted is not None:
+            loss, share = token_loss(logits, wanted, num_items_in_batch)
         return ManyheadsCausalLMOutput(
             self._with_router_loss(loss, out.aux_loss, share),
             logits,
@@ -204,6 +229,8 @@ class ManyheadsForSeq2SeqLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Any = None,
+        token_type_ids: Any = None,
+        cache_position: Any = None,
     ) -> ManyheadsSeq2SeqLMOutput:
         """labels: [b, n], aligned with the decoder's tokens, which by default are the labels moved one to the right."""
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -258,9 +285,12 @@ def _sum_losses(trace_loss: Tensor | None, pooled: Result) -> Tensor | None:
 class ManyheadsForSequenceClassification(ManyheadsPreTrainedModel):
     """Labels for whole sequences. Layers are noncausal where their mechanism is, unless is_causal says otherwise."""
 
+    # How its body is made; a configuration does not say.
+    body: ClassVar[dict[str, Any]] = {"causal": None, "decodes": False}
+
     def __init__(self, config: ManyheadsConfig) -> None:
         super().__init__(config)
-        self.model = ManyheadsModel(config, causal=None, decodes=False)
+        self.model = ManyheadsModel(config, **self.body)
         self.pooling = Pooling(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -275,8 +305,12 @@ class ManyheadsForSequenceClassification(ManyheadsPreTrainedModel):
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        num_items_in_batch: Any = None,
+        token_type_ids: Any = None,
+        cache_position: Any = None,
     ) -> ManyheadsSequenceClassifierOutput:
-        """labels: [b] classes, or [b, num_labels] targets (config.problem_type, as in transformers)."""
+        """labels: [b] classes, or [b, num_labels] targets (config.problem_type, as in transformers).
+        num_items_in_batch: of how many classes the loss is the mean, where several batches make a step."""
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is not None and find_documents(position_ids, attention_mask, tokens, Packing()):
             raise ValueError(
@@ -294,9 +328,9 @@ class ManyheadsForSequenceClassification(ManyheadsPreTrainedModel):
         )
         pooled = self.pooling(out.last_hidden_state, real_tokens(attention_mask))
         logits, aux_loss = self.classifier(pooled.output), _sum_losses(out.aux_loss, pooled)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        loss, share = self._label_loss(labels, logits, num_items_in_batch)
         return ManyheadsSequenceClassifierOutput(
-            self._with_router_loss(loss, aux_loss), logits, out.hidden_states, out.attentions, aux_loss
+            self._with_router_loss(loss, aux_loss, share), logits, out.hidden_states, out.attentions, aux_loss
         )
 
 
@@ -305,6 +339,7 @@ class ManyheadsForImageClassification(ManyheadsPreTrainedModel):
     its rows. is_causal as in ManyheadsForSequenceClassification."""
 
     main_input_name = "pixel_values"
+    _input_embed_layer = "embed_patches"
     input_modalities = ("image",)
 
     def __init__(self, config: ManyheadsConfig) -> None:
@@ -322,16 +357,16 @@ class ManyheadsForImageClassification(ManyheadsPreTrainedModel):
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        num_items_in_batch: Any = None,
     ) -> ManyheadsImageClassifierOutput:
         """pixel_values: [b, channels, height, width]. labels: as in ManyheadsForSequenceClassification."""
         wants = self._wants(output_attentions, output_hidden_states)
-        trace = self.stack(self.embed_patches(self._patches(pixel_values)), **wants)
-        pooled = self.pooling(trace.last.flatten(1, 2), None)
+        trace = self.stack(self.embed_patches(self._patches(pixel_values)).flatten(1, 2), **wants)
+        pooled = self.pooling(trace.last, None)
         logits, aux_loss = self.classifier(pooled.output), _sum_losses(trace.aux_loss, pooled)
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        hidden = trace.hidden_states and tuple(x.flatten(1, 2) for x in trace.hidden_states)
+        loss, share = self._label_loss(labels, logits, num_items_in_batch)
         return ManyheadsImageClassifierOutput(
-            self._with_router_loss(loss, aux_loss), logits, hidden, trace.attentions, aux_loss
+            self._with_router_loss(loss, aux_loss, share), logits, trace.hidden_states, trace.attentions, aux_loss
         )
 
     def _patches(self, pixel_values: Tensor) -> Tensor:

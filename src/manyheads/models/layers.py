@@ -70,8 +70,9 @@ def fill_gaps(mechanism: Mechanism) -> None:
     if gaps:
         fresh = type(mechanism)(**mechanism.config)
         values = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
-        for name, tensor in gaps.items():
-            tensor.copy_(values[name])
+        # What a quantiser put into a layer has no counterpart, and is that quantiser's to fill.
+        for name in gaps.keys() & values.keys():
+            gaps[name].copy_(values[name])
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
@@ -111,8 +112,8 @@ class Mixer(nn.Module):
 
     def __init__(self, config: ManyheadsConfig, place: str, spec: Spec, pattern: Pattern) -> None:
         super().__init__()
-        self.grid, causal = pattern is Pattern.GRID, pattern.causal
-        convolves = config.short_conv and not pattern.cross and not self.grid
+        self.grid, causal = config.patch_grid if pattern is Pattern.GRID else None, pattern.causal
+        convolves = config.short_conv and not pattern.cross and self.grid is None
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.convolution = ShortConvolution(config.hidden_size, config.short_conv, causal) if convolves else None
         self.mechanism = build_mechanism(config, place, spec, pattern)
@@ -126,15 +127,15 @@ class Mixer(nn.Module):
         memory: Memory | None = None,
         need_weights: bool = False,
     ) -> Result:
-        """x: [b, n, e], or [b, height, width, e] for images, which a mechanism that is no grid's sees as a sequence."""
-        if x.ndim == 4 and not self.grid:
-            result = self(x.flatten(1, 2), context, mask, positions, memory, need_weights)
-            return result._replace(output=result.output.view(x.shape))
+        """x: [b, n, e], of images row by row, which a mechanism for grids sees as [b, rows, columns, e]."""
         state = None
         if memory is not None:
             memory.record(self, x, context, mask, positions)
             state = memory.state("mechanism", lambda: self.mechanism.init_state(x.shape[0]))
         x = self.norm(x)
+        if self.grid is not None:
+            result = self.mechanism(x.unflatten(1, self.grid), need_weights=need_weights)
+            return result._replace(output=result.output.flatten(1, 2))
         if self.convolution is not None:
             x = self.convolution(x, mask if mask is not None and mask.ndim == 2 else None, memory)
         return self.mechanism(x, context, mask=mask, positions=positions, state=state, need_weights=need_weights)
@@ -246,9 +247,6 @@ class Stack(nn.Module):
     def _positioned(self, x: Tensor, positions: Tensor | None, cache: ManyheadsCache | None) -> Tensor:
         if self.embed_positions is None:
             return x
-        if x.ndim == 4:
-            places = torch.arange(self.places, device=x.device)
-            return x + self.embed_positions(places).view(*x.shape[1:3], -1)
         if positions is None:
             seen = 0 if cache is None else cache.get_seq_length()
             if seen + x.shape[1] > self.places:
@@ -273,6 +271,24 @@ class Stack(nn.Module):
                     return f"layer {i}, {mechanism.card.name}"
         return None
 
+    @torch.no_grad()
+    def weights_obstacle(self) -> str | None:
+        """The first mechanism that gives no weights once it has a state, found by asking each for two tokens'; None
+        where all do."""
+        for i, block in enumerate(self.layers):
+            mixers: list[Any] = [block.self_attn, block.cross_attn]
+            for mixer in (mixer for mixer in mixers if mixer is not None):
+                token = mixer.norm.weight.new_zeros(1, 1, mixer.norm.weight.shape[0])
+                context = token if mixer is block.cross_attn else None
+                state = mixer.mechanism.init_state(1)
+                try:
+                    with torch.random.fork_rng(devices=[]):
+                        for _ in range(2):
+                            mixer.mechanism(token, context, state=state, need_weights=True)
+                except ValueError as error:
+                    return f"layer {i}, {error}"
+        return None
+
 
 def build_stack(config: ManyheadsConfig, causal: bool | None, *, images: bool = False) -> Stack:
     """Self mixers only. causal None: whatever each mechanism declares, noncausal first."""
@@ -281,8 +297,8 @@ def build_stack(config: ManyheadsConfig, causal: bool | None, *, images: bool = 
         place = f"layers[{i}]"
         pattern = layer_pattern(place, spec, causal, grid=images)
         blocks.append(ManyheadsBlock(config, Mixer(config, place, spec, pattern)))
-    height, width = config.image_shape
-    return Stack(config, blocks, height // config.patch_size * (width // config.patch_size) if images else None)
+    rows, columns = config.patch_grid
+    return Stack(config, blocks, rows * columns if images else None)
 
 
 def build_decoder(config: ManyheadsConfig) -> Stack:

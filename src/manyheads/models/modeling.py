@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, Seq2SeqModelO
 from transformers.utils.generic import can_return_tuple
 
 from manyheads.mechanism import Mechanism
+from manyheads.models.borrowed import BorrowedCache, obstacle, refused
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
 from manyheads.models.layers import ShortConvolution, Stack, build_decoder, build_stack, fill_gaps
@@ -46,6 +47,10 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear | nn.RMSNorm | ShortConvolution):
             module.reset_parameters()
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: the configuration that is saved with it says how it is opened."""
+
     def initialize_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, Mechanism) and getattr(module, "_awaits_weights", False):
@@ -59,8 +64,8 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         base = self.base_model
         return base.decoder if isinstance(base, ManyheadsSeq2SeqModel) else base.stack
 
-    def _cache(self, past: Any, use_cache: bool | None) -> ManyheadsCache | None:
-        """The cache to use, a new one where one is wanted, or None."""
+    def _cache(self, past: Any, use_cache: bool | None, x: Tensor) -> ManyheadsCache | None:
+        """The cache to use for x [b, n, e], a new one where one is wanted, or None."""
         stack = self.decoder_stack
         if use_cache is None:
             use_cache = past is not None or (self.config.use_cache and not self.training and stack.can_cache)
@@ -70,18 +75,27 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
             raise ValueError(f"{stack.obstacle}, cannot decode step by step; call the model with use_cache=False")
         if past is None:
             return ManyheadsCache(len(stack.layers))
-        if not isinstance(past, ManyheadsCache) or len(past.layers) != len(stack.layers):
-            raise ValueError(
-                f"past_key_values is {type(past).__name__} of {len(past)} layers; want a "
-                f"ManyheadsCache({len(stack.layers)}), or None for a new one"
-            )
-        return past
+        if isinstance(past, ManyheadsCache) and len(past.layers) == len(stack.layers):
+            return past
+        why = obstacle(past, stack)
+        if why:
+            raise refused(past, stack, why)
+        return BorrowedCache(past, stack, x)
 
     def _wants(self, output_attentions: bool | None, output_hidden_states: bool | None) -> dict[str, bool]:
         """What was asked for in the call, else in the configuration."""
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return {"output_attentions": bool(attentions), "output_hidden_states": bool(hidden)}
+
+    def _label_loss(self, labels: Tensor | None, logits: Tensor, items: Any) -> tuple[Tensor | None, Any]:
+        """Of a classifier: transformers' own, and the batch's share of what one optimizer step sees."""
+        if labels is None:
+            return None, 1.0
+        given = {} if items is None else {"num_items_in_batch": items}
+        loss = self.loss_function(labels, logits, self.config, **given)
+        counted = items is not None and self.config.problem_type == "single_label_classification"
+        return loss, len(logits) / items if counted else 1.0
 
     def _with_router_loss(self, loss: Tensor | None, aux_loss: Tensor | None, share: Any = 1.0) -> Tensor | None:
         if loss is None or aux_loss is None:
@@ -126,10 +140,12 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        token_type_ids: Any = None,
+        cache_position: Any = None,
     ) -> ManyheadsModelOutput:
         """attention_mask: [b, seen + n], 1 = real, or [b, 1 or heads, n, seen + n] boolean. Without one, positions that
         do not count up by one begin another document, which sees nothing of those before; seq_idx, cu_seq_lens_* and
-        max_length_* say the same."""
+        max_length_* say the same. token_type_ids and cache_position say nothing here, as to transformers' decoders."""
         x = _embedded(self.embed_tokens, input_ids, inputs_embeds, "input_ids, inputs_embeds")
         packing = Packing(seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         documents = find_documents(position_ids, attention_mask, x, packing)
@@ -137,11 +153,12 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
             documents.refuse_cache(past_key_values, use_cache)
             trace = documents.through(self.stack, x, **self._wants(output_attentions, output_hidden_states))
             return ManyheadsModelOutput(trace.last, None, trace.hidden_states, trace.attentions, trace.aux_loss)
-        cache = self._cache(past_key_values, use_cache) if self.decodes else None
+        cache = self._cache(past_key_values, use_cache, x) if self.decodes else None
         masks = read_masks(attention_mask, position_ids, x, cache)
         wants = self._wants(output_attentions, output_hidden_states)
         trace = self.stack(x, None, masks, past_key_values=cache, **wants)
-        return ManyheadsModelOutput(trace.last, cache, trace.hidden_states, trace.attentions, trace.aux_loss)
+        past = None if cache is None else cache.after(x.shape[1])
+        return ManyheadsModelOutput(trace.last, past, trace.hidden_states, trace.attentions, trace.aux_loss)
 
 
 class ManyheadsSeq2SeqModel(ManyheadsPreTrainedModel):
@@ -178,6 +195,8 @@ class ManyheadsSeq2SeqModel(ManyheadsPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        token_type_ids: Any = None,
+        cache_position: Any = None,
     ) -> ManyheadsSeq2SeqModelOutput:
         wants = self._wants(output_attentions, output_hidden_states)
         if encoder_outputs is None:
@@ -188,7 +207,7 @@ class ManyheadsSeq2SeqModel(ManyheadsPreTrainedModel):
             encoder_outputs = ManyheadsModelOutput(last_hidden_state=encoder_outputs[0])
         names = "decoder_input_ids, decoder_inputs_embeds"
         x = _embedded(self.encoder.embed_tokens, decoder_input_ids, decoder_inputs_embeds, names)
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(past_key_values, use_cache, x)
         if find_documents(decoder_position_ids, decoder_attention_mask, x, Packing()):
             raise ValueError(
                 "decoder_position_ids do not count up by one: several documents in a row, of which each would read the "

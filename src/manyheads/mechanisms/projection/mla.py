@@ -169,6 +169,6 @@ class MLA(Mechanism):
 
     def _kernel(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor:
         free = where.padding is None and where.dense is None
-        if free and (where.square or not where.causal or len(where.i) == 1):
-            return attend_grouped(q, k, v, scale=self.scale, causal=where.square and len(where.i) > 1)
+        if free and (where.square or not where.causal or q.shape[2] == 1):
+            return attend_grouped(q, k, v, scale=self.scale, causal=where.square and q.shape[2] > 1)
         return attend_rows(q, k, v, lambda rows: where.rows(rows).allowed(), scale=self.scale, causal=where.causal)

@@ -1,0 +1,73 @@
+"""The models, registered with transformers' Auto classes. Making any ManyheadsConfig imports this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
+
+from manyheads.models.cache import ManyheadsCache
+from manyheads.models.configuration import ManyheadsConfig
+from manyheads.models.heads import (
+    ManyheadsForCausalLM,
+    ManyheadsForImageClassification,
+    ManyheadsForSeq2SeqLM,
+    ManyheadsForSequenceClassification,
+)
+from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
+
+__all__ = [
+    "ManyheadsBody",
+    "ManyheadsCache",
+    "ManyheadsForCausalLM",
+    "ManyheadsForImageClassification",
+    "ManyheadsForSeq2SeqLM",
+    "ManyheadsForSequenceClassification",
+    "ManyheadsModel",
+    "ManyheadsPreTrainedModel",
+    "ManyheadsSeq2SeqModel",
+]
+
+
+class ManyheadsBody(ManyheadsPreTrainedModel):
+    """What AutoModel opens: the body of the model that was saved, whichever it is. Never itself a model."""
+
+    @classmethod
+    def _from_config(cls, config: ManyheadsConfig, **kwargs: Any) -> Any:
+        model, how = _body(config)
+        return model._from_config(config, **how, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        if not isinstance(config, ManyheadsConfig):
+            config, kwargs = ManyheadsConfig.from_pretrained(config or name, return_unused_kwargs=True, **kwargs)
+        model, how = _body(config)
+        return model.from_pretrained(name, *args, config=config, **how, **kwargs)
+
+
+def _body(config: ManyheadsConfig) -> tuple[type[ManyheadsPreTrainedModel], dict[str, Any]]:
+    saved = (config.architectures or [""])[0]
+    if saved == ManyheadsForImageClassification.__name__:
+        raise ValueError(
+            "AutoModel: an image classifier's body reads patches, and has no class of its own; use "
+            "AutoModelForImageClassification (with output_hidden_states=True for what is below the classifier)"
+        )
+    if config.is_encoder_decoder:
+        return ManyheadsSeq2SeqModel, {}
+    classifier = ManyheadsForSequenceClassification
+    return ManyheadsModel, classifier.body if saved == classifier.__name__ else {}
+
+
+AutoConfig.register("manyheads", ManyheadsConfig, exist_ok=True)
+AutoModel.register(ManyheadsConfig, ManyheadsBody, exist_ok=True)
+AutoModelForCausalLM.register(ManyheadsConfig, ManyheadsForCausalLM, exist_ok=True)
+AutoModelForSeq2SeqLM.register(ManyheadsConfig, ManyheadsForSeq2SeqLM, exist_ok=True)
+AutoModelForSequenceClassification.register(ManyheadsConfig, ManyheadsForSequenceClassification, exist_ok=True)
+AutoModelForImageClassification.register(ManyheadsConfig, ManyheadsForImageClassification, exist_ok=True)
