@@ -149,12 +149,12 @@ def _healing(loaded: Loaded, tokens: str | None, lr: float | None, length: int) 
 
 def _texts(loaded: Loaded, path: Path | None) -> tuple[Questions, Questions]:
     """Questions on what is measured, and on what may be learnt from."""
-    from manyheads.hosts.probes import read_text
     from manyheads.hosts.questions import Questions, library_text
+    from manyheads.runs.given import read_text
 
     if path is None:
         return Questions(loaded), Questions(loaded, text=library_text(), where="the library", seed=1)
-    content = read_text(path)
+    content = read_text(path, what="--text")
     cut = round(len(content) * (1 - _MEASURED))
     where = f"--text {path}"
     return Questions(loaded, text=content[cut:], where=where), Questions(

@@ -14,11 +14,11 @@ import torch
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.quiet import quiet
 from manyheads.runs.files import write_atomically
+from manyheads.runs.given import read_json
 
 RECORD = "conversion.json"
 SCHEMA = 1
 _SAMPLE = 48  # tokens whose logits are kept, to see after loading that nothing was lost on the way
-_LARGEST_RECORD = 16 << 20
 
 
 def check_target(out: Path) -> None:
@@ -68,12 +68,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.is_file():
         raise ValueError(f"{folder} has no {RECORD}: give a folder that `manyheads convert --out` wrote")
-    if path.stat().st_size > _LARGEST_RECORD:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than a record has")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    record = read_json(path)
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise ValueError(f"{path} is no record of schema {SCHEMA}: convert again")
     return record

@@ -32,7 +32,6 @@ _PRESSES = {
     "AdaKVPress": "SnapKV(..., allocation=AdaKV()), or any policy that scores in SnapKV's place",
     "PyramidKVPress": "SnapKV(..., allocation=PyramidKV())",
     "PerLayerCompressionPress": "compression_ratio=[...] of a policy, one number for each layer",
-    "KeyRerotationPress": "rerotate=True of a policy",
     "DecodingPress": "when='decode' and interval=... of a policy",
     "PrefillDecodingPress": "Composed(SnapKV(...), TOVA(..., when='decode'))",
     "ComposedPress": "Composed(first, second)",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from manyheads.shrink.based import Based
 from manyheads.shrink.compress import View
+from manyheads.shrink.policies.based import Based
 from manyheads.shrink.policies.snapkv import SnapKV
 from manyheads.shrink.policy import Policy
 from manyheads.shrink.textorder import TextOrder, one_text, whole_number

@@ -67,7 +67,7 @@ class Compactor(Policy):
     def _blending(self, view: View) -> Tensor | float:
         if self.blending is not None:
             return self.blending
-        if self.compression_ratio is not None:
+        if isinstance(self.compression_ratio, (int, float)):
             return self.compression_ratio
         assert view.targets is not None
         return (1 - view.targets / view.count[:, None].clamp_min(1)).clamp_min(0)[..., None]

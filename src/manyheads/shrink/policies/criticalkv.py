@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.shrink.based import Based
 from manyheads.shrink.compress import View
+from manyheads.shrink.policies.based import Based
 from manyheads.shrink.textorder import wide
 
 # What families call the map from head outputs to the model.

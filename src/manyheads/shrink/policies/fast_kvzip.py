@@ -51,8 +51,8 @@ class FastKVzip(Policy):
         if self.allocation is not None:
             raise ValueError("FastKVzip: scores of all layers and heads compete, which is its allocation; leave it out")
         given = self.gates
-        self.parts = _read(Path(given)) if isinstance(given, (str, Path)) else [dict(own) for own in given]
-        for i, own in enumerate(self.parts):
+        self.pieces = _read(Path(given)) if isinstance(given, (str, Path)) else [dict(own) for own in given]
+        for i, own in enumerate(self.pieces):
             missing = [name for name in _PARTS if name not in own]
             if missing:
                 raise ValueError(f"FastKVzip: layer {i}'s gate lacks {', '.join(missing)}; want {', '.join(_PARTS)}")
@@ -62,7 +62,7 @@ class FastKVzip(Policy):
     def smallest(self) -> int:
         return self.sink_size + 1
 
-    def acts(self, decoding: bool) -> bool:
+    def acts(self, *, decoding: bool, context: bool = False) -> bool:
         """Entries leave after the whole context, never in a layer's own time."""
         return False
 
@@ -87,10 +87,10 @@ class FastKVzip(Policy):
 
     def _check_shapes(self, config: Any, depth: int) -> None:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = len(self.parts[0]["q_norm.weight"]) if self.parts else 0
+        width = len(self.pieces[0]["q_norm.weight"]) if self.pieces else 0
         wanted = (config.num_attention_heads * width, config.hidden_size)
-        found = [tuple(own["q_proj.weight"].shape) for own in self.parts]
-        if len(found) != depth or set(found) != {wanted} or self.parts[0]["k_base"].shape[0] != heads:
+        found = [tuple(own["q_proj.weight"].shape) for own in self.pieces]
+        if len(found) != depth or set(found) != {wanted} or self.pieces[0]["k_base"].shape[0] != heads:
             raise ValueError(
                 f"FastKVzip: gates are of {len(found)} layers with q_proj {found[0] if found else 'of nothing'}; this "
                 f"model wants {depth} with {wanted} and {heads} KV heads: take the gates that were trained for it"
@@ -105,7 +105,7 @@ class FastKVzip(Policy):
                 return
             states: Any = kwargs.get("hidden_states", args[0] if args else None)
             with torch.no_grad():
-                cache.shared.setdefault("gated", {})[layer] = gated(self.parts[layer], states)
+                cache.shared.setdefault("gated", {})[layer] = gated(self.pieces[layer], states)
 
         return read
 

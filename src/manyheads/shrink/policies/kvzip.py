@@ -80,7 +80,7 @@ class KVzip(Policy):
     def smallest(self) -> int:
         return self.sink_size + 1
 
-    def acts(self, decoding: bool) -> bool:
+    def acts(self, *, decoding: bool, context: bool = False) -> bool:
         """Entries leave after the context was repeated, never by a pass' own scores."""
         return False
 
