@@ -63,7 +63,9 @@ def _recorded(init: Callable[..., None], shared: Mapping[str, inspect.Parameter]
     shared: what every mechanism of a kind takes beside its own arguments, handed to `take_shared`.
     """
     own = inspect.signature(init)
-    signature = own.replace(parameters=[*own.parameters.values(), *shared.values()])
+    # A mechanism of another package may end in **kwargs, behind which nothing stands.
+    parameters = sorted([*own.parameters.values(), *shared.values()], key=lambda p: p.kind)
+    signature = own.replace(parameters=parameters)
 
     @functools.wraps(init)
     def wrapper(self: Mechanism, *args: Any, **kwargs: Any) -> None:

@@ -30,7 +30,7 @@ class Finch(Policy):
     question behind it, are one pass here as in kvpress.
     """
 
-    window_size: int | Sequence[int]
+    window_size: int | Sequence[int] | None = None
     normalize: bool = True
     chunk_length: int | None = None
     positions: str = "cache"
@@ -49,6 +49,8 @@ class Finch(Policy):
 
     def _sizes(self) -> list[int]:
         given: Any = self.window_size
+        if given is None:
+            raise ValueError("Finch: window_size says how many tokens at the end of the prompt are the question")
         several = isinstance(given, Sequence) and not isinstance(given, str)
         if several and not given:
             raise ValueError("Finch: window_size is a number of tokens, or one for each row of the batch; got none")

@@ -29,9 +29,11 @@ class QFilters(Policy):
     is: the paper's filter, along which queries lie, is -f.
     """
 
-    filters: Tensor | Sequence[Any] | str | Path
+    filters: Tensor | Sequence[Any] | str | Path = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.filters, Sequence) and not self.filters:
+            raise ValueError("QFilters needs filters: what fit_q_filters(model, ids) gives, or a path of them")
         self.table = _read(self.filters)
         if self.table.dim() != 3 or not bool(self.table.isfinite().all()):
             raise ValueError(
