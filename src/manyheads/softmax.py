@@ -43,6 +43,7 @@ class SoftmaxAttention(Mechanism):
 
     span: int | None = None  # no query looks further back than this many tokens, itself included: bounds the state
     eager: ClassVar[bool] = False  # a stage that needs the score matrix is overridden
+    shares_kv: ClassVar[bool] = True  # the stages take fewer key/value heads than query heads
     shell: Shell = Shell()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -80,6 +81,8 @@ class SoftmaxAttention(Mechanism):
         if None not in (kv_heads, shell.kv_heads) and kv_heads != shell.kv_heads:
             raise ValueError(f"{name}: kv_heads={kv_heads}, and {shell.kv_heads} in the shell; give one of them")
         self.kv_heads = next((count for count in (kv_heads, shell.kv_heads) if count is not None), heads)
+        if self.kv_heads != heads and not self.shares_kv:
+            raise ValueError(f"{name}: wants a key/value head for every query head, {heads}; got {self.kv_heads}")
         if self.kv_heads < 1 or heads % self.kv_heads:
             raise ValueError(f"{name}: heads={heads} is not a multiple of kv_heads={self.kv_heads}")
         self.rotary = Rotary.of(rotary)

@@ -47,7 +47,7 @@ def test_the_record_says_what_it_cost(converted: Path) -> None:
     before, after = record["rows"]
     assert before["kl_bits"] == 0.0
     assert after["bits_per_token"] > before["bits_per_token"]
-    assert after["cache_bytes_per_token"] * 2 == before["cache_bytes_per_token"]
+    assert after["cache_bytes"] * 2 == before["cache_bytes"]
     assert after["keys"] == 2
     assert "gqa 2, procrustes" in (converted / "README.md").read_text()
 
@@ -80,10 +80,25 @@ def test_a_latent_opens_as_a_stock_class_and_a_budget_chooses_its_rank(tmp_path:
     assert type(model).__name__ == "DeepseekV3ForCausalLM"
     assert 4 * (model.config.kv_lora_rank + model.config.qk_rope_head_dim) * 4 == 2048
     record = json.loads((out / "conversion.json").read_text())
-    assert record["rows"][1]["cache_bytes_per_token"] == 2048
+    assert record["rows"][1]["cache_bytes"] == 2048 * 160
     assert run("check", str(out)) == 0
     told = model.generate(torch.tensor([list(b"The pass key is")]), max_new_tokens=4, do_sample=False)
     assert told.shape == (1, 19)
+
+
+def test_a_mechanism_in_some_layers_learns_from_those_that_it_replaces(tmp_path: Path) -> None:
+    lines = []
+    for steps in ("0", "12"):
+        out = tmp_path / steps
+        arguments = ["--to", "hedgehog", "--layers", "2-3", "--transfer", steps, *SMALL, "--out", str(out)]
+        assert run(*arguments) == 0
+        assert run("check", str(out)) == 0
+        lines.append(json.loads((out / "conversion.json").read_text())["rows"][1])
+    assert lines[1]["kl_bits"] < lines[0]["kl_bits"]
+    model = load_model(out).model
+    assert [spec if isinstance(spec, str) else spec["name"] for spec in model.config.layers] == [
+        "softmax", "softmax", "hedgehog", "hedgehog",
+    ]  # fmt: skip
 
 
 def test_too_much_damage_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +124,13 @@ def test_healing_is_measured_beside_a_control_healed_alike(tmp_path: Path) -> No
     ("arguments", "words"),
     [
         (["--to", "mla2"], "--to 'mla2': want"),
+        (["--to", "linformer"], "it has no causal form"),
+        (["--to", "hedgehog", "--layers", "2-9"], "has layers 0 to 3, not 4"),
+        (["--to", "hedgehog", "--layers", "x"], "want layers such as 4-20"),
+        (["--to", "hedgehog", "--transfer", "-1"], "--transfer -1: want"),
+        (["--to", "hedgehog", "--kv-heads", "2"], "--kv-heads belongs to --to gqa"),
+        (["--to", "gqa", "--layers", "1"], "--layers belongs to a mechanism"),
+        (["--to", "hedgehog", "--budget-bytes", "100"], "give --layers"),
         (["--kv-heads", "3"], "can be pooled into 1, 2, 4"),
         (["--kv-heads", "0"], "can be pooled into"),
         (["--rank", "8"], "--rank belongs to --to mla"),

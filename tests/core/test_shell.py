@@ -160,6 +160,20 @@ def test_every_mechanism_of_the_shell_takes_a_hosts_sizes(name: str) -> None:
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.parametrize("name", HOSTING)
+def test_shared_key_heads_are_taken_or_refused_by_name(name: str) -> None:
+    cls = mechanism_class(name)
+    config = {"shell": {"kv_heads": 2}} | ({"kv_heads": None} if "kv_heads" in cls.card.example else {})
+    if name == "mqa" or not cls.shares_kv:
+        with pytest.raises(ValueError, match=f"{name}: "):
+            cls(16, 4, **{**cls.card.example, **config, "causal": sorted(cls.card.patterns)[0].causal})
+        return
+    findings = list(examine_mechanism(cls, properties=["shapes", "weights", "decode", "padding"], config=config))
+    failures = [f"{f.pattern} {f.property}: {f.message}" for f in findings if not f.holds]
+    assert findings
+    assert not failures, "\n".join(failures)
+
+
 @pytest.mark.parametrize(
     ("shell", "words"),
     [

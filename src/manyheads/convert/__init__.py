@@ -8,6 +8,7 @@
 from manyheads.convert.damage import Judge, Sizes
 from manyheads.convert.grouped import aligned, grouped
 from manyheads.convert.healing import Healing, heal
+from manyheads.convert.hosted import hosted, transfer
 from manyheads.convert.latent import latent
 from manyheads.convert.pruned import pruned
 from manyheads.convert.saving import check_conversion, save_conversion
@@ -20,7 +21,9 @@ __all__ = [
     "check_conversion",
     "grouped",
     "heal",
+    "hosted",
     "latent",
     "pruned",
     "save_conversion",
+    "transfer",
 ]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from manyheads.hosts.questions import Questions
 
 METHODS = ("gqa", "mla", "prune")
+_KNOBS = {"gqa": "kv-heads", "mla": "rank", "prune": "heads"}
 DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 # The share of a text that is measured on; the rest is for calibration and healing.
@@ -27,7 +28,9 @@ def convert(
         list[str] | None,
         typer.Argument(help="A folder, hub name, .gguf file or smollm2; or: check DIR. Else the packaged model."),
     ] = None,
-    to: Annotated[str, typer.Option(help=f"What to convert to: {', '.join(METHODS)}.")] = "gqa",
+    to: Annotated[
+        str, typer.Option(help=f"{', '.join(METHODS)}, or a mechanism: hedgehog, 'mswa[window=64]'.")
+    ] = "gqa",
     kv_heads: Annotated[
         str | None, typer.Option(help="gqa: key/value heads; several with --dry-run: 4,2,1. A half without it.")
     ] = None,
@@ -43,6 +46,10 @@ def convert(
         str | None, typer.Option(help="prune: query heads that stay in all; several with --dry-run. Half without it.")
     ] = None,
     by: Annotated[str | None, typer.Option(help="prune: importance, ablation, or random.")] = None,
+    layers: Annotated[str | None, typer.Option(help="A mechanism's layers: 4-20, or 0,2,4. All without it.")] = None,
+    transfer: Annotated[
+        int | None, typer.Option(help="A mechanism's steps of learning from the attention that it replaces.")
+    ] = None,
     budget_bytes: Annotated[int | None, typer.Option(help="Bytes of cache per token, in place of the above.")] = None,
     calibrate: Annotated[int, typer.Option(help="Tokens of calibration.")] = 8192,
     heal: Annotated[str | None, typer.Option(help="Tokens to heal with: 200k, 1M. None without it.")] = None,
@@ -63,8 +70,6 @@ def convert(
         return _check(given[1:], as_json)
     if len(given) > 1:
         raise ValueError(f"{len(given)} models given ({', '.join(given)}); --to {to} takes one")
-    if to not in METHODS:
-        raise ValueError(f"--to {to!r}: want {' or '.join(METHODS)}")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r}: want one of {', '.join(DTYPES)}")
     for name, value, most in (("--windows", windows, 4096), ("--keys", keys, 4096), ("--calibrate", calibrate, 10**7)):
@@ -77,17 +82,19 @@ def convert(
     from manyheads.convert.saving import check_target
 
     check_target(out)
-    method, knob = _method(
-        to,
-        {"gqa": {"align": align}, "mla": {"norm": norm}, "prune": {"by": by}},
-        {"gqa": kv_heads, "mla": rank, "prune": heads},
-    )
-    values = None if knob is None else parse_counts(method.knob, knob)
+    settings = {"gqa": {"align": align}, "mla": {"norm": norm}, "prune": {"by": by}}
+    knobs = {"gqa": kv_heads, "mla": rank, "prune": heads}
+    spec = _spec(to, settings, knobs, layers=layers, transfer=transfer)
+    knob = knobs.get(to)
+    values = None if knob is None else parse_counts(f"--{_KNOBS[to]}", knob)
     if values and budget_bytes is not None:
-        raise ValueError(f"{method.knob} and --budget-bytes both say how far to go: give one of them")
+        raise ValueError(f"--{_KNOBS[to]} and --budget-bytes both say how far to go: give one of them")
     from manyheads.hosts.loading import load_model
 
     loaded = load_model(given[0] if given else None, dtype=dtype)
+    method = _method(to, settings, spec, loaded, layers, transfer or 0)
+    if spec is not None and budget_bytes is None:
+        values = (len(method.layers),)  # type: ignore[attr-defined]
     values = values or (_within(method, loaded, budget_bytes),)
     measured, trained = _texts(loaded, text)
     sizes = Sizes(windows, length, keys, length)
@@ -100,16 +107,66 @@ def convert(
     return _tell(record, out, dry_run, as_json)
 
 
-def _method(to: str, own: dict[str, dict[str, str | None]], knobs: dict[str, str | None]) -> tuple[Method, str | None]:
-    """The method with its settings, and what its knob was set to; ValueError for options of another one."""
-    from manyheads.convert.methods import METHODS as KNOWN
+def _spec(
+    to: str,
+    own: dict[str, dict[str, str | None]],
+    knobs: dict[str, str | None],
+    *,
+    layers: str | None,
+    transfer: int | None,
+) -> dict[str, Any] | None:
+    """The mechanism that `to` names, None where it is a method; ValueError for options of another one."""
+    from manyheads.registry import list_attentions
+    from manyheads.runs.names import parse_name
 
     for other, settings in own.items():
         strange = [f"--{key}" for key, value in settings.items() if value is not None]
-        strange += [KNOWN[other].knob] if knobs[other] is not None else []
+        strange += [f"--{_KNOBS[other]}"] if knobs[other] is not None else []
         if other != to and strange:
             raise ValueError(f"{strange[0]} belongs to --to {other}, and --to {to} was given")
-    return KNOWN[to](**{key: value for key, value in own[to].items() if value is not None}), knobs[to]
+    if to in METHODS:
+        for name, value in (("layers", layers), ("transfer", transfer)):
+            if value is not None:
+                raise ValueError(f"--{name} belongs to a mechanism, and --to {to} was given")
+        return None
+    named = parse_name(to)
+    spec: dict[str, Any] = {"name": named} if isinstance(named, str) else named
+    if spec["name"] not in list_attentions():
+        raise ValueError(f"--to {to!r}: want {', '.join(METHODS)}, or a mechanism (`manyheads list`)")
+    if transfer is not None and not 0 <= transfer <= 10**7:
+        raise ValueError(f"--transfer {transfer}: want a number of steps, 0 or more")
+    return spec
+
+
+def _method(
+    to: str,
+    own: dict[str, dict[str, str | None]],
+    spec: dict[str, Any] | None,
+    loaded: Loaded,
+    layers: str | None,
+    transfer: int,
+) -> Method:
+    from manyheads.convert.methods import METHODS as KNOWN
+    from manyheads.convert.methods import Hosted
+
+    if spec is None:
+        return KNOWN[to](**{key: value for key, value in own[to].items() if value is not None})
+    return Hosted(spec, parse_layers(layers, loaded.config.num_hidden_layers), transfer)
+
+
+def parse_layers(text: str | None, count: int) -> tuple[int, ...]:
+    """'4-6,9' -> 4, 5, 6, 9."""
+    if text is None:
+        return tuple(range(count))
+    if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text):
+        raise ValueError(f"--layers {text!r}: want layers such as 4-20, or 0,2,4")
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    if not found:
+        raise ValueError(f"--layers {text!r}: no layer lies in it; want layers such as 4-20")
+    return tuple(sorted(found))
 
 
 def _within(method: Method, loaded: Loaded, size: int | None) -> int:

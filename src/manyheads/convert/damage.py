@@ -66,6 +66,8 @@ class Judge:
             "passkeys": right,
             "keys": len(self.trials),
             "parameters": sum(p.numel() for p in model.parameters()),
+            "cache_bytes": cache_bytes(model, self.windows[0]),
+            "tokens": len(self.windows[0]),
             "seconds": time.perf_counter() - begun,
         }
 
@@ -90,3 +92,13 @@ def answers(model: Any, trial: Trial) -> bool:
 def calibration_rows(questions: Questions, tokens: int, length: int) -> Sequence[list[int]]:
     """Windows of the text, `tokens` in all."""
     return questions.windows(length, max(1, tokens // length))
+
+
+@torch.no_grad()
+def cache_bytes(model: Any, row: Tensor) -> int:
+    """What the model's own cache holds after these tokens, measured: rows of tokens, without room ahead."""
+    cache = model(row[None].to(model.device), use_cache=True, logits_to_keep=1).past_key_values
+    if hasattr(cache, "nbytes"):
+        return int(cache.nbytes)
+    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)

@@ -82,6 +82,6 @@ def with_kv_heads(model: Any, kv_heads: int) -> Any:
 def cache_numbers(model: Any) -> int:
     """Numbers that the cache holds for one token, over all layers."""
     config = model.config
-    if getattr(config, "kv_lora_rank", None):
+    if config.model_type == "deepseek_v3":
         return int(config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim))
     return sum(2 * layer.kv_heads * layer.head_dim for layer in attentions(model))

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 import torch
 
 from manyheads.convert.grouped import ALIGNMENTS, aligned, check_kv_heads, grouped
+from manyheads.convert.hosted import check_hosted, hosted, transfer
 from manyheads.convert.latent import NORMS, check_latent, full_rank, latent
 from manyheads.convert.layout import attentions, cache_numbers
 from manyheads.convert.pruned import MEASURES, cut, head_scores, kept_heads, per_layer, pruned, zeroed
+from manyheads.runs.steps import Progress
 
 Rows = Sequence[Sequence[int]]
 # Largest difference of logits that rounding makes, as a share of the largest logit, in float32.
@@ -171,6 +173,42 @@ class Pruned(Method):
             Identity("heads cut, against the same heads set to zero", lambda: cut(model, kept),
                      against=lambda: zeroed(model, kept)),
         ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hosted(Method):
+    """Another mechanism in some layers; see `hosted`. Its value is the number of layers, and says nothing more."""
+
+    spec: Mapping[str, Any]
+    layers: tuple[int, ...]
+    transfer: int = 0
+    rate: float = 1e-3
+    name: ClassVar[str] = "mechanism"
+    knob: ClassVar[str] = "--layers"
+
+    @property
+    def calibrated(self) -> bool:
+        return self.transfer > 0
+
+    def title(self, value: int) -> str:
+        after = f", {self.transfer} steps of transfer" if self.transfer else ""
+        return f"{self.spec['name']} in {value} layers{after}"
+
+    def check(self, model: Any, value: int) -> None:
+        check_hosted(model, self.spec, self.layers)
+
+    def make(self, model: Any, value: int, rows: Rows) -> Any:
+        made = hosted(model, self.spec, self.layers)
+        if self.transfer:
+            with Progress().measure("attention transfer") as tell:
+                transfer(made, model, self.layers, rows, steps=self.transfer, rate=self.rate, tell=tell)
+        return made
+
+    def within(self, model: Any, numbers: int) -> int:
+        raise ValueError(f"--budget-bytes does not say which layers hold {self.spec['name']}: give --layers")
+
+    def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
+        return [Identity("softmax in every layer of our model", lambda: hosted(model))]
 
 
 METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Grouped, Latent, Pruned)}

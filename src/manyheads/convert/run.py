@@ -11,7 +11,6 @@ from typing import Any
 
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, heal
-from manyheads.convert.layout import cache_numbers
 from manyheads.convert.methods import Method, prove
 from manyheads.convert.saving import check_target, save_conversion, write_record
 from manyheads.hosts.fingerprint import fingerprint
@@ -86,8 +85,7 @@ def run_conversion(
 def _line(judge: Judge, model: Any, title: str, progress: Progress) -> dict[str, Any]:
     with progress.measure(title) as tell:
         figures = judge.measure(model, tell)
-    size = next(model.parameters()).element_size()
-    return {"title": title, **figures, "cache_bytes_per_token": cache_numbers(model) * size}
+    return {"title": title, **figures}
 
 
 def _healed(model: Any, plan: Healing, questions: Questions, out: Path, name: str, progress: Progress) -> Any:
@@ -103,7 +101,7 @@ def _record(loaded: Loaded, method: Method, plan: Plan, lines: Sequence[dict[str
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": asdict(fingerprint(loaded.model, loaded.name)),
         "method": method.name,
-        "settings": {**asdict(plan), **vars(method)},
+        "settings": {**asdict(plan), **asdict(method)},  # type: ignore[call-overload]
         "rows": list(lines),
         "environment": environment(),
     }

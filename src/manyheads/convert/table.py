@@ -17,7 +17,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         Column("KL to original"),
         Column("Same token"),
         Column("Hidden keys"),
-        Column("Cache per token"),
+        Column(f"Cache at {rows[0]['tokens']}"),
         Column("Parameters"),
     ]
     lines = [
@@ -27,7 +27,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
             Entry(f"{row['kl_bits']:.4f}"),
             Entry(f"{row['top_agreement']:.1%}"),
             Entry(f"{row['passkeys']} of {row['keys']}"),
-            Entry(bytes_text(row["cache_bytes_per_token"])),
+            Entry(bytes_text(row["cache_bytes"])),
             Entry(count_text(row["parameters"])),
         ]
         for row in rows

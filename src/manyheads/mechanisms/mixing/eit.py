@@ -30,6 +30,7 @@ class EnhancedMultiHead(SoftmaxAttention):
     with one layer in place of each network, is left out.
     """
 
+    shares_kv = False
     card = Card(
         name="eit",
         title="EIT: Enhanced Interactive Transformer",

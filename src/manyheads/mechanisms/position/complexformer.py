@@ -23,6 +23,7 @@ class ComplexFormer(SoftmaxAttention):
     delta starts at N(0, 2 / d), not at 1. Unlike the code, which casts g to bfloat16, angles are at least float32.
     """
 
+    shares_kv = False
     card = Card(
         name="complexformer",
         title="ComplexFormer: Disruptively Advancing Transformer Inference Ability via Head-Specific Complex Vector "

@@ -30,6 +30,7 @@ class MusicTransformer(SoftmaxAttention):
     Weights: row r of each table is of distance r; the code's rows go the other way, its last one is of distance 0.
     """
 
+    shares_kv = False
     card = Card(
         name="music-transformer",
         title="Music Transformer",

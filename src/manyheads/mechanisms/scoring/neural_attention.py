@@ -33,6 +33,7 @@ class NeuralAttention(SoftmaxAttention):
     i here; linear1 to linear3 are first to third.
     """
 
+    shares_kv = False
     card = Card(
         name="neural-attention",
         title="Neural Attention: A Novel Mechanism for Enhanced Expressive Power in Transformer Models",

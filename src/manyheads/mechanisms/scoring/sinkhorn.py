@@ -28,6 +28,7 @@ class Sinkhorn(SoftmaxAttention):
     neighbours. What its decoder makes of T beside T v, a map of scores n m T S, is left out.
     """
 
+    shares_kv = False
     card = Card(
         name="sinkhorn",
         title="OTSeg: Multi-prompt Sinkhorn Attention for Zero-Shot Semantic Segmentation",

@@ -52,6 +52,7 @@ class Combiner(SoftmaxAttention):
     tokens. A dense mask is refused: a summary cannot leave tokens out for some queries.
     """
 
+    shares_kv = False
     card = Card(
         name="combiner",
         title="Combiner: Full Attention Transformer with Sparse Computation Cost",

@@ -24,6 +24,7 @@ class Hepos(SoftmaxAttention):
     stride of them even where it fits, and lets heads attend to those; here nothing is added.
     """
 
+    shares_kv = False
     card = Card(
         name="hepos",
         title="Efficient Attentions for Long Document Summarization",

@@ -36,6 +36,7 @@ class Landmark(SoftmaxAttention):
     retrieved blocks get new, nearer rotary positions; here every token keeps its own.
     """
 
+    shares_kv = False
     card = Card(
         name="landmark",
         title="Landmark Attention: Random-Access Infinite Context Length for Transformers",

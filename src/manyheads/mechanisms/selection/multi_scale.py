@@ -31,6 +31,7 @@ class MultiScale(SoftmaxAttention):
     each side and the five scales are as remembered of its section 3, and its rule for layers is left to the caller.
     """
 
+    shares_kv = False
     card = Card(
         name="multi-scale",
         title="Multi-Scale Self-Attention for Text Classification",

@@ -29,6 +29,7 @@ class MultiWindow(SoftmaxAttention):
     the windowed heads, in order.
     """
 
+    shares_kv = False
     card = Card(
         name="multi-window",
         title="Masked Autoencoders with Multi-Window Local-Global Attention Are Better Audio Learners",

@@ -1,0 +1,181 @@
+"""Any causal mechanism in the layers of a checkpoint: the host's weights in our own model, layer by layer.
+
+A host of llama's layout becomes a ManyheadsForCausalLM that computes the same while every layer holds `softmax`. Then
+the chosen layers get another mechanism. What fits is carried over by name: projections, and norms of queries and keys;
+key/value heads are repeated where the mechanism shares none. What is new keeps the mechanism's own start, and learns
+from the layer that it replaces (attention transfer, Zhang et al., Hedgehog, arXiv:2402.04347; LoLCATs,
+arXiv:2410.10254): on the same inputs, the rest frozen,
+
+    loss = mean over layers of |output - softmax's output|^2 / |softmax's output|^2
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.convert.layout import Attention, attentions
+from manyheads.registry import mechanism_class
+from manyheads.runs.steps import Tell, silent
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def check_hosted(model: Any, spec: Mapping[str, Any] | None = None, layers: Sequence[int] = ()) -> None:
+    """ValueError where our model has no place for what the host has, or the mechanism none in a decoder."""
+    config, name = model.config, type(model).__name__
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{name} cannot be hosted yet; want one of {list(FAMILIES)}")
+    if getattr(config, "mlp_bias", False) or config.hidden_act != "silu":
+        raise ValueError(f"{name} has an MLP with biases or {config.hidden_act}, for which our model has no place")
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if windowed or set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        raise ValueError(f"{name} has layers with a sliding window, for which the shell has no place")
+    kind = (config.rope_parameters or {}).get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise ValueError(f"{name} has rotary scaling {kind!r}, whose angles change with the length")
+    strange = [i for i in layers if not 0 <= i < config.num_hidden_layers]
+    if strange:
+        raise ValueError(f"--layers: {name} has layers 0 to {config.num_hidden_layers - 1}, not {strange[0]}")
+    if spec is not None and "causal-self" not in mechanism_class(spec["name"]).card.patterns:
+        raise ValueError(f"--to {spec['name']}: it has no causal form, which a decoder needs")
+
+
+@torch.no_grad()
+def hosted(model: Any, spec: Mapping[str, Any] | None = None, layers: Sequence[int] = ()) -> Any:
+    """A ManyheadsForCausalLM with the host's weights; `layers` hold the mechanism that `spec` names (with arguments of
+    its own), all others softmax. The given model is left as it is."""
+    check_hosted(model, spec, layers)
+    from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
+
+    old, found = model.config, attentions(model)
+    plain = [_softmax(model, layer) for layer in found]
+    specs = [_placed(spec, own) if spec is not None and i in layers else own for i, own in enumerate(plain)]
+    config = ManyheadsConfig(
+        **{
+            key: getattr(old, key)
+            for key in (
+                "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps", "initializer_range",
+                "pad_token_id", "bos_token_id", "eos_token_id",
+            )
+        },
+        layers=specs,
+        is_causal=True,
+    )  # fmt: skip
+    made = ManyheadsForCausalLM(config).to(model.dtype)
+    state = made.state_dict()
+    for key, value in _carried(model, state).items():
+        state[key].copy_(value)
+    made.generation_config = copy.deepcopy(model.generation_config)
+    return made.to(model.device).eval()
+
+
+def _softmax(model: Any, layer: Attention) -> dict[str, Any]:
+    """The host's own attention as a spec."""
+    rope = model.get_decoder().rotary_emb
+    kind = (model.config.rope_parameters or {}).get("rope_type", "default")
+    shell: dict[str, Any] = {"head_dim": layer.head_dim, "kv_heads": layer.kv_heads}
+    biases = {part: True for part in "qkvo" if layer.projections()[f"{part}_proj"].bias is not None}
+    if biases:
+        shell["bias"] = biases
+    if layer.normed:
+        shell |= {"qk_norm": "head", "norm_eps": model.config.rms_norm_eps}
+    if kind == "default":
+        rotary: dict[str, Any] = {"base": float(model.config.rope_parameters["rope_theta"])}
+    else:
+        rotary = {"angles": rope.inv_freq.tolist(), "amplitude": float(rope.attention_scaling)}
+    return {"name": "softmax", "shell": shell, "rotary": rotary}
+
+
+def _placed(spec: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec with the host's sizes and positions, where its mechanism takes them and the spec does not say."""
+    cls = mechanism_class(spec["name"])
+    takes = inspect.signature(cls).parameters
+    sizes: dict[str, Any] = {}
+    if "shell" in takes:
+        shares = getattr(cls, "shares_kv", True) and "kv_heads" not in spec
+        sizes["shell"] = {k: v for k, v in own["shell"].items() if shares or k != "kv_heads"}
+    elif "kv_heads" in takes:
+        sizes["kv_heads"] = own["shell"]["kv_heads"]
+    if "rotary" in takes:
+        sizes["rotary"] = own["rotary"]
+    return {**sizes, **spec}
+
+
+def _carried(model: Any, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The host's tensors under our names, those that have a place of their shape."""
+    own = model.state_dict()
+    found = {
+        "model.embed_tokens.weight": own["model.embed_tokens.weight"],
+        "model.stack.norm.weight": own["model.norm.weight"],
+        "lm_head.weight": own.get("lm_head.weight", own["model.embed_tokens.weight"]),
+    }
+    for i, layer in enumerate(attentions(model)):
+        old, new = f"model.layers.{i}.", f"model.stack.layers.{i}."
+        found[f"{new}self_attn.norm.weight"] = own[f"{old}input_layernorm.weight"]
+        found[f"{new}mlp.norm.weight"] = own[f"{old}post_attention_layernorm.weight"]
+        for part in ("gate", "up", "down"):
+            found[f"{new}mlp.{part}_proj.weight"] = own[f"{old}mlp.{part}_proj.weight"]
+        for key, value in layer.module.state_dict().items():
+            name = f"{new}self_attn.mechanism.{key}"
+            if name in wanted and key.startswith(("k_proj", "v_proj")) and wanted[name].shape != value.shape:
+                heads = value.unflatten(0, (layer.kv_heads, layer.head_dim))
+                value = heads.repeat_interleave(layer.heads // layer.kv_heads, 0).flatten(0, 1)
+            if name in wanted and wanted[name].shape == value.shape:
+                found[name] = value
+    return {key: value for key, value in found.items() if key in wanted}
+
+
+def transfer(
+    made: Any,
+    model: Any,
+    layers: Sequence[int],
+    rows: Sequence[Sequence[int]],
+    *,
+    steps: int,
+    rate: float = 1e-3,
+    tell: Tell = silent,
+) -> list[float]:
+    """Trains the mechanisms of `layers` of `made`, where they stand, to give what the host's attention gives on the
+    same inputs; returns the loss of every step. rows: of token ids, one for a step, from the start when they end."""
+    if not rows:
+        raise ValueError("attention transfer needs text: rows of token ids")
+    teacher = hosted(model)
+    mechanisms = {i: made.model.stack.layers[i].self_attn.mechanism for i in layers}
+    weights = [p for mechanism in mechanisms.values() for p in mechanism.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    hooks = [
+        teacher.model.stack.layers[i].self_attn.mechanism.register_forward_hook(
+            lambda module, args, result, at=i: seen.__setitem__(at, (args[0], result.output))
+        )
+        for i in layers
+    ]
+    losses = []
+    try:
+        for step in range(steps):
+            ids = torch.tensor([list(rows[step % len(rows)])], device=made.device)
+            with torch.no_grad():
+                teacher(ids, use_cache=False, logits_to_keep=1)
+            apart = [
+                (mechanism.train()(seen[i][0]).output - seen[i][1]).square().sum() / seen[i][1].square().sum()
+                for i, mechanism in mechanisms.items()
+            ]
+            loss = torch.stack(apart).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+            tell(step + 1, steps, f"loss {losses[-1]:.3f}")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    made.eval()
+    return losses
