@@ -144,6 +144,9 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
 
 def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
     """Where the mechanism goes in the model. Raises ValueError where the task has no place for it."""
+    missing = unpassed(spec["name"])
+    if missing:
+        raise ValueError(missing)
     patterns = mechanism_class(spec["name"]).card.patterns
     if task.pattern in patterns:
         if Pattern(task.pattern).cross:
@@ -157,6 +160,14 @@ def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
         return {"layers": ["softmax"], "pooling": dict(spec)}
     declared = ", ".join(sorted(patterns))
     raise ValueError(f"{task.name} needs {task.pattern}; {spec['name']} declares {declared}")
+
+
+def unpassed(name: str) -> str:
+    """'' where a model can give the mechanism all that it reads; else what it cannot, as a reason to measure nothing:
+    the figures would be those of the same rule over arbitrary features."""
+    inputs = mechanism_class(name).card.inputs
+    words = "; ".join(f"{key} ({what})" for key, what in inputs.items())
+    return f"{name} reads more than its tokens, and the models pass none of it yet: {words}" if inputs else ""
 
 
 def has_place(task: Task | type[Task], name: str) -> bool:
