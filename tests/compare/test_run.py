@@ -35,9 +35,9 @@ TINY = {
     "tasks": [TASK | {"model": {"hidden_size": 16, "layers": 1}}],
     "training": {"steps": 3, "batch_size": 4, "eval_every": 2, "learning_rates": [0.003]},
     "sections": ["quality", "speed", "decode"],
-    "speed": {"hidden_size": 16, "lengths": [8, 16], "repeats": 1},
+    "speed": {"hidden_size": 16, "lengths": [8, 16], "turns": 1, "repeats": 1},
     "memory": {"hidden_size": 16, "lengths": [16]},
-    "decode": {"hidden_size": 16, "contexts": [8, 16], "tokens": 2},
+    "decode": {"hidden_size": 16, "contexts": [8, 16], "turns": 1, "tokens": 2},
 }
 
 

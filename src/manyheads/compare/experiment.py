@@ -82,10 +82,13 @@ class Training(Settings):
 
 
 class Speed(Heads):
-    """limit_seconds: a mechanism whose pass takes longer is not measured at larger lengths."""
+    """limit_seconds: a mechanism whose pass takes longer is not measured at larger lengths. turns: how often all
+    mechanisms are gone through, so that what slows the machine down for a while falls on none of them alone and shows
+    as scatter. repeats: passes in one turn, of which the median counts."""
 
     lengths: Lengths = (256, 512, 1024, 2048, 4096)
     batch: Whole = 1
+    turns: Whole = 3
     repeats: Whole = 5
     limit_seconds: Positive = 5.0
 
@@ -97,10 +100,11 @@ class Memory(Heads):
 
 
 class Decode(Heads):
-    """tokens: steps that are timed at each context. limit_seconds: on filling the state."""
+    """tokens: steps that are timed at each context. limit_seconds: on filling the state. turns: as in speed."""
 
     contexts: Lengths = (256, 1024, 4096)
     batch: Whole = 1
+    turns: Whole = 3
     tokens: Whole = 16
     limit_seconds: Positive = 30.0
 
