@@ -191,7 +191,7 @@ def test_noise_has_no_exponent_anywhere(tmp_path: Path, monkeypatch: pytest.Monk
         assert "-0.2" not in text
         assert "n^-" not in text
     assert rows["window"]["forward_exponent"] is rows["window"]["forward_interval"] is None
-    assert "Slowest growth of causal time with length: linear, n^1.00±0.00." in headline(results)
+    assert "Slowest growth of causal time with length: linear, n^1.00 ±0.00." in headline(results)
     assert "Too noisy to tell how time grows with length: window." in headline(results)
 
 

@@ -170,7 +170,7 @@ def _hoist(column: Column, entries: Sequence[Entry]) -> tuple[Column, list[Entry
 
 def _power(row: Mapping[str, Any], which: str) -> str:
     low, high = row[f"{which}_interval"]
-    return f"n^{row[f'{which}_exponent']:.2f}±{(high - low) / 2:.2f}"
+    return f"n^{row[f'{which}_exponent']:.2f} ±{(high - low) / 2:.2f}"
 
 
 def _growth_column(rows: Sequence[Mapping[str, Any]], which: str, title: str, kind: str) -> tuple[Column, list[Entry]]:
@@ -180,10 +180,11 @@ def _growth_column(rows: Sequence[Mapping[str, Any]], which: str, title: str, ki
         text, sort = row[f"{which}_growth"] or ("failed" if failed else "–"), None
         notes: tuple[str, ...] = ()
         if row[f"{which}_exponent"] is not None:
-            text, sort = _power(row, which), row[f"{which}_exponent"]
+            text, _, within = _power(row, which).partition(" ")  # a terminal has no room for the interval
+            sort, notes = row[f"{which}_exponent"], (within,)
         if row[f"{which}_range"] is not None:
             low, high = row[f"{which}_range"]
-            notes = (f"n {low:,}–{high:,}", *(["noncausal"] if row["causal"] is False else []))
+            notes += (f"n {low:,}–{high:,}", *(["noncausal"] if row["causal"] is False else []))
         entries.append(Entry(text, sort, notes, bad=text == "failed"))
     column = Column(f"{title} growth", SOURCES[f"{which}_exponent"], brief=title)
     return _hoist(column, entries)
