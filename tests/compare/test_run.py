@@ -291,7 +291,7 @@ def test_progress_on_a_terminal_is_one_bar(tmp_path: Path) -> None:
     console.file.close()
     text = (tmp_path / "t").read_text()
     assert "2/4" in text
-    assert "decode of softmax, context 16: failed: [bold]no[/bold]" in text
+    assert "decode of softmax, context 16, turn 1: failed: [bold]no[/bold]" in text
 
 
 # -- Dask ---------------------------------------------------------------------------------------------------------
