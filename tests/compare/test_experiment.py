@@ -199,7 +199,9 @@ def test_tasks_of_one_name_are_told_apart() -> None:
 
 
 def test_lengths_ascend_within_a_chain() -> None:
-    found = cells(sections=["speed", "decode"], speed={"lengths": [64, 32]}, decode={"contexts": [9, 8]})
+    found = cells(
+        sections=["speed", "decode"], speed={"lengths": [64, 32], "turns": 1}, decode={"contexts": [9, 8], "turns": 1}
+    )
     speed = [c for c in found if c.kind == "speed"]
     assert [(c.mechanism, c.place["n"]) for c in speed] == [
         ("softmax", 32),
