@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from manyheads.registry import card, list_attentions
+
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
@@ -22,8 +24,15 @@ def measured_page() -> str:
         ("Conversions", "convert", CONVERT, _convert),
     ):
         results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        words += _unpassed() if table is _quality else ""
         parts += ["", f"## {title}", "", words, "", *table(results["rows"]), "", _where(results["environment"])]
     return "\n".join(parts) + "\n"
+
+
+def _unpassed() -> str:
+    """Whose figures would be of something else."""
+    names = [name for name in list_attentions() if card(name).inputs]
+    return f" Not measured, as they read more than their tokens and the models pass none of it: {', '.join(names)}."
 
 
 def _lead() -> list[str]:

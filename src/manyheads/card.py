@@ -58,7 +58,10 @@ class Family(StrEnum):
 class Card:
     """name: lower case with hyphens. reference: `arXiv:2502.13189`, a DOI or a citation. time, state: growth in the
     length n, as formulas (`n^2`, `n w`, `1`). decodes: a pass with a state continues the one before. example: extra
-    constructor arguments that make a small instance for tests. notes: what a user should know before choosing it.
+    constructor arguments that make a small instance for tests. inputs: what it reads beside the states of its tokens,
+    by name: labels, another layer's states, boxes on a page. Such a mechanism finds it among the features of x, which
+    no model puts there: what it does with other features is no measure of it. notes: what a user should know before
+    choosing it.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Card:
     state: str
     decodes: bool = True
     example: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
     notes: str = ""
 
     def __post_init__(self) -> None:
@@ -84,6 +88,7 @@ class Card:
         object.__setattr__(self, "family", Family(self.family))
         object.__setattr__(self, "patterns", frozenset(Pattern(p) for p in self.patterns))
         object.__setattr__(self, "example", MappingProxyType(dict(self.example)))
+        object.__setattr__(self, "inputs", MappingProxyType(dict(self.inputs)))
 
     def __hash__(self) -> int:
         return hash(self.name)

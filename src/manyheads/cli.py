@@ -50,6 +50,7 @@ def _facts(name: str) -> dict[str, Any]:
         "time": card.time,
         "state": card.state,
         "decodes": card.decodes,
+        "inputs": dict(card.inputs),
         "stages": changed_stages(cls),
         "notes": card.notes,
     }
@@ -105,8 +106,10 @@ def show(
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{name}[/bold]  {facts['title']}, {facts['reference']}\n")
     console.print(facts["description"] + "\n", markup=False)
-    for key in ("family", "patterns", "time", "state", "decodes", "stages", "notes"):
-        value = ", ".join(facts[key]) if isinstance(facts[key], list) else facts[key]
+    facts["reads"] = [f"{key}: {what}" for key, what in facts["inputs"].items()]
+    for key in ("family", "patterns", "time", "state", "decodes", "stages", "reads", "notes"):
+        value = "; ".join(facts[key]) if key == "reads" else facts[key]
+        value = ", ".join(value) if isinstance(value, list) else value
         if value != "":
             console.print(f"{key:>9}  {value}", markup=False)
     console.print("\narguments")

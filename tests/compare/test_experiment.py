@@ -13,6 +13,7 @@ from manyheads.compare.cells import cells_of_experiment
 from manyheads.compare.command import _all_names, as_on_card, changes_of, parse_seeds
 from manyheads.compare.experiment import PRESETS, create_experiment, preset, read_experiment
 from manyheads.compare.worker import run_cell
+from manyheads.registry import card
 from manyheads.runs.cells import Cell
 from manyheads.runs.names import parse_name
 from manyheads.tasks import list_tasks
@@ -198,7 +199,9 @@ def test_tasks_of_one_name_are_told_apart() -> None:
 
 
 def test_lengths_ascend_within_a_chain() -> None:
-    found = cells(sections=["speed", "decode"], speed={"lengths": [64, 32]}, decode={"contexts": [9, 8]})
+    found = cells(
+        sections=["speed", "decode"], speed={"lengths": [64, 32], "turns": 1}, decode={"contexts": [9, 8], "turns": 1}
+    )
     speed = [c for c in found if c.kind == "speed"]
     assert [(c.mechanism, c.place["n"]) for c in speed] == [
         ("softmax", 32),
@@ -269,18 +272,16 @@ def test_a_mechanism_of_one_head_keeps_it_in_every_section() -> None:
 
 
 def test_all_names_every_mechanism_that_a_task_has_a_place_for() -> None:
-    assert _all_names({}, None, tasks=["digits-patches"]) == sorted(
-        {*list_attentions(pattern="noncausal-self"), *list_attentions(pattern="pool")}
-    )
-    assert _all_names({"tasks": [{"name": "lookup"}]}, None) == list_attentions(pattern="noncausal-cross")
-    assert set(_all_names({}, None, tasks=["recall", "lookup"])) == {
-        *list_attentions(pattern="noncausal-cross"),
-        *list_attentions(pattern="causal-self"),
-    }
+    def of(*patterns: str) -> list[str]:
+        return sorted({n for p in patterns for n in list_attentions(pattern=p) if not card(n).inputs})
+
+    assert _all_names({}, None, tasks=["digits-patches"]) == of("noncausal-self", "pool")
+    assert _all_names({"tasks": [{"name": "lookup"}]}, None) == of("noncausal-cross")
+    assert _all_names({}, None, tasks=["recall", "lookup"]) == of("noncausal-cross", "causal-self")
     with pytest.raises(ValueError, match="unknown task 'recal'; did you mean 'recall'"):
         _all_names({}, None, tasks=["recal"])
     names = _all_names({}, None)
-    assert names == list_attentions(pattern="causal-self")
+    assert names == of("causal-self")
     entries = [as_on_card(name) for name in names]
     assert [entry if isinstance(entry, str) else entry["name"] for entry in entries] == names
     built = create_experiment(changes_of({}, names, tasks=["recall"]) | {"mechanisms": entries})

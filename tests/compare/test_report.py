@@ -233,7 +233,10 @@ def test_headline_does_not_call_a_tie_a_win() -> None:
     for cell in results["cells"]:
         if cell["kind"] == "quality" and cell["mechanism"] == "hedgehog":
             cell["value"] = 0.9
-    assert "Within the spread over seeds: hedgehog." in " ".join(headline(results))
+    said = " ".join(headline(results))
+    assert "Tie at recall: softmax, hedgehog: accuracy 0.905 to 0.900 (higher is better)" in said
+    assert "apart by no more than the spread over seeds." in said
+    assert "Best at recall" not in said
     results["cells"] = [cell for cell in results["cells"] if cell.get("seed") != 1]
     assert "One seed, so its spread is unknown." in " ".join(headline(results))
 

@@ -35,9 +35,9 @@ TINY = {
     "tasks": [TASK | {"model": {"hidden_size": 16, "layers": 1}}],
     "training": {"steps": 3, "batch_size": 4, "eval_every": 2, "learning_rates": [0.003]},
     "sections": ["quality", "speed", "decode"],
-    "speed": {"hidden_size": 16, "lengths": [8, 16], "repeats": 1},
+    "speed": {"hidden_size": 16, "lengths": [8, 16], "turns": 1, "repeats": 1},
     "memory": {"hidden_size": 16, "lengths": [16]},
-    "decode": {"hidden_size": 16, "contexts": [8, 16], "tokens": 2},
+    "decode": {"hidden_size": 16, "contexts": [8, 16], "turns": 1, "tokens": 2},
 }
 
 
@@ -291,7 +291,7 @@ def test_progress_on_a_terminal_is_one_bar(tmp_path: Path) -> None:
     console.file.close()
     text = (tmp_path / "t").read_text()
     assert "2/4" in text
-    assert "decode of softmax, context 16: failed: [bold]no[/bold]" in text
+    assert "decode of softmax, context 16, turn 1: failed: [bold]no[/bold]" in text
 
 
 # -- Dask ---------------------------------------------------------------------------------------------------------

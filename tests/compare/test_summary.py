@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from manyheads.compare.growth import TOO_FEW, TOO_NOISY, WIDEST, Growth, fitted_growth
 from manyheads.compare.summary import (
     crossover,
-    fitted_exponent,
     missing_sections,
     pareto,
     quality_against_state,
@@ -56,31 +56,69 @@ def row_of(results: dict[str, Any], mechanism: str) -> dict[str, Any]:
     return next(row for row in summarise(results) if row["mechanism"] == mechanism)
 
 
-@pytest.mark.parametrize("power", [-0.5, 0.0, 1.0, 1.5, 2.0])
+def one_turn(points: dict[int, float], turn: int = 1) -> list[tuple[int, int, float]]:
+    return [(turn, n, y) for n, y in points.items()]
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 1.5, 2.0])
 def test_exponent_of_an_exact_power_law(power: float) -> None:
-    exponent, span = fitted_exponent({n: 3e-7 * n**power for n in (64, 128, 300, 1024, 5000)})
-    assert exponent == pytest.approx(power, abs=1e-12)
-    assert span == [300, 5000]
+    found = fitted_growth(one_turn({n: 3e-7 * n**power for n in (64, 128, 300, 1024, 5000)}))
+    assert found.exponent == pytest.approx(power, abs=1e-9)
+    assert found.interval == (pytest.approx(power, abs=1e-6), pytest.approx(power, abs=1e-6))
+    assert (found.span, found.note) == ((300, 5000), "")
 
 
-def test_exponent_comes_from_the_upper_half_only() -> None:
+def test_exponent_comes_from_the_upper_half_or_from_three_lengths() -> None:
     law = dict.fromkeys((2, 4, 8), 5.0) | {n: n**2.0 for n in (16, 32, 64)}
-    assert fitted_exponent(law) == (pytest.approx(2.0), [16, 64])
-    assert fitted_exponent({8: 1.0, 16: 1.0, 32: 4.0}) == (pytest.approx(2.0), [16, 32])
+    assert fitted_growth(one_turn(law)).span == (16, 64)
+    assert fitted_growth(one_turn({8: 5.0, 16: 1.0, 32: 2.0, 64: 4.0})).span == (16, 64)
+    assert fitted_growth(one_turn({8: 1.0, 16: 1.0, 32: 4.0})).span == (8, 32)
 
 
-def test_exponent_is_least_squares_on_logarithms() -> None:
-    points = {1: 1.0, 2: 1.0, 4: 1.0, 8: 2.0, 16: 4.0, 32: 32.0}
-    x, y = [3.0, 4.0, 5.0], [1.0, 2.0, 5.0]  # base-2 logarithms of the upper half
-    slope = (3 * sum(a * b for a, b in zip(x, y, strict=True)) - sum(x) * sum(y)) / (
-        3 * sum(a * a for a in x) - sum(x) ** 2
-    )
-    assert fitted_exponent(points)[0] == pytest.approx(slope)
+def test_the_interval_is_that_of_least_squares_within_turns() -> None:
+    """Two turns at two levels, by hand: in base-2 logarithms y is 0, 1.1, 2 and 5, 6, 7.1 at x = 3, 4, 5."""
+    turns = [[0.0, 1.1, 2.0], [5.0, 6.0, 7.1]]
+    points = [(turn, 2**x, 2.0**y) for turn, ys in enumerate(turns) for x, y in zip((3, 4, 5), ys, strict=True)]
+    found = fitted_growth(points)
+    slope = (2.0 + 2.1) / 4
+    rest = sum((y - sum(ys) / 3 - slope * (x - 4)) ** 2 for ys in turns for x, y in zip((3, 4, 5), ys, strict=True))
+    half = 4.303 * math.sqrt(rest / 3 / 4) * (3.182 / 4.303)  # six points, two levels and a slope: three are free
+    assert found.exponent == pytest.approx(slope)
+    assert found.interval == (pytest.approx(slope - half), pytest.approx(slope + half))
 
 
-@pytest.mark.parametrize("points", [{}, {64: 1.0}, {64: 0.0, 128: 1.0}])
+def test_what_slows_a_whole_turn_is_no_growth() -> None:
+    """Lengths timed at different hours would have told anything; within turns the law is seen."""
+    points = [(turn, n, level * 1e-6 * n) for turn, level in enumerate((1.0, 7.0, 0.3)) for n in (512, 1024, 2048)]
+    assert fitted_growth(points).exponent == pytest.approx(1.0)
+
+
+def test_no_exponent_that_the_points_do_not_support() -> None:
+    falling = [(turn, n, n**-0.28) for turn in range(3) for n in (512, 1024, 2048)]
+    assert fitted_growth(falling) == Growth(span=(512, 2048), note=TOO_NOISY)
+    rng = random.Random(0)
+    noisy = [(turn, n, n * math.exp(rng.gauss(0, 0.5))) for turn in range(3) for n in (512, 1024, 2048)]
+    assert fitted_growth(noisy) == Growth(span=(512, 2048), note=TOO_NOISY)
+    rng = random.Random(0)
+    quiet = fitted_growth([(t, n, n * math.exp(rng.gauss(0, 0.05))) for t in range(3) for n in (512, 1024, 2048)])
+    assert quiet.interval is not None
+    assert quiet.interval[0] < 1.0 < quiet.interval[1] < quiet.interval[0] + WIDEST
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    rng, held = random.Random(1), 0
+    for _ in range(1000):
+        points = [(t, n, n * math.exp(rng.gauss(t, 0.03))) for t in range(3) for n in (512, 1024, 2048)]
+        interval = fitted_growth(points).interval
+        assert interval is not None
+        held += interval[0] <= 1.0 <= interval[1]
+    assert 930 <= held <= 970
+
+
+@pytest.mark.parametrize("points", [{64: 1.0}, {64: 0.0, 128: 1.0}, {64: 1.0, 128: 2.0}])
 def test_too_few_points_give_no_exponent(points: dict[int, float]) -> None:
-    assert fitted_exponent(points) == (None, None)
+    assert fitted_growth(one_turn(points)) == Growth(note=TOO_FEW)
+    assert fitted_growth([]) == Growth()
 
 
 def test_crossover_of_two_known_lines() -> None:
@@ -151,14 +189,14 @@ def test_costs_of_one_mechanism() -> None:
     cells += [speed("fast", n, 5e-4 * n) for n in (64, 256, 1024, 4096)]
     cells += [
         {"kind": "memory", "mechanism": "fast", "status": "done", "n": n, "causal": True, "peak_bytes": 7 * n}
-        for n in (64, 256)
+        for n in (64, 256, 1024)
     ]
     cells += [decode("fast", 1024, 1e-3, 100), decode("fast", 4096, 2e-3, 400)]
     row = row_of(results_of(*cells), "fast")
     assert row["crossover"] == pytest.approx(500.0)
     assert row["forward_exponent"] == pytest.approx(1.0)
     assert row["memory_exponent"] == pytest.approx(1.0)
-    assert (row["forward_range"], row["memory_range"]) == ([1024, 4096], [64, 256])
+    assert (row["forward_range"], row["memory_range"]) == ((256, 4096), (64, 1024))
     assert (row["decode_context"], row["decode_ms"], row["state_bytes"]) == (4096, 2.0, 400)
     assert (row["decode_ratio"], row["state_ratio"]) == (2.0, 4.0)
     assert (row["flops_n"], row["forward_flops"]) == (4096, 40960)

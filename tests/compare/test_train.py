@@ -137,7 +137,7 @@ def test_every_task_has_its_model(name: str) -> None:
     cross = task.pattern.endswith("cross")
     assert mechanisms[0].causal == (task.pattern in ("causal-self", "causal-cross"))
     assert (list(placed(task, {"name": "softmax"})) == ["layers", "cross_layers"]) == cross
-    chance = evaluate(task, model, torch.device("cpu"))
+    chance = evaluate(task, model, torch.device("cpu")).value
     assert 0 <= chance <= (9 if name == "text" else 0.5)
 
 

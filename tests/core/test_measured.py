@@ -64,6 +64,11 @@ def test_no_row_is_of_a_mechanism_that_is_gone(task: str) -> None:
     assert {row["mechanism"].split("[")[0] for row in rows(task)} <= set(list_attentions())
 
 
+@pytest.mark.parametrize("task", ["recall", "digits"])
+def test_no_row_is_of_a_mechanism_that_was_not_given_what_it_reads(task: str) -> None:
+    assert [row["mechanism"] for row in rows(task) if mechanism_class(row["mechanism"].split("[")[0]).card.inputs] == []
+
+
 def test_cards_tell_which_package_is_faster() -> None:
     """A fifth or more at any length; less than that differs from run to run."""
     for row in rows("peers"):

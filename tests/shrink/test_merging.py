@@ -461,24 +461,66 @@ def test_a_summary_is_better_than_nothing() -> None:
 
 
 def test_fitted_lococo_is_better_than_eviction(tmp_path: Path) -> None:
-    """On the texts that it was fitted on, and on those with other pass keys."""
+    """On texts with other pass keys than it was fitted on, those that it was chosen by and those that it never saw."""
     model, ids, unseen, losses = load_model().model, passkeys(4, 260), passkeys(4, 260, seed=8), []
+    held_out = passkeys(2, 260, seed=5)
     common = {"budget_tokens": 32, "mem_compress": 16, "recent_size": 8, "when": "prefill"}
     policy = LoCoCo(**common)
     before = [part.detach().clone() for part in model.parameters()]
     fitted = fit_lococo(
-        model, ids, policy, prefix=200, epochs=8, kernel_size=5, rate=0.1, report=lambda _, loss: losses.append(loss)
-    )
+        model, ids, policy, prefix=200, held_out=held_out, epochs=8, kernel_size=5, rate=0.1,
+        report=lambda _, loss: losses.append(loss),
+    )  # fmt: skip
     torch.testing.assert_close([part.detach() for part in model.parameters()], before, atol=0, rtol=0)
     # The trainer's own path is the cache's: its first loss is plain eviction's, its least the fitted policy's.
-    assert losses[0] == pytest.approx(divergence(model, policy, ids, 200), rel=1e-3)
-    assert min(losses) == pytest.approx(divergence(model, fitted, ids, 200), rel=1e-3)
-    assert min(losses) < 0.8 * losses[0]
+    assert losses[0] == pytest.approx(divergence(model, policy, held_out, 200), rel=1e-3)
+    assert min(losses) == pytest.approx(divergence(model, fitted, held_out, 200), rel=1e-3)
+    assert min(losses) < 0.95 * losses[0]
     better = divergence(model, fitted, unseen, 200)
     assert better < 0.95 * divergence(model, policy, unseen, 200)
     fitted.save(tmp_path / "lococo.safetensors")
     again = LoCoCo(**common, weights=tmp_path / "lococo.safetensors")
     assert divergence(model, again, unseen, 200) == better
+
+
+def test_lococo_is_chosen_by_text_that_it_did_not_learn() -> None:
+    """Where fusing helps the fitted rows alone, plain eviction comes back, and the fit stops early."""
+    model, ids, losses = load_model().model, passkeys(1, 260), []
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(32, 127, (2, 260), generator=generator)
+    policy = LoCoCo(budget_tokens=32, mem_compress=16, recent_size=8, when="prefill")
+    fitted = fit_lococo(
+        model, ids, policy, prefix=200, held_out=noise, epochs=40, patience=2, kernel_size=5, rate=0.3,
+        report=lambda _, loss: losses.append(loss),
+    )  # fmt: skip
+    at = losses.index(min(losses))
+    assert len(losses) == at + 3
+    assert divergence(model, fitted, noise, 200) == pytest.approx(losses[at], rel=1e-3)
+    assert divergence(model, fitted, noise, 200) <= divergence(model, policy, noise, 200) * (1 + 1e-3)
+
+
+def test_lococo_sets_rows_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the rows, that no gradient comes from."""
+    from manyheads.shrink.policies import lococo
+
+    model, seen, learned = tiny("llama"), [], []
+    real, loss = lococo._sample, lococo._loss
+    monkeypatch.setattr(lococo, "_sample", lambda m, rows, prefix: (seen.append(rows), real(m, rows, prefix))[1])
+
+    def watched(model: Any, sample: Any, *rest: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            learned.append(sample.more)
+        return loss(model, sample, *rest)
+
+    monkeypatch.setattr(lococo, "_loss", watched)
+    ids = prompt(8, 20)
+    policy = LoCoCo(budget_tokens=9, mem_compress=3, recent_size=2)
+    fit_lococo(model, ids, policy, prefix=12, epochs=2, batch=8, kernel_size=3)
+    torch.testing.assert_close(seen, [ids[:6], ids[6:]])
+    assert learned
+    torch.testing.assert_close(learned, [ids[:6, 12:]] * len(learned))
+    with pytest.raises(ValueError, match="leaves none to choose by"):
+        fit_lococo(model, ids[:1], policy, prefix=12)
 
 
 def test_what_razor_refuses() -> None:

@@ -82,28 +82,35 @@ def measured_pattern(name: str) -> str:
 
 
 def _speed(experiment: Experiment) -> Iterator[Cell]:
-    settings = experiment.speed.model_dump(mode="json", exclude={"lengths"})
-    yield from _lengths("speed", experiment, experiment.speed.lengths, settings)
+    settings = experiment.speed.model_dump(mode="json", exclude={"lengths", "turns"})
+    for turn in range(1, experiment.speed.turns + 1):
+        yield from _lengths("speed", experiment, experiment.speed.lengths, settings, turn)
 
 
 def _memory(experiment: Experiment) -> Iterator[Cell]:
     settings = experiment.memory.model_dump(mode="json", exclude={"lengths"})
-    yield from _lengths("memory", experiment, experiment.memory.lengths, settings)
+    yield from _lengths("memory", experiment, experiment.memory.lengths, settings, 1)
 
 
-def _lengths(kind: str, experiment: Experiment, lengths: tuple[int, ...], settings: dict[str, Any]) -> Iterator[Cell]:
+def _lengths(
+    kind: str, experiment: Experiment, lengths: tuple[int, ...], settings: dict[str, Any], turn: int
+) -> Iterator[Cell]:
     for label, shared in _mechanisms(experiment):
         pattern = measured_pattern(shared["mechanism"]["name"])
         for n in sorted(set(lengths)):
-            place = {"n": n, "causal": pattern.startswith("causal"), "pattern": pattern}
-            yield Cell(kind, label, place, shared | {kind: settings, "n": n, "pattern": pattern}, f"{kind} {label}")
+            place = {"n": n, "causal": pattern.startswith("causal"), "pattern": pattern, "turn": turn}
+            whole = shared | {kind: settings, "n": n, "pattern": pattern, "turn": turn}
+            yield Cell(kind, label, place, whole, f"{kind} {label} {turn}")
 
 
 def _decode(experiment: Experiment) -> Iterator[Cell]:
-    settings = experiment.decode.model_dump(mode="json", exclude={"contexts"})
-    for label, shared in _mechanisms(experiment):
-        card = mechanism_class(shared["mechanism"]["name"]).card
-        missing = "" if card.decodes and "causal-self" in card.patterns else f"{label} does not decode step by step"
-        for context in sorted(set(experiment.decode.contexts)):
-            whole = shared | {"decode": settings, "context": context}
-            yield Cell("decode", label, {"context": context}, whole, f"decode {label}", missing)
+    settings = experiment.decode.model_dump(mode="json", exclude={"contexts", "turns"})
+    for turn in range(1, experiment.decode.turns + 1):
+        for label, shared in _mechanisms(experiment):
+            card = mechanism_class(shared["mechanism"]["name"]).card
+            missing = "" if card.decodes and "causal-self" in card.patterns else f"{label} does not decode step by step"
+            for context in sorted(set(experiment.decode.contexts)):
+                whole = shared | {"decode": settings, "context": context, "turn": turn}
+                yield Cell(
+                    "decode", label, {"context": context, "turn": turn}, whole, f"decode {label} {turn}", missing
+                )

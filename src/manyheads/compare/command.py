@@ -30,7 +30,9 @@ def compare(
     everything: Annotated[
         bool,
         typer.Option(
-            "--all", help="Every mechanism that a task has a place for, with its defaults where the preset has none."
+            "--all",
+            help="Every mechanism that a task has a place for, with its defaults where the preset has none; those that "
+            "read what no model passes are left out, by name.",
         ),
     ] = False,
     experiment: Annotated[Path | None, typer.Option(help="A YAML file that says what to run.")] = None,
@@ -55,6 +57,9 @@ def compare(
     changes = read_experiment(experiment) if experiment else {}
     if everything:
         names = _all_names(changes, names, preset, task)
+        if left_out := unpassed_names():
+            words = "left out, as they read more than their tokens and no model passes it"
+            typer.echo(f"{words}: {', '.join(left_out)} (`manyheads show NAME` says what)", err=True)
     changes |= changes_of(changes, names, preset, task, seeds, section)
     if everything:
         changes["mechanisms"] = [as_on_card(entry) for entry in changes["mechanisms"]]
@@ -90,6 +95,15 @@ def _all_names(
     entries = entries or read_preset(preset or given.get("preset", "quick"))["tasks"]
     classes = [task_class(entry if isinstance(entry, str) else entry["name"]) for entry in entries]
     return [name for name in list_attentions() if any(has_place(task, name) for task in classes)]
+
+
+def unpassed_names() -> list[str]:
+    """Every mechanism that is refused because it reads what no model passes."""
+    from manyheads.registry import list_attentions
+
+    from .train import unpassed
+
+    return [name for name in list_attentions() if unpassed(name)]
 
 
 def as_on_card(entry: Any) -> Any:

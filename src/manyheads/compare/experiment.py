@@ -21,6 +21,8 @@ from manyheads.registry import create_attention, mechanism_class, suggest
 from manyheads.runs.given import MOST_YAML, parse_yaml, read_text, shown
 from manyheads.tasks import create_task, list_tasks
 
+from .train import unpassed
+
 PRESETS = ("quick", "standard", "full")
 Kind = Literal["quality", "speed", "memory", "decode"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -80,10 +82,13 @@ class Training(Settings):
 
 
 class Speed(Heads):
-    """limit_seconds: a mechanism whose pass takes longer is not measured at larger lengths."""
+    """limit_seconds: a mechanism whose pass takes longer is not measured at larger lengths. turns: how often all
+    mechanisms are gone through, so that what slows the machine down for a while falls on none of them alone and shows
+    as scatter. repeats: passes in one turn, of which the median counts."""
 
     lengths: Lengths = (256, 512, 1024, 2048, 4096)
     batch: Whole = 1
+    turns: Whole = 3
     repeats: Whole = 5
     limit_seconds: Positive = 5.0
 
@@ -95,10 +100,11 @@ class Memory(Heads):
 
 
 class Decode(Heads):
-    """tokens: steps that are timed at each context. limit_seconds: on filling the state."""
+    """tokens: steps that are timed at each context. limit_seconds: on filling the state. turns: as in speed."""
 
     contexts: Lengths = (256, 1024, 4096)
     batch: Whole = 1
+    turns: Whole = 3
     tokens: Whole = 16
     limit_seconds: Positive = 30.0
 
@@ -144,6 +150,9 @@ class MechanismEntry(Entry):
         if "causal" in self.args:
             raise ValueError(f"{self.name}: 'causal' follows from the task and the section; leave it out")
         cls = mechanism_class(self.name)
+        missing = unpassed(self.name)
+        if missing:
+            raise ValueError(f"{missing}. Leave it out of the comparison; it can be built and called by itself")
         if self.args:  # a small instance: names and values of arguments are wrong before hours of work, not after
             example = {k: v for k, v in cls.card.example.items() if k in ("dim", "heads")}
             causal = min(cls.card.patterns, key=lambda p: (not p.causal, p)).causal

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from manyheads.compare.growth import WIDEST
 from manyheads.compare.summary import missing_sections
 from manyheads.compare.tables import headline, summary_table
 from manyheads.runs.page import _safe, cells_html, charts_html, failures_html, settings_html, table_html, write_page
@@ -18,9 +19,13 @@ NOTES = (
     "process) and decode time. Times on a shared machine wander: trust ratios within one run before absolute numbers.",
     "Counted, not timed: parameters, FLOPs, and state bytes (the bytes of the tensors that a decoding state holds).",
     "Derived from measurements: the growth p of y ~ n^p is a least-squares fit on logarithms over the upper half of "
-    "the lengths; the crossover is interpolated on logarithms between measured lengths, against softmax "
+    "the lengths, or three of them, with a 95% interval from the scatter of turns and lengths; where that is wider "
+    f"than {WIDEST} or the fit falls, it says too noisy. The crossover is interpolated on logarithms between measured "
+    "lengths, against softmax "
     "(scaled_dot_product_attention) called in the same way.",
-    "Quality is the mean over seeds at the learning rate that was selected, with the sample standard deviation.",
+    "Quality is the mean over seeds at the learning rate that was selected, with the sample standard deviation. What "
+    "differs by less than two standard errors of the test set (binomial for an accuracy), or than seeds do, is a tie; "
+    "so is what was timed in several turns whose times overlap.",
 )
 
 

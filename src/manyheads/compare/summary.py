@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from manyheads.compare.growth import fitted_growth
 from manyheads.runs.files import write_atomically
 from manyheads.runs.results import Cell, Results, cells_of, done, failures_of, mechanisms_of, number
 
@@ -24,8 +25,8 @@ REFERENCE = "softmax"
 SOURCES = {
     "quality": "measured",
     "parameters": "counted",
-    "forward_exponent": "fitted to measured times",
-    "memory_exponent": "fitted to measured peaks",
+    "forward_exponent": "fitted to measured times, 95% interval",
+    "memory_exponent": "fitted to measured peaks, 95% interval",
     "decode_ms": "measured",
     "state_bytes": "counted",
     "crossover": "interpolated between measured times",
@@ -34,7 +35,8 @@ SOURCES = {
 
 # Columns that lead the CSV, in this order; whatever else cells carry follows by name.
 COLUMNS = ("kind", "mechanism", "status", "error", "seconds", "task", "n", "causal", "context", "seed", "learning_rate",
-           "best", "metric", "higher_is_better", "value", "parameters", "steps", "forward_s", "forward_backward_s",
+           "turn", "best", "metric", "higher_is_better", "value", "value_error", "answers",
+           "parameters", "steps", "forward_s", "forward_backward_s",
            "forward_flops", "method", "peak_bytes", "seconds_per_token", "state_bytes")  # fmt: skip
 
 MISSING = {
@@ -77,17 +79,33 @@ def series(cells: Iterable[Cell], kind: str, x: str, y: str, causal: bool | None
     return {key: median(found[key]) for key in sorted(found)}
 
 
-def fitted_exponent(points: Mapping[int, float]) -> tuple[float | None, list[int] | None]:
-    """p of y ~ x^p by least squares on logarithms over the upper half of the lengths, and the range it used."""
-    lengths = sorted(x for x, y in points.items() if x > 0 and y > 0)
-    if len(lengths) < 2:
-        return None, None
-    used = lengths[min(len(lengths) // 2, len(lengths) - 2) :]
-    log_x, log_y = [math.log(x) for x in used], [math.log(points[x]) for x in used]
-    centre, height = mean(log_x), mean(log_y)
-    spread = sum((x - centre) ** 2 for x in log_x)
-    slope = sum((x - centre) * (y - height) for x, y in zip(log_x, log_y, strict=True)) / spread
-    return slope, [used[0], used[-1]]
+def points_of(cells: Iterable[Cell], kind: str, y: str, causal: bool | None) -> list[tuple[int, int, float]]:
+    """(turn, n, y) of the done cells of one kind; a cell without a turn is of the first."""
+    return [
+        (cell.get("turn") or 1, cell["n"], value)
+        for cell in cells
+        if cell["kind"] == kind and done(cell) and cell.get("causal") == causal and number(cell.get("n")) is not None
+        if (value := number(cell.get(y))) is not None
+    ]
+
+
+def extremes(cells: Iterable[Cell], kind: str, x: str, at: int | None, y: str, causal: Any) -> list[float] | None:
+    """Least and most of y at one place over the turns; None where there was one turn, and its error is unknown."""
+    found = [
+        value for cell in cells
+        if cell["kind"] == kind and done(cell) and cell.get(x) == at is not None and cell.get("causal") == causal
+        if (value := number(cell.get(y))) is not None
+    ]  # fmt: skip
+    return [min(found), max(found)] if len(found) > 1 else None
+
+
+def tied_by(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What the difference of two qualities does not exceed, in words; '' where it is one."""
+    gap = abs(one["mean"] - other["mean"])
+    errors = [found["error"] for found in (one, other)]
+    if None not in errors and gap <= 2 * math.hypot(*errors):
+        return "the error of the test set"
+    return "the spread over seeds" if gap <= math.hypot(one["std"] or 0.0, other["std"] or 0.0) else ""
 
 
 def crossover(times: Mapping[int, float], reference: Mapping[int, float]) -> tuple[float | None, str]:
@@ -157,6 +175,8 @@ def _quality(cells: Sequence[Cell]) -> dict[str, Any]:
         "higher_is_better": first.get("higher_is_better", True),
         "mean": mean(values) if values else None,
         "std": stdev(values) if len(values) > 1 else None,
+        "error": _test_error(chosen),
+        "answers": next((cell["answers"] for cell in chosen if cell.get("answers")), None),
         "seeds": len(values),
         "planned": len({cell.get("seed") for cell in cells if not rates or cell.get("learning_rate") in rates}),
         "learning_rate": chosen[0].get("learning_rate") if chosen else None,
@@ -164,25 +184,37 @@ def _quality(cells: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
+def _test_error(cells: Iterable[Cell]) -> float | None:
+    """Of the mean over seeds: all of them answered the same questions, so that more seeds do not make it less."""
+    errors = [number(cell.get("value_error")) for cell in cells if done(cell)]
+    known = [error for error in errors if error is not None]
+    return mean(known) if known and len(known) == len(errors) else None
+
+
 def _speed(name: str, group: Sequence[Cell], reference: Sequence[Cell]) -> dict[str, Any]:
     flags = [cell.get("causal") for cell in group if cell["kind"] in ("speed", "memory") and done(cell)]
     causal = True if True in flags else next(iter(flags), None)
     forward = series(group, "speed", "n", "forward_s", causal)
     peak = series(group, "memory", "n", "peak_bytes", causal)
-    exponent, span = fitted_exponent(forward)
-    memory_exponent, memory_span = fitted_exponent(peak)
+    growth = fitted_growth(points_of(group, "speed", "forward_s", causal))
+    memory = fitted_growth(points_of(group, "memory", "peak_bytes", causal))
     length, word = crossover(forward, series(reference, "speed", "n", "forward_s", causal))
     longest, memory_longest = max(forward, default=None), max(peak, default=None)
     return {
         "causal": causal,
         "speed_n": longest,
         "forward_s": forward[longest] if longest is not None else None,
-        "forward_exponent": exponent,
-        "forward_range": span,
+        "forward_between": extremes(group, "speed", "n", longest, "forward_s", causal),
+        "forward_exponent": growth.exponent,
+        "forward_interval": growth.interval,
+        "forward_range": growth.span,
+        "forward_growth": growth.note,
         "memory_n": memory_longest,
         "peak_bytes": peak[memory_longest] if memory_longest is not None else None,
-        "memory_exponent": memory_exponent,
-        "memory_range": memory_span,
+        "memory_exponent": memory.exponent,
+        "memory_interval": memory.interval,
+        "memory_range": memory.span,
+        "memory_growth": memory.note,
         "crossover": None if name == REFERENCE else length,
         "crossover_note": "reference" if name == REFERENCE and forward else word,
         "speed_method": "/".join(sorted({str(c.get("method", "measured")) for c in group if c["kind"] == "speed"})),
@@ -193,13 +225,15 @@ def _decode(group: Sequence[Cell]) -> dict[str, Any]:
     seconds = series(group, "decode", "context", "seconds_per_token")
     state = series(group, "decode", "context", "state_bytes")
     row: dict[str, Any] = {"decode_context": None, "decode_from": None, "decode_ms": None, "state_bytes": None}
-    row |= {"decode_ratio": None, "state_ratio": None}
+    row |= {"decode_ratio": None, "state_ratio": None, "decode_between": None}
     contexts = sorted(seconds.keys() | state.keys())
     if not contexts:
         return row
     low, high = contexts[0], contexts[-1]
     row |= {"decode_context": high, "decode_from": low, "state_bytes": state.get(high)}
     row["decode_ms"] = seconds[high] * 1e3 if high in seconds else None
+    between = extremes(group, "decode", "context", high, "seconds_per_token", None)
+    row["decode_between"] = between and [1e3 * seconds for seconds in between]
     row["decode_ratio"] = _ratio(seconds.get(high), seconds.get(low))
     row["state_ratio"] = _ratio(state.get(high), state.get(low))
     return row
@@ -240,7 +274,7 @@ def quality_against_state(results: Results, task: str) -> tuple[list[dict[str, A
         if context is None or quality["mean"] is None or not at_context:
             left_out.append(row["mechanism"])
             continue
-        kept = {key: quality[key] for key in ("mean", "std", "metric", "higher_is_better")}
+        kept = {key: quality[key] for key in ("mean", "std", "error", "metric", "higher_is_better")}
         points.append({"mechanism": row["mechanism"], "state_bytes": row["state_bytes"], "context": context, **kept})
     higher = all(point["higher_is_better"] for point in points)
     return pareto(points, "state_bytes", "mean", higher_y=higher), left_out

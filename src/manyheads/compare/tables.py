@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from manyheads.compare.summary import SOURCES, missing_sections, quality_against_state, summarise, tasks_of
+from manyheads.compare.growth import TOO_NOISY, overlap
+from manyheads.compare.summary import SOURCES, missing_sections, quality_against_state, summarise, tasks_of, tied_by
 from manyheads.runs.results import Results, cells_of, failures_of, number
 from manyheads.runs.tables import Column, Entry, bytes_text, count_text, failure_lines, rich_table, seconds_text
 
@@ -24,14 +25,15 @@ def headline(results: Results) -> list[str]:
     context = max((row["decode_context"] for row in rows if row["decode_context"] is not None), default=None)
     decoded = [row for row in rows if row["decode_context"] == context is not None]
     lines += _least(decoded, "state_bytes", f"Smallest state at context {context}", bytes_text)
-    lines += _least(decoded, "decode_ms", f"Fastest to decode at context {context}", lambda ms: f"{ms:.3g} ms a token")
+    decoding = f"Fastest to decode at context {context}"
+    lines += _least(decoded, "decode_ms", decoding, lambda ms: f"{ms:.3g} ms a token", "decode_between")
     longest = max((row["speed_n"] for row in rows if row["speed_n"] is not None), default=None)
     alike = [row for row in rows if row["causal"] == any(row["causal"] for row in rows)]
     sort = "causal" if any(row["causal"] for row in rows) else "noncausal"
     timed = [row for row in alike if row["speed_n"] == longest is not None]
-    lines += _least(timed, "forward_s", f"Fastest {sort} forward pass at n = {longest}", seconds_text)
-    lines += _least(alike, "forward_exponent", f"Slowest growth of {sort} time with length", lambda p: f"n^{p:.2f}")
-    return lines + _counted_failures(results)
+    fastest = f"Fastest {sort} forward pass at n = {longest}"
+    lines += _least(timed, "forward_s", fastest, seconds_text, "forward_between")
+    return lines + _growth_lines(alike, sort) + _counted_failures(results)
 
 
 def _counted_failures(results: Results) -> list[str]:
@@ -46,34 +48,73 @@ def _counted_failures(results: Results) -> list[str]:
 
 
 def _best_line(rows: Sequence[Mapping[str, Any]], results: Results, task: str) -> str:
+    """Who was best, or all that no measurement told from it: then none of them is."""
     ranked = [(row["mechanism"], row["quality"][task]) for row in rows if row["quality"][task]["mean"] is not None]
     if not ranked:
         return f"No mechanism finished {task}."
     higher = ranked[0][1]["higher_is_better"]
     ranked.sort(key=lambda pair: pair[1]["mean"], reverse=higher)
-    name, best = ranked[0]
-    metric = str(best["metric"]).replace("_", " ")
-    line = f"Best at {task}: {name}, {metric} {_spread(best)} ({'higher' if higher else 'lower'} is better)."
+    best = ranked[0][1]
+    close = [(name, found) for name, found in ranked if found is best or tied_by(best, found)]
+    metric, better = str(best["metric"]).replace("_", " "), f"({'higher' if higher else 'lower'} is better)"
+    if len(close) > 1:
+        found_so = dict.fromkeys(tied_by(best, found) for _, found in close[1:])
+        answers = f" ({best['answers']:,} answers)" if best["answers"] else ""
+        reasons = " or ".join(why + answers * why.endswith("test set") for why in found_so)
+        between = f"{metric} {best['mean']:.3f} to {close[-1][1]['mean']:.3f} {better}"
+        line = f"Tie at {task}: {', '.join(name for name, _ in close)}: {between}, apart by no more than {reasons}."
+    else:
+        line = f"Best at {task}: {ranked[0][0]}, {metric} {_spread(best)} {better}."
     if best["seeds"] < 2:
         return line + " One seed, so its spread is unknown."
-    close = [
-        other for other, found in ranked[1:]
-        if abs(found["mean"] - best["mean"]) <= math.hypot(best["std"] or 0.0, found["std"] or 0.0)
-    ]  # fmt: skip
-    if close:
-        line += f" Within the spread over seeds: {', '.join(close)}."
-    points = sorted(quality_against_state(results, task)[0], key=lambda point: point["state_bytes"])
-    front = [point["mechanism"] for point in points if point["pareto"]]
+    front = unbeaten(results, task)
     return line + (f" Unbeaten at their state size, smallest first: {', '.join(front)}." if len(front) > 1 else "")
 
 
-def _least(rows: Sequence[Mapping[str, Any]], key: str, words: str, text: Any) -> list[str]:
+def unbeaten(results: Results, task: str) -> list[str]:
+    """Smallest state first: each better than all before it by more than the error of the figures."""
+    kept: list[Mapping[str, Any]] = []
+    for point in sorted(quality_against_state(results, task)[0], key=lambda point: point["state_bytes"]):
+        if point["pareto"] and not any(tied_by(point, other) for other in kept):
+            kept.append(point)
+    return [point["mechanism"] for point in kept]
+
+
+def _least(rows: Sequence[Mapping[str, Any]], key: str, words: str, text: Any, between: str = "") -> list[str]:
+    """between: the key of what repeated timings lie between; where those of two overlap, neither is the least."""
     known = [row for row in rows if row[key] is not None]
     if not known:
         return []
-    least = min(row[key] for row in known)
-    names = [row["mechanism"] for row in known if row[key] == least]
-    return [f"{words}: {', '.join(names)}, {text(least)}."]
+    least = min(known, key=lambda row: row[key])
+    equal = [row for row in known if row[key] == least[key]]
+    line = f"{words}: {', '.join(row['mechanism'] for row in equal)}, {text(least[key])}."
+    if not between or len(known) == len(equal):
+        return [line]
+    if any(row[between] is None for row in known):
+        return [f"{line} Not all were timed in several turns, so the error of this is unknown."]
+    close = [row for row in known if row[between][0] <= least[between][1]]
+    if len(close) == 1:
+        return [line]
+    names, most = ", ".join(row["mechanism"] for row in close), max(row[key] for row in close)
+    return [f"{words}: tie of {names}, {text(least[key])} to {text(most)}: their timings overlap."]
+
+
+def _growth_lines(rows: Sequence[Mapping[str, Any]], sort: str) -> list[str]:
+    """The slowest growth where its interval stands alone; else who shares it; and whose times told nothing."""
+    known = sorted(
+        (row for row in rows if row["forward_exponent"] is not None), key=lambda row: row["forward_exponent"]
+    )
+    lines = []
+    if known:
+        close = [row for row in known if overlap(row["forward_interval"], known[0]["forward_interval"])]
+        names, text = ", ".join(row["mechanism"] for row in close), _power(known[0], "forward")
+        if len(close) > 1:
+            text = f"tie of {names}, {text} to {_power(close[-1], 'forward')}: their intervals overlap."
+            lines.append(f"Least growth of {sort} time with length: {text}")
+        else:
+            lines.append(f"Slowest growth of {sort} time with length: {names}, {text}.")
+    noisy = [row["mechanism"] for row in rows if row["forward_growth"] == TOO_NOISY]
+    return [*lines, *([f"Too noisy to tell how time grows with length: {', '.join(noisy)}."] if noisy else [])]
 
 
 def _spread(quality: Mapping[str, Any]) -> str:
@@ -97,7 +138,7 @@ def summary_table(results: Results) -> tuple[list[Column], list[list[Entry]]]:
     if "speed" in kinds:
         made += _speed_columns(rows)
     if "memory" in kinds:
-        made.append(_column(rows, "Memory growth", "memory_exponent", "memory", _power, _range("memory_range")))
+        made.append(_growth_column(rows, "memory", "Memory", "memory"))
     if "decode" in kinds:
         made += _decode_columns(rows)
     made.append((Column("Failed", "cells", down=True), [_failed_entry(row) for row in rows]))
@@ -116,7 +157,7 @@ def _column(
         else:
             failed = kind in row["failed_kinds"]
             entries.append(Entry("failed" if failed else "–", bad=failed))
-    return _hoist(Column(title, SOURCES[key], brief=title.removesuffix(" growth").replace("eter", "")), entries)
+    return _hoist(Column(title, SOURCES[key], brief=title.replace("eter", "")), entries)
 
 
 def _hoist(column: Column, entries: Sequence[Entry]) -> tuple[Column, list[Entry]]:
@@ -127,16 +168,26 @@ def _hoist(column: Column, entries: Sequence[Entry]) -> tuple[Column, list[Entry
     return replace(column, note="; ".join([part for part in (column.note, *shared) if part])), kept
 
 
-def _power(exponent: float) -> str:
-    return f"n^{exponent:.2f}"
+def _power(row: Mapping[str, Any], which: str) -> str:
+    low, high = row[f"{which}_interval"]
+    return f"n^{row[f'{which}_exponent']:.2f} ±{(high - low) / 2:.2f}"
 
 
-def _range(key: str) -> Any:
-    def notes(row: Mapping[str, Any]) -> tuple[str, ...]:
-        low, high = row[key]
-        return (f"n {low:,}–{high:,}", *(["noncausal"] if row["causal"] is False else []))
-
-    return notes
+def _growth_column(rows: Sequence[Mapping[str, Any]], which: str, title: str, kind: str) -> tuple[Column, list[Entry]]:
+    entries = []
+    for row in rows:
+        failed = kind in row["failed_kinds"] and not row[f"{which}_growth"]
+        text, sort = row[f"{which}_growth"] or ("failed" if failed else "–"), None
+        notes: tuple[str, ...] = ()
+        if row[f"{which}_exponent"] is not None:
+            text, _, within = _power(row, which).partition(" ")  # a terminal has no room for the interval
+            sort, notes = row[f"{which}_exponent"], (within,)
+        if row[f"{which}_range"] is not None:
+            low, high = row[f"{which}_range"]
+            notes += (f"n {low:,}–{high:,}", *(["noncausal"] if row["causal"] is False else []))
+        entries.append(Entry(text, sort, notes, bad=text == "failed"))
+    column = Column(f"{title} growth", SOURCES[f"{which}_exponent"], brief=title)
+    return _hoist(column, entries)
 
 
 def _quality_entry(row: Mapping[str, Any], task: str) -> Entry:
@@ -156,7 +207,7 @@ def _speed_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Column, list
             return Entry(row["crossover_note"], ranks.get(row["crossover_note"]))  # the rest sorts last
         return Entry(f"n ≈ {row['crossover']:,.0f}", row["crossover"], tuple(row["crossover_note"].split(", ")))
 
-    growth = _column(rows, "Time growth", "forward_exponent", "speed", _power, _range("forward_range"))
+    growth = _growth_column(rows, "forward", "Time", "speed")
     methods = {row["speed_method"] for row in rows if row["speed_method"]}
     if methods - {"measured"}:
         note = growth[0].note.replace("measured times", f"times: {', '.join(sorted(methods))}")

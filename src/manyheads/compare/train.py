@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +53,12 @@ def _train(
         spent += time.perf_counter() - began
         in_time = training["seconds"] is None or spent < training["seconds"]
         if step == 1 or step % training["eval_every"] == 0 or step == training["steps"] or not in_time:
-            value, loss = evaluate(task, model, accelerator.device), float(torch.stack(losses).mean())
+            score, loss = evaluate(task, model, accelerator.device), float(torch.stack(losses).mean())
+            value = score.value
             losses.clear()
             curve.append({"step": step, "loss": loss, "value": value})
-            outcome |= {"value": value, "steps": step, "train_seconds": spent}
+            outcome |= {"value": value, "value_error": score.error, "answers": score.answers}
+            outcome |= {"steps": step, "train_seconds": spent}
             if not (math.isfinite(loss) and math.isfinite(value)):
                 words = f"training diverged: at step {step} the loss is {loss} and {task.metric} is {value}"
                 return outcome | {"status": "failed", "error": f"{words}; a smaller learning rate may help"}
@@ -88,16 +90,43 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED)
 
 
+class Score(NamedTuple):
+    """A task's metric over its evaluation examples, its standard error as a sample of what the task could have asked
+    (None where one example tells nothing of it), and how many answers it is of."""
+
+    value: float
+    error: float | None
+    answers: int
+
+
 @torch.no_grad()
-def evaluate(task: Task, model: Any, device: torch.device) -> float:
+def evaluate(task: Task, model: Any, device: torch.device) -> Score:
     """The task's metric over all of its evaluation examples."""
     model.eval()
-    total, count = 0.0, 0
+    examples: list[tuple[float, int]] = []
     for batch in task.eval_batches(_EVAL_BATCH):
-        answer = model(**{name: rows.to(device) for name, rows in batch.inputs.items()})
-        some, asked = task.score(answer.logits.float(), batch.targets.to(device))
-        total, count = total + some, count + asked
-    return total / count
+        logits = model(**{name: rows.to(device) for name, rows in batch.inputs.items()}).logits.float()
+        targets = batch.targets.to(device)
+        examples += [task.score(logits[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
+    total, count = sum(value for value, _ in examples), sum(asked for _, asked in examples)
+    value = total / count
+    return Score(value, error_of(task.metric, examples), count)
+
+
+def error_of(metric: str, examples: Sequence[tuple[float, int]]) -> float | None:
+    """Standard error of the sum over the count of (sum, count) per example.
+
+    An accuracy has the binomial error of its answers, with two right and two wrong ones more (Agresti and Coull), so
+    that all right is not taken for certain. Anything else has that of a ratio, examples being independent.
+    """
+    total, count, m = sum(value for value, _ in examples), sum(asked for _, asked in examples), len(examples)
+    if metric == "accuracy":
+        share = (total + 2) / (count + 4)
+        return math.sqrt(share * (1 - share) / (count + 4))
+    if m < 2:
+        return None
+    rest = sum((value - total / count * asked) ** 2 for value, asked in examples)
+    return math.sqrt(rest * m / (m - 1)) / count
 
 
 def rate_at(step: int, training: Mapping[str, Any]) -> float:
@@ -144,6 +173,9 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
 
 def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
     """Where the mechanism goes in the model. Raises ValueError where the task has no place for it."""
+    missing = unpassed(spec["name"])
+    if missing:
+        raise ValueError(missing)
     patterns = mechanism_class(spec["name"]).card.patterns
     if task.pattern in patterns:
         if Pattern(task.pattern).cross:
@@ -157,6 +189,14 @@ def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
         return {"layers": ["softmax"], "pooling": dict(spec)}
     declared = ", ".join(sorted(patterns))
     raise ValueError(f"{task.name} needs {task.pattern}; {spec['name']} declares {declared}")
+
+
+def unpassed(name: str) -> str:
+    """'' where a model can give the mechanism all that it reads; else what it cannot, as a reason to measure nothing:
+    the figures would be those of the same rule over arbitrary features."""
+    inputs = mechanism_class(name).card.inputs
+    words = "; ".join(f"{key} ({what})" for key, what in inputs.items())
+    return f"{name} reads more than its tokens, and the models pass none of it yet: {words}" if inputs else ""
 
 
 def has_place(task: Task | type[Task], name: str) -> bool:

@@ -46,6 +46,7 @@ class MixtureOfTransformers(SoftmaxAttention):
         time="n^2",
         state="n",
         example={"modalities": 3, "qk_norm": True},
+        inputs={"kinds": "the modality of each token, [b, n]"},
         notes="the last `modalities` features of x mark the modality of each token",
     )
 

@@ -38,6 +38,7 @@ class ModalityGate(SoftmaxAttention):
         patterns={"noncausal-self", "causal-self"},
         time="n^2",
         state="n",
+        inputs={"kinds": "what each token is, text or another modality, [b, n]"},
         notes="the last `kinds` features of x mark what each token is",
     )
 

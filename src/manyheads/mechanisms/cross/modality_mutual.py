@@ -44,6 +44,7 @@ class ModalityMutual(SoftmaxAttention):
         time="n^2",
         state="",
         decodes=False,
+        inputs={"kinds": "whether a token is of the image, of the question or of neither, [b, n]"},
         notes="the last three features of x mark what each token is",
     )
 

@@ -39,6 +39,7 @@ class ThemeTransformer(Mechanism):
         patterns={"causal-cross"},
         time="n (n + m)",
         state="n",
+        inputs={"labels": "where in the theme a token is, [b, n], 0 outside of it"},
         notes="the last feature of x says where in the theme a token is; x must hold no padding",
     )
 

@@ -39,6 +39,7 @@ class ConditionalAttention(Mechanism):
         state="",
         decodes=False,
         example={"heads": 1, "side_dim": 4},
+        inputs={"condition": "what is known of the whole text beside its words, [b, side_dim]"},
         notes="the last side_dim features of x are the condition, repeated at every word",
     )
 

@@ -41,6 +41,7 @@ class MultiLayerPooling(Mechanism):
         state="",
         decodes=False,
         example={"layers": 80, "latents": 3},
+        inputs={"earlier": "the sequence pooled at every layer, [b, layers, dim], in place of tokens"},
         notes="the tokens are the layers of a model, at most `layers` of them",
     )
 

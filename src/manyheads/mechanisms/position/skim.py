@@ -41,6 +41,7 @@ class Skim(Mechanism):
         state="",
         decodes=False,
         example={"side_dim": 6},
+        inputs={"layout": "the embedded boxes of the tokens on their page, [b, n, side_dim]"},
         notes="a document is read as a whole: no causal form",
     )
 

@@ -40,6 +40,7 @@ class DARE(Mechanism):
         time="n^2 side_dim",
         state="1",
         example={"side_dim": 8, "top_k": 4},
+        inputs={"search": "embeddings of x and of the context from a table of their own, [b, n or m, side_dim]"},
         notes="the state keeps nothing but the count of tokens: the context is read again at every pass",
     )
 

@@ -40,6 +40,7 @@ class BackAttention(SoftmaxAttention):
         time="n^2",
         state="n",
         example={"side_dim": 8},
+        inputs={"higher": "the higher layer's hidden states, [b, n, side_dim], of a pass made before"},
         notes="Needs the higher layer's hidden states beside the lower layer's, and so a first pass through both.",
     )
 

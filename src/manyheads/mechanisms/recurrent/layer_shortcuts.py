@@ -38,8 +38,8 @@ class LayerShortcuts(Mechanism):
         time="n^2 layers",
         state="n layers",
         example={"layers": 3},
-        notes="Needs the outputs of all layers before, beside the last one's. Slower to learn lookup than softmax: "
-        "8% on quick recall, 95% in five times the steps.",
+        inputs={"earlier": "the outputs of all layers before, [b, n, layers, width]"},
+        notes="Needs the outputs of all layers before, beside the last one's.",
     )
 
     def __init__(self, dim: int, heads: int, *, causal: bool = True, layers: int = 1, bias: bool = False) -> None:

@@ -24,7 +24,8 @@ class LoCoCo(Policy):
     Of a head's budget recent_size entries are the latest, mem_compress fused, and the others those that got most
     attention. The S entries left over, in the order of the text, give W = (1 - n) E + n softmax_S(conv1d([K; V])),
     [mem_compress, S], with E the one-hot rows of the mem_compress heaviest of them and n learned; K' = W K, V' = W V.
-    weights: what fit_lococo or `save` wrote; without them n = 0, which is plain heavy-hitter eviction.
+    weights: what fit_lococo or `save` wrote; without them n = 0, which is plain heavy-hitter eviction. Fitted on a few
+    rows it was better than that on their like, and on other held-out text not: measure before you choose it.
     Source: arXiv 2406.05317, VITA-Group/LoCoCo `llama/memory_compressor.py`, one layer of convolution. There entries
     are fused every 512 tokens (`interval`); here fused ones carry their share of attention received on, W mass.
     """
@@ -182,7 +183,9 @@ def fit_lococo(
     policy: LoCoCo,
     *,
     prefix: int,
+    held_out: Tensor | None = None,
     epochs: int = 10,
+    patience: int = 3,
     batch: int = 4,
     kernel_size: int = 21,
     rate: float = 5e-2,
@@ -194,33 +197,44 @@ def fit_lococo(
 
     ids [rows, n]: each row's first `prefix` tokens are compressed to the policy's budget_tokens; the loss is the KL
     divergence between the full model's next-token distributions on the other tokens and those with the compressed
-    cache. The weights with the least loss over all rows are kept: at start=0 those of plain eviction are among them.
-    Convolutions start small (the authors' N(0, 1) makes every softmax one-hot). report(epoch, loss) is called after
-    every epoch, epoch 0 being the start.
+    cache. held_out [rows, n] are not learned from (None: the last quarter of ids): the weights with the least loss on
+    them are kept, and after `patience` epochs without a lesser one the fit stops. At start=0 the weights of plain
+    eviction are among them, and are what comes back where fusing does not carry over. Convolutions start small (the
+    authors' N(0, 1) makes every softmax one-hot). report(epoch, loss on held_out) is called after every epoch, epoch 0
+    being the start.
     """
+    ids, held_out = _apart(ids, held_out)
     budget = _check_fit(model, ids, policy, prefix, kernel_size)
+    _check_fit(model, held_out, policy, prefix, kernel_size)
+    if patience < 1:
+        raise ValueError(f"fit_lococo: patience={patience}; want at least 1 epoch")
     training = model.training
     model.eval()
     try:
-        samples = [_sample(model, rows, prefix) for rows in ids.split(batch)]
+        samples, others = ([_sample(model, rows, prefix) for rows in own.split(batch)] for own in (ids, held_out))
         layers = _fresh(samples[0].layers, policy.mem_compress, kernel_size, start, seed)
         parameters = [part for own in layers for part in own.values()]
         optimizer = torch.optim.Adam(parameters, lr=rate)
-        best, kept = float("inf"), layers
+        best, kept, since = float("inf"), layers, 0
         for epoch in range(epochs + 1):
             with torch.no_grad():
-                losses = [float(_loss(model, sample, layers, policy, budget)) * len(sample.more) for sample in samples]
-            loss = sum(losses) / len(ids)
+                losses = [float(_loss(model, sample, layers, policy, budget)) * len(sample.more) for sample in others]
+            loss = sum(losses) / len(held_out)
             if report is not None:
                 report(epoch, loss)
             if loss < best:
-                best, kept = loss, [{name: part.detach().clone() for name, part in own.items()} for own in layers]
-            if epoch < epochs:
-                for sample in samples:
-                    gradients = torch.autograd.grad(_loss(model, sample, layers, policy, budget), parameters)
-                    for part, gradient in zip(parameters, gradients, strict=True):
-                        part.grad = gradient
-                    optimizer.step()
+                best, kept, since = (
+                    loss,
+                    [{k: part.detach().clone() for k, part in own.items()} for own in layers],
+                    epoch,
+                )
+            if epoch == epochs or epoch - since >= patience:
+                break
+            for sample in samples:
+                gradients = torch.autograd.grad(_loss(model, sample, layers, policy, budget), parameters)
+                for part, gradient in zip(parameters, gradients, strict=True):
+                    part.grad = gradient
+                optimizer.step()
     finally:
         model.train(training)
     return replace(
@@ -236,6 +250,16 @@ class _Sample:
     layers: list[tuple[Tensor, Tensor, Tensor]]
     more: Tensor
     wanted: Tensor
+
+
+def _apart(ids: Tensor, held_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows to fit on and rows to choose by."""
+    if held_out is not None or ids.dim() != 2:
+        return ids, ids if held_out is None else held_out
+    if len(ids) < 2:
+        raise ValueError("fit_lococo: one row leaves none to choose by; give more rows, or held_out [rows, n]")
+    aside = max(1, len(ids) // 4)
+    return ids[:-aside], ids[-aside:]
 
 
 def _check_fit(model: Any, ids: Tensor, policy: LoCoCo, prefix: int, kernel_size: int) -> int:

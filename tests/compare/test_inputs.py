@@ -1,0 +1,61 @@
+"""What reads more than its tokens is not measured on anything else: cards say so, and `compare` refuses by name."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from manyheads.cli import app
+from manyheads.compare.command import _all_names, unpassed_names
+from manyheads.compare.experiment import create_experiment
+from manyheads.compare.train import has_place, placed
+from manyheads.registry import card, list_attentions, mechanism_class
+from manyheads.tasks import create_task, list_tasks, task_class
+
+READ_MORE = [
+    "back-attention", "conditional-attention", "dare", "layer-shortcuts", "mixture-of-transformers", "modality-gate",
+    "modality-mutual", "multi-layer-pooling", "skim", "theme-transformer",
+]  # fmt: skip
+# How docstrings speak of features, or rows, of x that are no states of its tokens.
+SMUGGLED = re.compile(r"\blast (`\w+`\s+|three\s+)?features?\b|\bx \[b, n, dim\] holds\b|x: \[b, layers, dim\]")
+
+
+def test_cards_say_what_is_read_beside_the_tokens() -> None:
+    assert [name for name in list_attentions() if card(name).inputs] == READ_MORE
+    told = [name for name in list_attentions() if SMUGGLED.search(inspect.getdoc(mechanism_class(name)) or "")]
+    assert told == READ_MORE
+
+
+@pytest.mark.parametrize("section", ["quality", "speed"])
+@pytest.mark.parametrize("name", READ_MORE)
+def test_they_are_refused_by_name_with_the_reason(name: str, section: str) -> None:
+    changes = {"mechanisms": ["softmax", name], "tasks": ["recall"], "sections": [section]}
+    with pytest.raises(ValueError, match=f"mechanisms.1: {name} reads more than its tokens") as refused:
+        create_experiment(changes)
+    for key, what in card(name).inputs.items():
+        assert f"{key} ({what})" in str(refused.value)
+
+
+@pytest.mark.parametrize("task", list_tasks())
+def test_no_task_has_a_place_for_them(task: str) -> None:
+    assert not any(has_place(task_class(task), name) for name in READ_MORE)
+    with pytest.raises(ValueError, match="skim reads more than its tokens"):
+        placed(create_task("digits-patches"), {"name": "skim"})
+
+
+def test_all_leaves_them_out_and_says_so(tmp_path: Path) -> None:
+    assert unpassed_names() == READ_MORE
+    assert not set(_all_names({}, None, tasks=list_tasks())) & set(READ_MORE)
+    given = ["compare", "--all", "--task", "digits-grid", "--section", "decode", "--out", str(tmp_path)]
+    ran = CliRunner().invoke(app, given)
+    told = next(line for line in ran.stderr.splitlines() if line.startswith("left out, as they read more"))
+    assert all(name in told for name in READ_MORE)
+
+
+def test_show_tells_what_is_read() -> None:
+    shown = CliRunner().invoke(app, ["show", "skim"]).stdout
+    assert re.search(r"^ +reads  layout: the embedded boxes", shown, re.MULTILINE)
