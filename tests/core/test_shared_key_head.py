@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
-from manyheads.functional import grouped
 from manyheads.functional.grouped import attend_grouped
 
 HEADS, D = 8, 16
@@ -68,7 +67,7 @@ def test_shown_as_no_more_heads_than_the_cores_need(
         shown.append((k.shape[1], v.shape[1]))
         return kernel(q, k, v, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(grouped.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     ours(*tensors(batch, 11))
     assert shown == [(copies, copies)]
 
