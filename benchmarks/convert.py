@@ -26,6 +26,11 @@ from manyheads.convert.methods import Grouped, Latent, Method, Pruned
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.questions import Questions, library_text
 
+MEASURES = (
+    "src/manyheads/convert",
+    "src/manyheads/hosts",
+)
+
 FIGURES = ("bits_per_token", "kl_bits", "passkeys")
 
 

@@ -9,6 +9,15 @@ from common import device_argument, pair, save
 from manyheads import create_attention
 from manyheads.functional.grouped import attend_grouped
 
+MEASURES = (
+    "src/manyheads/mechanism.py",
+    "src/manyheads/finite.py",
+    "src/manyheads/shell.py",
+    "src/manyheads/softmax.py",
+    "src/manyheads/state.py",
+    "src/manyheads/functional",
+)
+
 HEADS, KV_HEADS, HEAD_DIM, CONTEXT = 32, 8, 128, 32768
 
 

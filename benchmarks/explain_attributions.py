@@ -15,6 +15,11 @@ from torch import Tensor
 from common import device_argument, pair, peak_bytes, save
 from manyheads.explain.attributions import Rollout, rollout
 
+MEASURES = (
+    "src/manyheads/explain/attributions",
+    "src/manyheads/hosts",
+)
+
 LAYERS, HEADS, LENGTH = 12, 12, 2048
 
 MEMORY = """

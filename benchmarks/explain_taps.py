@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common import device_argument, pair, peak_bytes, save
 from manyheads.hosts.taps import tap
 
+MEASURES = ("src/manyheads/hosts/taps.py",)
+
 
 def llama(layers: int, device: str, width: int = 512) -> LlamaForCausalLM:
     torch.manual_seed(0)
@@ -42,7 +44,7 @@ import ctypes, sys, torch
 sys.path.insert(0, {path!r})
 from common import peak_reset, peak_since
 from explain_taps import llama
-from manyheads.explain.taps import record
+from manyheads.hosts.taps import record
 torch.set_num_threads(1)
 model = llama(1, "cpu", 128)
 tokens = torch.arange(8192)[None] % 256

@@ -25,6 +25,8 @@ from torch import Tensor
 from common import save
 from manyheads.explain.views import AttentionStore, Panel, view_embedding, view_heads, view_model, write_page
 
+MEASURES = ("src/manyheads/explain/views",)
+
 LONG, LAYERS, HEADS, MADE = 4096, 32, 32, 4
 TIMES = """() => {
   window.answers = [];

@@ -33,6 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MEASURES = (
+    "src/manyheads/shrink",
+    "src/manyheads/hosts",
+)
+
 HERE = Path(__file__).resolve().parent
 # At the end: `import kvpress` must find the package and not this file (the other side runs with -P).
 sys.path.append(str(HERE))

@@ -14,6 +14,16 @@ import torch
 from common import device_argument, exponent, keep_pages, once, save
 from manyheads import Mechanism, create_attention, mechanism_class
 
+MEASURES = (
+    "src/manyheads/mechanism.py",
+    "src/manyheads/finite.py",
+    "src/manyheads/shell.py",
+    "src/manyheads/softmax.py",
+    "src/manyheads/state.py",
+    "src/manyheads/functional",
+    "src/manyheads/mechanisms",
+)
+
 DIM, HEADS = 256, 4
 LENGTHS = [2048, 4096, 8192, 16384, 32768]
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -35,6 +35,16 @@ from torch import Tensor, nn
 from common import once, pair, save
 from manyheads import Mechanism, create_attention
 
+MEASURES = (
+    "src/manyheads/mechanism.py",
+    "src/manyheads/finite.py",
+    "src/manyheads/shell.py",
+    "src/manyheads/softmax.py",
+    "src/manyheads/state.py",
+    "src/manyheads/functional",
+    "src/manyheads/mechanisms",
+)
+
 DIM, HEADS, D = 256, 8, 32
 # Peers that hold several matrices [n, n], others, and mechanisms that hold none.
 BRIEF, SHORT, LONG = (512, 1024), (512, 2048), (512, 2048, 4096)

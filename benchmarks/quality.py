@@ -20,6 +20,20 @@ from manyheads.compare.train import has_place
 from manyheads.registry import list_attentions, mechanism_class
 from manyheads.tasks import task_class
 
+MEASURES = (
+    "src/manyheads/mechanism.py",
+    "src/manyheads/finite.py",
+    "src/manyheads/shell.py",
+    "src/manyheads/softmax.py",
+    "src/manyheads/state.py",
+    "src/manyheads/functional",
+    "src/manyheads/mechanisms",
+    "src/manyheads/models",
+    "src/manyheads/tasks",
+    "src/manyheads/compare",
+)
+WRITES = ("recall", "digits")
+
 # Digits are a grid only for what has no other form: patches in a row serve all the others.
 TASKS = {"recall": ["recall"], "digits": ["digits-patches", "digits-grid"]}
 TARGETS = {"recall": 0.95, "digits": 0.9}

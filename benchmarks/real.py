@@ -48,6 +48,11 @@ from manyheads.shrink import (
 from manyheads.shrink.compress import Pass
 from manyheads.shrink.measure import cache_bytes, step
 
+MEASURES = (
+    "src/manyheads/shrink",
+    "src/manyheads/hosts",
+)
+
 RATIOS = (0.5, 0.75)
 TAIL, STEPS, WARM = 24, 10, 2
 DENSE = "DynamicCache"

@@ -19,6 +19,11 @@ from manyheads.hosts.attention import Visibility
 from manyheads.shrink import H2O, TOVA, AdaKV, Duo, Full, KeyNorm, Policy, SnapKV, StreamingLLM
 from manyheads.shrink.compress import Pass, shrink
 
+MEASURES = (
+    "src/manyheads/shrink",
+    "src/manyheads/hosts",
+)
+
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 32, 8, 128
 GATES = [[float(head % 2) for head in range(KV_HEADS)]] * LAYERS
 

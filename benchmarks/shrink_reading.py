@@ -20,6 +20,11 @@ from manyheads.shrink import Full, LongHeads, Policy, TidalDecode
 from manyheads.shrink.policies.longheads import represent
 from manyheads.shrink.policies.tidal import attend_to
 
+MEASURES = (
+    "src/manyheads/shrink",
+    "src/manyheads/hosts",
+)
+
 LAYERS, CONTEXT = 8, 32768
 
 

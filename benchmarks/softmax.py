@@ -9,6 +9,15 @@ from torch import Tensor, nn
 from common import device_argument, pair, peak_bytes, save
 from manyheads import create_attention
 
+MEASURES = (
+    "src/manyheads/mechanism.py",
+    "src/manyheads/finite.py",
+    "src/manyheads/shell.py",
+    "src/manyheads/softmax.py",
+    "src/manyheads/state.py",
+    "src/manyheads/functional",
+)
+
 DIM, HEADS = 512, 8
 KV_HEADS = {"softmax": 8, "mqa": 1, "gqa": 2}
 

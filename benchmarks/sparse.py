@@ -10,6 +10,16 @@ from torch import Tensor
 from common import device_argument, pair, save
 from manyheads import SoftmaxAttention, Where, create_attention
 
+MEASURES = (
+    "src/manyheads/mechanism.py",
+    "src/manyheads/finite.py",
+    "src/manyheads/shell.py",
+    "src/manyheads/softmax.py",
+    "src/manyheads/state.py",
+    "src/manyheads/functional",
+    "src/manyheads/mechanisms",
+)
+
 DIM, HEADS, N = 512, 8, 8192
 SETTINGS = {
     "mswa": ({"window": 256}, {"forward": 1 / 5, "forward+backward": 1 / 3}),

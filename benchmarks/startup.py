@@ -9,6 +9,14 @@ import time
 
 from common import save
 
+MEASURES = (
+    "src/manyheads/__init__.py",
+    "src/manyheads/__main__.py",
+    "src/manyheads/cli.py",
+    "src/manyheads/registry.py",
+    "src/manyheads/catalogue.py",
+)
+
 
 def seconds(*command: str) -> float:
     start = time.perf_counter()

@@ -47,11 +47,22 @@ def attend_grouped(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: boo
         # The heads of a group stand in line as queries of the one head that they share.
         packed = q.reshape(b, g, h // g * n, d)
         return F.scaled_dot_product_attention(packed, k, v, scale=scale).view(b, h, n, v.shape[-1])
-    if g == 1:
-        # A view, and no copy; the kernel's backward pass would give one head's keys to one core.
-        k, v = (t.expand(-1, h, -1, -1) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    if g == 1:  # a view, and no copy
+        k, v = (t.expand(-1, _copies(q), -1, -1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=k.shape[1] != h)
+
+
+def _copies(q: Tensor) -> int:
+    """As how many heads the causal kernel is shown the one key head that all of q [b, h, n, d] share.
+
+    A CPU's backward pass gives one key head of one row to one core, and makes a gradient of each head that it is shown:
+    the fewest that leave no core with more than one and a half times its part.
+    """
+    if torch.compiler.is_compiling() or q.device.type != "cpu":  # traced, neither the batch nor the cores are known
+        return q.shape[1]
+    rows, cores = q.shape[0], torch.get_num_threads()
+    divisors = (copies for copies in range(1, q.shape[1]) if q.shape[1] % copies == 0)
+    return next((c for c in divisors if 2 * cores * -(-rows * c // cores) <= 3 * rows * c), q.shape[1])
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, *, scale: float) -> Tensor:
