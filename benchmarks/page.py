@@ -64,10 +64,9 @@ PEERS = (
 )
 
 CONVERT = (
-    "`python benchmarks/convert.py --heal 200000`: what [conversions](converting.md) cost, before and after training "
-    "on 200,000 tokens (one seed; `none, healed` is the original trained alike, to compare with). Bits and KL are of "
-    "held-out text, the same for all; hidden keys are of three seeds, ten each, in 512 tokens. Random heads and "
-    "weights are one draw."
+    "`python benchmarks/convert.py`: what [conversions](converting.md) cost right after them, before any training "
+    "(`--heal TOKENS` trains, with a control). Bits and KL are of held-out text, the same for all; hidden keys are of "
+    "three seeds, ten each, in 512 tokens. Random heads and weights are one draw."
 )
 REAL = (
     "`python benchmarks/real.py`: SmolLM2-135M-Instruct (the model `smollm2`), every cache after the same prompt of "

@@ -113,7 +113,7 @@ def test_hooks_go_with_their_cache() -> None:
 def test_gates_from_a_file(tmp_path: Path) -> None:
     own = gates()
     save_file({f"{i}.{name}": part for i, gate in enumerate(own) for name, part in gate.items()}, tmp_path / "g")
-    torch.testing.assert_close(FastKVzip(gates=tmp_path / "g").parts, own)
+    torch.testing.assert_close(FastKVzip(gates=tmp_path / "g").pieces, own)
     (tmp_path / "text").write_text("no")
     save_file({"module": torch.ones(1)}, tmp_path / "other")
     for name, match in (

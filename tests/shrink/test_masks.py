@@ -85,7 +85,7 @@ EVICTING: list[Policy] = [
     H2O(budget_tokens=8),
     TOVA(budget_tokens=8, interval=3),
     KeyNorm(compression_ratio=0.5),
-    SnapKV(budget_tokens=7, window_size=3, kernel_size=3, allocation=AdaKV()),
+    SnapKV(budget_tokens=7, window_size=3, kernel_size=3, allocation=AdaKV(), when="passes"),
 ]
 
 

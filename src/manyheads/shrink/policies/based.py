@@ -33,7 +33,8 @@ class Based(Policy):
                 f"{name}: base={base.__name__} gives no score to every token that could be taken; take SnapKV, TOVA, "
                 "H2O, KeyNorm, KeyDiff, LagKV, CUR or ExpectedAttention"
             )
-        own = [f for f in fields(Rules) if f.name != "when" and getattr(self.base, f.name) != f.default]
+        shared = {f.name for f in fields(Rules)} - {"when"}
+        own = [f for f in fields(self.base) if f.name in shared and getattr(self.base, f.name) != f.default]
         if own:
             raise ValueError(
                 f"{name}: {own[0].name} is {name}'s own to say, {name}(base={base.__name__}(...), "

@@ -34,7 +34,7 @@ class FastKVzip(Policy):
     Source: arXiv 2601.17668, Janghyun1230/FastKVzip, NVIDIA/kvpress `fastkvzip_press.py`.
     """
 
-    gates: Sequence[Mapping[str, Tensor]] | str | Path = ()
+    gates: Sequence[Mapping[str, Tensor]] | str | Path | None = None
     sink_size: int = 4
     window_size: int = 4096
     window_ratio: float = 0.02
@@ -51,7 +51,7 @@ class FastKVzip(Policy):
         if self.allocation is not None:
             raise ValueError("FastKVzip: scores of all layers and heads compete, which is its allocation; leave it out")
         given = self.gates
-        if isinstance(given, Sequence) and not given:
+        if given is None:
             raise ValueError("FastKVzip needs gates: a path of a .safetensors file, or a state dict for each layer")
         self.pieces = _read(Path(given)) if isinstance(given, (str, Path)) else [dict(own) for own in given]
         for i, own in enumerate(self.pieces):
