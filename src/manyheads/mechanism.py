@@ -105,6 +105,7 @@ class Mechanism(nn.Module, ABC):
 
     card: ClassVar[Card]
     config: dict[str, Any]
+    source_dim: int | None = None  # features of a context, where they are not those of x
     sources: int = 1  # how many contexts one call takes; more than one: context and mask are tuples
     listener: Listener | None = None  # is told of every pass what it does inside, and may change its head outputs
 
@@ -127,7 +128,6 @@ class Mechanism(nn.Module, ABC):
         if not any(p.causal == causal for p in self.card.patterns):
             raise ValueError(f"{self.card.name} cannot be built with causal={causal}; it declares {self._declared()}")
         self.dim, self.heads, self.causal = dim, heads, causal
-        self.source_dim = dim  # features of a context
 
     def forward(
         self,
@@ -278,7 +278,7 @@ class Mechanism(nn.Module, ABC):
             raise ValueError(f"{name} cannot be called {pattern.value}{hint}; it declares {self._declared()}")
         if context is not None:
             self._check_context(x, context)
-        elif self.source_dim != self.dim:
+        elif self.source_dim not in (None, self.dim):
             raise ValueError(f"{name}: built for a context of {self.source_dim} features; context is missing")
         return pattern
 
@@ -295,10 +295,10 @@ class Mechanism(nn.Module, ABC):
             if not isinstance(part, Tensor):
                 raise ValueError(f"{self.card.name}: a context is a {type(part).__name__}; want a tensor")
             self._check_kind("context", part, x.device)
-            shape = tuple(part.shape)
-            if part.ndim != 3 or shape[0] != x.shape[0] or shape[2] != self.source_dim or shape[1] == 0:
+            shape, wide = tuple(part.shape), self.source_dim or self.dim
+            if part.ndim != 3 or shape[0] != x.shape[0] or shape[2] != wide or shape[1] == 0:
                 raise ValueError(
-                    f"{self.card.name}: context has shape {shape}; want [{x.shape[0]}, m >= 1, {self.source_dim}] "
+                    f"{self.card.name}: context has shape {shape}; want [{x.shape[0]}, m >= 1, {wide}] "
                     f"for x of shape {tuple(x.shape)}"
                 )
 

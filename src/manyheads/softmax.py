@@ -89,12 +89,13 @@ class SoftmaxAttention(Mechanism):
         if self.rotary:
             self.rotary.features(self.head_dim)
         self.scale = self.head_dim**-0.5 if shell.scale is None else shell.scale
-        self.source_dim = dim if shell.source_dim is None else shell.source_dim
+        self.source_dim = shell.source_dim
+        wide = dim if shell.source_dim is None else shell.source_dim
         widths = {"q": heads * self.head_dim, "k": self.kv_heads * self.head_dim, "v": self.kv_heads * self.head_dim}
         biased = {key: bias if shell.bias is None else shell.bias.get(key, False) for key in PROJECTIONS}
         self.q_proj = nn.Linear(dim, widths["q"], bias=biased["q"])
-        self.k_proj = nn.Linear(self.source_dim, widths["k"], bias=biased["k"])
-        self.v_proj = nn.Linear(self.source_dim, widths["v"], bias=biased["v"])
+        self.k_proj = nn.Linear(wide, widths["k"], bias=biased["k"])
+        self.v_proj = nn.Linear(wide, widths["v"], bias=biased["v"])
         self.o_proj = nn.Linear(widths["q"], dim, bias=biased["o"])
         if shell.qk_norm:
             sizes = (self.head_dim, self.head_dim) if shell.qk_norm == "head" else (widths["q"], widths["k"])

@@ -71,7 +71,7 @@ class Case:
         if not self.pattern.cross:
             return None
         module = self.build()
-        sources, dim = module.sources, module.source_dim
+        sources, dim = module.sources, module.source_dim or module.dim
         parts = [self._noise(batch, n + 2 + s, dim=dim, dtype=dtype, seed=seed + s) for s in range(sources)]
         return parts[0] if sources == 1 else tuple(parts)
 
