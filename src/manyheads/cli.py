@@ -139,8 +139,8 @@ def example_code(cls: type[Mechanism]) -> str:
     ]
     call = "x"
     if pattern.cross:
-        sources = cls(dim, heads, **arguments, causal=pattern.causal).sources
-        one = f"torch.randn(2, 12, {dim})"
+        module = cls(dim, heads, **arguments, causal=pattern.causal)
+        sources, one = module.sources, f"torch.randn(2, 12, {module.source_dim or dim})"
         lines.append(f"context = {one}" if sources == 1 else f"context = ({', '.join([one] * sources)})")
         call = "x, context"
     return "\n".join([*lines, f"print(attention({call}).output.shape)"])
