@@ -94,10 +94,13 @@ def _plain(case: Case) -> Mechanism:
 
 
 def _could_be_softmax(case: Case) -> bool:
-    """Has all the parameters that softmax attention has, and another name."""
+    """Has all the parameters that softmax attention has, reads what it reads, and has another name."""
     if case.cls.card.name == "softmax" or not is_sequence(case):
         return False
-    theirs = case.build().state_dict()
+    module = case.build()
+    if module.source_dim not in (None, module.dim):
+        return False
+    theirs = module.state_dict()
     return all(name in theirs and theirs[name].shape == own.shape for name, own in _plain(case).state_dict().items())
 
 
