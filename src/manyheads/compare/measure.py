@@ -49,14 +49,14 @@ class Subject:
         if self.pattern is Pattern.GRID:
             height = max(side for side in range(1, math.isqrt(n) + 1) if n % side == 0)
             shape = (height, n // height)  # type: ignore[assignment]
-        x = self._noise(*shape)
+        x = self._noise(*shape, self.dim)
         if not self.pattern.cross:
             return x, None
-        parts = tuple(self._noise(n) for _ in range(self.module.sources))
+        parts = tuple(self._noise(n, self.module.source_dim or self.dim) for _ in range(self.module.sources))
         return x, parts[0] if self.module.sources == 1 else parts
 
     def _noise(self, *shape: int) -> Tensor:
-        return torch.randn(self.batch, *shape, self.dim).to(self.device, self.dtype)
+        return torch.randn(self.batch, *shape).to(self.device, self.dtype)
 
     def settled(self) -> None:
         if self.device.type == "cuda":
