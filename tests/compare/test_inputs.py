@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from manyheads.cli import app
+from manyheads.compare import run
 from manyheads.compare.command import _all_names, unpassed_names
 from manyheads.compare.experiment import create_experiment
 from manyheads.compare.train import has_place, placed
@@ -47,13 +49,22 @@ def test_no_task_has_a_place_for_them(task: str) -> None:
         placed(create_task("digits-patches"), {"name": "skim"})
 
 
-def test_all_leaves_them_out_and_says_so(tmp_path: Path) -> None:
+def test_all_leaves_them_out_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert unpassed_names() == READ_MORE
     assert not set(_all_names({}, None, tasks=list_tasks())) & set(READ_MORE)
-    given = ["compare", "--all", "--task", "digits-grid", "--section", "decode", "--out", str(tmp_path)]
+    asked: list[str] = []
+
+    def stop(built: Any, *_: Any, **__: Any) -> None:
+        asked.extend(entry.name for entry in built.mechanisms)
+        raise ValueError("the run itself is measured elsewhere")
+
+    monkeypatch.setattr(run, "run_experiment", stop)
+    given = ["compare", "--all", "--task", "recall", "--section", "decode", "--out", str(tmp_path)]
     ran = CliRunner().invoke(app, given)
     told = next(line for line in ran.stderr.splitlines() if line.startswith("left out, as they read more"))
     assert all(name in told for name in READ_MORE)
+    assert len(asked) > 40
+    assert not set(asked) & set(READ_MORE)
 
 
 def test_show_tells_what_is_read() -> None:
