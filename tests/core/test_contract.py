@@ -278,7 +278,8 @@ def test_float16_scores_are_normalised_in_float32() -> None:
 
 def test_config_is_what_was_given() -> None:
     module = create_attention("gqa", 16, 4, kv_heads=2, rotary=Rotary(base=100.0))
-    assert module.config["rotary"] == {"base": 100.0, "fraction": 1.0, "interleaved": False}
+    plain = {"base": 100.0, "fraction": 1.0, "interleaved": False, "angles": None, "amplitude": 1.0}
+    assert module.config["rotary"] == plain
     again = create_attention("gqa", **json.loads(json.dumps(module.config)))
     assert again.config == module.config
 

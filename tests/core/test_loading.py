@@ -44,7 +44,7 @@ def copied(tmp_path: Path) -> Path:
 def test_a_folder_is_a_name(copied: Path) -> None:
     loaded = load_model(copied)
     assert loaded.name == str(copied)
-    assert loaded.tokenizer is None
+    assert loaded.encode("é!") == [0xC3, 0xA9, 0x21]
     assert loaded.config.num_hidden_layers == 4
 
 

@@ -37,7 +37,7 @@ def passes(name: str) -> list[tuple[Any, Tensor, dict[str, Any]]]:
         module = built(name, pattern.causal)
         x, more = torch.randn(2, 9, module.dim, dtype=torch.float64), {}
         if pattern.cross:
-            source = torch.randn(2, 7, module.dim, dtype=torch.float64)
+            source = torch.randn(2, 7, module.source_dim or module.dim, dtype=torch.float64)
             more["context"] = source if module.sources == 1 else (source,) * module.sources
         found.append((module, x, more))
     return found

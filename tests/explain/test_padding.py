@@ -64,11 +64,7 @@ def close(wanted: Tensor) -> dict[str, Any]:
     return {"atol": 1e-5 * float(wanted.abs().max()), "rtol": 1e-5, "check_dtype": False}
 
 
-REFUSED = {
-    (family, method): "mechanism"
-    for family in ("learned",)
-    for method in ("value-norm", "attention-gradient", "relevance", "grad-cam", "attention-grad-cam", "logit-flow")
-} | {(family, "logit-flow"): "more than one norm" for family in ENCODERS}
+REFUSED = {(family, "logit-flow"): "more than one norm" for family in ENCODERS}
 REFUSED["opt", "logit-flow"] = "does not add its attention"
 
 

@@ -13,8 +13,8 @@ VOCAB = 29
 
 
 def spec(name: str) -> dict[str, Any]:
-    """The mechanism as its card's example has it."""
-    return {"name": name, **{k: v for k, v in card(name).example.items() if k != "dim"}}
+    """The mechanism as its card's example has it, over sources of the model's own width."""
+    return {"name": name, **{k: v for k, v in card(name).example.items() if k not in ("dim", "source_dim")}}
 
 
 def tiny(*names: str, **settings: Any) -> ManyheadsConfig:

@@ -102,7 +102,8 @@ class MoH(SoftmaxAttention):
         """The same in the LLaMA form."""
         # Once more, for `output` is not given the queries; turning them by position has not changed their norms.
         q, _, _ = self.project(x, x[:, :0])
-        norms = torch.linalg.vector_norm(q[:, self.shared_heads :], dim=-1).mT
+        routed_q = q[:, self.shared_heads :]  # in float16 the gradient of their spread overflows
+        norms = routed_q.to(torch.promote_types(q.dtype, torch.float32)).norm(dim=-1).mT
         shared = norms.new_ones(*norms.shape[:2], self.shared_heads)
         routed = norms.shape[-1]
         if not routed:
