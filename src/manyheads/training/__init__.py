@@ -1,5 +1,6 @@
 """Ways to train that work on any mechanism: wrappers called as the mechanism is, hooks, and losses on its weights."""
 
+from manyheads.training.drop_key import drop_key
 from manyheads.training.entropy import EntropyMaximised, negative_attention_entropy
 from manyheads.training.hard_instances import HardInstanceMining
 from manyheads.training.head_mask import HeadMask
@@ -13,6 +14,7 @@ __all__ = [
     "SubsampledAttention",
     "TokenAwarePooling",
     "attention_diversification",
+    "drop_key",
     "negative_attention_entropy",
     "sampling",
 ]
