@@ -19,9 +19,7 @@ def weights_by_loops(call, gone):
     for row in range(b):
         for head in range(h):
             for i in range(n):
-                seen = [
-                    j for j in range(m) if call.visible() is None or call.visible().expand(b, h, n, m)[row, head, i, j]
-                ]
+                seen = [j for j in range(m) if visible[row, head, i, j]]
                 kept = [j for j in seen if not gone[row, head, i, j]] or seen
                 key = call.key[row, head // (h // call.key.shape[1])]
                 scores = {j: math.exp(call.query[row, head, i] @ key[j] * call.scale) for j in kept}

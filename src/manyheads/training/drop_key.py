@@ -28,8 +28,8 @@ def drop_key(
 
         r_l = first + (last - first) l / (L - 1),  l = 0 .. L - 1 the chosen layers in order
 
-    (r_0 = first of a single layer). Gives the ratios by layer. The softmax spreads the weight over what is left: nothing
-    is scaled up, neither here nor in eval mode, where nothing is dropped. first = last: the same everywhere.
+    (r_0 = first of a single layer). Gives the ratios by layer. The softmax spreads the weight over what is left:
+    nothing is scaled up, neither here nor in eval mode, where nothing is dropped. first = last: the same everywhere.
 
     Attention dropout of the model's own stays. A query that would lose all keys that it sees keeps them all; released
     code adds a constant to every score, so that such a query attends evenly, padding included. Backward of gradient
