@@ -41,9 +41,9 @@ def alignment(
             out = model(**batch)
         loss = out.loss + losses.mean()
 
-    Cross attention of an encoder-decoder (kind="self": of one sequence to itself), or of any mechanism with weights. The
-    model computes as ever. Gradient checkpointing: the model's own, with use_reentrant=False; the other way no weights
-    have a graph, and it is refused."""
+    Cross attention of an encoder-decoder (kind="self": of one sequence to itself), or of any mechanism with weights.
+    The model computes as ever. Gradient checkpointing: the model's own, with use_reentrant=False; the other way no
+    weights have a graph, and it is refused."""
 
     def reader(call: Any) -> None:
         if without_graph():

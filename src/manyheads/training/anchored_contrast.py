@@ -22,13 +22,13 @@ def anchored_contrast(
         NCE(p, q) = - mean_i log exp(cos(p_i, q_i) / tau) / sum_j exp(cos(p_i, q_j) / tau)
 
     anchor [b, d] (the reports); others: each [b, d] (X-rays, ECGs). The others never meet each other: they are aligned
-    by what both have in common with the anchor. temperature: tau, a number or a tensor that is trained. present: for each
-    of the others [b] bool or None, False where an example has no such modality: it is neither drawn nor a negative
+    by what both have in common with the anchor. temperature: tau, a number or a tensor that is trained. present: for
+    each of the others [b] bool or None, False where an example has no such modality: it is neither drawn nor a negative
     there. A modality that at most one example has adds 0. In half precision the logits are made in float32.
 
-    Source: Thapa et al., MoRE, arXiv:2410.16239, and its released pretrain_multimodel.py. There the temperature is 0.02,
-    declared as trained but given to no optimiser. Its linear attention drop is `drop_key`. ValueError: shapes that
-    differ, a temperature that is not above 0, as many masks as modalities not given.
+    Source: Thapa et al., MoRE, arXiv:2410.16239, and its released pretrain_multimodel.py. There the temperature is
+    0.02, declared as trained but given to no optimiser. Its linear attention drop is `drop_key`. ValueError: shapes
+    that differ, a temperature that is not above 0, as many masks as modalities not given.
     """
     masks = [None] * len(others) if present is None else list(present)
     if not others or len(masks) != len(others):

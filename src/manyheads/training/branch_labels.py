@@ -16,10 +16,10 @@ class BranchLabels(nn.Module):
         z_k = W_k sum_i a_ki h_i + c_k,      z = W sum_i (mean_k a_ki) h_i + c
         losses["branches"] = mean over k of CE(z_k, y),   losses["bag"] = CE(z, y),   losses["diversity"] the pool's own
 
-    forward(x [b, n, dim], labels [b]) -> Result with the bag's logits z [b, classes] as output; the losses of labels are
-    there where labels are given, in either mode, and their sum with the diversity is what the paper trains on (all with
-    weight 1). Branches read the weights of the same pass, with the instances that it masks. `branch_logits`: z_k alone.
-    Bags that are all padding count in no loss. Each branch has a classifier of its own, as in the released code.
+    forward(x [b, n, dim], labels [b]) -> Result with the bag's logits z [b, classes] as output; the losses of labels
+    are there where labels are given, in either mode, and their sum with the diversity is what the paper trains on (all
+    with weight 1). Branches read the weights of the same pass, with the instances that it masks. `branch_logits`: z_k
+    alone. Bags that are all padding count in no loss. Each branch has a classifier of its own, as in the released code.
 
     Source: Zhang et al., Attention-Challenging Multiple Instance Learning, arXiv:2311.07125, and its released ACMIL_GA
     (classifier.k, Slide_classifier). ValueError for any other mechanism, whose branches are no pools of one bag each.

@@ -30,10 +30,10 @@ def guided_heads(
         "mask"   A = softmax(S) over the keys j with P_ij, which the head still learns to weigh
         "fixed"  A_ij = P_ij / sum_j P_ij: nothing of the head's weights is learnt, its values are
 
-    P says what may be seen beside the model's own mask (causal, padding, windows). A query with no key of its pattern that
-    it may see attends as the model has it ("mask"), or evenly to all that it may see ("fixed"). P is of the batch that is
-    fed, so that the form is opened for each: token_match, same_sentence and neighbours make the paper's patterns. All
-    heads that are not named are left alone, and an all-true "mask" changes nothing.
+    P says what may be seen beside the model's own mask (causal, padding, windows). A query with no key of its pattern
+    that it may see attends as the model has it ("mask"), or evenly to all that it may see ("fixed"). P is of the batch
+    that is fed, so that the form is opened for each: token_match, same_sentence and neighbours make the paper's
+    patterns. All heads that are not named are left alone, and an all-true "mask" changes nothing.
 
     Source: Li et al., Human Guided Exploitation of Interpretable Attention Patterns, arXiv:2112.05364, and its released
     code (heads 0 to 3 of every layer: token_match, same_sentence, neighbours(n, 1), neighbours(n, -1)). There "mask"

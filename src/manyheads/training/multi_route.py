@@ -24,10 +24,10 @@ class MultiRoute(nn.Module):
         loss = loss_1to1 + loss_instructive + loss_feed_forward
 
     Called as the model is; the output is the model's, its `loss` the sum and `loss_dict` with the routes' parts beside
-    the model's, as "instructive/loss_ce". The routes' losses are the model's (cross entropy with a class for nothing, L1
-    and GIoU boxes, its coefficients, each layer's where it has auxiliary_loss), with `one_to_many` in place of the
-    Hungarian matching. `model` stays as it was: what the routes add is this module's, and is thrown away at the end. The
-    norm and feed-forward parts start as copies of the model's, which suits trained ones; T, P as N(0, 1).
+    the model's, as "instructive/loss_ce". The routes' losses are the model's (cross entropy with a class for nothing,
+    L1 and GIoU boxes, its coefficients, each layer's where it has auxiliary_loss), with `one_to_many` in place of the
+    Hungarian matching. `model` stays as it was: what the routes add is this module's, and is thrown away at the end.
+    The norm and feed-forward parts start as copies of the model's, which suits trained ones; T, P as N(0, 1).
 
     Source: Zhang et al., Mr. DETR, arXiv:2412.10028, and its released CustomMultiheadAttention and criterion (10
     tokens, k = 6). There the hosts are deformable detectors with focal losses, and the matching is DAC-DETR's by name;
@@ -40,16 +40,17 @@ class MultiRoute(nn.Module):
         self, model: nn.Module, *, instructions: int = 10, k: int = 6, threshold: float = 0.4, box_share: float = 0.7
     ) -> None:
         super().__init__()
+        self.model: Any
         if instructions < 1 or k < 1 or not 0 <= threshold <= 1 or not 0 <= box_share <= 1:
             raise ValueError(
-                f"MultiRoute: instructions={instructions}, k={k}, threshold={threshold}, box_share={box_share}; want at "
-                "least 1 of the first two, and shares from 0 to 1"
+                f"MultiRoute: instructions={instructions}, k={k}, threshold={threshold}, box_share={box_share}; want "
+                "at least 1 of the first two, and shares from 0 to 1"
             )
-        self.model: Any = model
+        self.model = model
         self.k, self.threshold, self.box_share = k, threshold, box_share
-        layers = _layers(self.model)
+        layers = _layers(model)
         like = next(layers[0].self_attn.parameters())
-        sizes = len(layers), instructions, self.model.config.d_model
+        sizes = len(layers), instructions, layers[0].self_attn_layer_norm.normalized_shape[0]
         self.tokens = nn.Parameter(torch.randn(sizes, device=like.device, dtype=like.dtype))
         self.places = nn.Parameter(torch.randn(sizes, device=like.device, dtype=like.dtype))
         self.norms = nn.ModuleList(copy.deepcopy(layer.self_attn_layer_norm) for layer in layers)
@@ -62,8 +63,8 @@ class MultiRoute(nn.Module):
         decoder = self.model.model.decoder
         if any(getattr(part, "gradient_checkpointing", False) for part in decoder.modules()):
             raise ValueError(
-                f"MultiRoute: {type(self.model).__name__} checkpoints its decoder, whose layers backward would run again "
-                "outside of their route: disable gradient checkpointing"
+                f"MultiRoute: {type(self.model).__name__} checkpoints its decoder, whose layers backward would run "
+                "again outside of their route: disable gradient checkpointing"
             )
         given: dict[str, Any] = {}
         hook = decoder.register_forward_pre_hook(

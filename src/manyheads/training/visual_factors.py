@@ -16,7 +16,7 @@ from manyheads.hosts.taps import tap
 
 
 class VisualFactors(nn.Module):
-    """Factors f that the first layers of a vision-language model read images through; 1 at the start, which is the model.
+    """Factors f that the first layers of a vision-language model read images through; at 1, the start, it is the model.
 
         A = softmax(mask(S F)),  S = scale Q K^T,  F = diag(f_1 .. f_m),  f_j = f_{layer, head, image of token j}, or 1
         of text
@@ -97,7 +97,7 @@ def _has_slid(call: AttentionCall) -> bool:
     module: Any = call.site.module
     config = getattr(module, "config", None)
     window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
-    return bool(window) and call.query.shape[2] < call.key.shape[2] and call.key.shape[2] >= window
+    return isinstance(window, int) and call.query.shape[2] < call.key.shape[2] and call.key.shape[2] >= window > 0
 
 
 def image_numbers(input_ids: Tensor, image_token: int, tokens_per_image: int | None = None) -> Tensor:
