@@ -1,4 +1,4 @@
-"""SongMASS: the loss and the mask against loops, the decoder against every alignment, and a tiny BART that is held to one."""
+"""SongMASS: loss and mask against loops, the decoder against every alignment, and a tiny BART that is held to one."""
 
 import itertools
 import math
@@ -135,13 +135,13 @@ def test_gradients_under_checkpointing_or_a_refusal():
 
 
 def test_a_tiny_bart_is_held_to_the_alignment_that_it_is_given():
-    """Each target token says its own source token in capitals, so to speak: attention goes there when it is told."""
+    """The target is the source; without being told, cross attention is on nobody in particular."""
     accuracy = {}
     for told in (False, True):
         torch.manual_seed(0)
         model = bart(dropout=0.0, init_std=0.1).train()
         optimiser, aligned = torch.optim.Adam(model.parameters(), 3e-3), torch.eye(7, dtype=torch.bool).expand(8, 7, 7)
-        for step in range(40):
+        for step in range(15):
             ids = prompt(8, 7, seed=step)
             with alignment(model, aligned) as losses:
                 out = model(input_ids=ids, decoder_input_ids=ids, labels=63 - ids, use_cache=False)
@@ -154,7 +154,7 @@ def test_a_tiny_bart_is_held_to_the_alignment_that_it_is_given():
         weights = torch.stack([call.weights().mean(1) for call in calls]).mean(0)
         accuracy[told] = (monotone_alignment(weights) == torch.arange(7)).double().mean().item()
     assert accuracy[True] > 0.9
-    assert accuracy[False] < 0.7
+    assert accuracy[False] < 0.6
 
 
 def test_bfloat16():

@@ -56,7 +56,7 @@ def test_padding_whatever_it_holds_and_empty_bags_count_for_nothing():
 
 
 def test_every_branch_learns_to_tell_the_bags():
-    """One instance in twelve tells the kind of a bag. Without the label loss of its own a branch's classifier is noise."""
+    """One instance in twelve tells the kind of a bag. Without a label loss a branch's classifier is noise."""
     accuracy = {}
     for own in (True, False):
         module = build(classes=2).float().train()

@@ -121,8 +121,8 @@ def test_relevance_is_the_mass_on_the_pattern():
     assert found.max() < 0.5
 
 
-def trained(patterns_of, steps=60):
-    """Does the token before the separator's place come again? A BERT of one layer learns: copy the token before."""
+def trained(patterns_of, steps=35):
+    """A BERT of one layer learns to say the token before."""
     torch.manual_seed(0)
     model, head = (
         bert(num_hidden_layers=1, hidden_dropout_prob=0.0, initializer_range=0.1).train(),

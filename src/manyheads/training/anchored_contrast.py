@@ -33,8 +33,9 @@ def anchored_contrast(
     masks = [None] * len(others) if present is None else list(present)
     if not others or len(masks) != len(others):
         raise ValueError(f"anchored_contrast: {len(others)} other modalities and {len(masks)} masks; want one each")
-    if float(temperature) <= 0:
-        raise ValueError(f"anchored_contrast: temperature={float(temperature)}; want it above 0")
+    tau = float(torch.as_tensor(temperature).detach())
+    if not tau > 0:
+        raise ValueError(f"anchored_contrast: temperature={tau}; want it above 0")
     return torch.stack([_both_ways(anchor, *pair, temperature) for pair in zip(others, masks, strict=True)]).sum()
 
 
