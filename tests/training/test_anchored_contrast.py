@@ -60,7 +60,7 @@ def test_three_encoders_meet_at_the_text_and_the_temperature_learns():
         optimiser.step()
     assert before < 0.3
     assert retrieved() > 0.8
-    assert log_tau.exp() != pytest.approx(0.1)
+    assert abs(log_tau.exp().item() - 0.1) > 1e-3
 
 
 def test_refusals_and_half_precision():
