@@ -142,6 +142,27 @@ def probabilities(queries: Tensor, keys: Tensor, scoring: Scoring, seen: Tensor 
     return scores / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
+def weigh(scores: Tensor, seen: Tensor | None, sinks: Tensor | None = None) -> Tensor:
+    """softmax of scores [b, h, n, m] under a mask [b or 1, 1 or h, n, m] (bool, or added), beside sinks [h]; zeros for
+    blind queries. For training: nothing is written in place, and a blind query's gradient is zero, not NaN."""
+    if seen is not None and seen.dtype == torch.bool:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    elif seen is not None:
+        scores = (scores + seen).masked_fill(hides(seen), -torch.inf)
+    blind = scores.detach().amax(-1, keepdim=True) == -torch.inf
+    scores = scores.masked_fill(blind, 0.0)
+    if sinks is None:
+        return scores.softmax(-1).masked_fill(blind, 0.0)
+    column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1].masked_fill(blind, 0.0)
+
+
+def hides(added: Tensor) -> Tensor:
+    """Where a mask that is added to the scores says "nothing": with the lowest number of its type, which is not yet
+    minus infinity, or with one that a bias has moved a little."""
+    return added <= torch.finfo(added.dtype).min / 2
+
+
 def masked_scores(queries: Tensor, keys: Tensor, scoring: Scoring, seen: Tensor | None) -> Tensor:
     """cap(q k^T scale), float32 at least, [b, g, r, n, m], minus infinity where nothing is seen."""
     b, g, r, n, d = queries.shape
@@ -156,8 +177,7 @@ def masked_scores(queries: Tensor, keys: Tensor, scoring: Scoring, seen: Tensor 
         if seen.dtype == torch.bool:
             scores = scores.masked_fill(~seen, -torch.inf)
         else:
-            # Added masks say "nothing" with the lowest number of their type, which is not yet minus infinity.
-            scores = (scores + seen).masked_fill(seen <= torch.finfo(seen.dtype).min / 2, -torch.inf)
+            scores = (scores + seen).masked_fill(hides(seen), -torch.inf)
     return scores
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import dropout
 
-from manyheads.hosts.attend import Scoring, pack, probabilities
+from manyheads.hosts.attend import Scoring, hides, masked_scores, pack, probabilities, weigh
 from manyheads.hosts.sites import Site
 from manyheads.mechanism import Result
 
@@ -19,6 +20,8 @@ from manyheads.mechanism import Result
 BLOCK_WEIGHTS = 2**20
 # A weight block and its rows -> the block that takes its place.
 Edit = Callable[[Tensor, slice], Tensor]
+# A block of scores [b, heads, rows, m], before masks and position biases, and its rows -> those in its place.
+Rescore = Callable[[Tensor, slice], Tensor]
 
 
 class AttentionCall:
@@ -37,6 +40,8 @@ class AttentionCall:
         self.output: Tensor
         # Whether the output keeps its gradient, which a tensor does not tell without a warning.
         self.keeps_gradient = False
+        # Of the weights, in this pass.
+        self.dropout = 0.0
         # A reader's notes on this call, which are there again when backward computes the layer anew.
         self.memo: dict[str, Any] = {}
 
@@ -117,6 +122,28 @@ class AttentionCall:
         value = self.of_heads(self.value, chosen)
         parts = [edit(self.weights(heads, rows), rows).to(value.dtype) @ value for rows in self.blocks(heads)]
         return self.replaced(torch.cat(parts, 2), chosen)
+
+    def rescored(self, change: Rescore, heads: Sequence[int] | None = None) -> Tensor:
+        """The output [b, h, n, e] with change(scores, rows) in the place of those heads' scores, which are
+        cap(scale q k^T), float32 at least; other heads as they are. A reader may return it, in training too: gradients
+        reach queries, keys, values and whatever the change holds, and the layer's attention dropout is drawn. Masks and
+        position biases come after the change. Where weights are no softmax of scores: ValueError."""
+        own, parts = self.check_heads(heads), []
+        for rows in self.blocks(heads):
+            query, key, scoring, seen = self._select(own, rows)
+            scores = change(masked_scores(query, key, scoring, None).squeeze(2), rows)
+            parts.append(self.weighted(weigh(scores, seen, scoring.sinks), own))
+        return self.replaced(torch.cat(parts, 2), own)
+
+    def weighted(self, weights: Tensor, heads: Sequence[int]) -> Tensor:
+        """Weights [b, heads, rows, m], through the layer's attention dropout, times those heads' values."""
+        weights = dropout(weights, self.dropout) if self.dropout else weights
+        return weights.to(self.value.dtype) @ self.of_heads(self.value, heads)
+
+    def visible(self, rows: slice = slice(None)) -> Tensor | None:
+        """`allowed` as bool, True = may attend, whatever kind of mask the model has."""
+        seen = self.allowed(rows)
+        return seen if seen is None or seen.dtype == torch.bool else ~hides(seen)
 
     def replaced(self, output: Tensor, heads: Sequence[int] | Tensor) -> Tensor:
         """The call's output with these heads' [b, heads, n, e] in their place."""

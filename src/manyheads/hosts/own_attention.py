@@ -53,6 +53,7 @@ class _Ear:
                 continue
             call = _call(site, args, kwargs)
             call.output, call.memo = heads, memo
+            call.dropout = module.dropout.p if module.training else 0.0
             changed = reader(call)
             if changed is not None:
                 heads = fitting(changed, heads, site)

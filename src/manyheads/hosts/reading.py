@@ -228,6 +228,12 @@ def run_again_alike(model: nn.Module) -> Iterator[None]:
                     each.__dict__[_FUNCTION] = found.own
 
 
+def without_graph() -> bool:
+    """Whether a layer runs for the first time inside of a reentrant checkpoint: what a reader sees has no graph, and
+    only the run in backward, whose readings nobody waits for, has one."""
+    return _running is not None and not torch.is_grad_enabled()
+
+
 def check_run(module: nn.Module) -> None:
     """ValueError where this run of the module has another one, which is not known to be alike: one by backward of what
     ran outside of the tap, or one inside of somebody's own torch.utils.checkpoint."""

@@ -221,7 +221,7 @@ def _attention(
     output = _output(module, query, key, value, mask, dropout, causal, scoring)
     for site, reader, memo in readings(module):
         call = AttentionCall(site, query, key, value, mask, causal, scoring)
-        call.output, call.memo = output, memo
+        call.output, call.memo, call.dropout = output, memo, dropout
         changed = reader(call)
         if changed is not None:
             output = fitting(changed, output, site)
