@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import prompt, tiny
+from tiny_families import checkpointing, prompt, tiny
 from torch import Tensor, nn
 from zoo import build, inputs
 
@@ -115,7 +115,7 @@ def test_the_virtual_loss_is_the_push_that_a_direct_search_finds(differences: bo
             push = 0.05 * (turn.cos() * one + turn.sin() * two).double()
             after = by_hand(model, x, lambda b, h, i, s, r=push: r[: len(s)])[0, 2].log_softmax(-1)
             best = max(best, float((before.exp() * (before - after)).sum()))
-    torch.testing.assert_close(float(found), best, rtol=0.02, atol=0.0)
+    torch.testing.assert_close(found.item(), best, rtol=0.02, atol=0.0)
 
 
 def test_a_virtual_push_hurts_more_than_a_random_one_and_nothing_is_nothing() -> None:
@@ -156,11 +156,12 @@ def test_left_padding_and_gradient_checkpointing(family: str) -> None:
     """A padded row is the row alone (caps and sinks included), and layers computed anew have the same pushes."""
     batch = text(family)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[1, 3] = -100  # the library would have a padded place predict it
     found = []
     for again in (False, True):
         model = tiny(family).train()
         if again:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model = checkpointing(model, reentrant=False)
         torch.manual_seed(3)
         losses = both(model, batch, labels)
         (losses[0] + losses[1]).backward()
@@ -178,14 +179,14 @@ def test_left_padding_and_gradient_checkpointing(family: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_the_packaged_model_the_push_raises_the_loss_and_training_lowers_it(dtype: torch.dtype) -> None:
     model = load_model().model.to(dtype).train()
-    ids = torch.tensor([list(b"the attention of a head is a row of weights, and a row sums to one. " * 2)])
+    ids = torch.tensor([list(b"a row of weights sums to one.")])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     plain = model(**batch, labels=ids).loss.detach()
     first, shaken = both(model, batch, ids)
     assert first > plain + 0.05
     assert shaken > 0.01
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    for _ in range(4):
+    for _ in range(2):
         optimizer.zero_grad()
         one, two = both(model, batch, ids)
         (one + two).backward()
@@ -205,7 +206,7 @@ def test_an_encoder_and_chosen_layers() -> None:
         virtual_adversarial_attention_loss(model, answer, epsilon=1.0, layers=layers) for layers in ([0], [1], None)
     ]
     assert all(loss > 0 for loss in losses)
-    assert len({float(loss) for loss in losses}) == 3
+    assert len({loss.item() for loss in losses}) == 3
 
 
 def test_dropout_is_the_same_in_every_pass() -> None:
@@ -224,7 +225,9 @@ def test_dropout_is_the_same_in_every_pass() -> None:
     assert 0 < small < 1e-3
 
 
-@pytest.mark.parametrize("config", [("alibi", {}), ("gqa", {"kv_heads": 1}), ("local", {"window": 3})])
+@pytest.mark.parametrize(
+    "config", [("eit", {}), ("gqa", {"kv_heads": 1}), ("moba", {"block": 2, "top_k": 1}), ("shaw", {})]
+)
 def test_mechanisms_whose_weights_are_a_softmax(config: tuple[str, dict[str, Any]]) -> None:
     model, x, labels = Reader(config[0], **config[1]), torch.randn(2, 5, WIDTH).double(), torch.randint(3, (2, 5))
     plain = loss_of(model(x), labels)
@@ -233,8 +236,8 @@ def test_mechanisms_whose_weights_are_a_softmax(config: tuple[str, dict[str, Any
 
 def test_refusals() -> None:
     x, labels = torch.randn(2, 5, WIDTH).double(), torch.randint(3, (2, 5))
-    linear = Reader("linear")
-    with pytest.raises(ValueError, match="linear"):
+    linear = Reader("based")
+    with pytest.raises(ValueError, match="based"):
         adversarial_attention_loss(linear, lambda: loss_of(linear(x), labels), epsilon=1.0)
     sparse = Reader("entmax")
     with pytest.raises(ValueError, match="no softmax"):
@@ -248,10 +251,9 @@ def test_refusals() -> None:
         adversarial_attention_loss(model, lambda: loss_of(model(x), labels), epsilon=-1.0)
     with pytest.raises(ValueError, match="iterations=0"):
         virtual_adversarial_attention_loss(model, lambda: model(x), epsilon=1.0, iterations=0)
-    with pytest.raises(ValueError, match="one for each|want one"):
+    with pytest.raises(ValueError, match="want one for each"):
         virtual_adversarial_attention_loss(model, lambda: model(x), epsilon=1.0, real=torch.ones(2, 4))
-    host = tiny("llama").train()
-    host.gradient_checkpointing_enable({"use_reentrant": True})
+    host = checkpointing(tiny("llama"), reentrant=True)
     with pytest.raises(ValueError, match="use_reentrant=False"):
         adversarial_attention_loss(host, lambda: host(input_ids=prompt(1, 5)).logits.sum(), epsilon=1.0)
     growing = iter([x, x[:, :4]])

@@ -86,7 +86,10 @@ class Passes:
 
         def leaf(number: int, call: AttentionCall) -> Tensor:
             if number == len(leaves):
-                leaves.append(start(number, call).detach().requires_grad_())
+                # Once, and not when backward computes the layer anew: no part of what a checkpoint counts.
+                with torch.no_grad():
+                    leaves.append(start(number, call))
+                leaves[number].requires_grad_()
             return leaves[number]
 
         with torch.enable_grad():
@@ -118,7 +121,12 @@ def scaled(by: Added, length: float) -> Added:
 
 def along_differences(by: Added) -> Added:
     """The same as a sum of unit differences d_t = (s_t - s_k)_k / ||.||_2: of a row of even scores there are none."""
-    return lambda number, call: by(number, call) * uneven(call.weights().detach())
+
+    def limited(number: int, call: AttentionCall) -> Tensor:
+        with torch.no_grad():
+            return by(number, call) * uneven(call.weights())
+
+    return limited
 
 
 def check_sizes(who: str, **sizes: float) -> None:

@@ -55,7 +55,7 @@ def virtual_adversarial_attention_loss(
     def random(number: int, call: AttentionCall) -> Tensor:
         nothing = zeros(number, call)
         drawn = torch.randn(nothing.shape, generator=beside, dtype=nothing.dtype).to(nothing.device)
-        return unit(drawn.masked_fill(call.weights().detach() == 0, 0.0))
+        return unit(drawn.masked_fill(call.weights() == 0, 0.0))
 
     step: Added = along_differences(random) if differences else random
     for _ in range(iterations):
