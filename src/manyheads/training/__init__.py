@@ -6,7 +6,7 @@ from manyheads.training.deceptive import DeceptionReport, deception_report, dece
 from manyheads.training.entropy import EntropyMaximised, negative_attention_entropy
 from manyheads.training.hard_instances import HardInstanceMining
 from manyheads.training.head_mask import HeadMask
-from manyheads.training.subsampled import SubsampledAttention, sampling
+from manyheads.training.subsampled import LocallySubsampled, SubsampledAttention, locally_subsampled, sampling
 from manyheads.training.token_pooling import TokenAwarePooling, attention_diversification
 from manyheads.training.virtual_adversarial import virtual_adversarial_attention_loss
 
@@ -15,6 +15,7 @@ __all__ = [
     "EntropyMaximised",
     "HardInstanceMining",
     "HeadMask",
+    "LocallySubsampled",
     "SubsampledAttention",
     "TokenAwarePooling",
     "adversarial_attention_loss",
@@ -23,6 +24,7 @@ __all__ = [
     "deception_report",
     "deceptive_attention_loss",
     "generator_reward",
+    "locally_subsampled",
     "negative_attention_entropy",
     "sampling",
     "virtual_adversarial_attention_loss",
