@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -69,3 +70,12 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
 def prompt(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (rows, length), generator=generator)
+
+
+def checkpointing(model: Any, reentrant: bool) -> Any:
+    """The model in training, computing its layers anew in backward."""
+    # The older releases have the second name alone, the newer ones warn of it.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    names = inspect.signature(enable).parameters
+    enable(**{next(name for name in names if name.endswith("_kwargs")): {"use_reentrant": reentrant}})
+    return model.train()

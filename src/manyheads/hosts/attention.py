@@ -111,7 +111,7 @@ class Visibility:
         return found.masked_fill(outside, False if found.dtype == torch.bool else torch.finfo(found.dtype).min)
 
 
-def _describe_mask(
+def describe_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -180,7 +180,7 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     scoring = Scoring(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if isinstance(key, Tensor):
-        return _on_tensors(module, query, key, value, attention_mask, dropout, scoring, kwargs), None
+        return on_tensors(module, query, key, value, attention_mask, dropout, scoring, kwargs), None
     if dropout:
         raise ValueError("attention dropout with a shrunk cache: call model.eval() first")
     handle: Handle = key
@@ -188,7 +188,7 @@ def _attention(
     return handle.attend(query, scoring, seen), None
 
 
-def _on_tensors(
+def on_tensors(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -230,7 +230,7 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _describe_mask)
+    AttentionMaskInterface.register(NAME, describe_mask)
 
 
 def is_attached(model: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from manyheads.functional.where import Where
 from manyheads.hosts.attend import Scoring
-from manyheads.hosts.calls import AttentionCall, Edit
+from manyheads.hosts.calls import AttentionCall, Edit, opened
 from manyheads.hosts.sites import Site
 from manyheads.inner import Inner
 from manyheads.mechanism import Mechanism
@@ -47,6 +47,14 @@ def _names(member: Any) -> tuple[str, ...]:
 def is_open(site: Site) -> bool:
     """Whether calls of the site have queries, keys, values and head outputs."""
     return not isinstance(site.module, Mechanism) or is_shell(site.module) or tells_weights(site.module)
+
+
+def softmax_call(call: Any, who: str) -> AttentionCall:
+    """The call, if its weights are a softmax of scores, whatever its scores are; ValueError of `who` needs that."""
+    found, module = opened(call, who), call.site.module
+    if isinstance(module, Mechanism) and not (is_shell(module) and "normalise" not in _own_stages(module)):
+        raise ValueError(f"{who}: {call.site.name} has weights that are no softmax of scores, to which one could add")
+    return found
 
 
 def adds_values(site: Site) -> bool:

@@ -234,6 +234,19 @@ def without_graph() -> bool:
     return _running is not None and not torch.is_grad_enabled()
 
 
+def check_kept(model: nn.Module, who: str) -> None:
+    """ValueError where a pass of the model would keep no graph (reentrant checkpointing), of which `who` needs one."""
+    for module in model.modules():
+        own = module.__dict__.get(_FUNCTION)
+        own = own.own if isinstance(own, _Checkpoint) else own
+        reentrant = getattr(own, "keywords", {}).get("use_reentrant", False)
+        if reentrant and module.training and getattr(module, "gradient_checkpointing", False):
+            raise ValueError(
+                f"{who}: {type(model).__name__} checkpoints with use_reentrant=True, which keeps no graph of the pass: "
+                "enable gradient checkpointing with use_reentrant=False, or do without"
+            )
+
+
 def check_run(module: nn.Module) -> None:
     """ValueError where this run of the module has another one, which is not known to be alike: one by backward of what
     ran outside of the tap, or one inside of somebody's own torch.utils.checkpoint."""

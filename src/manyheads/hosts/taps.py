@@ -19,8 +19,6 @@ Legend: b batch, h query heads, g KV heads, n queries, m keys, d key dim, e valu
 
 from __future__ import annotations
 
-import copy
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,6 +32,7 @@ from manyheads.hosts.calls import BLOCK_WEIGHTS, AttentionCall, Edit, MechanismC
 from manyheads.hosts.own_attention import heard
 from manyheads.hosts.reading import Reader, check_run, fitting, reading, readings, run_again_alike
 from manyheads.hosts.sites import Site, attends_alone, choose, sites
+from manyheads.hosts.switching import switched, uncompiled
 from manyheads.mechanism import Mechanism
 
 __all__ = [
@@ -72,25 +71,16 @@ def tap(
     """
     chosen = choose(model, layers, stack, kind)
     with ExitStack() as stack_of:
-        stack_of.enter_context(_uncompiled())
+        stack_of.enter_context(uncompiled())
         stack_of.enter_context(run_again_alike(model))
         own = [site for site in chosen if attends_alone(site.module)]
         stack_of.enter_context(heard(model, own))
         if any(not isinstance(site.module, Mechanism) for site in chosen if site not in own):
-            stack_of.enter_context(_switched(model))
+            _register()
+            stack_of.enter_context(switched(model, NAME))
         for site in chosen:
             stack_of.enter_context(reading(site, reader))
         yield chosen
-
-
-@contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Compiled code was made without readers, and does not look for them."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and loading it takes longer than most taps
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 @contextmanager
@@ -151,42 +141,6 @@ class Calls(list[Any]):
 def _named(path: str, name: str) -> bool:
     """Whether the name is a run of whole parts of the path."""
     return f".{name}." in f".{path}."
-
-
-_switches: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-
-
-@contextmanager
-def _switched(model: Any) -> Iterator[None]:
-    """While open, the model attends through `_attention`. Configs are copied first: several models may share one."""
-    if _switches.get(model, 0):
-        _switches[model] += 1
-        try:
-            yield
-        finally:
-            _switches[model] -= 1
-        return
-    _register()
-    kept, memo = [], {}  # type: ignore[var-annotated]
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if getattr(config, "_attn_implementation", None) == "manyheads_ragged":
-            raise ValueError(
-                f"{type(model).__name__} attends through a shrunk cache: tap it outside the policy, after release()"
-            )
-        if config is not None and not isinstance(module, Mechanism):
-            kept.append((module, config))
-            module.config = copy.deepcopy(config, memo)
-    _switches[model] = 1
-    try:
-        for module in model.modules():
-            if hasattr(module, "set_attn_implementation") and module._can_set_attn_implementation():
-                module.set_attn_implementation(NAME)
-        yield
-    finally:
-        _switches.pop(model, None)
-        for module, config in kept:
-            module.config = config
 
 
 def _register() -> None:

@@ -1,8 +1,11 @@
 """Ways to train that work on any mechanism: wrappers called as the mechanism is, hooks, and losses on its weights."""
 
+from manyheads.training.adversarial import adversarial_attention_loss
 from manyheads.training.alignment import alignment, alignment_loss, monotone_alignment, same_number, sentence_mask
 from manyheads.training.anchored_contrast import anchored_contrast
+from manyheads.training.attention_reward import attention_reward, generator_reward
 from manyheads.training.branch_labels import BranchLabels
+from manyheads.training.deceptive import DeceptionReport, deception_report, deceptive_attention_loss
 from manyheads.training.drop_key import drop_key
 from manyheads.training.entropy import EntropyMaximised, negative_attention_entropy
 from manyheads.training.guided_heads import (
@@ -16,26 +19,35 @@ from manyheads.training.guided_heads import (
 from manyheads.training.hard_instances import HardInstanceMining
 from manyheads.training.head_mask import HeadMask
 from manyheads.training.multi_route import MultiRoute, one_to_many
-from manyheads.training.subsampled import SubsampledAttention, sampling
+from manyheads.training.subsampled import LocallySubsampled, SubsampledAttention, locally_subsampled, sampling
 from manyheads.training.token_pooling import TokenAwarePooling, attention_diversification
+from manyheads.training.virtual_adversarial import virtual_adversarial_attention_loss
 from manyheads.training.visual_factors import VisualFactors, image_numbers
 
 __all__ = [
     "BranchLabels",
+    "DeceptionReport",
     "EntropyMaximised",
     "HardInstanceMining",
     "HeadMask",
+    "LocallySubsampled",
     "MultiRoute",
     "SubsampledAttention",
     "TokenAwarePooling",
     "VisualFactors",
+    "adversarial_attention_loss",
     "alignment",
     "alignment_loss",
     "anchored_contrast",
     "attention_diversification",
+    "attention_reward",
+    "deception_report",
+    "deceptive_attention_loss",
     "drop_key",
+    "generator_reward",
     "guided_heads",
     "image_numbers",
+    "locally_subsampled",
     "monotone_alignment",
     "negative_attention_entropy",
     "neighbours",
@@ -47,4 +59,5 @@ __all__ = [
     "sentence_mask",
     "sentence_numbers",
     "token_match",
+    "virtual_adversarial_attention_loss",
 ]
