@@ -11,6 +11,7 @@ from manyheads.convert.healing import Healing, heal
 from manyheads.convert.hosted import hosted, transfer
 from manyheads.convert.latent import latent
 from manyheads.convert.pruned import pruned
+from manyheads.convert.rorope import rorope
 from manyheads.convert.saving import check_conversion, save_conversion
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "hosted",
     "latent",
     "pruned",
+    "rorope",
     "save_conversion",
     "transfer",
 ]
