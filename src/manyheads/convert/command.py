@@ -52,7 +52,15 @@ def convert(
     heads: Annotated[
         str | None, typer.Option(help="prune: query heads that stay in all; several with --dry-run. Half without it.")
     ] = None,
-    by: Annotated[str | None, typer.Option(help="prune: importance, ablation, or random.")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="prune: importance, normalised, ablation, alone, greedy, or random.")
+    ] = None,
+    uniform: Annotated[
+        bool | None,
+        typer.Option(
+            "--uniform/--global", help="prune: as many in every layer, or all layers compete (class of ours)."
+        ),
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="A mechanism's layers: 4-20, or 0,2,4. All without it.")] = None,
     transfer: Annotated[
         int | None, typer.Option(help="A mechanism's steps of learning from the attention that it replaces.")
@@ -92,7 +100,7 @@ def convert(
     settings: dict[str, dict[str, Any]] = {
         "gqa": {"align": align},
         "mla": {"norm": norm, "rope_dim": rope_dim, "fold": parse_fold(fold), "format": format},
-        "prune": {"by": by},
+        "prune": {"by": by, "uniform": uniform},
     }
     knobs = {"gqa": kv_heads, "mla": rank, "prune": heads}
     spec = _spec(to, settings, knobs, layers=layers, transfer=transfer)

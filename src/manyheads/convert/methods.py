@@ -11,9 +11,10 @@ import torch
 
 from manyheads.convert.grouped import ALIGNMENTS, aligned, check_kv_heads, grouped
 from manyheads.convert.hosted import check_hosted, hosted, transfer
+from manyheads.convert.importance import MEASURES, head_scores
 from manyheads.convert.latent import NORMS, check_latent, full_rank, latent, rotary_features
 from manyheads.convert.layout import attentions, cache_numbers
-from manyheads.convert.pruned import MEASURES, cut, head_scores, kept_heads, per_layer, pruned, zeroed
+from manyheads.convert.pruned import check_pruned, cut, kept_heads, pruned, zeroed
 from manyheads.convert.rorope import first_layer, rorope
 from manyheads.runs.steps import Progress
 
@@ -161,6 +162,7 @@ class Pruned(Method):
     """See `pruned`."""
 
     by: str = "importance"
+    uniform: bool = True
     name: ClassVar[str] = "prune"
     knob: ClassVar[str] = "--heads"
 
@@ -173,23 +175,26 @@ class Pruned(Method):
         return self.by != "random"
 
     def title(self, value: int) -> str:
-        return f"{value} heads, by {self.by}"
+        return f"{value} heads{'' if self.uniform else ' over all layers'}, by {self.by}"
 
     def check(self, model: Any, value: int) -> None:
-        per_layer(model, value)
+        check_pruned(model, value, uniform=self.uniform)
 
     def make(self, model: Any, value: int, rows: Rows) -> Any:
-        return pruned(model, value, by=self.by, calibration=rows)
+        return pruned(model, value, by=self.by, uniform=self.uniform, calibration=rows)
 
     def within(self, model: Any, numbers: int) -> int:
         layer, count = attentions(model)[0], len(attentions(model))
-        groups = min(layer.kv_heads, numbers * layer.kv_heads // cache_numbers(model))
-        if groups < 1:
-            return _too_small(numbers, cache_numbers(model) // layer.kv_heads)
-        return count * groups * (layer.heads // layer.kv_heads)
+        each = cache_numbers(model) // (layer.kv_heads * count)  # numbers of one key/value head
+        groups = min(layer.kv_heads * count, numbers // each)
+        if self.uniform:
+            groups -= groups % count
+        if groups < count:
+            return _too_small(numbers, each * count)
+        return groups * (layer.heads // layer.kv_heads)
 
     def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
-        kept = kept_heads(model, min(values), head_scores(model, (), "random"))
+        kept = kept_heads(model, min(values), head_scores(model, (), "random"), uniform=self.uniform)
         whole = [list(range(layer.heads)) for layer in attentions(model)]
         return [
             Identity("all heads kept", lambda: cut(model, whole)),
