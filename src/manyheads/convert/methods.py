@@ -167,6 +167,11 @@ class Pruned(Method):
     knob: ClassVar[str] = "--heads"
 
     def __post_init__(self) -> None:
+        if self.by == "dimap":
+            raise ValueError(
+                "--by dimap scores hierarchical vision transformers, which have no text to measure on: from Python, "
+                "manyheads.convert.dimap(model, share)"
+            )
         if self.by not in MEASURES:
             raise ValueError(f"--by {self.by!r}: want one of {', '.join(MEASURES)}")
 
