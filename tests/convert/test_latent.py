@@ -10,6 +10,7 @@ from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.grouped import grouped
 from manyheads.convert.latent import full_rank, latent
 from manyheads.convert.layout import attentions
+from manyheads.convert.rorope import rorope, split, turns
 from manyheads.hosts.loading import load_model
 from manyheads.hosts.questions import Questions, library_text
 
@@ -33,6 +34,121 @@ def tiny(kind: str = "llama", **more: Any) -> Any:
 def logits(model: Any, places: Any = None) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.tensor(ROWS), position_ids=places).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_turned_keys_that_all_keep_their_positions_compute_the_same(kind: str) -> None:
+    """RoRoPE with one fold; with two, components of one frequency are turned by another."""
+    model = tiny(kind, head_dim=8)
+    made = rorope(model, calibration=ROWS)
+    mechanism = made.model.stack.layers[0].self_attn.mechanism
+    assert (mechanism.kv_heads, mechanism.head_dim) == (1, 32)
+    torch.testing.assert_close(logits(made), logits(model), rtol=1e-5, atol=1e-5)
+    folded = rorope(model, fold=2, calibration=ROWS)
+    assert (logits(folded) - logits(model)).abs().max() > 1e-2
+
+
+def test_components_in_loops_and_scores_to_the_last_digit() -> None:
+    """Two heads of 8 features in blocks of two frequencies: the matrix against complex sums."""
+    torch.manual_seed(0)
+    keys, query = torch.randn(50, 2, 8).double(), torch.randn(2, 8).double()
+    flat = keys.flatten(1)
+    matrix, frequencies = turns(flat.T @ flat, 2, 8, 2)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(16).double())
+    assert frequencies == [0, 1, 0, 1, 2, 3, 2, 3]
+    k = torch.complex(keys[..., :4], keys[..., 4:])  # [tokens, head, frequency]
+    row = 0
+    for block in range(2):
+        parts = [k[:, g, 2 * block + f] for g in range(2) for f in range(2)]
+        joint = torch.stack([torch.stack([(a * b.conj()).real.sum() for b in parts]) for a in parts])
+        energies = torch.linalg.eigvalsh(joint).flip(0)
+        for a in range(4):
+            component = torch.complex(flat @ matrix[row], flat @ matrix[row + 1])
+            torch.testing.assert_close(component.abs().square().sum(), energies[a])
+            row += 2
+    # One fold: each pair's components turn with that pair's frequency, and scores stay as they are.
+    matrix, frequencies = turns(flat.T @ flat, 2, 8, 1)
+    for g in range(2):
+        whole = torch.zeros(16).double()
+        whole[8 * g : 8 * g + 8] = query[g]
+        a, b = matrix @ whole, matrix @ flat[3]
+        q, c = torch.complex(a[::2], a[1::2]), torch.complex(b[::2], b[1::2])
+        angle = torch.tensor([0.7 ** (f + 1) for f in frequencies]).double()
+        turned = (q * torch.exp(-1j * angle) * c.conj()).real.sum()
+        own = sum(
+            (torch.complex(query[g, p], query[g, p + 4]) * torch.exp(torch.tensor(-1j * 0.7 ** (p + 1)))
+             * torch.complex(keys[3, g, p], keys[3, g, p + 4]).conj()).real
+            for p in range(4)
+        )  # fmt: skip
+        torch.testing.assert_close(turned, own, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rope_dim", "fold", "wanted"),
+    [
+        (8, 1, [(0, 0), (1, 0), (2, 0), (3, 0)]),
+        (8, 2, [(0, 0), (0, 1), (1, 0), (1, 1)]),
+        (4, 2, [(0, 0), (1, 0)]),  # frequencies 0 and 2
+        (4, 4, [(0, 0), (0, 1)]),
+        (4, 1, [(0, 0), (2, 0)]),
+        (2, 2, [(0, 0)]),
+    ],
+)
+def test_which_components_keep_their_positions(rope_dim: int, fold: int, wanted: list[tuple[int, int]]) -> None:
+    """(block, component), in the order of frequencies that a rotary embedding of rope_dim features has."""
+    moment = torch.randn(60, 16).double()
+    moment = moment.T @ moment
+    matrix, _ = turns(moment, 2, 8, fold)
+    keep, lose = split(moment, 2, 8, rope_dim, fold)
+    for place, (block, component) in enumerate(wanted):
+        row = 2 * (block * 2 * fold + component)
+        torch.testing.assert_close(keep[2 * place : 2 * place + 2], matrix[row : row + 2])
+    both = torch.cat([keep, lose])
+    torch.testing.assert_close(both @ both.T, torch.eye(16).double())
+
+
+@pytest.mark.parametrize(("rope_dim", "fold"), [(8, 2), (4, None), (4, 1), (4, 4), (2, 2), (2, 4)])
+def test_fewer_rotary_features_and_folds_are_exact_where_positions_turn_nothing(rope_dim: int, fold: Any) -> None:
+    model = tiny(head_dim=8)
+    made = latent(model, full_rank(model, rope_dim), rope_dim=rope_dim, fold=fold, calibration=ROWS)
+    assert made.config.qk_rope_head_dim == rope_dim
+    still = torch.zeros(2, 40, dtype=torch.long)
+    torch.testing.assert_close(logits(made, still), logits(model, still), rtol=1e-5, atol=1e-5)
+
+
+def test_every_format_computes_the_same_and_ours_decodes_from_the_latents() -> None:
+    model = tiny(head_dim=8)
+    arguments: Any = {"rope_dim": 4, "calibration": ROWS}
+    wanted = logits(latent(model, 12, **arguments))
+    youtu = latent(model, 12, format="youtu", **arguments)
+    assert type(youtu).__name__ == "YoutuForCausalLM"
+    torch.testing.assert_close(logits(youtu), wanted, rtol=1e-8, atol=1e-8)
+    ours = latent(model, 12, format="manyheads", **arguments)
+    torch.testing.assert_close(logits(ours), wanted, rtol=1e-5, atol=1e-5)
+    ids, mechanism = torch.tensor(ROWS), ours.model.stack.layers[0].self_attn.mechanism
+    calls: list[int] = []
+    with torch.no_grad():
+        past = ours(ids[:, :38], use_cache=True).past_key_values
+        absorbed = mechanism._absorbed
+        mechanism._absorbed = lambda *args: calls.append(1) or absorbed(*args)
+        steps = [ours(ids[:, i : i + 1], past_key_values=past).logits for i in (38, 39)]
+    assert len(calls) == 2
+    # Absorbed = expanded.
+    torch.testing.assert_close(torch.cat(steps, 1), wanted[:, 38:], rtol=1e-5, atol=1e-5)
+
+
+def test_the_best_fold_is_chosen_on_the_calibration_text() -> None:
+    model = tiny(head_dim=8)
+    ids = torch.tensor(ROWS)
+
+    def loss(fold: Any) -> float:
+        with torch.no_grad():
+            made = latent(model, 24, rope_dim=4, fold=fold, calibration=ROWS)
+            return float(made(ids, labels=ids).loss)
+
+    tried = [loss(fold) for fold in (1, 2, 4)]
+    rises = next((n for n in (1, 2) if tried[n] >= tried[n - 1]), 3)
+    assert loss("auto") == pytest.approx(tried[rises - 1], abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
@@ -127,6 +243,14 @@ def test_what_the_target_has_no_place_for_is_refused() -> None:
         latent(tiny(), 8, norm="none", calibration=ROWS)
     with pytest.raises(ValueError, match="needs calibration text"):
         latent(tiny(), 8)
+    with pytest.raises(ValueError, match=r"--rope-dim 3: want an even divisor of LlamaForCausalLM's head size 4: 2, 4"):
+        latent(tiny(), 8, rope_dim=3, calibration=ROWS)
+    with pytest.raises(ValueError, match=r"--fold 3: want a divisor of LlamaForCausalLM's 2 frequencies .*: 1, 2"):
+        latent(tiny(), 8, fold=3, calibration=ROWS)
+    with pytest.raises(ValueError, match="--format 'gguf': want one of deepseek_v3, youtu, manyheads"):
+        latent(tiny(), 8, format="gguf", calibration=ROWS)
+    with pytest.raises(ValueError, match="--rank 31: want 1 to 30"):
+        latent(tiny(), 31, rope_dim=2, calibration=ROWS)
 
 
 def test_at_equal_bytes_a_latent_costs_less_than_fewer_heads() -> None:

@@ -1,5 +1,6 @@
 """Fewer heads: what is cut adds nothing, importance in loops, and shapes that stock classes load."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
+from manyheads.convert.importance import head_scores
 from manyheads.convert.layout import FAMILIES, attentions, cache_numbers
-from manyheads.convert.pruned import cut, head_scores, kept_heads, per_layer, pruned, zeroed
+from manyheads.convert.methods import Pruned
+from manyheads.convert.pruned import cut, kept_heads, per_layer, pruned, zeroed
 from manyheads.hosts.loading import load_model
 from manyheads.hosts.questions import Questions, library_text
 
@@ -71,6 +74,87 @@ def test_importance_and_ablation_in_loops() -> None:
         assert float(gradient[layer, head]) == pytest.approx(sum(map(abs, slopes)) / 2, rel=1e-2)
         gone = [loss(layer, head, 0.0, row) - loss(layer, head, 1.0, row) for row in ROWS]
         assert float(ablation[layer, head]) == pytest.approx(sum(gone) / 2, rel=1e-3, abs=1e-5)
+
+
+def loss_with(model: Any, gone: Any, rows: Any = ROWS) -> float:
+    """The mean over rows of the loss without some (layer, head)."""
+    held = {name: value.clone() for name, value in model.state_dict().items()}
+    total = 0.0
+    with torch.no_grad():
+        for layer, head in gone:
+            attentions(model)[layer].module.o_proj.weight[:, 4 * head : 4 * head + 4] = 0.0
+        for row in rows:
+            out = model(torch.tensor([row])).logits[0].log_softmax(-1)
+            total -= sum(float(out[i, row[i + 1]]) for i in range(len(row) - 1)) / (len(row) - 1)
+    model.load_state_dict(held)
+    return total / len(rows)
+
+
+def test_all_but_one_and_greedy_in_loops() -> None:
+    model = tiny(num_hidden_layers=2, num_attention_heads=4, head_dim=4)
+    places = [(layer, head) for layer in range(2) for head in range(4)]
+    alone, greedy = (head_scores(model, ROWS, by) for by in ("alone", "greedy"))
+    whole = loss_with(model, [])
+    for layer, head in places:
+        others = [(layer, h) for h in range(4) if h != head]
+        assert float(alone[layer, head]) == pytest.approx(whole - loss_with(model, others), abs=1e-6)
+    gone: list[tuple[int, int]] = []
+    while len(gone) < 8:
+        left = [place for place in places if place not in gone]
+        least = min(left, key=lambda place: loss_with(model, [*gone, place]))
+        assert int(greedy[least]) == len(gone)
+        gone.append(least)
+
+
+def test_normalised_importance_weighs_layers_alike() -> None:
+    model = tiny()
+    plain, normalised = (head_scores(model, ROWS, by) for by in ("importance", "normalised"))
+    for one, other in zip(plain, normalised, strict=True):
+        torch.testing.assert_close(other, one / sum(float(v) ** 2 for v in one) ** 0.5)
+
+
+def test_all_layers_compete_and_each_keeps_one() -> None:
+    scores = torch.tensor([[9.0, 1.0, 0.0, 0.5], [8.0, 7.0, 6.0, 5.0], [0.0, 0.0, 0.2, 0.1]])
+    model = tiny(num_hidden_layers=3, num_attention_heads=4)
+    assert kept_heads(model, 6, scores, uniform=False) == [[0], [0, 1, 2, 3], [2]]
+    # Two heads on each key/value head go together.
+    model = tiny(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    assert kept_heads(model, 8, scores, uniform=False) == [[0, 1], [0, 1, 2, 3], [2, 3]]
+    with pytest.raises(ValueError, match="over all layers it can keep 6 to 12, a multiple of 2"):
+        kept_heads(model, 7, scores, uniform=False)
+    # All share one: each goes alone.
+    model = tiny(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1)
+    assert kept_heads(model, 5, scores, uniform=False) == [[0], [0, 1, 2], [2]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kv_heads", [1, 4, 8])
+def test_layers_of_different_numbers_of_heads_add_what_is_left(kind: str, kv_heads: int, tmp_path: Path) -> None:
+    model = tiny(kind, num_key_value_heads=kv_heads)
+    kept = kept_heads(model, 18, head_scores(model, (), "random", seed=1), uniform=False)
+    assert len({len(row) for row in kept}) > 1
+    small = cut(model, kept)
+    torch.testing.assert_close(logits(small), logits(zeroed(model, kept)), rtol=1e-5, atol=1e-5)
+    assert [layer.self_attn.mechanism.heads for layer in small.model.stack.layers] == [len(row) for row in kept]
+    if kv_heads > 1:
+        groups = [layer.self_attn.mechanism.kv_heads for layer in small.model.stack.layers]
+        assert groups == [len(row) * kv_heads // 8 for row in kept]
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(logits(again), logits(small), rtol=0, atol=0)
+
+
+def test_a_budget_is_met_by_whole_groups() -> None:
+    model = tiny()  # 4 layers of 8 heads on 4 key/value heads: 128 numbers, 8 for each
+    assert Pruned().within(model, 100) == 4 * 3 * 2
+    assert Pruned(uniform=False).within(model, 100) == 12 * 2
+    assert Pruned(uniform=False).within(model, 127) == 15 * 2
+    small = pruned(model, 30, by="random", uniform=False)
+    assert sum(8 * layer.self_attn.mechanism.kv_heads for layer in small.model.stack.layers) == 120
+    with pytest.raises(ValueError, match="the smallest cache here takes 32"):
+        Pruned(uniform=False).within(model, 31)
+    with pytest.raises(ValueError, match="cannot be hosted yet"):
+        pruned(tiny("gemma2"), 30, by="random", uniform=False)
 
 
 def test_the_best_of_each_group_stay_or_the_best_groups() -> None:

@@ -6,11 +6,14 @@
 """
 
 from manyheads.convert.damage import Judge, Sizes
+from manyheads.convert.dimap import dimap, load_dimap
 from manyheads.convert.grouped import aligned, grouped
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.hosted import hosted, transfer
+from manyheads.convert.importance import head_scores
 from manyheads.convert.latent import latent
 from manyheads.convert.pruned import pruned
+from manyheads.convert.rorope import rorope
 from manyheads.convert.saving import check_conversion, save_conversion
 
 __all__ = [
@@ -19,11 +22,15 @@ __all__ = [
     "Sizes",
     "aligned",
     "check_conversion",
+    "dimap",
     "grouped",
+    "head_scores",
     "heal",
     "hosted",
     "latent",
+    "load_dimap",
     "pruned",
+    "rorope",
     "save_conversion",
     "transfer",
 ]

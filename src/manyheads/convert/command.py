@@ -42,10 +42,25 @@ def convert(
         str | None,
         typer.Option(help="mla: exact (one more channel, transformers only) or fitted (any engine; heal it)."),
     ] = None,
+    rope_dim: Annotated[
+        int | None, typer.Option(help="mla: numbers of the shared rotary key; a head's without it.")
+    ] = None,
+    fold: Annotated[str | None, typer.Option(help="mla: neighbouring frequencies in one (FreqFold), or auto.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="mla: deepseek_v3, youtu, or manyheads (decodes from the latents).")
+    ] = None,
     heads: Annotated[
         str | None, typer.Option(help="prune: query heads that stay in all; several with --dry-run. Half without it.")
     ] = None,
-    by: Annotated[str | None, typer.Option(help="prune: importance, ablation, or random.")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="prune: importance, normalised, ablation, alone, greedy, or random.")
+    ] = None,
+    uniform: Annotated[
+        bool | None,
+        typer.Option(
+            "--uniform/--global", help="prune: as many in every layer, or all layers compete (class of ours)."
+        ),
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="A mechanism's layers: 4-20, or 0,2,4. All without it.")] = None,
     transfer: Annotated[
         int | None, typer.Option(help="A mechanism's steps of learning from the attention that it replaces.")
@@ -82,7 +97,11 @@ def convert(
     from manyheads.convert.saving import check_target
 
     check_target(out)
-    settings = {"gqa": {"align": align}, "mla": {"norm": norm}, "prune": {"by": by}}
+    settings: dict[str, dict[str, Any]] = {
+        "gqa": {"align": align},
+        "mla": {"norm": norm, "rope_dim": rope_dim, "fold": parse_fold(fold), "format": format},
+        "prune": {"by": by, "uniform": uniform},
+    }
     knobs = {"gqa": kv_heads, "mla": rank, "prune": heads}
     spec = _spec(to, settings, knobs, layers=layers, transfer=transfer)
     knob = knobs.get(to)
@@ -109,7 +128,7 @@ def convert(
 
 def _spec(
     to: str,
-    own: dict[str, dict[str, str | None]],
+    own: dict[str, dict[str, Any]],
     knobs: dict[str, str | None],
     *,
     layers: str | None,
@@ -120,7 +139,7 @@ def _spec(
     from manyheads.runs.names import parse_name
 
     for other, settings in own.items():
-        strange = [f"--{key}" for key, value in settings.items() if value is not None]
+        strange = [f"--{key.replace('_', '-')}" for key, value in settings.items() if value is not None]
         strange += [f"--{_KNOBS[other]}"] if knobs[other] is not None else []
         if other != to and strange:
             raise ValueError(f"{strange[0]} belongs to --to {other}, and --to {to} was given")
@@ -140,7 +159,7 @@ def _spec(
 
 def _method(
     to: str,
-    own: dict[str, dict[str, str | None]],
+    own: dict[str, dict[str, Any]],
     spec: dict[str, Any] | None,
     loaded: Loaded,
     layers: str | None,
@@ -182,6 +201,14 @@ def parse_counts(name: str, text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d{1,6}(,\d{1,6})*", text):
         raise ValueError(f"{name} {text!r}: want a number, or several such as 4,2,1 with --dry-run")
     return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+
+
+def parse_fold(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if not re.fullmatch(r"\d{1,6}", text):
+        raise ValueError(f"--fold {text!r}: want a number of frequencies, or auto")
+    return int(text)
 
 
 def parse_tokens(text: str) -> int:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from manyheads.convert.grouped import ALIGNMENTS, aligned, check_kv_heads, grouped
 from manyheads.convert.hosted import check_hosted, hosted, transfer
-from manyheads.convert.latent import NORMS, check_latent, full_rank, latent
+from manyheads.convert.importance import MEASURES, head_scores
+from manyheads.convert.latent import NORMS, check_latent, full_rank, latent, rotary_features
 from manyheads.convert.layout import attentions, cache_numbers
-from manyheads.convert.pruned import MEASURES, cut, head_scores, kept_heads, per_layer, pruned, zeroed
+from manyheads.convert.pruned import check_pruned, cut, kept_heads, pruned, zeroed
+from manyheads.convert.rorope import first_layer, rorope
 from manyheads.runs.steps import Progress
 
 Rows = Sequence[Sequence[int]]
@@ -104,6 +106,9 @@ class Latent(Method):
     """See `latent`."""
 
     norm: str = "exact"
+    rope_dim: int | None = None
+    fold: int | Literal["auto"] | None = None
+    format: str = "deepseek_v3"
     name: ClassVar[str] = "mla"
     knob: ClassVar[str] = "--rank"
 
@@ -111,26 +116,45 @@ class Latent(Method):
         if self.norm not in NORMS:
             raise ValueError(f"--norm {self.norm!r}: want {' or '.join(NORMS)}")
 
+    @property
+    def _target(self) -> dict[str, Any]:
+        return {"rope_dim": self.rope_dim, "fold": self.fold, "format": self.format}
+
     def title(self, value: int) -> str:
-        return f"mla {value}, {self.norm} norm"
+        rotary = "" if self.rope_dim is None else f", {self.rope_dim} rotary"
+        folded = "" if self.fold is None else f", fold {self.fold}"
+        saved = "" if self.format == "deepseek_v3" else f", {self.format}"
+        return f"mla {value}{rotary}{folded}, {self.norm} norm{saved}"
 
     def check(self, model: Any, value: int) -> None:
-        check_latent(model, value, self.norm)
+        check_latent(model, value, self.norm, **self._target)
 
     def make(self, model: Any, value: int, rows: Rows) -> Any:
-        return latent(model, value, norm=self.norm, calibration=rows)
+        return latent(model, value, norm=self.norm, calibration=rows, **self._target)
 
     def within(self, model: Any, numbers: int) -> int:
+        check_latent(model, 1, self.norm, **self._target)
         layers = attentions(model)
-        beside = layers[0].head_dim + (self.norm == "exact")
-        rank = min(full_rank(model), numbers // len(layers) - beside)
+        beside = rotary_features(model, self.rope_dim) + (self.norm == "exact")
+        rank = min(full_rank(model, self.rope_dim), numbers // len(layers) - beside)
         return rank if rank >= 1 else _too_small(numbers, len(layers) * (beside + 1))
 
     def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
-        def whole() -> Any:
-            return latent(model, full_rank(model), calibration=rows)
+        fold = None if self.fold == "auto" else self.fold
+        most = full_rank(model, self.rope_dim)
 
-        return [Identity("the full rank where positions turn nothing", whole, still=True)]
+        def whole(format: str = "deepseek_v3") -> Any:
+            return latent(model, most, rope_dim=self.rope_dim, fold=fold, format=format, calibration=rows)
+
+        found = [
+            Identity("keys turned, in the first layer, and all of them keeping their positions",
+                     lambda: rorope(first_layer(model), calibration=rows[:1]), against=lambda: first_layer(model)),
+            Identity("the full rank where positions turn nothing", whole, still=True),
+        ]  # fmt: skip
+        if self.format != "deepseek_v3":
+            claim = f"{self.format}, against deepseek_v3 with the same weights"
+            found.append(Identity(claim, lambda: whole(self.format), against=whole))
+        return found
 
 
 @dataclass(frozen=True)
@@ -138,10 +162,16 @@ class Pruned(Method):
     """See `pruned`."""
 
     by: str = "importance"
+    uniform: bool = True
     name: ClassVar[str] = "prune"
     knob: ClassVar[str] = "--heads"
 
     def __post_init__(self) -> None:
+        if self.by == "dimap":
+            raise ValueError(
+                "--by dimap scores hierarchical vision transformers, which have no text to measure on: from Python, "
+                "manyheads.convert.dimap(model, share)"
+            )
         if self.by not in MEASURES:
             raise ValueError(f"--by {self.by!r}: want one of {', '.join(MEASURES)}")
 
@@ -150,23 +180,26 @@ class Pruned(Method):
         return self.by != "random"
 
     def title(self, value: int) -> str:
-        return f"{value} heads, by {self.by}"
+        return f"{value} heads{'' if self.uniform else ' over all layers'}, by {self.by}"
 
     def check(self, model: Any, value: int) -> None:
-        per_layer(model, value)
+        check_pruned(model, value, uniform=self.uniform)
 
     def make(self, model: Any, value: int, rows: Rows) -> Any:
-        return pruned(model, value, by=self.by, calibration=rows)
+        return pruned(model, value, by=self.by, uniform=self.uniform, calibration=rows)
 
     def within(self, model: Any, numbers: int) -> int:
         layer, count = attentions(model)[0], len(attentions(model))
-        groups = min(layer.kv_heads, numbers * layer.kv_heads // cache_numbers(model))
-        if groups < 1:
-            return _too_small(numbers, cache_numbers(model) // layer.kv_heads)
-        return count * groups * (layer.heads // layer.kv_heads)
+        each = cache_numbers(model) // (layer.kv_heads * count)  # numbers of one key/value head
+        groups = min(layer.kv_heads * count, numbers // each)
+        if self.uniform:
+            groups -= groups % count
+        if groups < count:
+            return _too_small(numbers, each * count)
+        return groups * (layer.heads // layer.kv_heads)
 
     def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
-        kept = kept_heads(model, min(values), head_scores(model, (), "random"))
+        kept = kept_heads(model, min(values), head_scores(model, (), "random"), uniform=self.uniform)
         whole = [list(range(layer.heads)) for layer in attentions(model)]
         return [
             Identity("all heads kept", lambda: cut(model, whole)),

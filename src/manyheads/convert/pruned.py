@@ -1,45 +1,58 @@
-"""Fewer heads: those that matter least are gone from the weights, the same number in every layer.
+"""Fewer heads: those that matter least are gone from the weights.
 
-How much a head matters, from text (rows x of tokens, loss L the mean negative log-likelihood of the next token):
+`uniform`: the same number in every layer. Where the heads that stay divide among the key/value heads, each of these
+keeps as many of its query heads, its best; else whole groups go, a key/value head with all its query heads, and the
+cache shrinks too. Otherwise all layers compete, group against group (head against head where a layer has only one
+key/value head), and at least one stays in each: then too the cache shrinks. Cutting is exact: the model with the same
+columns of o_proj set to zero computes the same.
 
-    importance   mean over rows of |dL / dg_h| at g = 1, where g_h multiplies head h's output before o_proj
-    ablation     mean over rows of L with g_h = 0, less L
-    random       by a seed, to compare with
+No stock class takes another number of heads in each layer: such a model is a ManyheadsForCausalLM. LlamaConfig refuses
+a hidden size that the heads do not divide; such a model is saved as MistralForCausalLM without a window, which has the
+same weights and computes the same.
 
-Where the heads that stay divide among the key/value heads, each of these keeps as many of its query heads, its best;
-else whole groups go, a key/value head with all its query heads, and the cache shrinks too. Cutting is exact: the model
-with the same columns of o_proj set to zero computes the same.
-
-LlamaConfig refuses a hidden size that the heads do not divide; such a model is saved as MistralForCausalLM without a
-window, which has the same weights and computes the same.
-
-Sources: Michel et al., arXiv:1905.10650 (gates and their gradients; ablation); the uniform shape is that of
-checkpoints that stock classes load.
+Sources: Michel et al., arXiv:1905.10650, where all layers compete; the uniform shape is that of checkpoints that stock
+classes load.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from manyheads.convert.importance import Rows, head_scores
 from manyheads.convert.layout import Attention, attentions
 
-MEASURES = ("importance", "ablation", "random")
-Rows = Sequence[Sequence[int]]
+
+def _alike(model: Any) -> tuple[Attention, int]:
+    """The first layer and how many there are."""
+    layers = attentions(model)
+    first = layers[0]
+    if any(layer.heads != first.heads or layer.kv_heads != first.kv_heads for layer in layers):
+        raise ValueError(f"{type(model).__name__} has layers of different numbers of heads, which are not pruned here")
+    return first, len(layers)
+
+
+def in_all(model: Any, heads: int) -> tuple[int, int]:
+    """How many heads go together where all layers compete, and how many such groups stay; ValueError where none fit."""
+    first, count = _alike(model)
+    size = first.heads // first.kv_heads if first.kv_heads > 1 else 1
+    if heads % size or not count * size <= heads <= count * first.heads:
+        raise ValueError(
+            f"--heads {heads}: {type(model).__name__} has {count} layers of {first.heads} heads on {first.kv_heads} "
+            f"key/value heads; over all layers it can keep {count * size} to {count * first.heads}"
+            + (f", a multiple of {size}" if size > 1 else "")
+        )
+    return size, heads // size
 
 
 def per_layer(model: Any, heads: int) -> tuple[int, int]:
     """Query and key/value heads that a layer keeps of `heads` in the whole model; ValueError where none fit."""
-    layers = attentions(model)
-    first, count = layers[0], len(layers)
+    first, count = _alike(model)
     size, name = first.heads // first.kv_heads, type(model).__name__
-    if any(layer.heads != first.heads or layer.kv_heads != first.kv_heads for layer in layers):
-        raise ValueError(f"{name} has layers of different numbers of heads, which cannot be pruned alike")
     own = heads // count
     if heads % count == 0 and 1 <= own <= first.heads:
         if own % first.kv_heads == 0:
@@ -53,73 +66,10 @@ def per_layer(model: Any, heads: int) -> tuple[int, int]:
     )
 
 
-def head_scores(model: Any, rows: Rows, by: str = "importance", *, seed: int = 0) -> Tensor:
-    """[layers, heads]: how much each head matters; greater matters more."""
-    layers = attentions(model)
-    shape = (len(layers), layers[0].heads)
-    if by not in MEASURES:
-        raise ValueError(f"--by {by!r}: want one of {', '.join(MEASURES)}")
-    if by == "random":
-        return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    if not rows:
-        raise ValueError("to know how much heads matter takes calibration text: rows of token ids")
-    gates = torch.ones(shape, device=model.device, dtype=model.dtype)
-    return (_by_gradient if by == "importance" else _by_ablation)(model, rows, gates).cpu()
-
-
-def _by_gradient(model: Any, rows: Rows, gates: Tensor) -> Tensor:
-    gates.requires_grad_()
-    total = torch.zeros(gates.shape, dtype=torch.float64, device=gates.device)
-    with _gated(model, gates), torch.enable_grad():
-        for row in rows:
-            (gradient,) = torch.autograd.grad(_loss(model, row), gates)
-            total += gradient.double().abs()
-    return total / len(rows)
-
-
-@torch.no_grad()
-def _by_ablation(model: Any, rows: Rows, gates: Tensor) -> Tensor:
-    total = torch.zeros(gates.shape, dtype=torch.float64, device=gates.device)
-    with _gated(model, gates):
-        for row in rows:
-            whole = float(_loss(model, row))
-            for layer, head in torch.cartesian_prod(*(torch.arange(n) for n in gates.shape)).tolist():
-                gates[layer, head] = 0.0
-                total[layer, head] += float(_loss(model, row)) - whole
-                gates[layer, head] = 1.0
-    return total / len(rows)
-
-
-def _loss(model: Any, row: Sequence[int]) -> Tensor:
-    ids = torch.tensor([list(row)], device=model.device)
-    logits = model(ids, use_cache=False).logits[0, :-1]
-    return nn.functional.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, ids[0, 1:])
-
-
-@contextmanager
-def _gated(model: Any, gates: Tensor) -> Any:
-    """Every head's output is multiplied by its gate."""
-
-    def gate(place: int, layer: Attention) -> Callable[[Any, Any], Any]:
-        def hook(module: Any, args: Any) -> Any:
-            mixed = args[0].unflatten(-1, (layer.heads, layer.head_dim))
-            return ((mixed * gates[place][:, None]).flatten(-2),)
-
-        return hook
-
-    hooks = [
-        layer.module.o_proj.register_forward_pre_hook(gate(place, layer))
-        for place, layer in enumerate(attentions(model))
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def kept_heads(model: Any, heads: int, scores: Tensor) -> list[list[int]]:
-    """Per layer the query heads that stay, in their order."""
+def kept_heads(model: Any, heads: int, scores: Tensor, *, uniform: bool = True) -> list[list[int]]:
+    """Per layer the query heads that stay, in their order. scores: [layers, heads]."""
+    if not uniform:
+        return _over_all_layers(model, heads, scores)
     own, groups = per_layer(model, heads)
     layer = attentions(model)[0]
     size = layer.heads // layer.kv_heads
@@ -135,21 +85,63 @@ def kept_heads(model: Any, heads: int, scores: Tensor) -> list[list[int]]:
     return kept
 
 
+def _over_all_layers(model: Any, heads: int, scores: Tensor) -> list[list[int]]:
+    size, many = in_all(model, heads)
+    units = scores.unflatten(1, (-1, size)).sum(-1)
+    # The best of each layer first, as a layer without heads has no shape in any class.
+    best = torch.nn.functional.one_hot(units.argmax(1), units.shape[1]).bool()
+    chosen = units.masked_fill(best, torch.inf).flatten().topk(many).indices.tolist()
+    kept: list[list[int]] = [[] for _ in scores]
+    for unit in sorted(chosen):
+        layer, place = divmod(unit, units.shape[1])
+        kept[layer] += range(size * place, size * (place + 1))
+    return kept
+
+
 @torch.no_grad()
 def cut(model: Any, kept: Sequence[Sequence[int]]) -> Any:
-    """A model without the other heads; the given one is left as it is."""
+    """A model without the other heads; the given one is left as it is. Where layers keep different numbers, it is a
+    ManyheadsForCausalLM."""
     layers = attentions(model)
     size = layers[0].heads // layers[0].kv_heads
     groups = [sorted({head // size for head in row}) for row in kept]
-    made = _shaped(model, len(kept[0]), len(groups[0]))
+    parts = [_slices(layer, row, held) for layer, row, held in zip(layers, kept, groups, strict=True)]
+    shapes = [(len(row), len(held)) for row, held in zip(kept, groups, strict=True)]
+    if len(set(shapes)) > 1:
+        return _uneven(model, shapes, parts)
+    made = _shaped(model, *shapes[0])
     own: dict[str, Tensor] = {k: v for k, v in model.state_dict().items() if ".self_attn." not in k or "norm" in k}
-    for place, (layer, row, held) in enumerate(zip(layers, kept, groups, strict=True)):
-        for name, linear in layer.projections().items():
-            rows = _places(held if name in ("k_proj", "v_proj") else row, layer.head_dim, linear.weight.device)
-            prefix = f"model.layers.{place}.self_attn.{name}"
-            own[f"{prefix}.weight"] = linear.weight[:, rows] if name == "o_proj" else linear.weight[rows]
-            if linear.bias is not None:
-                own[f"{prefix}.bias"] = linear.bias if name == "o_proj" else linear.bias[rows]
+    for place, part in enumerate(parts):
+        own |= {f"model.layers.{place}.self_attn.{key}": value for key, value in part.items()}
+    made.load_state_dict(own)
+    made.generation_config = copy.deepcopy(model.generation_config)
+    return made.to(model.device).eval()
+
+
+def _slices(layer: Attention, row: Sequence[int], held: Sequence[int]) -> dict[str, Tensor]:
+    """A layer's projections with these query and key/value heads."""
+    found = {}
+    for name, linear in layer.projections().items():
+        rows = _places(held if name in ("k_proj", "v_proj") else row, layer.head_dim, linear.weight.device)
+        found[f"{name}.weight"] = linear.weight[:, rows] if name == "o_proj" else linear.weight[rows]
+        if linear.bias is not None:
+            found[f"{name}.bias"] = linear.bias if name == "o_proj" else linear.bias[rows]
+    return found
+
+
+def _uneven(model: Any, shapes: Sequence[tuple[int, int]], parts: Sequence[Mapping[str, Tensor]]) -> Any:
+    from manyheads.convert.hosted import hosted
+    from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
+
+    whole = hosted(model)
+    specs = [
+        {**spec, "heads": heads, "shell": {**spec["shell"], "kv_heads": kv_heads}}
+        for spec, (heads, kv_heads) in zip(whole.config.layers, shapes, strict=True)
+    ]
+    made = ManyheadsForCausalLM(ManyheadsConfig(**{**whole.config.to_dict(), "layers": specs})).to(model.dtype)
+    own = whole.state_dict()
+    for place, part in enumerate(parts):
+        own |= {f"model.stack.layers.{place}.self_attn.mechanism.{key}": value for key, value in part.items()}
     made.load_state_dict(own)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(model.device).eval()
@@ -165,10 +157,24 @@ def zeroed(model: Any, kept: Sequence[Sequence[int]]) -> Any:
     return made
 
 
-def pruned(model: Any, heads: int, *, by: str = "importance", calibration: Rows = ()) -> Any:
-    """A model with `heads` query heads in all, the same number in every layer."""
-    per_layer(model, heads)
-    return cut(model, kept_heads(model, heads, head_scores(model, calibration, by)))
+def check_pruned(model: Any, heads: int, *, uniform: bool = True) -> None:
+    """ValueError where so many heads cannot stay."""
+    if uniform:
+        per_layer(model, heads)
+        return
+    from manyheads.convert.hosted import check_hosted
+
+    in_all(model, heads)
+    check_hosted(model)
+
+
+def pruned(model: Any, heads: int, *, by: str = "importance", uniform: bool = True, calibration: Rows = ()) -> Any:
+    """A model with `heads` query heads in all, those that matter most (`head_scores`); the given one is left as it is.
+
+    uniform: the same number in every layer; else all layers compete. calibration: rows of token ids.
+    """
+    check_pruned(model, heads, uniform=uniform)
+    return cut(model, kept_heads(model, heads, head_scores(model, calibration, by), uniform=uniform))
 
 
 def _places(heads: Sequence[int], dim: int, device: Any) -> Tensor:
