@@ -15,11 +15,12 @@ TRIED = 64
 
 @dataclass(frozen=True)
 class Case:
-    """begins: arguments in place of the mechanism's own defaults. whole: of the spec and the number of heads, the
+    """begins: arguments in place of the mechanism's own defaults. learns: the loss of attention transfer. whole: of the spec and the number of heads, the
     arguments with which it computes what softmax attention with the same weights does, on TRIED tokens."""
 
     whole: Callable[[Mapping[str, Any], int], Mapping[str, Any]]
     begins: Mapping[str, Any] = field(default_factory=dict)
+    learns: str = "output"
 
 
 def _wide(spec: Mapping[str, Any], heads: int) -> Mapping[str, Any]:
@@ -36,7 +37,7 @@ def _shared(spec: Mapping[str, Any], heads: int) -> int:
 
 
 CASES: Mapping[str, Case] = {
-    "hedgehog": Case(_wide),
+    "hedgehog": Case(_wide, learns="heads"),
     # Continue-tuning begins without a router: a new one would turn heads off at random (arXiv:2410.11842).
     "moh": Case(_all_heads, {"routing": "query-norm"}),
     "cca": Case(_wide),
@@ -73,6 +74,11 @@ def case_spec(
             )
         made |= {"shared_heads": shared, "active_heads": count}
     return made
+
+
+def default_loss(spec: Mapping[str, Any]) -> str:
+    case = CASES.get(spec["name"])
+    return "output" if case is None else case.learns
 
 
 def as_softmax(spec: Mapping[str, Any], heads: int) -> dict[str, Any] | None:

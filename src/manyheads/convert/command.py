@@ -154,7 +154,7 @@ def _method(
     loaded: Loaded,
     beside: dict[str, Any],
 ) -> Method:
-    from manyheads.convert.cases import case_spec
+    from manyheads.convert.cases import case_spec, default_loss
     from manyheads.convert.methods import METHODS as KNOWN
     from manyheads.convert.methods import Hosted
 
@@ -162,9 +162,8 @@ def _method(
         return KNOWN[to](**{key: value for key, value in own[to].items() if value is not None})
     heads, count = loaded.config.num_attention_heads, loaded.config.num_hidden_layers
     spec = case_spec(spec, heads, window=beside["window"], active=beside["active"])
-    return Hosted(
-        spec, parse_layers(beside["layers"], count), beside["transfer"] or 0, beside["transfer-loss"] or "output"
-    )
+    loss = beside["transfer-loss"] or default_loss(spec)
+    return Hosted(spec, parse_layers(beside["layers"], count), beside["transfer"] or 0, loss)
 
 
 def parse_layers(text: str | None, count: int) -> tuple[int, ...]:
