@@ -45,7 +45,7 @@ def run(*arguments: str) -> int:
 
 # qwen2 has biases, qwen3 norms of queries and keys and heads of a width of their own: all must come along.
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("name", ["hedgehog", "moh", "mswa"])
+@pytest.mark.parametrize("name", ["cca", "hedgehog", "moh", "mswa"])
 def test_at_its_limit_it_is_the_host(name: str, kind: str) -> None:
     model = tiny(kind, **({"head_dim": 6} if kind == "qwen3" else {}))
     spec = as_softmax(case_spec({"name": name}, 8), 8)

@@ -15,8 +15,9 @@ TRIED = 64
 
 @dataclass(frozen=True)
 class Case:
-    """begins: arguments in place of the mechanism's own defaults. learns: the loss of attention transfer. whole: of the spec and the number of heads, the
-    arguments with which it computes what softmax attention with the same weights does, on TRIED tokens."""
+    """begins: arguments in place of the mechanism's own defaults. learns: the loss of attention transfer. whole: of the
+    spec and the number of heads, the arguments with which it computes what softmax attention with the same weights
+    does, on TRIED tokens."""
 
     whole: Callable[[Mapping[str, Any], int], Mapping[str, Any]]
     begins: Mapping[str, Any] = field(default_factory=dict)
