@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from manyheads.functional.rotary import rotate
 from manyheads.mechanisms.plain.softmax import Softmax
 from manyheads.mechanisms.tokens.cca import CoreContextAware
 from manyheads.testing import LargestTensor
@@ -18,7 +19,11 @@ def by_loops(module: CoreContextAware, x: Tensor) -> tuple[Tensor, Tensor]:
     mixed, matrix = torch.zeros(n, 12, dtype=x.dtype), torch.zeros(3, n, n, dtype=x.dtype)
     for h in range(3):
         own = slice(D * h, D * h + D)
-        q, k, v = (x @ p.weight[own].T for p in (module.q_proj, module.k_proj, module.v_proj))
+        shared = slice(D * (h * module.kv_heads // 3), D * (h * module.kv_heads // 3) + D)
+        q, k = x @ module.q_proj.weight[own].T, x @ module.k_proj.weight[shared].T
+        v = x @ module.v_proj.weight[shared].T
+        if module.rotary is not None:
+            q, k = (rotate(t[None, None], torch.arange(n)[None], module.rotary)[0, 0] for t in (q, k))
         for i in range(n):
             first = max(i - module.window + 1, 0) // g * g
             seen = []  # (score, which tokens with which share)
@@ -49,10 +54,26 @@ def test_equals_loops(n: int, group: int, window: int) -> None:
         torch.testing.assert_close(result.weights[row], matrix)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@torch.no_grad()
+def test_with_rotary_positions_a_core_is_a_mean_of_turned_keys(kv_heads: int) -> None:
+    module = CoreContextAware(12, 3, group=3, window=4, rotary={"base": 50.0}, kv_heads=kv_heads).double()
+    x, state = torch.randn(2, 14, 12, dtype=torch.float64), module.init_state(2)
+    found = module(x, need_weights=True)
+    parts = torch.cat([module(part, state=state).output for part in x.split(3, 1)], 1)
+    for row in range(2):
+        output, matrix = by_loops(module, x[row])
+        torch.testing.assert_close(found.output[row], output)
+        torch.testing.assert_close(found.weights[row], matrix)
+        torch.testing.assert_close(parts[row], output)
+
+
+@pytest.mark.parametrize("more", [{}, {"rotary": {}, "kv_heads": 1}])
 @pytest.mark.parametrize(("group", "window"), [(1, 1), (1, 3), (4, 11)])
 @torch.no_grad()
-def test_groups_of_one_or_a_wide_window_are_plain_attention(group: int, window: int) -> None:
-    module, plain = CoreContextAware(12, 3, group=group, window=window).double(), Softmax(12, 3, causal=True).double()
+def test_groups_of_one_or_a_wide_window_are_plain_attention(group: int, window: int, more: dict) -> None:
+    module = CoreContextAware(12, 3, group=group, window=window, **more).double()
+    plain = Softmax(12, 3, causal=True, **more).double()
     plain.load_state_dict(module.state_dict())
     x = torch.randn(2, 11, 12, dtype=torch.float64)
     torch.testing.assert_close(module(x).output, plain(x).output)

@@ -65,6 +65,12 @@ def convert(
     transfer: Annotated[
         int | None, typer.Option(help="A mechanism's steps of learning from the attention that it replaces.")
     ] = None,
+    transfer_loss: Annotated[
+        str | None,
+        typer.Option(help="What is learnt: output of the layer, or heads or weights with the host's frozen."),
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="A mechanism's window: tokens that stay softmax's.")] = None,
+    active: Annotated[float | None, typer.Option(help="A mixture's share of heads that are on: 0.75.")] = None,
     budget_bytes: Annotated[int | None, typer.Option(help="Bytes of cache per token, in place of the above.")] = None,
     calibrate: Annotated[int, typer.Option(help="Tokens of calibration.")] = 8192,
     heal: Annotated[str | None, typer.Option(help="Tokens to heal with: 200k, 1M. None without it.")] = None,
@@ -103,7 +109,10 @@ def convert(
         "prune": {"by": by, "uniform": uniform},
     }
     knobs = {"gqa": kv_heads, "mla": rank, "prune": heads}
-    spec = _spec(to, settings, knobs, layers=layers, transfer=transfer)
+    beside = {
+        "layers": layers, "transfer": transfer, "transfer-loss": transfer_loss, "window": window, "active": active,
+    }  # fmt: skip
+    spec = _spec(to, settings, knobs, beside)
     knob = knobs.get(to)
     values = None if knob is None else parse_counts(f"--{_KNOBS[to]}", knob)
     if values and budget_bytes is not None:
@@ -111,7 +120,7 @@ def convert(
     from manyheads.hosts.loading import load_model
 
     loaded = load_model(given[0] if given else None, dtype=dtype)
-    method = _method(to, settings, spec, loaded, layers, transfer or 0)
+    method = _method(to, settings, spec, loaded, beside)
     if spec is not None and budget_bytes is None:
         values = (len(method.layers),)  # type: ignore[attr-defined]
     values = values or (_within(method, loaded, budget_bytes),)
@@ -130,9 +139,7 @@ def _spec(
     to: str,
     own: dict[str, dict[str, Any]],
     knobs: dict[str, str | None],
-    *,
-    layers: str | None,
-    transfer: int | None,
+    beside: dict[str, Any],
 ) -> dict[str, Any] | None:
     """The mechanism that `to` names, None where it is a method; ValueError for options of another one."""
     from manyheads.registry import list_attentions
@@ -144,7 +151,7 @@ def _spec(
         if other != to and strange:
             raise ValueError(f"{strange[0]} belongs to --to {other}, and --to {to} was given")
     if to in METHODS:
-        for name, value in (("layers", layers), ("transfer", transfer)):
+        for name, value in beside.items():
             if value is not None:
                 raise ValueError(f"--{name} belongs to a mechanism, and --to {to} was given")
         return None
@@ -152,8 +159,10 @@ def _spec(
     spec: dict[str, Any] = {"name": named} if isinstance(named, str) else named
     if spec["name"] not in list_attentions():
         raise ValueError(f"--to {to!r}: want {', '.join(METHODS)}, or a mechanism (`manyheads list`)")
-    if transfer is not None and not 0 <= transfer <= 10**7:
-        raise ValueError(f"--transfer {transfer}: want a number of steps, 0 or more")
+    if not 0 <= (beside["transfer"] or 0) <= 10**7:
+        raise ValueError(f"--transfer {beside['transfer']}: want a number of steps, 0 or more")
+    if beside["transfer-loss"] is not None and not beside["transfer"]:
+        raise ValueError("--transfer-loss says what is learnt: give --transfer STEPS with it")
     return spec
 
 
@@ -162,15 +171,18 @@ def _method(
     own: dict[str, dict[str, Any]],
     spec: dict[str, Any] | None,
     loaded: Loaded,
-    layers: str | None,
-    transfer: int,
+    beside: dict[str, Any],
 ) -> Method:
+    from manyheads.convert.cases import case_spec, default_loss
     from manyheads.convert.methods import METHODS as KNOWN
     from manyheads.convert.methods import Hosted
 
     if spec is None:
         return KNOWN[to](**{key: value for key, value in own[to].items() if value is not None})
-    return Hosted(spec, parse_layers(layers, loaded.config.num_hidden_layers), transfer)
+    heads, count = loaded.config.num_attention_heads, loaded.config.num_hidden_layers
+    spec = case_spec(spec, heads, window=beside["window"], active=beside["active"])
+    loss = beside["transfer-loss"] or default_loss(spec)
+    return Hosted(spec, parse_layers(beside["layers"], count), beside["transfer"] or 0, loss)
 
 
 def parse_layers(text: str | None, count: int) -> tuple[int, ...]:

@@ -4,21 +4,23 @@ A host of llama's layout becomes a ManyheadsForCausalLM that computes the same w
 the chosen layers get another mechanism. What fits is carried over by name: projections, and norms of queries and keys;
 key/value heads are repeated where the mechanism shares none. What is new keeps the mechanism's own start, and learns
 from the layer that it replaces (attention transfer, Zhang et al., Hedgehog, arXiv:2402.04347; LoLCATs,
-arXiv:2410.10254): on the same inputs, the rest frozen,
-
-    loss = mean over layers of |output - softmax's output|^2 / |softmax's output|^2
+arXiv:2410.10254): on the same inputs, which are those of the unchanged host, so that no layer sees another's errors.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from manyheads.convert.imitation import Seen, before_joining, check_loss, learnt
 from manyheads.convert.layout import Attention, attentions
 from manyheads.registry import mechanism_class
 from manyheads.runs.steps import Tell, silent
@@ -139,43 +141,67 @@ def transfer(
     rows: Sequence[Sequence[int]],
     *,
     steps: int,
-    rate: float = 1e-3,
+    loss: str = "output",
+    rate: float | None = None,
     tell: Tell = silent,
 ) -> list[float]:
     """Trains the mechanisms of `layers` of `made`, where they stand, to give what the host's attention gives on the
-    same inputs; returns the loss of every step. rows: of token ids, one for a step, from the start when they end."""
+    same inputs; returns the loss of every step, the mean over layers. rows: of token ids, one for a step, from the
+    start when they end. loss: see `imitation`. rate: of AdamW; 1e-3 for output, 1e-2 for the others, as published."""
+    measure = check_loss(loss)
     if not rows:
         raise ValueError("attention transfer needs text: rows of token ids")
-    teacher = hosted(model)
-    mechanisms = {i: made.model.stack.layers[i].self_attn.mechanism for i in layers}
-    weights = [p for mechanism in mechanisms.values() for p in mechanism.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-    hooks = [
-        teacher.model.stack.layers[i].self_attn.mechanism.register_forward_hook(
-            lambda module, args, result, at=i: seen.__setitem__(at, (args[0], result.output))
-        )
-        for i in layers
-    ]
+    teacher = hosted(model).requires_grad_(False)
+    stack = teacher.model.stack
+    stack.layers = stack.layers[: max(layers) + 1]  # nothing is learnt from those above
+    pairs = {i: (made.model.stack.layers[i].self_attn.mechanism, stack.layers[i].self_attn.mechanism) for i in layers}
+    weights = [p for learner, softmax in pairs.values() for p in learnt(learner, softmax, measure)]
+    optimizer = torch.optim.AdamW(weights, lr=measure.rate if rate is None else rate, weight_decay=0.0)
     losses = []
-    try:
+    with _only(made, weights):
         for step in range(steps):
             ids = torch.tensor([list(rows[step % len(rows)])], device=made.device)
             with torch.no_grad():
-                teacher(ids, use_cache=False, logits_to_keep=1)
-            apart = [
-                (mechanism.train()(seen[i][0]).output - seen[i][1]).square().sum() / seen[i][1].square().sum()
-                for i, mechanism in mechanisms.items()
-            ]
-            loss = torch.stack(apart).mean()
-            loss.backward()
+                seen = _seen(teacher, {i: softmax for i, (_, softmax) in pairs.items()}, ids)
+            apart = [measure.apart(learner.train(), softmax, seen[i]) for i, (learner, softmax) in pairs.items()]
+            value = torch.stack(apart).mean()
+            value.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
+            losses.append(float(value.detach()))
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"attention transfer diverged at step {step} (loss {losses[-1]})")
             tell(step + 1, steps, f"loss {losses[-1]:.3f}")
-    finally:
-        for hook in hooks:
-            hook.remove()
     made.eval()
     return losses
+
+
+@contextmanager
+def _only(made: Any, weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Gradients for these alone; afterwards for whatever had them."""
+    before = {name: parameter.requires_grad for name, parameter in made.named_parameters()}
+    made.requires_grad_(False)
+    for parameter in weights:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_(before[name])
+
+
+def _seen(teacher: Any, mechanisms: Mapping[int, Any], ids: Tensor) -> dict[int, Seen]:
+    """What each of the host's layers saw and gave in one pass."""
+    given: dict[int, tuple[Tensor, Tensor]] = {}
+    heads: dict[int, Tensor] = {}
+
+    def saw(at: int) -> Callable[..., None]:
+        return lambda module, args, result: given.__setitem__(at, (args[0], result.output))
+
+    with ExitStack() as stack:
+        for i, mechanism in mechanisms.items():
+            stack.enter_context(before_joining(mechanism, partial(heads.__setitem__, i)))
+            stack.callback(mechanism.register_forward_hook(saw(i)).remove)
+        teacher.model(ids, use_cache=False)
+    return {i: Seen(*given[i], heads[i]) for i in mechanisms}

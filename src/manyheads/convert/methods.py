@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from manyheads.convert.cases import TRIED, as_softmax
 from manyheads.convert.grouped import ALIGNMENTS, aligned, check_kv_heads, grouped
 from manyheads.convert.hosted import check_hosted, hosted, transfer
+from manyheads.convert.imitation import check_loss
 from manyheads.convert.importance import MEASURES, head_scores
 from manyheads.convert.latent import NORMS, check_latent, full_rank, latent, rotary_features
 from manyheads.convert.layout import attentions, cache_numbers
@@ -215,16 +217,20 @@ class Hosted(Method):
     spec: Mapping[str, Any]
     layers: tuple[int, ...]
     transfer: int = 0
-    rate: float = 1e-3
+    loss: str = "output"
+    rate: float | None = None
     name: ClassVar[str] = "mechanism"
     knob: ClassVar[str] = "--layers"
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
 
     @property
     def calibrated(self) -> bool:
         return self.transfer > 0
 
     def title(self, value: int) -> str:
-        after = f", {self.transfer} steps of transfer" if self.transfer else ""
+        after = f", {self.transfer} steps of transfer by {self.loss}" if self.transfer else ""
         return f"{self.spec['name']} in {value} layers{after}"
 
     def check(self, model: Any, value: int) -> None:
@@ -234,14 +240,19 @@ class Hosted(Method):
         made = hosted(model, self.spec, self.layers)
         if self.transfer:
             with Progress().measure("attention transfer") as tell:
-                transfer(made, model, self.layers, rows, steps=self.transfer, rate=self.rate, tell=tell)
+                transfer(made, model, self.layers, rows, steps=self.transfer, loss=self.loss, rate=self.rate, tell=tell)
         return made
 
     def within(self, model: Any, numbers: int) -> int:
         raise ValueError(f"--budget-bytes does not say which layers hold {self.spec['name']}: give --layers")
 
     def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
-        return [Identity("softmax in every layer of our model", lambda: hosted(model))]
+        found = [Identity("softmax in every layer of our model", lambda: hosted(model))]
+        whole = as_softmax(self.spec, model.config.num_attention_heads)
+        if whole is not None:
+            claim = f"{self.spec['name']} that is softmax's equal, in {len(self.layers)} layers"
+            found.append(Identity(claim, lambda: hosted(model, whole, self.layers)))
+        return found
 
 
 METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Grouped, Latent, Pruned)}
@@ -254,7 +265,7 @@ def _too_small(numbers: int, least: int) -> int:
 @torch.no_grad()
 def prove(method: Method, model: Any, values: Sequence[int], rows: Rows) -> None:
     """The identities of the method, on this model; RuntimeError where one fails, which is a bug of ours."""
-    ids = torch.tensor([[(7 * i + 3) % model.config.vocab_size for i in range(64)]], device=model.device)
+    ids = torch.tensor([[(7 * i + 3) % model.config.vocab_size for i in range(TRIED)]], device=model.device)
     slack = _EXACT * (1 if model.dtype in (torch.float32, torch.float64) else 50)
     for identity in method.identities(model, values, rows):
         places = torch.zeros_like(ids) if identity.still else None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import masked_softmax
 from manyheads.functional.linear import needs_matrix
-from manyheads.mechanism import Call, Mechanism, Result
+from manyheads.functional.rotary import Rotary
+from manyheads.mechanism import Call, Result
 from manyheads.registry import register
+from manyheads.softmax import SoftmaxAttention
 from manyheads.state import State
 
 FAR = 1 << 40  # the group of a core that is not there: behind every query
@@ -38,7 +41,7 @@ class Cores(NamedTuple):
 
 
 @register
-class CoreContextAware(Mechanism):
+class CoreContextAware(SoftmaxAttention):
     """Every group of tokens is pooled into a core by what its last token looks at; queries see the cores of what is far
     and the tokens of what is near, in one softmax.
 
@@ -48,8 +51,12 @@ class CoreContextAware(Mechanism):
     so that every token counts once. The paper pools inputs and then projects them: the same per head, as the projection
     is linear. A token's place is counted over real tokens. State: near tokens, and a core per group.
     Weights over tokens: those of near tokens, and of cores times their pooling.
+    rotary: q and k are turned before anything is pooled, so that a core is a mean of turned keys and needs no place of
+    its own, and its tokens weigh what the last one's attention gives them; a hosted layer with group=1, or a window
+    over all, is itself again. Heads that share keys pool them apart, and are repeated.
     Source: Chen et al., Core Context Aware Transformers, arXiv:2412.12465; there is no released code. Pooling by each
-    head's own query is our reading; there are no rotary positions, for a core has no place.
+    head's own query is our reading, and so is turning before pooling: what we could read of the paper gives no place
+    to a core.
     """
 
     card = Card(
@@ -73,20 +80,22 @@ class CoreContextAware(Mechanism):
         causal: bool = True,
         group: int = 16,
         window: int = 1024,
+        kv_heads: int | None = None,
         bias: bool = False,
+        rotary: Rotary | Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(dim, heads, causal=causal)
-        self.head_dim = self._split_heads()
+        super().__init__(dim, heads, causal=causal, kv_heads=kv_heads, bias=bias, rotary=rotary)
         if group < 1 or window < 1:
             raise ValueError(f"cca: group={group}, window={window}; want at least one token in each")
         self.group, self.window = group, window
-        self.scale = self.head_dim**-0.5
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         self._check(call)
-        heads = (p(x).unflatten(-1, (self.heads, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (t.transpose(1, 2) for t in heads)
+        positions = call.query_positions(x)
+        q, k, v = self.project(x, x)
+        q, k = self.position(q, k, positions, positions)
+        if self.kv_heads < self.heads:
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
         layout, (old_k, old_v) = self._layout(x, k, call)
         q = _place(q, layout, torch.zeros_like(old_k))
         k, v = _place(k, layout, old_k), _place(v, layout, old_v)
@@ -94,7 +103,7 @@ class CoreContextAware(Mechanism):
         cores = self._remembered(fresh, call.state)
         # Slots that every row filled in earlier passes ask nothing any more.
         new = int(layout.held.min()) if old_k.shape[2] else 0
-        mixed, weights = self._read(q[:, :, new:], k, v, cores, pooling if call.need_weights else None, layout)
+        mixed, weights = self._seen_by(q[:, :, new:], k, v, cores, pooling if call.need_weights else None, layout)
         if call.state is not None:
             self._keep(k, v, fresh, layout, call.state)
             call.state.advance(x.shape[1])
@@ -148,7 +157,7 @@ class CoreContextAware(Mechanism):
         held = (state.grown[name].view() for name in ("core_keys", "core_values", "core_groups"))
         return Cores(*(torch.cat((a, b), 1 if b.ndim == 2 else 2) for a, b in zip(held, fresh, strict=True)))
 
-    def _read(
+    def _seen_by(
         self, q: Tensor, k: Tensor, v: Tensor, cores: Cores, pooling: Tensor | None, layout: Layout
     ) -> tuple[Tensor, Tensor | None]:
         """q [b, h, n, d] by the last n slots, k and v [b, h, size, d] by all -> what each of those n reads, and its
