@@ -77,6 +77,8 @@ def convert(
             raise ValueError(f"{name} {value}: want 1 to {most}")
     if not 64 <= length <= 1 << 20:
         raise ValueError(f"--length {length}: want 64 tokens or more")
+    if max_damage is not None and not 0 <= max_damage < 64:
+        raise ValueError(f"--max-damage {max_damage}: want bits per token, 0 or more")
     from manyheads.convert.damage import Sizes
     from manyheads.convert.run import Damaged, Plan, run_conversion
     from manyheads.convert.saving import check_target

@@ -12,14 +12,13 @@ from typing import Any
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.methods import Method, prove
+from manyheads.convert.report import AFTER, CONTROL, HEALED, ORIGINAL
 from manyheads.convert.saving import check_target, save_conversion, write_record
 from manyheads.hosts.fingerprint import fingerprint
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.questions import Questions
 from manyheads.runs.environment import environment
 from manyheads.runs.steps import Progress
-
-ORIGINAL, CONTROL = "original", "control, healed"
 
 
 class Damaged(ValueError):
@@ -58,34 +57,45 @@ def run_conversion(
     judge = Judge(loaded, measured_on, plan.sizes)
     rows = calibration_rows(trained_on, plan.tokens, min(plan.sizes.length, plan.tokens)) if method.calibrated else []
     prove(method, loaded.model, plan.values, rows)
-    lines = [_line(judge, loaded.model, ORIGINAL, progress)]
+    lines = [_line(judge, loaded.model, "original", ORIGINAL, None, progress)]
     made = loaded.model
     for value in plan.values:
         made = method.make(loaded.model, value, rows)
-        lines.append(_line(judge, made, method.title(value), progress))
+        lines.append(_line(judge, made, method.title(value), AFTER, value, progress))
         if plan.healing is not None:
             made = _healed(made, plan.healing, trained_on, out, f"healing-{method.name}-{value}", progress)
-            lines.append(_line(judge, made, f"{method.title(value)}, healed", progress))
-    cost = lines[-1]["bits_per_token"] - lines[0]["bits_per_token"]
+            lines.append(_line(judge, made, f"{method.title(value)}, healed", HEALED, value, progress))
+        if write:
+            _allow(plan, lines, "nothing is written")
     if plan.healing is not None:
         control = _healed(copy.deepcopy(loaded.model), plan.healing, trained_on, out, "healing-control", progress)
-        lines.append(_line(judge, control, CONTROL, progress))
+        lines.append(_line(judge, control, "control, healed", CONTROL, None, progress))
         del control
     record = _record(loaded, method, plan, lines)
-    if plan.max_damage is not None and cost > plan.max_damage:
-        raise Damaged(f"{cost:.3f} bits per token lost, more than --max-damage {plan.max_damage}: nothing is written")
     if write:
         save_conversion(made, loaded, out, record)
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_record(out, record)
+        _allow(plan, lines, f"what was measured is in {out}")
     return record
 
 
-def _line(judge: Judge, model: Any, title: str, progress: Progress) -> dict[str, Any]:
+def _allow(plan: Plan, lines: Sequence[dict[str, Any]], then: str) -> None:
+    """Damaged where a value's last line lost too much. What is no number is too much."""
+    if plan.max_damage is None:
+        return
+    for line in {line["value"]: line for line in lines[1:] if line["value"] is not None}.values():
+        cost = line["bits_per_token"] - lines[0]["bits_per_token"]
+        if not cost <= plan.max_damage:
+            given = f"more than --max-damage {plan.max_damage}"
+            raise Damaged(f"{line['title']}: {cost:.3f} bits per token lost, {given}: {then}")
+
+
+def _line(judge: Judge, model: Any, title: str, stage: str, value: int | None, progress: Progress) -> dict[str, Any]:
     with progress.measure(title) as tell:
         figures = judge.measure(model, tell)
-    return {"title": title, **figures}
+    return {"title": title, "stage": stage, "value": value, **figures}
 
 
 def _healed(model: Any, plan: Healing, questions: Questions, out: Path, name: str, progress: Progress) -> Any:
@@ -101,6 +111,7 @@ def _record(loaded: Loaded, method: Method, plan: Plan, lines: Sequence[dict[str
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": asdict(fingerprint(loaded.model, loaded.name)),
         "method": method.name,
+        "knob": method.knob,
         "settings": {**asdict(plan), **asdict(method)},  # type: ignore[call-overload]
         "rows": list(lines),
         "environment": environment(),
