@@ -38,13 +38,13 @@ def adapted(model: Any, seed: int) -> Iterator[Any]:
     and the weights are as before. Rank 8 and scale 16: LoLCATs' healing, arXiv:2410.10254.
     """
     check_peft()
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, LoraModel
 
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     config = LoraConfig(r=RANK, lora_alpha=SCALE, lora_dropout=0.0, bias="none", target_modules=projections(model))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        held = get_peft_model(model, config)
+        held = LoraModel(model, {"default": config}, "default")
     try:
         yield model
     except BaseException:

@@ -21,7 +21,8 @@ NOTES = (
     "number under one of many names. One is right if all its digits are the likeliest ones. Bits alone hide what "
     "broke: a model may lose a few tenths of a bit and every key.",
     "Healed: trained on after the conversion. The control is the original trained alike: compare with that line, since "
-    "text that the original never saw makes it better too.",
+    "text that the original never saw makes it better too. Where a student is taught, the control is the same student "
+    "trained on the text alone, for as many tokens.",
     "Times are medians of three turns, the model's and the original's in turn, batch 1, through the model's own cache; "
     "on a shared machine trust the ratios. Cache bytes are of the tensors held.",
 )
