@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from manyheads.cli import main
 from manyheads.convert import healing as healing_module
+from manyheads.convert.damage import Sizes
 from manyheads.convert.healing import Healing, batch, heal
+from manyheads.convert.run import Damaged, Plan, _allow
 from manyheads.hosts.loading import load_model
 from manyheads.hosts.questions import Questions, library_text
 
@@ -67,7 +70,7 @@ def test_check_tells_a_changed_weight(converted: Path, tmp_path: Path, capsys: p
 def test_a_dry_run_measures_several_and_writes_no_weights(tmp_path: Path) -> None:
     out = tmp_path / "dry"
     assert run("--kv-heads", "4,2", "--dry-run", "--align", "mean", *SMALL, "--out", str(out), "--json") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["conversion.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["conversion.html", "conversion.json"]
     rows = json.loads((out / "conversion.json").read_text())["rows"]
     assert [row["title"] for row in rows] == ["original", "gqa 4, mean", "gqa 2, mean"]
     assert rows[1]["bits_per_token"] == pytest.approx(rows[0]["bits_per_token"], abs=1e-5)
@@ -109,6 +112,27 @@ def test_too_much_damage_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     assert not out.exists()
 
 
+def test_too_much_damage_is_told_after_a_dry_run_and_after_healing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "dry"
+    limits = ["--align", "mean", "--max-damage", "0.1"]
+    # The last value loses nothing; the first does.
+    assert run("--kv-heads", "1,4", "--dry-run", *limits, *SMALL, "--out", str(out)) == 3
+    assert "gqa 1, mean: " in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["conversion.html", "conversion.json"]
+    assert run("--kv-heads", "1", "--heal", "1k", *limits, *SMALL, "--out", str(tmp_path / "healed")) == 3
+    assert "gqa 1, mean, healed: " in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == [out]
+    assert run("--kv-heads", "4", *limits, *SMALL, "--out", str(tmp_path / "same")) == 0
+
+
+def test_what_is_no_number_is_too_much_damage() -> None:
+    lines = [{"title": "a", "value": None, "bits_per_token": 1.0}, {"title": "b", "value": 1, "bits_per_token": nan}]
+    with pytest.raises(Damaged, match="b: nan bits per token lost"):
+        _allow(Plan((1,), Sizes(), max_damage=0.5), lines, "nothing is written")
+
+
 def test_healing_is_measured_beside_a_control_healed_alike(tmp_path: Path) -> None:
     out = tmp_path / "healed"
     assert run("--kv-heads", "2", "--heal", "8k", *SMALL, "--out", str(out)) == 0
@@ -146,6 +170,8 @@ def test_healing_is_measured_beside_a_control_healed_alike(tmp_path: Path) -> No
         (["--align", "svd"], "--align 'svd': want one of"),
         (["--dtype", "int4"], "--dtype 'int4': want one of"),
         (["--windows", "0"], "--windows 0: want 1 to"),
+        (["--max-damage", "nan"], "--max-damage nan: want bits per token"),
+        (["--calibrate", "9000000"], "tokens for calibration in windows of 160; --calibrate 9000000 was asked"),
         (["a", "b"], "takes one"),
         (["check"], "takes one folder"),
     ],

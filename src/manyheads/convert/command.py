@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from manyheads.hosts.loading import Loaded
     from manyheads.hosts.questions import Questions
 
-METHODS = ("gqa", "mla", "prune")
-_KNOBS = {"gqa": "kv-heads", "mla": "rank", "prune": "heads"}
+METHODS = ("gqa", "mla", "prune", "distil")
+_KNOBS = {"gqa": "kv-heads", "mla": "rank", "prune": "heads", "distil": "depth"}
+_ALSO = {"distil": ("transfer",)}  # options of a mechanism that a method has too
 DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 # The share of a text that is measured on; the rest is for calibration and healing.
@@ -61,9 +62,17 @@ def convert(
             "--uniform/--global", help="prune: as many in every layer, or all layers compete (class of ours)."
         ),
     ] = None,
+    depth: Annotated[
+        str | None, typer.Option(help="distil: layers of the student; several with --dry-run. Half without it.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="distil: width of the student, whose weights are then new.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A teacher for --to distil or --healing distil; the model itself without it.")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="A mechanism's layers: 4-20, or 0,2,4. All without it.")] = None,
     transfer: Annotated[
-        int | None, typer.Option(help="A mechanism's steps of learning from the attention that it replaces.")
+        int | None,
+        typer.Option(help="A mechanism's steps of learning from the attention that it replaces; a student's."),
     ] = None,
     transfer_loss: Annotated[
         str | None,
@@ -74,6 +83,9 @@ def convert(
     budget_bytes: Annotated[int | None, typer.Option(help="Bytes of cache per token, in place of the above.")] = None,
     calibrate: Annotated[int, typer.Option(help="Tokens of calibration.")] = 8192,
     heal: Annotated[str | None, typer.Option(help="Tokens to heal with: 200k, 1M. None without it.")] = None,
+    healing: Annotated[
+        str | None, typer.Option(help="How to heal: full, lora (adapters, merged), or distil (from a teacher).")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of healing; by the model's size without it.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text to calibrate, heal and measure on.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of text to measure on.")] = 8,
@@ -98,17 +110,20 @@ def convert(
             raise ValueError(f"{name} {value}: want 1 to {most}")
     if not 64 <= length <= 1 << 20:
         raise ValueError(f"--length {length}: want 64 tokens or more")
+    from manyheads.convert.asked import check_healing, distilling, load_teacher
     from manyheads.convert.damage import Sizes
     from manyheads.convert.run import Damaged, Plan, run_conversion
     from manyheads.convert.saving import check_target
 
     check_target(out)
+    check_healing(to, heal, healing, against)
     settings: dict[str, dict[str, Any]] = {
         "gqa": {"align": align},
         "mla": {"norm": norm, "rope_dim": rope_dim, "fold": parse_fold(fold), "format": format},
         "prune": {"by": by, "uniform": uniform},
+        "distil": {"width": width},
     }
-    knobs = {"gqa": kv_heads, "mla": rank, "prune": heads}
+    knobs = {"gqa": kv_heads, "mla": rank, "prune": heads, "distil": depth}
     beside = {
         "layers": layers, "transfer": transfer, "transfer-loss": transfer_loss, "window": window, "active": active,
     }  # fmt: skip
@@ -120,15 +135,23 @@ def convert(
     from manyheads.hosts.loading import load_model
 
     loaded = load_model(given[0] if given else None, dtype=dtype)
+    training = _healing(loaded, heal, lr, length, healing or "full")
+    teacher = load_teacher(loaded, against, dtype)
     method = _method(to, settings, spec, loaded, beside)
+    if to == "distil":
+        if teacher is not None and budget_bytes is None:
+            values = values or (loaded.config.num_hidden_layers,)
+        teaching = _healing(loaded, str(transfer * length * 8) if transfer else None, lr, length, "relations")
+        method, loaded = distilling(method, loaded, teacher, teaching, training)
     if spec is not None and budget_bytes is None:
         values = (len(method.layers),)  # type: ignore[attr-defined]
     values = values or (_within(method, loaded, budget_bytes),)
     measured, trained = _texts(loaded, text)
     sizes = Sizes(windows, length, keys, length)
-    plan = Plan(values, sizes, calibrate, _healing(loaded, heal, lr, length), max_damage)
+    plan = Plan(values, sizes, calibrate, training, max_damage)
+    by = None if teacher is None else teacher.model
     try:
-        record = run_conversion(loaded, method, plan, measured, trained, out, write=not dry_run)
+        record = run_conversion(loaded, method, plan, measured, trained, out, write=not dry_run, teacher=by)
     except Damaged as error:
         typer.echo(f"manyheads: {error}", err=True)
         raise typer.Exit(3) from None
@@ -150,17 +173,17 @@ def _spec(
         strange += [f"--{_KNOBS[other]}"] if knobs[other] is not None else []
         if other != to and strange:
             raise ValueError(f"{strange[0]} belongs to --to {other}, and --to {to} was given")
+    if not 0 <= (beside["transfer"] or 0) <= 10**7:
+        raise ValueError(f"--transfer {beside['transfer']}: want a number of steps, 0 or more")
     if to in METHODS:
         for name, value in beside.items():
-            if value is not None:
+            if value is not None and name not in _ALSO.get(to, ()):
                 raise ValueError(f"--{name} belongs to a mechanism, and --to {to} was given")
         return None
     named = parse_name(to)
     spec: dict[str, Any] = {"name": named} if isinstance(named, str) else named
     if spec["name"] not in list_attentions():
         raise ValueError(f"--to {to!r}: want {', '.join(METHODS)}, or a mechanism (`manyheads list`)")
-    if not 0 <= (beside["transfer"] or 0) <= 10**7:
-        raise ValueError(f"--transfer {beside['transfer']}: want a number of steps, 0 or more")
     if beside["transfer-loss"] is not None and not beside["transfer"]:
         raise ValueError("--transfer-loss says what is learnt: give --transfer STEPS with it")
     return spec
@@ -231,7 +254,7 @@ def parse_tokens(text: str) -> int:
     return int(match[1]) * _UNITS[match[2]]
 
 
-def _healing(loaded: Loaded, tokens: str | None, lr: float | None, length: int) -> Healing | None:
+def _healing(loaded: Loaded, tokens: str | None, lr: float | None, length: int, form: str) -> Healing | None:
     from manyheads.convert.healing import Healing
 
     if tokens is None:
@@ -240,7 +263,7 @@ def _healing(loaded: Loaded, tokens: str | None, lr: float | None, length: int) 
         raise ValueError(f"--lr {lr}: want a number between 0 and 1")
     size = sum(p.numel() for p in loaded.model.parameters())
     rate = lr if lr is not None else 1e-3 if size < 1e7 else 1e-4
-    return Healing(parse_tokens(tokens), rate, length)
+    return Healing(parse_tokens(tokens), rate, length, form=form)
 
 
 def _texts(loaded: Loaded, path: Path | None) -> tuple[Questions, Questions]:

@@ -1,4 +1,4 @@
-"""What a conversion cost: text, distance to the original, hidden keys, and what the cache and the weights take."""
+"""What a conversion cost: text, distance to the original, hidden keys, bytes of cache, parameters, and time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.questions import Questions, Trial
 from manyheads.runs.steps import Tell, silent
+
+# Windows whose second half is written greedily, tokens of it, and turns of timing.
+GREEDY_ROWS, GREEDY_TOKENS, TURNS = 4, 32, 3
 
 
 @dataclass(frozen=True)
@@ -34,16 +38,18 @@ class Judge:
         self.windows = [torch.tensor(row) for row in questions.windows(sizes.length, sizes.windows)]
         span = max(1, sizes.keys - 1)
         self.trials = [questions.passkey(sizes.key_length, n / span, n) for n in range(sizes.keys)]
+        self.needles = [questions.needle(sizes.key_length, n / span, n) for n in range(sizes.keys)]
         self.original = loaded.model
 
     @property
     def steps(self) -> int:
-        return len(self.windows) + len(self.trials)
+        return len(self.windows) + len(self.trials) + len(self.needles) + 2
 
     @torch.no_grad()
     def measure(self, model: Any, tell: Tell = silent) -> dict[str, float | int]:
         """bits per token of held-out text, KL in bits to the original (0 for itself), how often both think the same
-        token likeliest, hidden keys told (all digits likeliest, given those before), parameters, and seconds."""
+        token likeliest, the share of greedy text before the first other token, hidden keys told (all digits likeliest,
+        given those before), parameters, bytes of cache, and times as shares of the original's, taken by turns."""
         bits, apart, agree = [], [], []
         begun, done = time.perf_counter(), 0
         for row in self.windows:
@@ -54,22 +60,73 @@ class Judge:
             agree.append(float((own.argmax(1) == other.argmax(1)).double().mean()))
             done += 1
             tell(done, self.steps, "")
-        right = 0
-        for trial in self.trials:
-            right += answers(model, trial)
+        told = []
+        for trial in (*self.trials, *self.needles):
+            told.append(answers(model, trial))
             done += 1
             tell(done, self.steps, "")
+        alike = self._same_greedy_text(model)
+        tell(done + 1, self.steps, "")
+        times = self._times(model)
+        tell(done + 2, self.steps, "")
+        whole, half = (cache_bytes(model, self.windows[0][: self.sizes.length // k]) for k in (1, 2))
         return {
             "bits_per_token": sum(bits) / len(bits),
             "kl_bits": max(0.0, sum(apart) / len(apart)),
             "top_agreement": sum(agree) / len(agree),
-            "passkeys": right,
+            "greedy_agreement": alike,
+            "passkeys": sum(told[: len(self.trials)]),
+            "needles": sum(told[len(self.trials) :]),
             "keys": len(self.trials),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "cache_bytes": cache_bytes(model, self.windows[0]),
+            "cache_bytes": whole,
+            "cache_bytes_per_token": (whole - half) / (self.sizes.length - self.sizes.length // 2),
+            **times,
+            "windows": len(self.windows),
             "tokens": len(self.windows[0]),
             "seconds": time.perf_counter() - begun,
         }
+
+    def _same_greedy_text(self, model: Any) -> float:
+        if model is self.original:
+            return 1.0
+        rows = torch.stack(self.windows[:GREEDY_ROWS])
+        prompts = rows[:, : rows.shape[1] // 2]
+        own, other = (go_on(each, prompts, GREEDY_TOKENS)[0] for each in (model, self.original))
+        return float((own == other).long().cumprod(1).double().mean())
+
+    def _times(self, model: Any) -> dict[str, float]:
+        """Seconds of the prompt and of a token after it, and what they are of the original's."""
+        prompt = self.windows[0][None]
+        sides = [model] if model is self.original else [model, self.original]
+        taken = [[go_on(each, prompt, 9)[1] for each in sides] for _ in range(TURNS)]
+        found: dict[str, float] = {}
+        for k, what in enumerate(("prefill", "decode")):
+            own, *other = (median(turn[side][k] for turn in taken) for side in range(len(sides)))
+            found |= {f"{what}_s": own, f"{what}_ratio": own / other[0] if other else 1.0}
+        return found
+
+
+@torch.no_grad()
+def go_on(model: Any, prompts: Tensor, count: int) -> tuple[Tensor, tuple[float, float]]:
+    """The likeliest tokens after prompts [b, n], as [b, count], and the seconds of the prompt and of a later token."""
+    ids, cache = prompts.to(model.device), None
+    tokens, seconds = [], []
+    for _ in range(count):
+        settle(ids.device)
+        begun = time.perf_counter()
+        out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+        settle(ids.device)
+        seconds.append(time.perf_counter() - begun)
+        tokens.append(ids.cpu())
+    return torch.cat(tokens, 1), (seconds[0], median(seconds[1:]))
+
+
+def settle(device: torch.device) -> None:
+    """A CUDA device runs behind the clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _log_probabilities(model: Any, row: Tensor) -> Tensor:
@@ -90,8 +147,14 @@ def answers(model: Any, trial: Trial) -> bool:
 
 
 def calibration_rows(questions: Questions, tokens: int, length: int) -> Sequence[list[int]]:
-    """Windows of the text, `tokens` in all."""
-    return questions.windows(length, max(1, tokens // length))
+    """Windows of the text, `tokens` in all. ValueError where the text is shorter."""
+    rows = questions.windows(length, max(1, tokens // length))
+    if len(rows) * length < tokens // length * length:
+        raise ValueError(
+            f"{questions.where} has {len(rows) * length} tokens for calibration in windows of {length}; --calibrate "
+            f"{tokens} was asked: give a longer text, or --calibrate {len(rows) * length}"
+        )
+    return rows
 
 
 @torch.no_grad()

@@ -1,15 +1,16 @@
-"""Some training after a conversion, on all weights: windows of text, half of them ending in a hidden key.
+"""Some training after a conversion: windows of text, half of them ending in a hidden key.
 
-AdamW, half a cosine after a short warm-up, gradients clipped to 1. What has been done is kept in `FOLDER/healing.*`
-every two minutes, so that a run that was stopped goes on from there; the same seed gives the same batches.
+AdamW, half a cosine after a short warm-up, gradients clipped to 1. What has been done is kept beside the folder every
+two minutes, so that a run that was stopped goes on from there, bit for bit; the same seed gives the same batches.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.convert.adapters import adapted, check_reached
+from manyheads.convert.keeping import Keeping, facts
+from manyheads.convert.lessons import LESSONS, Lesson
 from manyheads.hosts.questions import Questions
-from manyheads.runs.files import write_atomically
 from manyheads.runs.steps import Tell, silent
 
 KEEP_EVERY = 120.0  # seconds
 WARM = 0.05
+FORMS = ("full", "lora", "distil")
 
 
 @dataclass(frozen=True)
 class Healing:
-    """tokens in all, in rows of `length`, `batch` rows to a step. passkeys: share of the rows that end in a key."""
+    """tokens in all, in rows of `length`, `batch` rows to a step. passkeys: share of the rows that end in a key.
+
+    form: what is learnt and by what. full: the text, by all weights. lora: the text, by adapters on attention, which
+    are part of the weights afterwards. distil: a teacher's expectations. relations: a teacher's queries, keys and
+    values, as in MiniLMv2.
+    """
 
     tokens: int
     rate: float = 1e-3
@@ -35,40 +44,83 @@ class Healing:
     batch: int = 8
     passkeys: float = 0.5
     seed: int = 0
+    form: str = "full"
+
+    def __post_init__(self) -> None:
+        if self.form not in LESSONS:
+            raise ValueError(f"--healing {self.form!r}: want one of {', '.join(FORMS)}")
 
     @property
     def steps(self) -> int:
         return max(1, round(self.tokens / (self.length * self.batch)))
 
 
-def heal(model: Any, questions: Questions, plan: Healing, *, keep: Path | None = None, tell: Tell = silent) -> Any:
-    """The model, trained where it stands. questions: on text that nothing is measured on. keep: the beginning of
-    the paths of what a stopped run goes on from."""
+@contextmanager
+def _whole(model: Any, seed: int) -> Iterator[Any]:
+    yield model
+
+
+# What is trained of the model, where it is not all of it.
+_PARTS: Mapping[str, Callable[[Any, int], AbstractContextManager[Any]]] = {"lora": adapted}
+
+
+def heal(
+    model: Any,
+    questions: Questions,
+    plan: Healing,
+    *,
+    teacher: Any = None,
+    keep: Path | None = None,
+    tell: Tell = silent,
+) -> Any:
+    """The model, trained where it stands. questions: on text that nothing is measured on. teacher: a model, for the
+    forms that have one. keep: the beginning of the path of what a stopped run goes on from."""
+    if plan.form in ("distil", "relations") and teacher is None:
+        raise ValueError(f"healing {plan.form!r} learns from a teacher: give one")
+    keeping = None
+    if keep is not None:
+        of = facts(model, teacher, questions.text, asdict(plan))
+        keeping = Keeping(keep.with_name(keep.name + ".safetensors"), of)
+    with _PARTS.get(plan.form, _whole)(model, plan.seed), LESSONS[plan.form](model, teacher) as lesson:
+        _train(model, lesson, questions, plan, keeping, tell)
+    if keeping is not None:
+        keeping.clear()
+    return model.eval()
+
+
+def _train(
+    model: Any,
+    lesson: Lesson,
+    questions: Questions,
+    plan: Healing,
+    keeping: Keeping | None,
+    tell: Tell,
+) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    first = _resume(model, optimizer, plan, keep)
+    first = keeping.load(model, optimizer) if keeping is not None else 0
     model.train()
     kept = time.perf_counter()
     for step in range(first, plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * _share(step, plan.steps)
         ids = batch(questions, plan, step).to(model.device)
-        loss = model(ids, labels=ids, use_cache=False).loss
+        # What the model itself draws (dropout) follows from the step, so that a stopped run draws the same.
+        with torch.random.fork_rng():
+            torch.manual_seed(plan.seed * 1_000_003 + step)
+            loss = lesson(ids)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ValueError(f"healing diverged at step {step} (loss {value}): give a smaller --lr")
         loss.backward()
+        check_reached(model)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tell(step + 1, plan.steps, f"loss {value:.3f}")
-        if keep is not None and time.perf_counter() - kept > KEEP_EVERY:
-            _keep(model, optimizer, plan, keep, step + 1)
+        if keeping is not None and time.perf_counter() - kept > KEEP_EVERY:
+            keeping.save(model, optimizer, step + 1)
             kept = time.perf_counter()
-    if keep is not None:
-        for path in _files(keep):
-            path.unlink(missing_ok=True)
-    return model.eval()
 
 
 def batch(questions: Questions, plan: Healing, step: int) -> Tensor:
@@ -89,37 +141,3 @@ def _share(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _files(keep: Path) -> tuple[Path, Path]:
-    return keep.with_name(keep.name + ".safetensors"), keep.with_name(keep.name + ".json")
-
-
-def _keep(model: Any, optimizer: Any, plan: Healing, keep: Path, step: int) -> None:
-    from safetensors.torch import save
-
-    weights, facts = _files(keep)
-    tensors = {f"model.{n}": p.detach().contiguous() for n, p in model.named_parameters()}
-    for n, parameter in model.named_parameters():
-        for kind in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{kind}.{n}"] = optimizer.state[parameter][kind].contiguous()
-    # One file holds all of it, with the step: a kill between two files would mix two moments.
-    write_atomically(weights, save(tensors, {"step": str(step)}))
-    write_atomically(facts, json.dumps(asdict(plan)))
-
-
-def _resume(model: Any, optimizer: Any, plan: Healing, keep: Path | None) -> int:
-    if keep is None or not all(path.is_file() for path in _files(keep)):
-        return 0
-    from safetensors import safe_open
-
-    weights, facts = _files(keep)
-    if json.loads(facts.read_text()) != asdict(plan):
-        return 0  # of another run
-    with safe_open(weights, "pt") as file, torch.no_grad():
-        step = int(file.metadata()["step"])
-        for name, parameter in model.named_parameters():
-            parameter.copy_(file.get_tensor(f"model.{name}"))
-            held = {kind: file.get_tensor(f"{kind}.{name}") for kind in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **held}
-    return step

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from manyheads.convert.cases import TRIED, as_softmax
+from manyheads.convert.distilled import check_student, student
 from manyheads.convert.grouped import ALIGNMENTS, aligned, check_kv_heads, grouped
+from manyheads.convert.healing import Healing
 from manyheads.convert.hosted import check_hosted, hosted, transfer
 from manyheads.convert.imitation import check_loss
 from manyheads.convert.importance import MEASURES, head_scores
@@ -63,6 +66,19 @@ class Method(ABC):
     @property
     def calibrated(self) -> bool:
         return True
+
+    @property
+    def lesson(self) -> Healing | None:
+        """What the source teaches before any healing."""
+        return None
+
+    def control(self, model: Any, value: int, healing: Healing | None) -> tuple[str, Any, Healing] | None:
+        """What to compare with, trained as long without what the method does: its title, a model, its training."""
+        return None if healing is None else ("control, healed", copy.deepcopy(model), healing)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -255,7 +271,67 @@ class Hosted(Method):
         return found
 
 
-METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Grouped, Latent, Pruned)}
+@dataclass(frozen=True)
+class Distilled(Method):
+    """A student of the source, see `student`, that first learns the source's relations (MiniLMv2).
+
+    start: a model that the student is made of, in place of the source. teaching: how the relations are learnt.
+    """
+
+    width: int | None = None
+    teaching: Healing | None = None
+    start: Any = field(default=None, repr=False)
+    name: ClassVar[str] = "distil"
+    knob: ClassVar[str] = "--depth"
+
+    @property
+    def calibrated(self) -> bool:
+        return False
+
+    @property
+    def lesson(self) -> Healing | None:
+        return self.teaching
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        teaching = None if self.teaching is None else asdict(self.teaching)
+        return {"width": self.width, "teaching": teaching, "own_start": self.start is not None}
+
+    def title(self, value: int) -> str:
+        return f"{value} layers" + (f" of width {self.width}" if self.width else "")
+
+    def _of(self, model: Any) -> Any:
+        return model if self.start is None else self.start
+
+    def check(self, model: Any, value: int) -> None:
+        attentions(model)
+        check_student(self._of(model), value, self.width)
+        if self.start is None and self.width is None and value == len(attentions(model)):
+            raise ValueError(f"--depth {value}: the student would be the teacher; give fewer layers, or a --width")
+
+    def make(self, model: Any, value: int, rows: Rows) -> Any:
+        return student(self._of(model), value, self.width)
+
+    def within(self, model: Any, numbers: int) -> int:
+        whole = self._of(model)
+        layers = len(attentions(whole))
+        width = whole.config.hidden_size
+        each = cache_numbers(whole) // layers * (self.width or width) // width
+        return min(layers, numbers // each) or _too_small(numbers, each)
+
+    def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
+        return [Identity("a student of all layers", lambda: student(model, len(attentions(model))))]
+
+    def control(self, model: Any, value: int, healing: Healing | None) -> tuple[str, Any, Healing] | None:
+        """The same student, on the text alone for as many tokens."""
+        plans = [plan for plan in (self.teaching, healing) if plan is not None]
+        if not plans:
+            return None
+        alone = replace(plans[-1], form="full", tokens=sum(plan.tokens for plan in plans))
+        return f"{self.title(value)}, text alone", self.make(model, value, ()), alone
+
+
+METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Grouped, Latent, Pruned, Distilled)}
 
 
 def _too_small(numbers: int, least: int) -> int:

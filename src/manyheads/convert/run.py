@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -12,14 +12,13 @@ from typing import Any
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.methods import Method, prove
+from manyheads.convert.report import AFTER, CONTROL, HEALED, ORIGINAL, TAUGHT
 from manyheads.convert.saving import check_target, save_conversion, write_record
 from manyheads.hosts.fingerprint import fingerprint
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.questions import Questions
 from manyheads.runs.environment import environment
 from manyheads.runs.steps import Progress
-
-ORIGINAL, CONTROL = "original", "control, healed"
 
 
 class Damaged(ValueError):
@@ -36,6 +35,10 @@ class Plan:
     healing: Healing | None = None
     max_damage: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.max_damage is not None and not 0 <= self.max_damage < math.inf:
+            raise ValueError(f"--max-damage {self.max_damage}: want bits per token, 0 or more")
+
 
 def run_conversion(
     loaded: Loaded,
@@ -46,8 +49,10 @@ def run_conversion(
     out: Path,
     *,
     write: bool = True,
+    teacher: Any = None,
 ) -> dict[str, Any]:
-    """Converts, measures, heals and writes; returns the record. write: False measures and writes no weights."""
+    """Converts, measures, heals and writes; returns the record. write: False measures and writes no weights. teacher:
+    a model for the forms of healing that have one; the source without it."""
     check_target(out)
     if write and len(plan.values) != 1:
         given = ",".join(map(str, plan.values))
@@ -58,41 +63,55 @@ def run_conversion(
     judge = Judge(loaded, measured_on, plan.sizes)
     rows = calibration_rows(trained_on, plan.tokens, min(plan.sizes.length, plan.tokens)) if method.calibrated else []
     prove(method, loaded.model, plan.values, rows)
-    lines = [_line(judge, loaded.model, ORIGINAL, progress)]
+
+    def train(model: Any, training: Healing, by: Any, name: str) -> Any:
+        keep = out.with_name(f".{out.name}.{name.replace(' ', '-')}")
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        of = loaded.model if by is None else by
+        with progress.measure(name) as tell:
+            return heal(model, trained_on, training, teacher=of, keep=keep, tell=tell)
+
+    lines = [_line(judge, loaded.model, "original", ORIGINAL, None, progress)]
     made = loaded.model
     for value in plan.values:
         made = method.make(loaded.model, value, rows)
-        lines.append(_line(judge, made, method.title(value), progress))
-        if plan.healing is not None:
-            made = _healed(made, plan.healing, trained_on, out, f"healing-{method.name}-{value}", progress)
-            lines.append(_line(judge, made, f"{method.title(value)}, healed", progress))
-    cost = lines[-1]["bits_per_token"] - lines[0]["bits_per_token"]
-    if plan.healing is not None:
-        control = _healed(copy.deepcopy(loaded.model), plan.healing, trained_on, out, "healing-control", progress)
-        lines.append(_line(judge, control, CONTROL, progress))
-        del control
+        lines.append(_line(judge, made, method.title(value), AFTER, value, progress))
+        for stage, training, by in ((TAUGHT, method.lesson, None), (HEALED, plan.healing, teacher)):
+            if training is not None:
+                made = train(made, training, by, f"{stage} {method.name} {value}")
+                lines.append(_line(judge, made, f"{method.title(value)}, {stage}", stage, value, progress))
+        if write:
+            _allow(plan, lines, "nothing is written")
+    control = method.control(loaded.model, plan.values[-1], plan.healing)
+    if control is not None:
+        title, model, training = control
+        lines.append(_line(judge, train(model, training, teacher, "healing control"), title, CONTROL, None, progress))
+        del control, model
     record = _record(loaded, method, plan, lines)
-    if plan.max_damage is not None and cost > plan.max_damage:
-        raise Damaged(f"{cost:.3f} bits per token lost, more than --max-damage {plan.max_damage}: nothing is written")
     if write:
         save_conversion(made, loaded, out, record)
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_record(out, record)
+        _allow(plan, lines, f"what was measured is in {out}")
     return record
 
 
-def _line(judge: Judge, model: Any, title: str, progress: Progress) -> dict[str, Any]:
+def _allow(plan: Plan, lines: Sequence[dict[str, Any]], then: str) -> None:
+    """Damaged where a value's last line lost too much. What is no number is too much."""
+    if plan.max_damage is None:
+        return
+    for line in {line["value"]: line for line in lines[1:] if line["value"] is not None}.values():
+        cost = line["bits_per_token"] - lines[0]["bits_per_token"]
+        if not cost <= plan.max_damage:
+            given = f"more than --max-damage {plan.max_damage}"
+            raise Damaged(f"{line['title']}: {cost:.3f} bits per token lost, {given}: {then}")
+
+
+def _line(judge: Judge, model: Any, title: str, stage: str, value: int | None, progress: Progress) -> dict[str, Any]:
     with progress.measure(title) as tell:
         figures = judge.measure(model, tell)
-    return {"title": title, **figures}
-
-
-def _healed(model: Any, plan: Healing, questions: Questions, out: Path, name: str, progress: Progress) -> Any:
-    keep = out.with_name(f".{out.name}.{name}")
-    keep.parent.mkdir(parents=True, exist_ok=True)
-    with progress.measure(name.replace("-", " ")) as tell:
-        return heal(model, questions, plan, keep=keep, tell=tell)
+    return {"title": title, "stage": stage, "value": value, **figures}
 
 
 def _record(loaded: Loaded, method: Method, plan: Plan, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -101,7 +120,8 @@ def _record(loaded: Loaded, method: Method, plan: Plan, lines: Sequence[dict[str
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": asdict(fingerprint(loaded.model, loaded.name)),
         "method": method.name,
-        "settings": {**asdict(plan), **asdict(method)},  # type: ignore[call-overload]
+        "knob": method.knob,
+        "settings": {**asdict(plan), **method.settings},
         "rows": list(lines),
         "environment": environment(),
     }

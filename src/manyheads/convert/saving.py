@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from manyheads.convert.report import REPORT, write_report
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.quiet import quiet
 from manyheads.runs.files import write_atomically
@@ -52,6 +53,8 @@ def save_conversion(model: Any, loaded: Loaded, out: Path, record: Mapping[str, 
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
+    """The record, and the same for people."""
+    write_report(record, folder / REPORT)
     return write_atomically(folder / RECORD, json.dumps({"schema": SCHEMA, **record}, indent=1) + "\n")
 
 
@@ -107,4 +110,4 @@ def card(record: Mapping[str, Any], model: Any) -> str:
     for row in record["rows"]:
         figures = f"{row['bits_per_token']:.3f} | {row['kl_bits']:.4f} | {row['passkeys']} of {row['keys']}"
         lines.append(f"| {row['title']} | {figures} |")
-    return "\n".join([*lines, "", f"Every setting and figure: `{RECORD}`.", ""])
+    return "\n".join([*lines, "", f"Charts: `{REPORT}`. Every setting and figure: `{RECORD}`.", ""])

@@ -19,6 +19,7 @@ from manyheads.training.guided_heads import (
 from manyheads.training.hard_instances import HardInstanceMining
 from manyheads.training.head_mask import HeadMask
 from manyheads.training.multi_route import MultiRoute, one_to_many
+from manyheads.training.relations import minilm_loss, relation_loss
 from manyheads.training.subsampled import LocallySubsampled, SubsampledAttention, locally_subsampled, sampling
 from manyheads.training.token_pooling import TokenAwarePooling, attention_diversification
 from manyheads.training.virtual_adversarial import virtual_adversarial_attention_loss
@@ -48,11 +49,13 @@ __all__ = [
     "guided_heads",
     "image_numbers",
     "locally_subsampled",
+    "minilm_loss",
     "monotone_alignment",
     "negative_attention_entropy",
     "neighbours",
     "one_to_many",
     "pattern_relevance",
+    "relation_loss",
     "same_number",
     "same_sentence",
     "sampling",
