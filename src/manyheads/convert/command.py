@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from manyheads.hosts.loading import Loaded
     from manyheads.hosts.questions import Questions
 
-METHODS = ("gqa", "mla", "prune")
+METHODS = ("gqa", "mla", "prune", "bam")
 _KNOBS = {"gqa": "kv-heads", "mla": "rank", "prune": "heads"}
 DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
@@ -26,7 +26,9 @@ _MEASURED = 0.2
 def convert(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="A folder, hub name, .gguf file or smollm2; or: check DIR. Else the packaged model."),
+        typer.Argument(
+            help="A folder, hub name, .gguf file or smollm2 (bam: several); or: check DIR. Else the packaged model."
+        ),
     ] = None,
     to: Annotated[
         str, typer.Option(help=f"{', '.join(METHODS)}, or a mechanism: hedgehog, 'mswa[window=64]'.")
@@ -46,6 +48,10 @@ def convert(
         str | None, typer.Option(help="prune: query heads that stay in all; several with --dry-run. Half without it.")
     ] = None,
     by: Annotated[str | None, typer.Option(help="prune: importance, ablation, or random.")] = None,
+    share_kv: Annotated[
+        bool, typer.Option("--share-kv", help="bam: one set of keys and values, the mean of all models'.")
+    ] = False,
+    active: Annotated[int | None, typer.Option(help="bam: MLPs that a token is sent to; 2 without it.")] = None,
     layers: Annotated[str | None, typer.Option(help="A mechanism's layers: 4-20, or 0,2,4. All without it.")] = None,
     transfer: Annotated[
         int | None, typer.Option(help="A mechanism's steps of learning from the attention that it replaces.")
@@ -68,7 +74,7 @@ def convert(
     given = list(models or [])
     if given[:1] == ["check"]:
         return _check(given[1:], as_json)
-    if len(given) > 1:
+    if len(given) > 1 and to != "bam":
         raise ValueError(f"{len(given)} models given ({', '.join(given)}); --to {to} takes one")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r}: want one of {', '.join(DTYPES)}")
@@ -82,8 +88,11 @@ def convert(
     from manyheads.convert.saving import check_target
 
     check_target(out)
-    settings = {"gqa": {"align": align}, "mla": {"norm": norm}, "prune": {"by": by}}
-    knobs = {"gqa": kv_heads, "mla": rank, "prune": heads}
+    mixed = {"sources": tuple(given[1:]) or None, "share_kv": share_kv or None, "active": active}
+    settings: dict[str, dict[str, Any]] = {
+        "gqa": {"align": align}, "mla": {"norm": norm}, "prune": {"by": by}, "bam": mixed,
+    }  # fmt: skip
+    knobs = {"gqa": kv_heads, "mla": rank, "prune": heads, "bam": None}
     spec = _spec(to, settings, knobs, layers=layers, transfer=transfer)
     knob = knobs.get(to)
     values = None if knob is None else parse_counts(f"--{_KNOBS[to]}", knob)
@@ -95,6 +104,8 @@ def convert(
     method = _method(to, settings, spec, loaded, layers, transfer or 0)
     if spec is not None and budget_bytes is None:
         values = (len(method.layers),)  # type: ignore[attr-defined]
+    if to == "bam" and budget_bytes is None:
+        values = (max(1, len(given)),)
     values = values or (_within(method, loaded, budget_bytes),)
     measured, trained = _texts(loaded, text)
     sizes = Sizes(windows, length, keys, length)
@@ -109,7 +120,7 @@ def convert(
 
 def _spec(
     to: str,
-    own: dict[str, dict[str, str | None]],
+    own: dict[str, dict[str, Any]],
     knobs: dict[str, str | None],
     *,
     layers: str | None,
@@ -120,7 +131,7 @@ def _spec(
     from manyheads.runs.names import parse_name
 
     for other, settings in own.items():
-        strange = [f"--{key}" for key, value in settings.items() if value is not None]
+        strange = [f"--{key.replace('_', '-')}" for key, value in settings.items() if value is not None]
         strange += [f"--{_KNOBS[other]}"] if knobs[other] is not None else []
         if other != to and strange:
             raise ValueError(f"{strange[0]} belongs to --to {other}, and --to {to} was given")
@@ -140,7 +151,7 @@ def _spec(
 
 def _method(
     to: str,
-    own: dict[str, dict[str, str | None]],
+    own: dict[str, dict[str, Any]],
     spec: dict[str, Any] | None,
     loaded: Loaded,
     layers: str | None,

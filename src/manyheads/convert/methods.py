@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,8 @@ from manyheads.convert.hosted import check_hosted, hosted, transfer
 from manyheads.convert.latent import NORMS, check_latent, full_rank, latent
 from manyheads.convert.layout import attentions, cache_numbers
 from manyheads.convert.pruned import MEASURES, cut, head_scores, kept_heads, per_layer, pruned, zeroed
+from manyheads.convert.upcycled import check_tokenizers, check_upcycled, upcycled
+from manyheads.hosts.loading import Loaded, load_model
 from manyheads.runs.steps import Progress
 
 Rows = Sequence[Sequence[int]]
@@ -59,6 +62,10 @@ class Method(ABC):
     @property
     def calibrated(self) -> bool:
         return True
+
+    def check_loaded(self, loaded: Loaded) -> None:
+        """ValueError where what comes with the model does not fit."""
+        return
 
 
 @dataclass(frozen=True)
@@ -211,7 +218,47 @@ class Hosted(Method):
         return [Identity("softmax in every layer of our model", lambda: hosted(model))]
 
 
-METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Grouped, Latent, Pruned)}
+@dataclass(frozen=True)
+class Upcycled(Method):
+    """See `upcycled`. sources: the models beside the first one; its value is how many there are in all."""
+
+    sources: tuple[str, ...] = ()
+    share_kv: bool = False
+    active: int | None = None
+    name: ClassVar[str] = "bam"
+    knob: ClassVar[str] = "models"
+
+    @cached_property
+    def others(self) -> list[Loaded]:
+        return [load_model(source, dtype="auto") for source in self.sources]
+
+    @property
+    def calibrated(self) -> bool:
+        return False
+
+    def title(self, value: int) -> str:
+        return f"bam of {value}, {'shared' if self.share_kv else 'own'} keys and values"
+
+    def check(self, model: Any, value: int) -> None:
+        check_upcycled([model, *(other.model for other in self.others)], self.active)
+
+    def check_loaded(self, loaded: Loaded) -> None:
+        check_tokenizers([loaded, *self.others])
+
+    def make(self, model: Any, value: int, rows: Rows) -> Any:
+        return self._of([model, *(other.model for other in self.others)])
+
+    def within(self, model: Any, numbers: int) -> int:
+        raise ValueError("--budget-bytes does not go with --to bam: --share-kv keeps the cache as it is")
+
+    def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
+        return [Identity("experts that are all the same", lambda: self._of([model] * values[0]))]
+
+    def _of(self, models: Sequence[Any]) -> Any:
+        return upcycled(models, share_kv=self.share_kv, active=self.active)
+
+
+METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Grouped, Latent, Pruned, Upcycled)}
 
 
 def _too_small(numbers: int, least: int) -> int:

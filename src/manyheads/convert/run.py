@@ -52,6 +52,7 @@ def run_conversion(
     if write and len(plan.values) != 1:
         given = ",".join(map(str, plan.values))
         raise ValueError(f"{method.knob} {given}: several are measured with --dry-run only")
+    method.check_loaded(loaded)
     for value in plan.values:
         method.check(loaded.model, value)
     progress = Progress()
