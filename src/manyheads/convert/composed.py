@@ -76,6 +76,9 @@ class Composed(nn.Module):
     the anchor alone is refused once it holds something.
     """
 
+    anchor: Any
+    augmenting: Any
+
     def __init__(self, anchor: Any, augmenting: Any, pairs: Sequence[Pair], *, heads: int | None = None) -> None:
         super().__init__()
         for part, model in (("anchor", anchor), ("augmenting", augmenting)):
