@@ -170,7 +170,7 @@ def test_a_small_file_brings_them_back_to_the_same_model_alone(tmp_path: Path) -
     torch.testing.assert_close(logits(load_prompts(tiny(), path)), want, rtol=0, atol=0)
     with pytest.raises(ValueError, match="beside another model"):
         load_prompts(tiny(seed=3), path)
-    with pytest.raises(ValueError, match="beside another model"):
+    with pytest.raises(ValueError, match="has prompts already"):
         load_prompts(tuned(), path)
 
 

@@ -24,14 +24,14 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 def write_adapter(
-    path: str | Path, kind: str, trained: nn.Module, facts: Mapping[str, Any], models: Mapping[str, Any]
+    path: str | Path, kind: str, trained: Mapping[str, Tensor], facts: Mapping[str, Any], models: Mapping[str, Any]
 ) -> Path:
-    """The weights of `trained`, the facts to build it again, and what tells the frozen `models`, by their part."""
+    """The weights `trained`, the facts to build it again, and what tells the frozen `models`, by their part."""
     from safetensors.torch import save
 
     known = {part: asdict(fingerprint(model, type(model).__name__)) for part, model in models.items()}
     text = json.dumps({"schema": SCHEMA, "kind": kind, "facts": dict(facts), "models": known})
-    tensors = {key: value.detach().contiguous().clone() for key, value in trained.state_dict().items()}
+    tensors = {key: value.detach().contiguous().clone() for key, value in trained.items()}
     return write_atomically(path, save(tensors, {"manyheads": text}))
 
 

@@ -126,7 +126,9 @@ class Composed(nn.Module):
     def save(self, path: str | Path) -> Path:
         """The cross attentions alone, and which models they stand between, in one safetensors file."""
         facts = {"pairs": self.pairs, "heads": self.heads}
-        return write_adapter(path, KIND, self.bridges, facts, {"anchor": self.anchor, "augmenting": self.augmenting})
+        return write_adapter(
+            path, KIND, self.bridges.state_dict(), facts, {"anchor": self.anchor, "augmenting": self.augmenting}
+        )
 
     # -- one pass ----------------------------------------------------------------------------------------------------
 

@@ -116,7 +116,7 @@ def save_prompts(model: Any, path: str | Path) -> Path:
     held = {layer: attentions(model)[layer].module._modules.pop(_NAME) for layer in own}
     try:
         trained = nn.ModuleDict({str(layer): module for layer, module in own.items()})
-        return write_adapter(path, KIND, trained, facts, {"model": model})
+        return write_adapter(path, KIND, trained.state_dict(), facts, {"model": model})
     finally:
         for layer, module in held.items():
             attentions(model)[layer].module._modules[_NAME] = module
@@ -124,6 +124,8 @@ def save_prompts(model: Any, path: str | Path) -> Path:
 
 def load_prompts(model: Any, path: str | Path) -> Any:
     """The model with the prompts that `save_prompts` wrote; those of another model are refused."""
+    if _modules(model):
+        raise ValueError(f"{type(model).__name__} has prompts already: remove_prompts(model) takes them out")
     weights, facts = read_adapter(path, KIND, {"model": model})
     add_prompts(model, facts["prompts"], rank=facts["rank"], layers=facts["layers"])
     trained = nn.ModuleDict({str(layer): module for layer, module in _modules(model).items()})
