@@ -22,7 +22,8 @@ from common import RESULTS, save
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.layout import cache_numbers
-from manyheads.convert.methods import Grouped, Latent, Method, Pruned
+from manyheads.convert.method import Method
+from manyheads.convert.methods import Grouped, Latent, Pruned
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.questions import Questions, library_text
 

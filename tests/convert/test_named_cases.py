@@ -63,7 +63,7 @@ def test_at_its_limit_it_is_the_host(name: str, kind: str) -> None:
 
 
 def test_a_conversion_is_refused_whose_limit_is_not_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    from manyheads.convert.methods import prove
+    from manyheads.convert.method import prove
     from manyheads.mechanisms.linear import hedgehog
 
     method, model = Hosted({"name": "hedgehog", "window": 4}, (0,)), tiny()

@@ -5,32 +5,47 @@
 >>> other = latent(model, 96, calibration=rows)  # a DeepseekV3ForCausalLM whose cache holds 96 numbers and one key
 """
 
+from manyheads.convert.composed import Composed, compose, load_composed
 from manyheads.convert.damage import Judge, Sizes
 from manyheads.convert.dimap import dimap, load_dimap
+from manyheads.convert.fused import Fused, load_fused
 from manyheads.convert.grouped import aligned, grouped
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.hosted import hosted, transfer
 from manyheads.convert.importance import head_scores
 from manyheads.convert.latent import latent
+from manyheads.convert.prompted import add_prompts, load_prompts, remove_prompts, save_prompts, without_prompts
 from manyheads.convert.pruned import pruned
 from manyheads.convert.rorope import rorope
 from manyheads.convert.saving import check_conversion, save_conversion
+from manyheads.convert.upcycled import upcycled
 
 __all__ = [
+    "Composed",
+    "Fused",
     "Healing",
     "Judge",
     "Sizes",
+    "add_prompts",
     "aligned",
     "check_conversion",
+    "compose",
     "dimap",
     "grouped",
     "head_scores",
     "heal",
     "hosted",
     "latent",
+    "load_composed",
     "load_dimap",
+    "load_fused",
+    "load_prompts",
     "pruned",
+    "remove_prompts",
     "rorope",
     "save_conversion",
+    "save_prompts",
     "transfer",
+    "upcycled",
+    "without_prompts",
 ]

@@ -1,16 +1,13 @@
-"""What a checkpoint can be converted to: each method with its knob, and the identities that prove it on a model."""
+"""What a checkpoint can be converted to: each method with its knob, and the identities that must hold of it."""
 
 from __future__ import annotations
 
-import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-import torch
-
-from manyheads.convert.cases import TRIED, as_softmax
+from manyheads.convert.cases import as_softmax
 from manyheads.convert.distilled import check_student, student
 from manyheads.convert.grouped import ALIGNMENTS, aligned, check_kv_heads, grouped
 from manyheads.convert.healing import Healing
@@ -19,66 +16,12 @@ from manyheads.convert.imitation import check_loss
 from manyheads.convert.importance import MEASURES, head_scores
 from manyheads.convert.latent import NORMS, check_latent, full_rank, latent, rotary_features
 from manyheads.convert.layout import attentions, cache_numbers
+from manyheads.convert.method import Identity, Method, Rows, too_small
 from manyheads.convert.pruned import check_pruned, cut, kept_heads, pruned, zeroed
 from manyheads.convert.rorope import first_layer, rorope
+from manyheads.convert.upcycled import check_tokenizers, check_upcycled, upcycled
+from manyheads.hosts.loading import Loaded, load_model
 from manyheads.runs.steps import Progress
-
-Rows = Sequence[Sequence[int]]
-# Largest difference of logits that rounding makes, as a share of the largest logit, in float32.
-_EXACT = 2e-3
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What must compute the same as the model (or as `against`). still: with all tokens at one place, where positions
-    turn nothing."""
-
-    claim: str
-    make: Callable[[], Any]
-    still: bool = False
-    against: Callable[[], Any] | None = None
-
-
-class Method(ABC):
-    """A way to convert. knob: the option whose value says how far; its larger values cost less."""
-
-    name: ClassVar[str]
-    knob: ClassVar[str]
-
-    @abstractmethod
-    def title(self, value: int) -> str: ...
-
-    @abstractmethod
-    def check(self, model: Any, value: int) -> None:
-        """ValueError where the model cannot be converted so."""
-
-    @abstractmethod
-    def make(self, model: Any, value: int, rows: Rows) -> Any:
-        """A converted model; the given one is left as it is."""
-
-    @abstractmethod
-    def within(self, model: Any, numbers: int) -> int:
-        """The largest value whose cache holds at most so many numbers per token; ValueError where none does."""
-
-    @abstractmethod
-    def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]: ...
-
-    @property
-    def calibrated(self) -> bool:
-        return True
-
-    @property
-    def lesson(self) -> Healing | None:
-        """What the source teaches before any healing."""
-        return None
-
-    def control(self, model: Any, value: int, healing: Healing | None) -> tuple[str, Any, Healing] | None:
-        """What to compare with, trained as long without what the method does: its title, a model, its training."""
-        return None if healing is None else ("control, healed", copy.deepcopy(model), healing)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -109,7 +52,7 @@ class Grouped(Method):
     def within(self, model: Any, numbers: int) -> int:
         most = attentions(model)[0].kv_heads
         fit = [g for g in range(1, most + 1) if most % g == 0 and cache_numbers(model) * g // most <= numbers]
-        return max(fit) if fit else _too_small(numbers, cache_numbers(model) // most)
+        return max(fit) if fit else too_small(numbers, cache_numbers(model) // most)
 
     def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
         most = attentions(model)[0].kv_heads
@@ -155,7 +98,7 @@ class Latent(Method):
         layers = attentions(model)
         beside = rotary_features(model, self.rope_dim) + (self.norm == "exact")
         rank = min(full_rank(model, self.rope_dim), numbers // len(layers) - beside)
-        return rank if rank >= 1 else _too_small(numbers, len(layers) * (beside + 1))
+        return rank if rank >= 1 else too_small(numbers, len(layers) * (beside + 1))
 
     def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
         fold = None if self.fold == "auto" else self.fold
@@ -213,7 +156,7 @@ class Pruned(Method):
         if self.uniform:
             groups -= groups % count
         if groups < count:
-            return _too_small(numbers, each * count)
+            return too_small(numbers, each * count)
         return groups * (layer.heads // layer.kv_heads)
 
     def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
@@ -258,6 +201,10 @@ class Hosted(Method):
             with Progress().measure("attention transfer") as tell:
                 transfer(made, model, self.layers, rows, steps=self.transfer, loss=self.loss, rate=self.rate, tell=tell)
         return made
+
+    @property
+    def only(self) -> int:
+        return len(self.layers)
 
     def within(self, model: Any, numbers: int) -> int:
         raise ValueError(f"--budget-bytes does not say which layers hold {self.spec['name']}: give --layers")
@@ -317,7 +264,7 @@ class Distilled(Method):
         layers = len(attentions(whole))
         width = whole.config.hidden_size
         each = cache_numbers(whole) // layers * (self.width or width) // width
-        return min(layers, numbers // each) or _too_small(numbers, each)
+        return min(layers, numbers // each) or too_small(numbers, each)
 
     def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
         return [Identity("a student of all layers", lambda: student(model, len(attentions(model))))]
@@ -331,26 +278,48 @@ class Distilled(Method):
         return f"{self.title(value)}, text alone", self.make(model, value, ()), alone
 
 
-METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Grouped, Latent, Pruned, Distilled)}
+@dataclass(frozen=True)
+class Upcycled(Method):
+    """See `upcycled`. sources: the models beside the first one; its value is how many there are in all."""
+
+    sources: tuple[str, ...] = ()
+    share_kv: bool = False
+    active: int | None = None
+    name: ClassVar[str] = "bam"
+    knob: ClassVar[str] = "models"
+
+    @cached_property
+    def others(self) -> list[Loaded]:
+        return [load_model(source, dtype="auto") for source in self.sources]
+
+    @property
+    def calibrated(self) -> bool:
+        return False
+
+    def title(self, value: int) -> str:
+        return f"bam of {value}, {'shared' if self.share_kv else 'own'} keys and values"
+
+    def check(self, model: Any, value: int) -> None:
+        check_upcycled([model, *(other.model for other in self.others)], self.active)
+
+    def check_loaded(self, loaded: Loaded) -> None:
+        check_tokenizers([loaded, *self.others])
+
+    def make(self, model: Any, value: int, rows: Rows) -> Any:
+        return self._of([model, *(other.model for other in self.others)])
+
+    @property
+    def only(self) -> int:
+        return 1 + len(self.sources)
+
+    def within(self, model: Any, numbers: int) -> int:
+        raise ValueError("--budget-bytes does not go with --to bam: --share-kv keeps the cache as it is")
+
+    def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
+        return [Identity("experts that are all the same", lambda: self._of([model] * values[0]))]
+
+    def _of(self, models: Sequence[Any]) -> Any:
+        return upcycled(models, share_kv=self.share_kv, active=self.active)
 
 
-def _too_small(numbers: int, least: int) -> int:
-    raise ValueError(f"--budget-bytes leaves {numbers} numbers per token; the smallest cache here takes {least}")
-
-
-@torch.no_grad()
-def prove(method: Method, model: Any, values: Sequence[int], rows: Rows) -> None:
-    """The identities of the method, on this model; RuntimeError where one fails, which is a bug of ours."""
-    ids = torch.tensor([[(7 * i + 3) % model.config.vocab_size for i in range(TRIED)]], device=model.device)
-    slack = _EXACT * (1 if model.dtype in (torch.float32, torch.float64) else 50)
-    for identity in method.identities(model, values, rows):
-        places = torch.zeros_like(ids) if identity.still else None
-        original = model if identity.against is None else identity.against()
-        before = original(ids, position_ids=places, use_cache=False).logits
-        after = identity.make()(ids, position_ids=places, use_cache=False).logits
-        gap = float((after - before).abs().max() / before.abs().max())
-        if not gap < slack:
-            raise RuntimeError(
-                f"{identity.claim}: the logits of {type(model).__name__} should stay as they are, and change by "
-                f"{gap:.2g} of the largest: a bug of manyheads; nothing was written, please report it"
-            )
+METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Grouped, Latent, Pruned, Distilled, Upcycled)}

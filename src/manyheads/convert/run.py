@@ -11,7 +11,7 @@ from typing import Any
 
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, heal
-from manyheads.convert.methods import Method, prove
+from manyheads.convert.method import Method, prove
 from manyheads.convert.report import AFTER, CONTROL, HEALED, ORIGINAL, TAUGHT
 from manyheads.convert.saving import check_target, save_conversion, write_record
 from manyheads.hosts.fingerprint import fingerprint
@@ -57,6 +57,7 @@ def run_conversion(
     if write and len(plan.values) != 1:
         given = ",".join(map(str, plan.values))
         raise ValueError(f"{method.knob} {given}: several are measured with --dry-run only")
+    method.check_loaded(loaded)
     for value in plan.values:
         method.check(loaded.model, value)
     progress = Progress()

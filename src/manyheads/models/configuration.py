@@ -32,6 +32,7 @@ class ManyheadsConfig(PreTrainedConfig):
     positions: "learned" embeddings, "rotary" or "none". Rotary goes to self-attention mechanisms whose constructor
     takes `rotary`, unless their spec has its own; other mechanisms get none, as they may have positions of their own.
     intermediate_size: of the MLP after each mixer; 0 leaves it out. hidden_act: "swiglu" or "gelu".
+    num_local_experts: MLPs in place of each one; a router sends every token to the best num_experts_per_tok of them.
     short_conv: width of a depthwise convolution before each self mixer (causal, or centred where the layer is not
     causal); 0 leaves it out. dropout: on what each sublayer adds. pooling, of the classifiers: "mean", or the spec of a
     mechanism that pools. router_loss_weight: of the mechanisms' auxiliary losses, summed, in the loss.
@@ -46,6 +47,8 @@ class ManyheadsConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     intermediate_size: int = 1024
     hidden_act: str = "swiglu"
+    num_local_experts: int = 1
+    num_experts_per_tok: int = 1
     layers: Any = ("softmax",)
     is_causal: bool | None = None
     num_decoder_layers: int | None = None
@@ -147,10 +150,16 @@ class ManyheadsConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value!r}{suggest(str(value), known)}; want one of {list(known)}")
         least = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "patch_size": 1}
         least |= {"num_channels": 1, "max_position_embeddings": 1, "intermediate_size": 0, "short_conv": 0}
+        least |= {"num_local_experts": 1, "num_experts_per_tok": 1}
         for name, minimum in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < minimum:
                 raise ValueError(f"{name}={value!r}; want an integer, at least {minimum}")
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} of num_local_experts={self.num_local_experts}; want "
+                "no more than there are"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}; want 0 <= dropout < 1")
         if len(self.image_shape) != 2 or any(side % self.patch_size for side in self.image_shape):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from manyheads.card import Pattern
+from manyheads.functional.routing import balance_loss, top_k_mask
 from manyheads.mechanism import Mechanism, Result
 from manyheads.models.cache import ManyheadsCache, ManyheadsCacheLayer, Memory
 from manyheads.models.configuration import ManyheadsConfig, Spec, layer_pattern, spec_arguments, spec_name
@@ -142,12 +143,12 @@ class Mixer(nn.Module):
 
 
 class MLP(nn.Module):
-    """norm -> SwiGLU, or two layers with GELU."""
+    """norm -> SwiGLU, or two layers with GELU. normed: False where what is around it norms."""
 
-    def __init__(self, config: ManyheadsConfig) -> None:
+    def __init__(self, config: ManyheadsConfig, *, normed: bool = True) -> None:
         super().__init__()
         gated = config.hidden_act == "swiglu"
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if normed else nn.Identity()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False) if gated else None
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -158,6 +159,41 @@ class MLP(nn.Module):
             return self.down_proj(F.gelu(self.up_proj(x)))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
+    def losses(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
+        return []
+
+
+class ExpertMLP(nn.Module):
+    """norm -> the best k of several MLPs, whose shares, a softmax over the chosen ones' scores, sum to one."""
+
+    def __init__(self, config: ManyheadsConfig) -> None:
+        super().__init__()
+        self.active = config.num_experts_per_tok
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.router = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.experts = nn.ModuleList(MLP(config, normed=False) for _ in range(config.num_local_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        best, chosen = self._scores(x).flatten(0, -2).topk(self.active, -1)
+        shares, rows = best.softmax(-1).to(x.dtype), x.flatten(0, -2)
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            row, place = (chosen == number).nonzero(as_tuple=True)
+            out = out.index_add(0, row, expert(rows[row]) * shares[row, place, None])
+        return out.view_as(x)
+
+    def losses(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """See `balance_loss`: k where all experts get as many of the real tokens. mask: [b, n], or a dense one, which
+        does not say what is real."""
+        probs = self._scores(self.norm(x)).softmax(-1)
+        real = mask if mask is not None and mask.ndim == 2 else None
+        return [balance_loss(probs, top_k_mask(probs, self.active), real)]
+
+    def _scores(self, x: Tensor) -> Tensor:
+        scores = self.router(x)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
 
 class ManyheadsBlock(GradientCheckpointingLayer):
     """One layer: self mixer, cross mixer in a decoder, MLP."""
@@ -166,7 +202,8 @@ class ManyheadsBlock(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = self_mixer
         self.cross_attn = cross_mixer
-        self.mlp = MLP(config) if config.intermediate_size else None
+        mlp = ExpertMLP if config.num_local_experts > 1 else MLP
+        self.mlp = mlp(config) if config.intermediate_size else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -188,6 +225,7 @@ class ManyheadsBlock(GradientCheckpointingLayer):
             x = x + self.dropout(crossed.output)
             losses, cross_weights = losses + list(crossed.losses.values()), crossed.weights
         if self.mlp is not None:
+            losses += self.mlp.losses(x, masks.self_mask)
             x = x + self.dropout(self.mlp(x))
         return x, mixed.weights, cross_weights, torch.stack(losses).sum() if losses else None
 
