@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.convert.layout import Attention, attentions
+from manyheads.convert.layout import Attention, attentions, check_heads_apart
 
 MEASURES = ("importance", "ablation", "random")
 Rows = Sequence[Sequence[int]]
@@ -35,6 +35,7 @@ Rows = Sequence[Sequence[int]]
 
 def per_layer(model: Any, heads: int) -> tuple[int, int]:
     """Query and key/value heads that a layer keeps of `heads` in the whole model; ValueError where none fit."""
+    check_heads_apart(model)
     layers = attentions(model)
     first, count = layers[0], len(layers)
     size, name = first.heads // first.kv_heads, type(model).__name__
@@ -144,12 +145,13 @@ def cut(model: Any, kept: Sequence[Sequence[int]]) -> Any:
     made = _shaped(model, len(kept[0]), len(groups[0]))
     own: dict[str, Tensor] = {k: v for k, v in model.state_dict().items() if ".self_attn." not in k or "norm" in k}
     for place, (layer, row, held) in enumerate(zip(layers, kept, groups, strict=True)):
+        parts = {}
         for name, linear in layer.projections().items():
             rows = _places(held if name in ("k_proj", "v_proj") else row, layer.head_dim, linear.weight.device)
-            prefix = f"model.layers.{place}.self_attn.{name}"
-            own[f"{prefix}.weight"] = linear.weight[:, rows] if name == "o_proj" else linear.weight[rows]
+            parts[f"{name}.weight"] = linear.weight[:, rows] if name == "o_proj" else linear.weight[rows]
             if linear.bias is not None:
-                own[f"{prefix}.bias"] = linear.bias if name == "o_proj" else linear.bias[rows]
+                parts[f"{name}.bias"] = linear.bias if name == "o_proj" else linear.bias[rows]
+        own |= {f"model.layers.{place}.self_attn.{key}": value for key, value in layer.named(parts).items()}
     made.load_state_dict(own)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(model.device).eval()
