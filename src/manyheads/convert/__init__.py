@@ -8,7 +8,7 @@
 from manyheads.convert.damage import Judge, Sizes
 from manyheads.convert.grouped import aligned, grouped
 from manyheads.convert.healing import Healing, heal
-from manyheads.convert.hosted import hosted, transfer
+from manyheads.convert.hosted import hosted, transfer, unhosted
 from manyheads.convert.latent import latent
 from manyheads.convert.pruned import pruned
 from manyheads.convert.saving import check_conversion, save_conversion
@@ -26,4 +26,5 @@ __all__ = [
     "pruned",
     "save_conversion",
     "transfer",
+    "unhosted",
 ]
