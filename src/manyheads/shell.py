@@ -19,9 +19,9 @@ class Shell:
     query heads. qk_norm: RMS norm of queries and keys before positions, over each head's features (`head`, as in Qwen3)
     or over those of all heads (`whole`, as in OLMo 2). norm_eps: its epsilon. bias: which of q, k, v, o have a bias
     (`{"q": True, "k": True, "v": True}` as in Qwen2), in place of the mechanism's own `bias`. scale: of the scores;
-    head_dim ** -0.5 by default. source_dim: features of the context, where they are not those of x. norm_offset: what is
-    added to the gains of the query and key norms (1 in Gemma 3). softcap: scores s become softcap * tanh(s / softcap)
-    before anything is masked (Gemma 2). window: causal layers look back at so many tokens, the query's own included
+    head_dim ** -0.5 by default. source_dim: features of the context, where they are not those of x. norm_offset: what
+    is added to the gains of the query and key norms (1 in Gemma 3). softcap: scores s become
+    softcap * tanh(s / softcap) before anything is masked (Gemma 2). window: causal layers look back at so many tokens, the query's own included
     (Mistral, Gemma).
     """
 

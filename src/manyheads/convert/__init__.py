@@ -10,7 +10,7 @@ from manyheads.convert.grouped import aligned, grouped
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.hosted import hosted, transfer, unhosted
 from manyheads.convert.latent import latent
-from manyheads.convert.pruned import pruned
+from manyheads.convert.pruned import as_mistral, pruned
 from manyheads.convert.saving import check_conversion, save_conversion
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Judge",
     "Sizes",
     "aligned",
+    "as_mistral",
     "check_conversion",
     "grouped",
     "heal",

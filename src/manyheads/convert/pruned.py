@@ -20,7 +20,7 @@ checkpoints that stock classes load.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -188,20 +188,38 @@ def _shaped(model: Any, heads: int, kv_heads: int) -> Any:
         "head_dim": attentions(model)[0].head_dim,
     }
     if config.model_type == "llama" and width % heads:
-        from transformers import MistralConfig, MistralForCausalLM
-
         if config.attention_bias or config.mlp_bias:
             raise ValueError(
                 f"{name} with biases and {heads} heads a layer has no class that takes it: keep a number of heads that "
                 f"divides the hidden size {width}"
             )
-        known = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", *settings)}
-        for key in ("attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"):
-            known.pop(key, None)
-        config, cls = MistralConfig(**{**known, **settings, "sliding_window": None}), MistralForCausalLM
+        config, cls = _as_mistral(config, settings)
     elif config.model_type == "gemma2" and width % heads:
         raise ValueError(f"{name} takes only numbers of heads that divide its hidden size {width}")
     else:
         for key, value in settings.items():
             setattr(config, key, value)
     return cls._from_config(config, dtype=model.dtype)
+
+
+def _as_mistral(config: Any, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    known = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", *settings)}
+    for key in ("attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"):
+        known.pop(key, None)
+    return MistralConfig(**{**known, **settings, "sliding_window": None}), MistralForCausalLM
+
+
+@torch.no_grad()
+def as_mistral(model: Any) -> Any:
+    """A Llama as MistralForCausalLM without a window: the same weights and logits, for engines that read from a Llama's
+    configuration that its heads have hidden_size / heads features, whatever it says. The given one is left as it is."""
+    config, name = model.config, type(model).__name__
+    if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+        raise ValueError(f"{name} has no twin among Mistrals; want a Llama without biases")
+    own, cls = _as_mistral(config, {"head_dim": attentions(model)[0].head_dim})
+    made = cls._from_config(own, dtype=model.dtype)
+    made.load_state_dict(model.state_dict())
+    made.generation_config = copy.deepcopy(model.generation_config)
+    return made.to(model.device).eval()

@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.methods import Method, prove
-from manyheads.convert.saving import check_target, save_conversion, write_record
+from manyheads.convert.saving import check_target, save_conversion, stored_dtype, write_record
 from manyheads.hosts.fingerprint import fingerprint
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.questions import Questions
@@ -28,13 +30,15 @@ class Damaged(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """values: of the method's knob, one conversion each. tokens: of calibration. max_damage: bits per token."""
+    """values: of the method's knob, one conversion each. tokens: of calibration. max_damage: bits per token.
+    dtype: of the files that are written; the source's without it."""
 
     values: tuple[int, ...]
     sizes: Sizes
     tokens: int = 8192
     healing: Healing | None = None
     max_damage: float | None = None
+    dtype: str | None = None
 
 
 def run_conversion(
@@ -57,7 +61,7 @@ def run_conversion(
     progress = Progress()
     judge = Judge(loaded, measured_on, plan.sizes)
     rows = calibration_rows(trained_on, plan.tokens, min(plan.sizes.length, plan.tokens)) if method.calibrated else []
-    prove(method, loaded.model, plan.values, rows)
+    identities = prove(method, loaded.model, plan.values, rows)
     lines = [_line(judge, loaded.model, ORIGINAL, progress)]
     made = loaded.model
     for value in plan.values:
@@ -71,11 +75,13 @@ def run_conversion(
         control = _healed(copy.deepcopy(loaded.model), plan.healing, trained_on, out, "healing-control", progress)
         lines.append(_line(judge, control, CONTROL, progress))
         del control
-    record = _record(loaded, method, plan, lines)
+    record = {**_record(loaded, method, plan, lines), "identities": identities}
     if plan.max_damage is not None and cost > plan.max_damage:
         raise Damaged(f"{cost:.3f} bits per token lost, more than --max-damage {plan.max_damage}: nothing is written")
     if write:
-        save_conversion(made, loaded, out, record)
+        save_conversion(
+            made.to(getattr(torch, plan.dtype) if plan.dtype else stored_dtype(loaded)), loaded, out, record
+        )
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_record(out, record)

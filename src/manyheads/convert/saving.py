@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from manyheads.convert.engines import takers
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.quiet import quiet
 from manyheads.runs.files import write_atomically
@@ -18,6 +19,10 @@ from manyheads.runs.given import read_json
 
 RECORD = "conversion.json"
 SCHEMA = 1
+TOKENIZERS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt",
+    "spiece.model",
+)  # fmt: skip
 _SAMPLE = 48  # tokens whose logits are kept, to see after loading that nothing was lost on the way
 
 
@@ -37,8 +42,7 @@ def save_conversion(model: Any, loaded: Loaded, out: Path, record: Mapping[str, 
     try:
         with quiet():
             model.save_pretrained(draft)
-            if loaded.tokenizer is not None:
-                loaded.tokenizer.save_pretrained(draft)
+            bring_tokenizer(loaded, draft)
         write_record(draft, {**record, "class": type(model).__name__, "sample": sample(model)})
         (draft / "README.md").write_text(card(record, model), encoding="utf-8")
         if out.exists():
@@ -49,6 +53,30 @@ def save_conversion(model: Any, loaded: Loaded, out: Path, record: Mapping[str, 
         raise OSError(error.errno, f"could not write it ({error.strerror}): {advice}", str(out)) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def bring_tokenizer(loaded: Loaded, draft: Path) -> None:
+    """Its tokenizer beside a model; the files as they are where we read bytes without it and others need it."""
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(draft)
+    elif loaded.where is not None:
+        copy_beside(Path(loaded.where), draft, TOKENIZERS)
+
+
+def copy_beside(source: Path, draft: Path, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, draft / file.name)
+
+
+def stored_dtype(loaded: Loaded) -> torch.dtype:
+    """What the checkpoint's own files hold, in whatever it was opened."""
+    from transformers import AutoConfig
+
+    if loaded.where is None:
+        return loaded.model.dtype  # type: ignore[no-any-return]
+    held = AutoConfig.from_pretrained(loaded.where, trust_remote_code=False).dtype
+    return held if isinstance(held, torch.dtype) else getattr(torch, str(held), loaded.model.dtype)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
@@ -91,6 +119,9 @@ def check_conversion(folder: Path) -> dict[str, Any]:
         "stock": type(loaded.model).__module__.startswith("transformers."),
         "largest_difference": gap,
         "equal": gap <= 1e-4 * max(1.0, size),
+        "dtype": str(kept["dtype"]).removeprefix("torch."),
+        "identities": record.get("identities", []),
+        "engines": takers(loaded.model),
     }
 
 

@@ -125,7 +125,9 @@ def _norm(config: ManyheadsConfig) -> nn.RMSNorm:
 class ScaledEmbedding(nn.Embedding):
     """Rows times a scale, rounded to their dtype as Gemma does."""
 
-    scale: float = 1.0
+    def __init__(self, count: int, dim: int, *, scale: float) -> None:
+        super().__init__(count, dim)
+        self.scale = scale
 
     def forward(self, input: Tensor) -> Tensor:
         rows = super().forward(input)

@@ -124,8 +124,9 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         if decodes and config.is_encoder_decoder:
             raise ValueError("the configuration is an encoder-decoder's; use ManyheadsSeq2SeqModel or ...ForSeq2SeqLM")
         self.decodes = decodes
-        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size)
-        self.embed_tokens.scale = config.embedding_scale
+        self.embed_tokens: nn.Embedding = ScaledEmbedding(
+            config.vocab_size, config.hidden_size, scale=config.embedding_scale
+        )
         self.stack = build_stack(config, causal if config.is_causal is None else config.is_causal)
         self.post_init()
 
