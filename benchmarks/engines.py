@@ -2,10 +2,10 @@
 
     pip install ctranslate2==4.8.5 && python benchmarks/engines.py
 
-The packaged model, as a Mistral since this engine takes a Llama's heads to have hidden_size / heads features (`as_mistral`
-in manyheads.convert; the weights are the same), is converted by the command line, each folder goes through CTranslate2's converter of transformers'
-checkpoints, and both are asked for the same: log-probabilities of a text's tokens, and 48 tokens of greedy text after
-each of several prompts. Every difference is in the result; beyond rounding, the exit status is 1.
+The packaged model, as a Mistral (`as_mistral`: the same weights, since this engine takes the heads of a Llama to have
+hidden_size / heads features), is converted by the command line; each folder goes through CTranslate2's converter of
+transformers' checkpoints, and both are asked for the same: log-probabilities of a prompt's tokens, and 48 tokens of
+greedy text after it. Every difference is in the result; beyond rounding, the exit status is 1.
 """
 
 from __future__ import annotations

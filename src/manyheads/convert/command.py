@@ -60,7 +60,13 @@ def convert(
     length: Annotated[int, typer.Option(help="Tokens of a window, and of a haystack.")] = 512,
     max_damage: Annotated[float | None, typer.Option(help="Bits per token that may be lost; exit 3 above.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure, and write no weights.")] = False,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}. Without it: float32, and written as it came.")
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="File by file, unmeasured: gqa by mean or first, prune by --scores.")
+    ] = False,
+    scores: Annotated[Path | None, typer.Option(help="--stream, prune: JSON, per layer a number per head.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint and what it cost.")] = Path("converted"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -70,7 +76,7 @@ def convert(
         return _check(given[1:], as_json)
     if len(given) > 1:
         raise ValueError(f"{len(given)} models given ({', '.join(given)}); --to {to} takes one")
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r}: want one of {', '.join(DTYPES)}")
     for name, value, most in (("--windows", windows, 4096), ("--keys", keys, 4096), ("--calibrate", calibrate, 10**7)):
         if not 1 <= value <= most:
@@ -82,6 +88,12 @@ def convert(
     from manyheads.convert.saving import check_target
 
     check_target(out)
+    if scores is not None and not stream:
+        raise ValueError("--scores belongs to --stream: without it, --by says how heads are scored")
+    if stream:
+        beside = {"--heal": heal, "--dry-run": dry_run or None, "--budget-bytes": budget_bytes, "--dtype": dtype}
+        beside |= {"--max-damage": max_damage, "--text": text, "--by": by, "--rank": rank, "--layers": layers}
+        return _stream(given, to, {"gqa": kv_heads, "prune": heads}, align, scores, beside, out, as_json)
     settings = {"gqa": {"align": align}, "mla": {"norm": norm}, "prune": {"by": by}}
     knobs = {"gqa": kv_heads, "mla": rank, "prune": heads}
     spec = _spec(to, settings, knobs, layers=layers, transfer=transfer)
@@ -91,14 +103,14 @@ def convert(
         raise ValueError(f"--{_KNOBS[to]} and --budget-bytes both say how far to go: give one of them")
     from manyheads.hosts.loading import load_model
 
-    loaded = load_model(given[0] if given else None, dtype=dtype)
+    loaded = load_model(given[0] if given else None, dtype=dtype or "float32")
     method = _method(to, settings, spec, loaded, layers, transfer or 0)
     if spec is not None and budget_bytes is None:
         values = (len(method.layers),)  # type: ignore[attr-defined]
     values = values or (_within(method, loaded, budget_bytes),)
     measured, trained = _texts(loaded, text)
     sizes = Sizes(windows, length, keys, length)
-    plan = Plan(values, sizes, calibrate, _healing(loaded, heal, lr, length), max_damage)
+    plan = Plan(values, sizes, calibrate, _healing(loaded, heal, lr, length), max_damage, dtype)
     try:
         record = run_conversion(loaded, method, plan, measured, trained, out, write=not dry_run)
     except Damaged as error:
@@ -219,6 +231,42 @@ def _texts(loaded: Loaded, path: Path | None) -> tuple[Questions, Questions]:
     )
 
 
+def _stream(
+    given: list[str],
+    to: str,
+    knobs: dict[str, str | None],
+    align: str | None,
+    scores: Path | None,
+    beside: dict[str, Any],
+    out: Path,
+    as_json: bool,
+) -> None:
+    from manyheads.convert.streamed import Change, Cutting, Pooling, read_scores, stream
+    from manyheads.hosts.loading import find_model
+
+    strange = [name for name, value in beside.items() if value is not None]
+    if strange:
+        raise ValueError(f"{strange[0]} takes the whole model, and --stream holds one file of it at a time")
+    knob = knobs.get(to)
+    values = () if knob is None else parse_counts(f"--{_KNOBS[to]}", knob)
+    if len(values) != 1 or knobs != {**dict.fromkeys(knobs), to: knob}:
+        raise ValueError("--stream takes --to gqa with --kv-heads N, or --to prune with --heads N and --scores FILE")
+    change: Change
+    if to == "gqa":
+        if scores is not None:
+            raise ValueError("--scores belongs to --to prune, and --to gqa was given")
+        change = Pooling(values[0], align or "mean")
+    else:
+        if align is not None or scores is None:
+            raise ValueError("--stream --to prune cuts by scores that are given: --scores FILE, and no --align")
+        change = Cutting(values[0], read_scores(scores))
+    record = stream(Path(find_model(given[0] if given else None)), out, change)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(out), "weights": True, "rows": []}, indent=2))
+    else:
+        typer.echo(f"written: {out}; {record['title']}, not measured; `manyheads convert check {out}`")
+
+
 def _check(folders: list[str], as_json: bool) -> None:
     from manyheads.convert.saving import check_conversion
 
@@ -230,7 +278,13 @@ def _check(folders: list[str], as_json: bool) -> None:
     else:
         who = "transformers opens it with no code of ours" if found["stock"] else "opens with `import manyheads`"
         same = "equal to what was written" if found["equal"] else "NOT what was written"
-        typer.echo(f"{found['folder']}: {found['class']}; {who}; {same} ({found['largest_difference']:.2g})")
+        gap = found["largest_difference"]
+        how = "by its files' hashes" if gap is None else f"{gap:.2g}"
+        typer.echo(f"{found['folder']}: {found['class']}, {found['dtype']}; {who}; {same} ({how})")
+        for held in found["identities"]:
+            typer.echo(f"  held before it was written: {held['claim']} ({held['gap']:.2g} of the largest logit)")
+        for engine, answer in found["engines"].items():
+            typer.echo(f"  {engine}: {answer}")
     if not found["equal"]:
         raise typer.Exit(1)
 

@@ -62,11 +62,15 @@ def grouped(model: Any, kv_heads: int, *, align: str = "procrustes", calibration
 def _pool(layer: Attention, old: Any, new: Any, kv_heads: int, align: str) -> None:
     for kind in ("weight", "bias"):
         held = getattr(old, kind)
-        if held is None or (align == "random" and kind == "weight"):
-            continue
-        heads = held.view(kv_heads, layer.kv_heads // kv_heads, layer.head_dim, *held.shape[1:])
-        chosen = heads[:, 0] if align == "first" else heads.double().mean(1)
-        getattr(new, kind).copy_(chosen.reshape(getattr(new, kind).shape))
+        if held is not None and not (align == "random" and kind == "weight"):
+            getattr(new, kind).copy_(pooled(held, layer, kv_heads, align))
+
+
+def pooled(held: Tensor, layer: Attention, kv_heads: int, align: str) -> Tensor:
+    """Rows of all key/value heads -> those of `kv_heads`: each group's mean, or its first."""
+    heads = held.view(kv_heads, layer.kv_heads // kv_heads, layer.head_dim, *held.shape[1:])
+    chosen = heads[:, 0] if align == "first" else heads.double().mean(1)
+    return chosen.flatten(0, 1).to(held.dtype)
 
 
 @torch.no_grad()

@@ -142,19 +142,28 @@ def cut(model: Any, kept: Sequence[Sequence[int]]) -> Any:
     layers = attentions(model)
     size = layers[0].heads // layers[0].kv_heads
     groups = [sorted({head // size for head in row}) for row in kept]
-    made = _shaped(model, len(kept[0]), len(groups[0]))
+    config, cls = shaped(model, len(kept[0]), len(groups[0]))
+    made = cls._from_config(config, dtype=model.dtype)
     own: dict[str, Tensor] = {k: v for k, v in model.state_dict().items() if ".self_attn." not in k or "norm" in k}
     for place, (layer, row, held) in enumerate(zip(layers, kept, groups, strict=True)):
         parts = {}
         for name, linear in layer.projections().items():
-            rows = _places(held if name in ("k_proj", "v_proj") else row, layer.head_dim, linear.weight.device)
-            parts[f"{name}.weight"] = linear.weight[:, rows] if name == "o_proj" else linear.weight[rows]
+            heads = held if name in ("k_proj", "v_proj") else row
+            parts[f"{name}.weight"] = kept_rows(f"{name}.weight", linear.weight, layer, heads)
             if linear.bias is not None:
-                parts[f"{name}.bias"] = linear.bias if name == "o_proj" else linear.bias[rows]
+                parts[f"{name}.bias"] = kept_rows(f"{name}.bias", linear.bias, layer, heads)
         own |= {f"model.layers.{place}.self_attn.{key}": value for key, value in layer.named(parts).items()}
     made.load_state_dict(own)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(model.device).eval()
+
+
+def kept_rows(part: str, held: Tensor, layer: Attention, heads: Sequence[int]) -> Tensor:
+    """What stays of `q_proj.weight` and the like with these heads: rows, and columns of what reads them."""
+    if part == "o_proj.bias":
+        return held
+    places = _places(heads, layer.head_dim, held.device)
+    return held[:, places] if part == "o_proj.weight" else held[places]
 
 
 @torch.no_grad()
@@ -178,8 +187,8 @@ def _places(heads: Sequence[int], dim: int, device: Any) -> Tensor:
     return (torch.tensor(list(heads), device=device)[:, None] * dim + torch.arange(dim, device=device)).flatten().long()
 
 
-def _shaped(model: Any, heads: int, kv_heads: int) -> Any:
-    """A model of the same class with so many heads, or of one that takes them."""
+def shaped(model: Any, heads: int, kv_heads: int) -> tuple[Any, Any]:
+    """The configuration with so many heads, and the same class or one that takes them."""
     config = copy.deepcopy(model.config)
     cls, width, name = type(model), config.hidden_size, type(model).__name__
     settings = {
@@ -199,7 +208,7 @@ def _shaped(model: Any, heads: int, kv_heads: int) -> Any:
     else:
         for key, value in settings.items():
             setattr(config, key, value)
-    return cls._from_config(config, dtype=model.dtype)
+    return config, cls
 
 
 def _as_mistral(config: Any, settings: Mapping[str, Any]) -> tuple[Any, Any]:

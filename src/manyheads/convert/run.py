@@ -52,7 +52,7 @@ def run_conversion(
     write: bool = True,
 ) -> dict[str, Any]:
     """Converts, measures, heals and writes; returns the record. write: False measures and writes no weights."""
-    check_target(out)
+    check_target(out, loaded.where)
     if write and len(plan.values) != 1:
         given = ",".join(map(str, plan.values))
         raise ValueError(f"{method.knob} {given}: several are measured with --dry-run only")
