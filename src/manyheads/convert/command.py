@@ -91,7 +91,12 @@ def convert(
     if scores is not None and not stream:
         raise ValueError("--scores belongs to --stream: without it, --by says how heads are scored")
     if stream:
-        beside = {"--heal": heal, "--dry-run": dry_run or None, "--budget-bytes": budget_bytes, "--dtype": dtype}
+        beside: dict[str, Any] = {
+            "--heal": heal,
+            "--dry-run": dry_run or None,
+            "--budget-bytes": budget_bytes,
+            "--dtype": dtype,
+        }
         beside |= {"--max-damage": max_damage, "--text": text, "--by": by, "--rank": rank, "--layers": layers}
         return _stream(given, to, {"gqa": kv_heads, "prune": heads}, align, scores, beside, out, as_json)
     settings = {"gqa": {"align": align}, "mla": {"norm": norm}, "prune": {"by": by}}

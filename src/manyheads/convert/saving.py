@@ -90,7 +90,7 @@ def stored_dtype(loaded: Loaded) -> torch.dtype:
     from transformers import AutoConfig
 
     if loaded.where is None:
-        return loaded.model.dtype  # type: ignore[no-any-return]
+        return loaded.model.dtype
     held = AutoConfig.from_pretrained(loaded.where, trust_remote_code=False).dtype
     return held if isinstance(held, torch.dtype) else getattr(torch, str(held), loaded.model.dtype)
 
