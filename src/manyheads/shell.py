@@ -19,7 +19,10 @@ class Shell:
     query heads. qk_norm: RMS norm of queries and keys before positions, over each head's features (`head`, as in Qwen3)
     or over those of all heads (`whole`, as in OLMo 2). norm_eps: its epsilon. bias: which of q, k, v, o have a bias
     (`{"q": True, "k": True, "v": True}` as in Qwen2), in place of the mechanism's own `bias`. scale: of the scores;
-    head_dim ** -0.5 by default. source_dim: features of the context, where they are not those of x.
+    head_dim ** -0.5 by default. source_dim: features of the context, where they are not those of x. norm_offset: what
+    is added to the gains of the query and key norms (1 in Gemma 3). softcap: scores s become
+    softcap * tanh(s / softcap) before anything is masked (Gemma 2). window: causal layers look back at so many tokens,
+    the query's own included (Mistral, Gemma).
     """
 
     head_dim: int | None = None
@@ -29,6 +32,9 @@ class Shell:
     bias: Mapping[str, bool] | None = None
     scale: float | None = None
     source_dim: int | None = None
+    norm_offset: float = 0.0
+    softcap: float | None = None
+    window: int | None = None
 
     @classmethod
     def of(cls, name: str, value: Shell | Mapping[str, Any] | None) -> Shell:
@@ -38,7 +44,7 @@ class Shell:
         if not isinstance(given, Mapping) or not set(given) <= set(known):
             raise ValueError(f"{name}: shell={value!r}; want a Shell, or a mapping with some of {known}")
         shell = cls(**checked_arguments(f"{name}: shell", cls.__init__, given))
-        for key in ("head_dim", "kv_heads", "norm_eps", "scale", "source_dim"):
+        for key in ("head_dim", "kv_heads", "norm_eps", "scale", "source_dim", "softcap", "window"):
             size = getattr(shell, key)
             if size is not None and not size > 0:
                 raise ValueError(f"{name}: shell: {key}={size} must be positive")

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from manyheads.functional.banded import banded_attention
 from manyheads.functional.grouped import (
     attend_grouped,
     attend_rows,
@@ -23,6 +24,7 @@ from manyheads.functional.grouped import (
     grouped_scores,
     masked_softmax,
 )
+from manyheads.functional.layers import rms_norm
 from manyheads.functional.rotary import Rotary, rotate
 from manyheads.functional.where import Where as Where
 from manyheads.inner import Inner
@@ -62,8 +64,17 @@ class SoftmaxAttention(Mechanism):
             raise ValueError(
                 f"{self.card.name}: has projections of its own, and no place for shell={values['shell']!r}"
             )
-        self.__dict__["shell"] = Shell.of(self.card.name, values["shell"])
+        shell = Shell.of(self.card.name, values["shell"])
+        strange = [part for part in ("softcap", "window") if getattr(shell, part) and not type(self).has_place(part)]
+        if strange:
+            raise ValueError(f"{self.card.name}: has no scores of the shell's, and no place for {strange[0]}")
+        self.__dict__["shell"] = shell
         return {"shell": self.shell.config}
+
+    @classmethod
+    def has_place(cls, part: str) -> bool:
+        """Whether the passes of this mechanism go by the shell's `softcap`, or `window`."""
+        return {"attend", *(["select"] if part == "window" else [])}.isdisjoint(changed_stages(cls))
 
     def __init__(
         self,
@@ -90,6 +101,10 @@ class SoftmaxAttention(Mechanism):
             self.rotary.features(self.head_dim)
         self.scale = self.head_dim**-0.5 if shell.scale is None else shell.scale
         self.source_dim = shell.source_dim
+        if shell.window is not None:
+            if not causal:
+                raise ValueError(f"{name}: shell: window={shell.window} is of causal layers; want causal=True")
+            self.span = shell.window
         wide = dim if shell.source_dim is None else shell.source_dim
         widths = {"q": heads * self.head_dim, "k": self.kv_heads * self.head_dim, "v": self.kv_heads * self.head_dim}
         biased = {key: bias if shell.bias is None else shell.bias.get(key, False) for key in PROJECTIONS}
@@ -99,7 +114,7 @@ class SoftmaxAttention(Mechanism):
         self.o_proj = nn.Linear(widths["q"], dim, bias=biased["o"])
         if shell.qk_norm:
             sizes = (self.head_dim, self.head_dim) if shell.qk_norm == "head" else (widths["q"], widths["k"])
-            self.q_norm, self.k_norm = (nn.RMSNorm(size, eps=shell.norm_eps) for size in sizes)
+            self.q_norm, self.k_norm = (rms_norm(size, shell.norm_eps, shell.norm_offset) for size in sizes)
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
@@ -134,7 +149,11 @@ class SoftmaxAttention(Mechanism):
     def select(self, q: Tensor, k: Tensor, where: Where) -> Tensor | None:
         """Boolean, broadcasting to [b, h, n, m]: what may be attended to in all; None where that is everything."""
         allowed = where.allowed()
-        rule = self.mask_mod(*self._indices(where))
+        b, h, i, j = self._indices(where)
+        rule = self.mask_mod(b, h, i, j)
+        if self.shell.window is not None and where.causal:
+            near = i - j < self.shell.window
+            rule = near if rule is None else rule & near
         return rule if allowed is None else (allowed if rule is None else allowed & rule)
 
     def normalise(self, scores: Tensor, allowed: Tensor | None) -> Tensor:
@@ -154,7 +173,7 @@ class SoftmaxAttention(Mechanism):
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         q, k, v, where = self._read(x, context, call)
         weights = None
-        mixed = None if call.need_weights else self.fused(q, k, v, where)
+        mixed = None if call.need_weights or self.shell.softcap else self._fused(q, k, v, where)
         if mixed is None:
             weights = self.weigh(q, k, where)
             mixed = self.mix(weights, v, where)
@@ -169,6 +188,8 @@ class SoftmaxAttention(Mechanism):
     def weigh(self, q: Tensor, k: Tensor, where: Where) -> Tensor:
         """score .. normalise: weights [b, h, n, m]."""
         scores = self.score(q, k, where)
+        if self.shell.softcap:
+            scores = torch.tanh(scores / self.shell.softcap) * self.shell.softcap
         if type(self).score_mod is not SoftmaxAttention.score_mod:
             scores = self.score_mod(scores, *self._indices(where))
         return self.normalise(scores, self.select(q, k, where))
@@ -181,6 +202,7 @@ class SoftmaxAttention(Mechanism):
         plain = {"select", "mask_mod"}.isdisjoint(changed_stages(type(self)))
         if (
             plain
+            and (self.shell.window is None or not where.causal or len(where.j) <= self.shell.window)
             and where.padding is None
             and where.dense is None
             and (where.square or not where.causal or q.shape[2] == 1)
@@ -191,6 +213,15 @@ class SoftmaxAttention(Mechanism):
             return self.select(q[:, :, rows], k, where.rows(rows))
 
         return attend_rows(q, k, v, allowed, scale=self.scale, causal=where.causal)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor | None:
+        """`fused` within the window of the shell, of which a faster way of a mechanism's own does not know."""
+        window = self.shell.window
+        if window is None or not where.causal or len(where.j) <= window:
+            return self.fused(q, k, v, where)
+        if where.dense is None and q.shape[2] > window and not (self.eager or changed_stages(type(self))):
+            return banded_attention(q, k, v, [window] * self.heads, scale=self.scale, padding=where.padding)
+        return SoftmaxAttention.fused(self, q, k, v, where)
 
     def _read(self, x: Tensor, context: Any, call: Call) -> tuple[Tensor, Tensor, Tensor, Where]:
         """Projects, positions, and joins what the state holds."""

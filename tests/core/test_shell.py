@@ -207,3 +207,56 @@ def test_a_context_of_another_width() -> None:
         module(torch.randn(2, 3, 16))
     with pytest.raises(ValueError, match="context has shape"):
         module(torch.randn(2, 3, 16), torch.randn(2, 5, 16))
+
+
+CAPPED = {"softcap": 0.7, "window": 3}
+
+
+@pytest.mark.parametrize("name", [n for n in HOSTING if "causal-self" in mechanism_class(n).card.patterns])
+def test_a_cap_and_a_window_are_gone_by_in_every_pass_or_refused_by_name(name: str) -> None:
+    cls = mechanism_class(name)
+    held = {part: size for part, size in CAPPED.items() if cls.has_place(part)}
+    for part in CAPPED.keys() - held.keys():
+        with pytest.raises(ValueError, match=f"{name}: has no scores of the shell's, and no place for {part}"):
+            cls(16, 4, **{**cls.card.example, "causal": True, "shell": {part: CAPPED[part]}})
+    checked = ["no-future", "padding", "left-padding", "decode", "weights", "refuses"]
+    findings = list(examine_mechanism(cls, patterns=["causal-self"], properties=checked, config={"shell": held}))
+    failures = [f"{f.pattern} {f.property}: {f.message}" for f in findings if not f.holds]
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("shell", [{"window": 3}, {"softcap": 0.7}, CAPPED, {"window": 40}])
+@torch.no_grad()
+def test_a_cap_and_a_window_as_loops(shell: dict[str, Any], kv_heads: int) -> None:
+    torch.manual_seed(0)
+    ours = create_attention("softmax", 16, 4, causal=True, kv_heads=kv_heads, shell=shell).double().eval()
+    x, real = torch.randn(2, 21, 16).double(), torch.ones(2, 21, dtype=torch.bool)
+    real[1, :6] = False
+    result, window, cap = ours(x, mask=real).output, shell.get("window", 99), shell.get("softcap")
+    q, k, v = (linear(x).unflatten(-1, (-1, 4)) for linear in (ours.q_proj, ours.k_proj, ours.v_proj))
+    wanted = torch.zeros(2, 21, 4, 4).double()
+    for b in range(2):
+        for h in range(4):
+            g = h // (4 // kv_heads)
+            for i in range(21):
+                near = [j for j in range(max(0, i - window + 1), i + 1) if real[b, j]]
+                scores = torch.stack([q[b, i, h] @ k[b, j, g] / 2 for j in near]) if near else torch.zeros(0).double()
+                scores = cap * torch.tanh(scores / cap) if cap else scores
+                for weight, j in zip(scores.softmax(0), near, strict=True):
+                    wanted[b, i, h] += weight * v[b, j, g]
+    torch.testing.assert_close(result, ours.o_proj(wanted.flatten(-2)))
+    torch.testing.assert_close(ours(x, mask=real, need_weights=True).output, result)
+
+
+def test_a_state_holds_a_window_and_no_more() -> None:
+    ours = create_attention("softmax", 16, 4, causal=True, shell={"window": 3})
+    state = ours.init_state(1)
+    for _ in range(200):
+        ours(torch.randn(1, 1, 16), state=state)
+    assert ours.span == 3
+    assert state.nbytes < 30 * 2 * 16 * 4
+    with pytest.raises(ValueError, match="window=3 is of causal layers"):
+        create_attention("softmax", 16, 4, shell={"window": 3})
+    with pytest.raises(ValueError, match="window=0 must be positive"):
+        create_attention("softmax", 16, 4, causal=True, shell={"window": 0})

@@ -11,11 +11,11 @@ from manyheads.convert.dimap import dimap, load_dimap
 from manyheads.convert.fused import Fused, load_fused
 from manyheads.convert.grouped import aligned, grouped
 from manyheads.convert.healing import Healing, heal
-from manyheads.convert.hosted import hosted, transfer
+from manyheads.convert.hosted import hosted, transfer, unhosted
 from manyheads.convert.importance import head_scores
 from manyheads.convert.latent import latent
 from manyheads.convert.prompted import add_prompts, load_prompts, remove_prompts, save_prompts, without_prompts
-from manyheads.convert.pruned import pruned
+from manyheads.convert.pruned import as_mistral, pruned
 from manyheads.convert.rorope import rorope
 from manyheads.convert.saving import check_conversion, save_conversion
 from manyheads.convert.upcycled import upcycled
@@ -28,6 +28,7 @@ __all__ = [
     "Sizes",
     "add_prompts",
     "aligned",
+    "as_mistral",
     "check_conversion",
     "compose",
     "dimap",
@@ -46,6 +47,7 @@ __all__ = [
     "save_conversion",
     "save_prompts",
     "transfer",
+    "unhosted",
     "upcycled",
     "without_prompts",
 ]

@@ -18,7 +18,8 @@ from manyheads.convert.method import Method
 from manyheads.convert.methods import METHODS, Distilled, Hosted
 from manyheads.convert.run import Plan, run_conversion
 from manyheads.convert.saving import check_target
-from manyheads.hosts.loading import Loaded, load_model
+from manyheads.convert.streamed import Change, Cutting, Pooling, read_scores, stream
+from manyheads.hosts.loading import Loaded, find_model, load_model
 from manyheads.hosts.questions import Questions, library_text
 from manyheads.registry import list_attentions
 from manyheads.runs.given import read_text
@@ -36,7 +37,8 @@ _ROWS = 8
 @dataclass(frozen=True)
 class Asked:
     """own: each method's settings, by its name. knobs: each method's knob as it was typed. beside: the options of a
-    mechanism. training: heal, healing, lr, against. None is what was not given."""
+    mechanism. training: heal, healing, lr, against. dtype: of the files that are written. None is what was not
+    given."""
 
     to: str
     own: Mapping[str, Mapping[str, Any]]
@@ -47,7 +49,7 @@ class Asked:
     budget_bytes: int | None = None
     calibrate: int = 8192
     max_damage: float | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         _check_training(self.to, **self.training)
@@ -76,9 +78,9 @@ def run_asked(asked: Asked, models: Sequence[str], text: Path | None, out: Path,
     """Loads, converts, measures and writes what was asked for; returns the record."""
     check_target(out)
     values = asked.values
-    loaded = load_model(models[0] if models else None, dtype=asked.dtype)
+    loaded = load_model(models[0] if models else None, dtype=asked.dtype or "float32")
     healing = _healing(loaded, asked, asked.training["heal"], asked.training["healing"] or "full")
-    teacher = _teacher(loaded, asked.training["against"], asked.dtype)
+    teacher = _teacher(loaded, asked.training["against"], asked.dtype or "float32")
     method = _method(asked, loaded)
     if isinstance(method, Distilled):
         if teacher is not None and asked.budget_bytes is None:
@@ -88,9 +90,33 @@ def run_asked(asked: Asked, models: Sequence[str], text: Path | None, out: Path,
         values = (method.only,)
     values = values or (_within(method, loaded, asked.budget_bytes),)
     measured, trained = _texts(loaded, text)
-    plan = Plan(values, asked.sizes, asked.calibrate, healing, asked.max_damage)
+    plan = Plan(values, asked.sizes, asked.calibrate, healing, asked.max_damage, asked.dtype)
     by = None if teacher is None else teacher.model
     return run_conversion(loaded, method, plan, measured, trained, out, write=write, teacher=by)
+
+
+def stream_asked(
+    asked: Asked, models: Sequence[str], scores: Path | None, strange: Mapping[str, Any], out: Path
+) -> dict[str, Any]:
+    """Converts one file of weights at a time; returns the record. strange: further options, which do not go with it."""
+    check_target(out)
+    own = {f"--{key.replace('_', '-')}": value for key, value in asked.own.get(asked.to, {}).items() if key != "align"}
+    beside = {f"--{key}": value for key, value in {**asked.beside, **asked.training}.items()}
+    whole = {"--budget-bytes": asked.budget_bytes, "--max-damage": asked.max_damage, "--dtype": asked.dtype}
+    for name, value in {**own, **beside, **whole, **strange}.items():
+        if value is not None:
+            raise ValueError(f"{name} takes the whole model, and --stream holds one file of it at a time")
+    values = asked.values or ()
+    change: Change | None = None
+    if len(values) == 1 and asked.to == "gqa" and scores is None:
+        change = Pooling(values[0], asked.own["gqa"]["align"] or "mean")
+    elif len(values) == 1 and asked.to == "prune" and scores is not None:
+        change = Cutting(values[0], read_scores(scores))
+    elif asked.to == "prune":
+        raise ValueError("--stream --to prune cuts by scores that are given: --heads N and --scores FILE")
+    if change is None:
+        raise ValueError("--stream takes --to gqa with --kv-heads N, or --to prune with --heads N and --scores FILE")
+    return stream(Path(find_model(models[0] if models else None)), out, change)
 
 
 def _check_training(to: str, heal: str | None, healing: str | None, lr: float | None, against: str | None) -> None:

@@ -90,7 +90,13 @@ def convert(
     length: Annotated[int, typer.Option(help="Tokens of a window, and of a haystack.")] = 512,
     max_damage: Annotated[float | None, typer.Option(help="Bits per token that may be lost; exit 3 above.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure, and write no weights.")] = False,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}. Without it: float32, and written as it came.")
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="File by file, unmeasured: gqa by mean or first, prune by --scores.")
+    ] = False,
+    scores: Annotated[Path | None, typer.Option(help="--stream, prune: JSON, per layer a number per head.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint and what it cost.")] = Path("converted"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -100,14 +106,14 @@ def convert(
         return _check(given[1:], as_json)
     if len(given) > 1 and to != "bam":
         raise ValueError(f"{len(given)} models given ({', '.join(given)}); --to {to} takes one")
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r}: want one of {', '.join(DTYPES)}")
     for name, value, most in (("--windows", windows, 4096), ("--keys", keys, 4096), ("--calibrate", calibrate, 10**7)):
         if not 1 <= value <= most:
             raise ValueError(f"{name} {value}: want 1 to {most}")
     if not 64 <= length <= 1 << 20:
         raise ValueError(f"--length {length}: want 64 tokens or more")
-    from manyheads.convert.asked import Asked, run_asked
+    from manyheads.convert.asked import Asked, run_asked, stream_asked
     from manyheads.convert.damage import Sizes
     from manyheads.convert.run import Damaged
 
@@ -130,6 +136,11 @@ def convert(
         max_damage=max_damage,
         dtype=dtype,
     )
+    if stream:
+        strange = {"--dry-run": dry_run or None, "--text": text}
+        return _tell_streamed(stream_asked(asked, given, scores, strange, out), out, as_json)
+    if scores is not None:
+        raise ValueError("--scores belongs to --stream: without it, --by says how heads are scored")
     try:
         record = run_asked(asked, given, text, out, write=not dry_run)
     except Damaged as error:
@@ -157,7 +168,13 @@ def _check(folders: list[str], as_json: bool) -> None:
     else:
         who = "transformers opens it with no code of ours" if found["stock"] else "opens with `import manyheads`"
         same = "equal to what was written" if found["equal"] else "NOT what was written"
-        typer.echo(f"{found['folder']}: {found['class']}; {who}; {same} ({found['largest_difference']:.2g})")
+        gap = found["largest_difference"]
+        how = "by its files' hashes" if gap is None else f"{gap:.2g}"
+        typer.echo(f"{found['folder']}: {found['class']}, {found['dtype']}; {who}; {same} ({how})")
+        for held in found["identities"]:
+            typer.echo(f"  held before it was written: {held['claim']} ({held['gap']:.2g} of the largest logit)")
+        for engine, answer in found["engines"].items():
+            typer.echo(f"  {engine}: {answer}")
     if not found["equal"]:
         raise typer.Exit(1)
 
@@ -173,3 +190,10 @@ def _tell(record: dict[str, Any], out: Path, dry_run: bool, as_json: bool) -> No
     console = Console()
     console.print(table(record["rows"]))
     console.print(f"{'measured' if dry_run else 'written'}: {out}", markup=False)
+
+
+def _tell_streamed(record: dict[str, Any], out: Path, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"folder": str(out), "weights": True, "rows": []}, indent=2))
+    else:
+        typer.echo(f"written: {out}; {record['title']}, not measured; `manyheads convert check {out}`")

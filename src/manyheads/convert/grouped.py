@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.convert.layout import Attention, attentions, with_kv_heads
+from manyheads.convert.layout import Attention, attentions, check_heads_apart, with_kv_heads
 
 ALIGNMENTS = ("procrustes", "mean", "first", "random")
 ROUNDS = 10
@@ -32,6 +32,7 @@ ROUNDS = 10
 
 def check_kv_heads(model: Any, kv_heads: int) -> None:
     """ValueError where the heads of a layer cannot be pooled into so many."""
+    check_heads_apart(model)
     for layer in attentions(model):
         if not 1 <= kv_heads <= layer.kv_heads or layer.kv_heads % kv_heads:
             fit = [g for g in range(1, layer.kv_heads + 1) if layer.kv_heads % g == 0]
@@ -54,18 +55,22 @@ def grouped(model: Any, kv_heads: int, *, align: str = "procrustes", calibration
     made = with_kv_heads(source, kv_heads)
     for old, new in zip(attentions(source), attentions(made), strict=True):
         for name in ("k_proj", "v_proj"):
-            _pool(old, getattr(old.module, name), getattr(new.module, name), kv_heads, align)
+            _pool(old, old.projections()[name], new.projections()[name], kv_heads, align)
     return made
 
 
 def _pool(layer: Attention, old: Any, new: Any, kv_heads: int, align: str) -> None:
     for kind in ("weight", "bias"):
         held = getattr(old, kind)
-        if held is None or (align == "random" and kind == "weight"):
-            continue
-        heads = held.view(kv_heads, layer.kv_heads // kv_heads, layer.head_dim, *held.shape[1:])
-        chosen = heads[:, 0] if align == "first" else heads.double().mean(1)
-        getattr(new, kind).copy_(chosen.reshape(getattr(new, kind).shape))
+        if held is not None and not (align == "random" and kind == "weight"):
+            getattr(new, kind).copy_(pooled(held, layer, kv_heads, align))
+
+
+def pooled(held: Tensor, layer: Attention, kv_heads: int, align: str) -> Tensor:
+    """Rows of all key/value heads -> those of `kv_heads`: each group's mean, or its first."""
+    heads = held.view(kv_heads, layer.kv_heads // kv_heads, layer.head_dim, *held.shape[1:])
+    chosen = heads[:, 0] if align == "first" else heads.double().mean(1)
+    return chosen.flatten(0, 1).to(held.dtype)
 
 
 @torch.no_grad()
@@ -90,8 +95,8 @@ def _products(model: Any, kv_heads: int, calibration: Sequence[Sequence[int]]) -
     hooks = []
 
     def gather(place: int, layer: Attention, kind: int) -> Any:
-        def hook(module: Any, args: Any, output: Tensor) -> None:
-            rows = output.flatten(0, -2).double().view(-1, kv_heads, layer.kv_heads // kv_heads, layer.head_dim)
+        def hook(output: Tensor) -> None:
+            rows = output.flatten(0, -2).double().reshape(-1, kv_heads, layer.kv_heads // kv_heads, layer.head_dim)
             if kind == 1:
                 sums[place][1] = sums[place][1] + torch.einsum("tgid,tgje->gijde", rows, rows)
             elif layer.turned:
@@ -101,10 +106,7 @@ def _products(model: Any, kv_heads: int, calibration: Sequence[Sequence[int]]) -
         return hook
 
     for place, layer in enumerate(layers):
-        hooks += [
-            layer.module.k_proj.register_forward_hook(gather(place, layer, 0)),
-            layer.module.v_proj.register_forward_hook(gather(place, layer, 1)),
-        ]
+        hooks += [layer.watch("k_proj", gather(place, layer, 0)), layer.watch("v_proj", gather(place, layer, 1))]
     try:
         for row in calibration:
             model(torch.tensor([list(row)], device=model.device), use_cache=False, logits_to_keep=1)
@@ -131,8 +133,9 @@ def _turn_keys(layer: Attention, products: Tensor) -> None:
                 turned = products[:, head, others] * torch.exp(1j * phase[:, others])
                 phase[:, head] = turned.sum(1).angle()
     by = phase.reshape(groups * size, pairs)
-    _turn_rows(layer.module.k_proj, layer, by)
-    _turn_rows(layer.module.q_proj, layer, by.repeat_interleave(layer.heads // layer.kv_heads, 0))
+    projections = layer.projections()
+    _turn_rows(projections["k_proj"], layer, by)
+    _turn_rows(projections["q_proj"], layer, by.repeat_interleave(layer.heads // layer.kv_heads, 0))
 
 
 def _turn_rows(linear: Any, layer: Attention, by: Tensor) -> None:
@@ -161,7 +164,7 @@ def _turn_values(layer: Attention, products: Tensor) -> None:
                 u, _, w = torch.linalg.svd(agreement)
                 turn[:, head] = u @ w
     by = turn.reshape(groups * size, dim, dim)
-    value, out = layer.module.v_proj, layer.module.o_proj
+    value, out = layer.projections()["v_proj"], layer.module.o_proj
     for held in (value.weight, value.bias):
         if held is not None:
             rows = held.view(layer.kv_heads, dim, -1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,26 +22,16 @@ import torch
 from torch import Tensor
 
 from manyheads.convert.imitation import Seen, before_joining, check_loss, learnt
-from manyheads.convert.layout import Attention, attentions
+from manyheads.convert.layout import attentions
+from manyheads.convert.places import check_family, own_specs, places, settings
 from manyheads.registry import mechanism_class
 from manyheads.runs.steps import Tell, silent
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def check_hosted(model: Any, spec: Mapping[str, Any] | None = None, layers: Sequence[int] = ()) -> None:
     """ValueError where our model has no place for what the host has, or the mechanism none in a decoder."""
+    check_family(model)
     config, name = model.config, type(model).__name__
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"{name} cannot be hosted yet; want one of {list(FAMILIES)}")
-    if getattr(config, "mlp_bias", False) or config.hidden_act != "silu":
-        raise ValueError(f"{name} has an MLP with biases or {config.hidden_act}, for which our model has no place")
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if windowed or set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        raise ValueError(f"{name} has layers with a sliding window, for which the shell has no place")
-    kind = (config.rope_parameters or {}).get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        raise ValueError(f"{name} has rotary scaling {kind!r}, whose angles change with the length")
     strange = [i for i in layers if not 0 <= i < config.num_hidden_layers]
     if strange:
         raise ValueError(f"--layers: {name} has layers 0 to {config.num_hidden_layers - 1}, not {strange[0]}")
@@ -51,48 +42,49 @@ def check_hosted(model: Any, spec: Mapping[str, Any] | None = None, layers: Sequ
 @torch.no_grad()
 def hosted(model: Any, spec: Mapping[str, Any] | None = None, layers: Sequence[int] = ()) -> Any:
     """A ManyheadsForCausalLM with the host's weights; `layers` hold the mechanism that `spec` names (with arguments of
-    its own), all others softmax. The given model is left as it is."""
+    its own), all others softmax. A mechanism whose scores are not softmax's takes neither a cap nor a window of the
+    layer's: it sees all of the past. The given model is left as it is."""
     check_hosted(model, spec, layers)
     from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
 
-    old, found = model.config, attentions(model)
-    plain = [_softmax(model, layer) for layer in found]
+    plain = own_specs(model)
     specs = [_placed(spec, own) if spec is not None and i in layers else own for i, own in enumerate(plain)]
-    config = ManyheadsConfig(
-        **{
-            key: getattr(old, key)
-            for key in (
-                "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps", "initializer_range",
-                "pad_token_id", "bos_token_id", "eos_token_id",
-            )
-        },
-        layers=specs,
-        is_causal=True,
-    )  # fmt: skip
-    made = ManyheadsForCausalLM(config).to(model.dtype)
+    made = ManyheadsForCausalLM(ManyheadsConfig(**settings(model), layers=specs)).to(model.dtype)
     state = made.state_dict()
     for key, value in _carried(model, state).items():
         state[key].copy_(value)
     made.generation_config = copy.deepcopy(model.generation_config)
+    made.generation_config.cache_implementation = None  # of the host's own cache; here the layers hold what they need
     return made.to(model.device).eval()
 
 
-def _softmax(model: Any, layer: Attention) -> dict[str, Any]:
-    """The host's own attention as a spec."""
-    rope = model.get_decoder().rotary_emb
-    kind = (model.config.rope_parameters or {}).get("rope_type", "default")
-    shell: dict[str, Any] = {"head_dim": layer.head_dim, "kv_heads": layer.kv_heads}
-    biases = {part: True for part in "qkvo" if layer.projections()[f"{part}_proj"].bias is not None}
-    if biases:
-        shell["bias"] = biases
-    if layer.normed:
-        shell |= {"qk_norm": "head", "norm_eps": model.config.rms_norm_eps}
-    if kind == "default":
-        rotary: dict[str, Any] = {"base": float(model.config.rope_parameters["rope_theta"])}
-    else:
-        rotary = {"angles": rope.inv_freq.tolist(), "amplitude": float(rope.attention_scaling)}
-    return {"name": "softmax", "shell": shell, "rotary": rotary}
+@torch.no_grad()
+def unhosted(made: Any) -> Any:
+    """The host again: a model of its class with the weights of one that `hosted` made, trained since or not.
+
+    ValueError where a layer holds what that class has no place for. The given model is left as it is.
+    """
+    import transformers
+
+    from manyheads.models.configuration import spec_name
+
+    host = getattr(made.config, "host", None)
+    if not host:
+        raise ValueError(f"{type(made).__name__} was not made of a checkpoint: there is no class to go back to")
+    settings = {key: value for key, value in host.items() if key != "model_type"}
+    config = transformers.AutoConfig.for_model(host["model_type"], **settings)
+    model = getattr(transformers, host["architectures"][0])._from_config(config, dtype=made.dtype)
+    for i, (held, own) in enumerate(zip(made.config.encoder_specs(), own_specs(model), strict=True)):
+        if json.dumps(held, sort_keys=True) != json.dumps(own, sort_keys=True):
+            raise ValueError(
+                f"layer {i} holds {spec_name(held)}, and {type(model).__name__} has a place only for the attention it "
+                "came with: save it as it is"
+            )
+    given, state = made.state_dict(), model.state_dict()
+    for place in places(model):
+        state[place.theirs][place.rows].copy_(given[place.ours])
+    model.generation_config = copy.deepcopy(made.generation_config)
+    return model.to(made.device).eval()
 
 
 def _placed(spec: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +94,9 @@ def _placed(spec: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
     if "shell" in takes:
         shares = getattr(cls, "shares_kv", True) and "kv_heads" not in spec
-        sizes["shell"] = {k: v for k, v in own["shell"].items() if shares or k != "kv_heads"}
+        left = [] if shares else ["kv_heads"]
+        left += [part for part in ("softcap", "window") if not cls.has_place(part)]  # type: ignore[attr-defined]
+        sizes["shell"] = {k: v for k, v in own["shell"].items() if k not in left}
     elif "kv_heads" in takes:
         sizes["kv_heads"] = own["shell"]["kv_heads"]
     if "rotary" in takes:
@@ -112,26 +106,17 @@ def _placed(spec: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 def _carried(model: Any, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The host's tensors under our names, those that have a place of their shape."""
-    own = model.state_dict()
-    found = {
-        "model.embed_tokens.weight": own["model.embed_tokens.weight"],
-        "model.stack.norm.weight": own["model.norm.weight"],
-        "lm_head.weight": own.get("lm_head.weight", own["model.embed_tokens.weight"]),
-    }
-    for i, layer in enumerate(attentions(model)):
-        old, new = f"model.layers.{i}.", f"model.stack.layers.{i}."
-        found[f"{new}self_attn.norm.weight"] = own[f"{old}input_layernorm.weight"]
-        found[f"{new}mlp.norm.weight"] = own[f"{old}post_attention_layernorm.weight"]
-        for part in ("gate", "up", "down"):
-            found[f"{new}mlp.{part}_proj.weight"] = own[f"{old}mlp.{part}_proj.weight"]
-        for key, value in layer.module.state_dict().items():
-            name = f"{new}self_attn.mechanism.{key}"
-            if name in wanted and key.startswith(("k_proj", "v_proj")) and wanted[name].shape != value.shape:
-                heads = value.unflatten(0, (layer.kv_heads, layer.head_dim))
-                value = heads.repeat_interleave(layer.heads // layer.kv_heads, 0).flatten(0, 1)
-            if name in wanted and wanted[name].shape == value.shape:
-                found[name] = value
-    return {key: value for key, value in found.items() if key in wanted}
+    own, found, layer = model.state_dict(), {}, attentions(model)[0]
+    for place in places(model):
+        if place.ours not in wanted:
+            continue
+        value, shape = own[place.theirs][place.rows], wanted[place.ours].shape
+        if shape != value.shape and any(f".mechanism.{part}_proj." in place.ours for part in "kv"):
+            heads = value.unflatten(0, (layer.kv_heads, layer.head_dim))
+            value = heads.repeat_interleave(layer.heads // layer.kv_heads, 0).flatten(0, 1)
+        if shape == value.shape:
+            found[place.ours] = value
+    return found
 
 
 def transfer(

@@ -1,15 +1,22 @@
-"""Where a decoder keeps its attention's weights: layers with projections of their own for queries, keys and values."""
+"""Where a decoder keeps its attention's weights: projections of their own for queries, keys and values, or one in which
+their rows follow each other (Phi 3)."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-# Families whose layers are q_proj, k_proj, v_proj, o_proj with contiguous groups of query heads, each tested.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
+# Families whose query heads stand in contiguous groups, each tested.
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "phi3", "olmo2",
+)  # fmt: skip
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+FUSED = "qkv_proj"
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,53 @@ class Attention:
     normed: bool
     turned: int | None
 
+    @property
+    def fused(self) -> bool:
+        return hasattr(self.module, FUSED)
+
+    @property
+    def mixed_norms(self) -> bool:
+        """Queries and keys are normed over the features of all heads together."""
+        return self.normed and self.module.k_norm.weight.numel() != self.head_dim
+
+    def rows(self) -> dict[str, slice]:
+        """Where the rows of queries, keys and values lie in what is fused."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        ends = {"q_proj": (0, queries), "k_proj": (queries, queries + keys), "v_proj": (queries + keys, None)}
+        return {name: slice(*both) for name, both in ends.items()}
+
     def projections(self) -> dict[str, nn.Linear]:
-        return {name: getattr(self.module, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        """Parts of what is fused are views: what is written into their weights is written into the whole."""
+        if not self.fused:
+            return {name: getattr(self.module, name) for name in PROJECTIONS}
+        whole = getattr(self.module, FUSED)
+        parts = {name: _part(whole, rows) for name, rows in self.rows().items()}
+        return {**parts, "o_proj": self.module.o_proj}
+
+    def watch(self, name: str, tell: Callable[[Tensor], None]) -> Any:
+        """Calls `tell` with what a projection of queries, keys or values gives; returns the hook's handle."""
+        rows = self.rows()[name] if self.fused else slice(None)
+        linear = getattr(self.module, FUSED if self.fused else name)
+        return linear.register_forward_hook(lambda module, args, output: tell(output[..., rows]))
+
+    def named(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors such as `k_proj.weight` under the names of the module."""
+        found = dict(parts)
+        for kind in ("weight", "bias") if self.fused else ():
+            three = [found.pop(f"{name}.{kind}", None) for name in ("q_proj", "k_proj", "v_proj")]
+            whole = [part for part in three if part is not None]
+            if whole:
+                found[f"{FUSED}.{kind}"] = torch.cat(whole)
+        return found
+
+
+def _part(whole: nn.Linear, rows: slice) -> nn.Linear:
+    weight = whole.weight.detach()[rows]
+    part = nn.Linear(weight.shape[1], weight.shape[0], bias=whole.bias is not None, device="meta")
+    part.weight = nn.Parameter(weight, requires_grad=False)
+    if whole.bias is not None:
+        part.bias = nn.Parameter(whole.bias.detach()[rows], requires_grad=False)
+    return part
 
 
 def attentions(model: Any) -> list[Attention]:
@@ -45,8 +97,8 @@ def attentions(model: Any) -> list[Attention]:
     rotates = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
     for layer, turns in zip(model.get_decoder().layers, rotates, strict=True):
         module = layer.self_attn
-        plain = [type(getattr(module, f"{part}_proj", None)) is nn.Linear for part in "qkvo"]
-        if not all(plain):
+        names = (FUSED, "o_proj") if hasattr(module, FUSED) else PROJECTIONS
+        if not all(type(getattr(module, name, None)) is nn.Linear for name in names):
             raise ValueError(
                 f"{name}: its projections are not plain Linear layers (quantised, or with adapters): merge adapters "
                 "(merge_and_unload) and load it in float32 or bfloat16 first"
@@ -56,14 +108,23 @@ def attentions(model: Any) -> list[Attention]:
         found.append(
             Attention(
                 module,
-                module.q_proj.out_features // dim,
-                module.k_proj.out_features // dim,
+                config.num_attention_heads,
+                config.num_key_value_heads,
                 dim,
                 hasattr(module, "k_norm"),
                 turned,
             )
         )
     return found
+
+
+def check_heads_apart(model: Any) -> None:
+    """ValueError where heads cannot be pooled or cut, as what one of them holds changes the others."""
+    if any(layer.mixed_norms for layer in attentions(model)):
+        raise ValueError(
+            f"{type(model).__name__} norms queries and keys over all heads at once: without some of them, or with some "
+            "pooled, all others change; convert it to a mechanism (--to NAME)"
+        )
 
 
 def with_kv_heads(model: Any, kv_heads: int) -> Any:
@@ -75,6 +136,9 @@ def with_kv_heads(model: Any, kv_heads: int) -> Any:
     own: dict[str, Tensor] = made.state_dict()
     given = {key: value for key, value in model.state_dict().items() if own[key].shape == value.shape}
     made.load_state_dict(given, strict=False)
+    with torch.no_grad():
+        for old, new in zip(attentions(model), attentions(made), strict=True):
+            new.projections()["q_proj"].weight.copy_(old.projections()["q_proj"].weight)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(parameter.device).eval()
 

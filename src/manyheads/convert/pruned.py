@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from manyheads.convert.importance import Rows, head_scores
-from manyheads.convert.layout import Attention, attentions
+from manyheads.convert.layout import Attention, attentions, check_heads_apart
 
 
 def _alike(model: Any) -> tuple[Attention, int]:
     """The first layer and how many there are."""
+    check_heads_apart(model)
     layers = attentions(model)
     first = layers[0]
     if any(layer.heads != first.heads or layer.kv_heads != first.kv_heads for layer in layers):
@@ -109,10 +110,11 @@ def cut(model: Any, kept: Sequence[Sequence[int]]) -> Any:
     shapes = [(len(row), len(held)) for row, held in zip(kept, groups, strict=True)]
     if len(set(shapes)) > 1:
         return _uneven(model, shapes, parts)
-    made = _shaped(model, *shapes[0])
+    config, cls = shaped(model, *shapes[0])
+    made = cls._from_config(config, dtype=model.dtype)
     own: dict[str, Tensor] = {k: v for k, v in model.state_dict().items() if ".self_attn." not in k or "norm" in k}
-    for place, part in enumerate(parts):
-        own |= {f"model.layers.{place}.self_attn.{key}": value for key, value in part.items()}
+    for place, (layer, part) in enumerate(zip(layers, parts, strict=True)):
+        own |= {f"model.layers.{place}.self_attn.{key}": value for key, value in layer.named(part).items()}
     made.load_state_dict(own)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(model.device).eval()
@@ -122,10 +124,10 @@ def _slices(layer: Attention, row: Sequence[int], held: Sequence[int]) -> dict[s
     """A layer's projections with these query and key/value heads."""
     found = {}
     for name, linear in layer.projections().items():
-        rows = _places(held if name in ("k_proj", "v_proj") else row, layer.head_dim, linear.weight.device)
-        found[f"{name}.weight"] = linear.weight[:, rows] if name == "o_proj" else linear.weight[rows]
-        if linear.bias is not None:
-            found[f"{name}.bias"] = linear.bias if name == "o_proj" else linear.bias[rows]
+        heads = held if name in ("k_proj", "v_proj") else row
+        for part, value in (("weight", linear.weight), ("bias", linear.bias)):
+            if value is not None:
+                found[f"{name}.{part}"] = kept_rows(f"{name}.{part}", value, layer, heads)
     return found
 
 
@@ -145,6 +147,14 @@ def _uneven(model: Any, shapes: Sequence[tuple[int, int]], parts: Sequence[Mappi
     made.load_state_dict(own)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(model.device).eval()
+
+
+def kept_rows(part: str, held: Tensor, layer: Attention, heads: Sequence[int]) -> Tensor:
+    """What stays of `q_proj.weight` and the like with these heads: rows, and columns of what reads them."""
+    if part == "o_proj.bias":
+        return held
+    places = _places(heads, layer.head_dim, held.device)
+    return held[:, places] if part == "o_proj.weight" else held[places]
 
 
 @torch.no_grad()
@@ -182,8 +192,8 @@ def _places(heads: Sequence[int], dim: int, device: Any) -> Tensor:
     return (torch.tensor(list(heads), device=device)[:, None] * dim + torch.arange(dim, device=device)).flatten().long()
 
 
-def _shaped(model: Any, heads: int, kv_heads: int) -> Any:
-    """A model of the same class with so many heads, or of one that takes them."""
+def shaped(model: Any, heads: int, kv_heads: int) -> tuple[Any, Any]:
+    """The configuration with so many heads, and the same class or one that takes them."""
     config = copy.deepcopy(model.config)
     cls, width, name = type(model), config.hidden_size, type(model).__name__
     settings = {
@@ -192,20 +202,38 @@ def _shaped(model: Any, heads: int, kv_heads: int) -> Any:
         "head_dim": attentions(model)[0].head_dim,
     }
     if config.model_type == "llama" and width % heads:
-        from transformers import MistralConfig, MistralForCausalLM
-
         if config.attention_bias or config.mlp_bias:
             raise ValueError(
                 f"{name} with biases and {heads} heads a layer has no class that takes it: keep a number of heads that "
                 f"divides the hidden size {width}"
             )
-        known = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", *settings)}
-        for key in ("attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"):
-            known.pop(key, None)
-        config, cls = MistralConfig(**{**known, **settings, "sliding_window": None}), MistralForCausalLM
+        config, cls = _as_mistral(config, settings)
     elif config.model_type == "gemma2" and width % heads:
         raise ValueError(f"{name} takes only numbers of heads that divide its hidden size {width}")
     else:
         for key, value in settings.items():
             setattr(config, key, value)
-    return cls._from_config(config, dtype=model.dtype)
+    return config, cls
+
+
+def _as_mistral(config: Any, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    known = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", *settings)}
+    for key in ("attention_bias", "mlp_bias", "pretraining_tp", "transformers_version"):
+        known.pop(key, None)
+    return MistralConfig(**{**known, **settings, "sliding_window": None}), MistralForCausalLM
+
+
+@torch.no_grad()
+def as_mistral(model: Any) -> Any:
+    """A Llama as MistralForCausalLM without a window: the same weights and logits, for engines that read from a Llama's
+    configuration that its heads have hidden_size / heads features, whatever it says. The given one is left as it is."""
+    config, name = model.config, type(model).__name__
+    if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+        raise ValueError(f"{name} has no twin among Mistrals; want a Llama without biases")
+    own, cls = _as_mistral(config, {"head_dim": attentions(model)[0].head_dim})
+    made = cls._from_config(own, dtype=model.dtype)
+    made.load_state_dict(model.state_dict())
+    made.generation_config = copy.deepcopy(model.generation_config)
+    return made.to(model.device).eval()

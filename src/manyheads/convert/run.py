@@ -9,11 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.method import Method, prove
 from manyheads.convert.report import AFTER, CONTROL, HEALED, ORIGINAL, TAUGHT
-from manyheads.convert.saving import check_target, save_conversion, write_record
+from manyheads.convert.saving import check_target, save_conversion, stored_dtype, write_record
 from manyheads.hosts.fingerprint import fingerprint
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.questions import Questions
@@ -27,13 +29,15 @@ class Damaged(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """values: of the method's knob, one conversion each. tokens: of calibration. max_damage: bits per token."""
+    """values: of the method's knob, one conversion each. tokens: of calibration. max_damage: bits per token.
+    dtype: of the files that are written; the source's without it."""
 
     values: tuple[int, ...]
     sizes: Sizes
     tokens: int = 8192
     healing: Healing | None = None
     max_damage: float | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_damage is not None and not 0 <= self.max_damage < math.inf:
@@ -53,7 +57,7 @@ def run_conversion(
 ) -> dict[str, Any]:
     """Converts, measures, heals and writes; returns the record. write: False measures and writes no weights. teacher:
     a model for the forms of healing that have one; the source without it."""
-    check_target(out)
+    check_target(out, loaded.where)
     if write and len(plan.values) != 1:
         given = ",".join(map(str, plan.values))
         raise ValueError(f"{method.knob} {given}: several are measured with --dry-run only")
@@ -63,7 +67,7 @@ def run_conversion(
     progress = Progress()
     judge = Judge(loaded, measured_on, plan.sizes)
     rows = calibration_rows(trained_on, plan.tokens, min(plan.sizes.length, plan.tokens)) if method.calibrated else []
-    prove(method, loaded.model, plan.values, rows)
+    identities = prove(method, loaded.model, plan.values, rows)
 
     def train(model: Any, training: Healing, by: Any, name: str) -> Any:
         keep = out.with_name(f".{out.name}.{name.replace(' ', '-')}")
@@ -88,9 +92,11 @@ def run_conversion(
         title, model, training = control
         lines.append(_line(judge, train(model, training, teacher, "healing control"), title, CONTROL, None, progress))
         del control, model
-    record = _record(loaded, method, plan, lines)
+    record = {**_record(loaded, method, plan, lines), "identities": identities}
     if write:
-        save_conversion(made, loaded, out, record)
+        save_conversion(
+            made.to(getattr(torch, plan.dtype) if plan.dtype else stored_dtype(loaded)), loaded, out, record
+        )
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_record(out, record)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from manyheads.convert.engines import takers
 from manyheads.convert.report import REPORT, write_report
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.quiet import quiet
@@ -19,11 +24,17 @@ from manyheads.runs.given import read_json
 
 RECORD = "conversion.json"
 SCHEMA = 1
+TOKENIZERS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt",
+    "spiece.model",
+)  # fmt: skip
 _SAMPLE = 48  # tokens whose logits are kept, to see after loading that nothing was lost on the way
 
 
-def check_target(out: Path) -> None:
-    """ValueError where the folder holds something that is no conversion."""
+def check_target(out: Path, source: str | None = None) -> None:
+    """ValueError where the folder holds something that is no conversion, or what is converted."""
+    if source is not None and Path(source).is_dir() and out.resolve() == Path(source).resolve():
+        raise ValueError(f"--out {out} is the folder of the model that is converted: give another one")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
@@ -32,24 +43,57 @@ def check_target(out: Path) -> None:
 
 def save_conversion(model: Any, loaded: Loaded, out: Path, record: Mapping[str, Any]) -> None:
     """Writes weights, config, tokenizer and record beside `out`, and then puts the folder in its place."""
-    check_target(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
+    with drafted(out, loaded.where) as draft:
         with quiet():
             model.save_pretrained(draft)
-            if loaded.tokenizer is not None:
-                loaded.tokenizer.save_pretrained(draft)
+            bring_tokenizer(loaded, draft)
         write_record(draft, {**record, "class": type(model).__name__, "sample": sample(model)})
-        (draft / "README.md").write_text(card(record, model), encoding="utf-8")
+        (draft / "README.md").write_text(card(record, type(model).__name__), encoding="utf-8")
+
+
+@contextmanager
+def drafted(out: Path, source: str | None) -> Iterator[Path]:
+    """A folder beside `out` to write into, which takes its place once all is there; what was there stays until then."""
+    check_target(out, source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft, before = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("part", "before"))
+    try:
+        yield draft
         if out.exists():
-            shutil.rmtree(out)
+            os.replace(out, before)
         os.replace(draft, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         advice = "make room or choose another folder; the source model is untouched"
-        raise OSError(error.errno, f"could not write it ({error.strerror}): {advice}", str(out)) from error
+        code = getattr(error, "errno", None) or errno.EIO
+        raise OSError(code, f"could not write it ({reason}): {advice}", str(out)) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def bring_tokenizer(loaded: Loaded, draft: Path) -> None:
+    """Its tokenizer beside a model; the files as they are where we read bytes without it and others need it."""
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(draft)
+    elif loaded.where is not None:
+        copy_beside(Path(loaded.where), draft, TOKENIZERS)
+
+
+def copy_beside(source: Path, draft: Path, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, draft / file.name)
+
+
+def stored_dtype(loaded: Loaded) -> torch.dtype:
+    """What the checkpoint's own files hold, in whatever it was opened."""
+    from transformers import AutoConfig
+
+    if loaded.where is None:
+        return loaded.model.dtype
+    held = AutoConfig.from_pretrained(loaded.where, trust_remote_code=False).dtype
+    return held if isinstance(held, torch.dtype) else getattr(torch, str(held), loaded.model.dtype)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
@@ -82,6 +126,8 @@ def check_conversion(folder: Path) -> dict[str, Any]:
     it, and the largest difference of the kept logits."""
     record = read_record(folder)
     kept = record.get("sample")
+    if kept is None and record.get("files"):
+        return _check_files(folder, record)
     if kept is None:
         raise ValueError(f"{folder} holds a measurement without weights (--dry-run)")
     loaded = load_model(folder, dtype=str(kept["dtype"]).removeprefix("torch."))
@@ -94,19 +140,50 @@ def check_conversion(folder: Path) -> dict[str, Any]:
         "stock": type(loaded.model).__module__.startswith("transformers."),
         "largest_difference": gap,
         "equal": gap <= 1e-4 * max(1.0, size),
+        "dtype": str(kept["dtype"]).removeprefix("torch."),
+        "identities": record.get("identities", []),
+        "engines": takers(loaded.model),
     }
 
 
-def card(record: Mapping[str, Any], model: Any) -> str:
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_files(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a folder that was written file by file, and may not fit into memory: its files' hashes, and a model of its
+    configuration without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    files: Mapping[str, str] = record["files"]
+    return {
+        "folder": str(folder),
+        "class": type(model).__name__,
+        "stock": type(model).__module__.startswith("transformers."),
+        "largest_difference": None,
+        "equal": all((folder / name).is_file() and file_hash(folder / name) == told for name, told in files.items()),
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "identities": [],
+        "engines": takers(model),
+    }
+
+
+def card(record: Mapping[str, Any], kind: str) -> str:
     """A model card of what was done."""
     lines = [
         f"# {record['source']['name']}, converted by manyheads",
         "",
-        f"{record['title']}. Class: `{type(model).__name__}`.",
+        f"{record['title']}. Class: `{kind}`.",
         "",
-        "| | bits per token | KL to the original (bits) | hidden keys |",
-        "|---|---|---|---|",
     ]
+    if record["rows"]:
+        lines += ["| | bits per token | KL to the original (bits) | hidden keys |", "|---|---|---|---|"]
+    else:
+        lines.append("What it cost was not measured: it was converted file by file.")
     for row in record["rows"]:
         figures = f"{row['bits_per_token']:.3f} | {row['kl_bits']:.4f} | {row['passkeys']} of {row['keys']}"
         lines.append(f"| {row['title']} | {figures} |")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import chain
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -45,3 +46,25 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class OffsetRMSNorm(nn.RMSNorm):
+    """x / rms(x) * (offset + weight), in at least float32: checkpoints of Gemma hold gains less one, which in bfloat16
+    cannot be added to the weight without losing digits."""
+
+    def __init__(self, size: int, eps: float, offset: float) -> None:
+        self.offset = offset
+        super().__init__(size, eps=eps)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 1.0 - self.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gains = self.weight.to(wide) + self.offset
+        return F.rms_norm(x.to(wide), self.normalized_shape, gains, self.eps).to(x.dtype)
+
+
+def rms_norm(size: int, eps: float, offset: float = 0.0) -> nn.RMSNorm:
+    """PyTorch's where gains are the weight itself."""
+    return OffsetRMSNorm(size, eps, offset) if offset else nn.RMSNorm(size, eps=eps)

@@ -27,11 +27,13 @@ BUNDLED = Path(__file__).parent.parent / "bundled" / "byte_llama"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode with its way from text to tokens and back. tokenizer: None if it reads bytes or images."""
+    """A model in eval mode with its way from text to tokens and back. tokenizer: None if it reads bytes or images.
+    where: the folder or hub name that it was opened from, None if it was not opened."""
 
     model: Any
     tokenizer: Any | None
     name: str
+    where: str | None = None
 
     @property
     def config(self) -> Any:
@@ -98,7 +100,7 @@ def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausa
             f"{where} has no weights for {lacking[0]}{f' and {len(lacking) - 1} more' if lacking[1:] else ''}, which "
             f"{type(model).__name__} would draw at random: give a whole checkpoint of that class"
         )
-    return Loaded(model.eval(), _tokenizer(where, model), "byte_llama" if name is None else str(name))
+    return Loaded(model.eval(), _tokenizer(where, model), "byte_llama" if name is None else str(name), where)
 
 
 def reads_text(model: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,8 @@ from manyheads.models.saved import AUTO_MAP, write_beside
 from manyheads.registry import mechanism_class, suggest
 
 POSITIONS = ("learned", "rotary", "none")
-ACTIVATIONS = ("swiglu", "gelu")
+ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "gelu")
+PLACEMENTS = ("before", "after", "around")
 Spec = str | Mapping[str, Any]
 
 
@@ -31,11 +33,16 @@ class ManyheadsConfig(PreTrainedConfig):
     decoder_causal: False lets decoder tokens see each other; labels are aligned with them, and nothing is generated.
     positions: "learned" embeddings, "rotary" or "none". Rotary goes to self-attention mechanisms whose constructor
     takes `rotary`, unless their spec has its own; other mechanisms get none, as they may have positions of their own.
-    intermediate_size: of the MLP after each mixer; 0 leaves it out. hidden_act: "swiglu" or "gelu".
+    intermediate_size: of the MLP after each mixer; 0 leaves it out. hidden_act: "swiglu", "geglu", "geglu_tanh" (gated)
+    or "gelu". mlp_bias: on its projections.
     num_local_experts: MLPs in place of each one; a router sends every token to the best num_experts_per_tok of them.
+    norm_placement: of each sublayer's norm, "before" it, "after" it on what it adds (OLMo 2), or "around" it (Gemma 2).
+    norm_offset: what is added to the gains of these norms (1 in Gemma). embedding_scale: what embeddings of tokens are
+    multiplied by. logit_softcap: logits s become logit_softcap * tanh(s / logit_softcap).
     short_conv: width of a depthwise convolution before each self mixer (causal, or centred where the layer is not
     causal); 0 leaves it out. dropout: on what each sublayer adds. pooling, of the classifiers: "mean", or the spec of a
     mechanism that pools. router_loss_weight: of the mechanisms' auxiliary losses, summed, in the loss.
+    host: the configuration of the checkpoint whose weights these were; it says how they go back, and nothing else.
     """
 
     model_type = "manyheads"
@@ -49,6 +56,11 @@ class ManyheadsConfig(PreTrainedConfig):
     hidden_act: str = "swiglu"
     num_local_experts: int = 1
     num_experts_per_tok: int = 1
+    mlp_bias: bool = False
+    norm_placement: str = "before"
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    logit_softcap: float | None = None
     layers: Any = ("softmax",)
     is_causal: bool | None = None
     num_decoder_layers: int | None = None
@@ -69,6 +81,7 @@ class ManyheadsConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     use_cache: bool = True
+    host: Any = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -144,7 +157,8 @@ class ManyheadsConfig(PreTrainedConfig):
     # -- what is refused ---------------------------------------------------------------------------------------------
 
     def _check_values(self) -> None:
-        for name, known in (("positions", POSITIONS), ("hidden_act", ACTIVATIONS)):
+        choices = {"positions": POSITIONS, "hidden_act": ACTIVATIONS, "norm_placement": PLACEMENTS}
+        for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}={value!r}{suggest(str(value), known)}; want one of {list(known)}")
@@ -162,6 +176,10 @@ class ManyheadsConfig(PreTrainedConfig):
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}; want 0 <= dropout < 1")
+        for name in ("embedding_scale", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r}; want a positive number")
         if len(self.image_shape) != 2 or any(side % self.patch_size for side in self.image_shape):
             raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
 

@@ -174,7 +174,7 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
-        loss, share = None, 1.0
+        logits, loss, share = self._capped(logits), None, 1.0
         if wanted is not None:
             loss, share = token_loss(logits, wanted, num_items_in_batch)
         return ManyheadsCausalLMOutput(
@@ -254,7 +254,7 @@ class ManyheadsForSeq2SeqLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
             output_hidden_states,
             return_dict=True,
         )
-        logits, loss, share = self.lm_head(out.last_hidden_state), None, 1.0
+        logits, loss, share = self._capped(self.lm_head(out.last_hidden_state)), None, 1.0
         if labels is not None:
             loss, share = token_loss(logits, labels, num_items_in_batch)
         kept = {k: v for k, v in out.items() if k != "last_hidden_state"}

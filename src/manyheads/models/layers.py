@@ -1,12 +1,15 @@
-"""What models are stacked of: mechanisms built from a configuration, and pre-norm blocks around them.
+"""What models are stacked of: mechanisms built from a configuration, and blocks around them.
 
-x + mixer(norm(x)), in a decoder x + cross mixer(norm(x), encoder), then x + mlp(norm(x)).
+x + mixer(norm(x)), in a decoder x + cross mixer(norm(x), encoder), then x + mlp(norm(x)); norms before, after, or
+around what is added, as the configuration says.
 Shapes: b batch, n tokens, e hidden size, m tokens of the encoder.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from manyheads.card import Pattern
+from manyheads.functional.layers import rms_norm
 from manyheads.functional.routing import balance_loss, top_k_mask
 from manyheads.mechanism import Mechanism, Result
 from manyheads.models.cache import ManyheadsCache, ManyheadsCacheLayer, Memory
@@ -108,14 +112,37 @@ class ShortConvolution(nn.Module):
         return F.conv1d(rows, self.weight, groups=x.shape[2]).transpose(1, 2)
 
 
+def sublayer_norms(config: ManyheadsConfig) -> tuple[nn.Module, nn.Module]:
+    """Of a sublayer, before and after it; one that is not there gives back what it gets."""
+    here = {"before": (True, False), "after": (False, True), "around": (True, True)}[config.norm_placement]
+    before, after = (_norm(config) if wanted else nn.Identity() for wanted in here)
+    return before, after
+
+
+def _norm(config: ManyheadsConfig) -> nn.RMSNorm:
+    return rms_norm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Rows times a scale, rounded to their dtype as Gemma does."""
+
+    def __init__(self, count: int, dim: int, *, scale: float) -> None:
+        super().__init__(count, dim)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = super().forward(input)
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
+
+
 class Mixer(nn.Module):
-    """norm -> short convolution -> mechanism."""
+    """norm -> short convolution -> mechanism -> norm, of which one norm may be missing."""
 
     def __init__(self, config: ManyheadsConfig, place: str, spec: Spec, pattern: Pattern) -> None:
         super().__init__()
         self.grid, causal = config.patch_grid if pattern is Pattern.GRID else None, pattern.causal
         convolves = config.short_conv and not pattern.cross and self.grid is None
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm, self.norm_after = sublayer_norms(config)
         self.convolution = ShortConvolution(config.hidden_size, config.short_conv, causal) if convolves else None
         self.mechanism = build_mechanism(config, place, spec, pattern)
 
@@ -136,28 +163,37 @@ class Mixer(nn.Module):
         x = self.norm(x)
         if self.grid is not None:
             result = self.mechanism(x.unflatten(1, self.grid), need_weights=need_weights)
-            return result._replace(output=result.output.flatten(1, 2))
+            return result._replace(output=self.norm_after(result.output.flatten(1, 2)))
         if self.convolution is not None:
             x = self.convolution(x, mask if mask is not None and mask.ndim == 2 else None, memory)
-        return self.mechanism(x, context, mask=mask, positions=positions, state=state, need_weights=need_weights)
+        result = self.mechanism(x, context, mask=mask, positions=positions, state=state, need_weights=need_weights)
+        return result._replace(output=self.norm_after(result.output))
+
+
+GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class MLP(nn.Module):
-    """norm -> SwiGLU, or two layers with GELU. normed: False where what is around it norms."""
+    """norm -> gated by SiLU or GELU, or two layers with GELU. normed: False where what is around it norms."""
 
     def __init__(self, config: ManyheadsConfig, *, normed: bool = True) -> None:
         super().__init__()
-        gated = config.hidden_act == "swiglu"
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if normed else nn.Identity()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False) if gated else None
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate = GATES.get(config.hidden_act)
+        self.norm, self.norm_after = sublayer_norms(config) if normed else (nn.Identity(), nn.Identity())
+        dim, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(dim, inner, bias=bias) if self.gate else None
+        self.up_proj = nn.Linear(dim, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        if self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x)))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate is None or self.gate_proj is None:
+            return self.norm_after(self.down_proj(F.gelu(self.up_proj(x))))
+        return self.norm_after(self.down_proj(self.gate(self.gate_proj(x)) * self.up_proj(x)))
 
     def losses(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
         return []
@@ -169,7 +205,7 @@ class ExpertMLP(nn.Module):
     def __init__(self, config: ManyheadsConfig) -> None:
         super().__init__()
         self.active = config.num_experts_per_tok
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm, self.norm_after = sublayer_norms(config)
         self.router = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
         self.experts = nn.ModuleList(MLP(config, normed=False) for _ in range(config.num_local_experts))
 
@@ -181,7 +217,7 @@ class ExpertMLP(nn.Module):
         for number, expert in enumerate(self.experts):
             row, place = (chosen == number).nonzero(as_tuple=True)
             out = out.index_add(0, row, expert(rows[row]) * shares[row, place, None])
-        return out.view_as(x)
+        return self.norm_after(out.view_as(x))
 
     def losses(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
         """See `balance_loss`: k where all experts get as many of the real tokens. mask: [b, n], or a dense one, which
@@ -250,7 +286,7 @@ class Stack(nn.Module):
         self.embed_positions = nn.Embedding(self.places, config.hidden_size) if learned else None
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = _norm(config)
 
     def forward(
         self,
@@ -316,7 +352,7 @@ class Stack(nn.Module):
         for i, block in enumerate(self.layers):
             mixers: list[Any] = [block.self_attn, block.cross_attn]
             for mixer in (mixer for mixer in mixers if mixer is not None):
-                token = mixer.norm.weight.new_zeros(1, 1, mixer.norm.weight.shape[0])
+                token = self.norm.weight.new_zeros(1, 1, self.norm.weight.shape[0])
                 context = token if mixer is block.cross_attn else None
                 state = mixer.mechanism.init_state(1)
                 try:

@@ -18,7 +18,7 @@ from manyheads.mechanism import Mechanism
 from manyheads.models.borrowed import BorrowedCache, obstacle, refused
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
-from manyheads.models.layers import ShortConvolution, Stack, build_decoder, build_stack, fill_gaps
+from manyheads.models.layers import ScaledEmbedding, ShortConvolution, Stack, build_decoder, build_stack, fill_gaps
 from manyheads.models.masks import read_masks, real_tokens
 from manyheads.models.packed import Packing, find_documents
 
@@ -88,6 +88,10 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return {"output_attentions": bool(attentions), "output_hidden_states": bool(hidden)}
 
+    def _capped(self, logits: Tensor) -> Tensor:
+        cap = self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
     def _label_loss(self, labels: Tensor | None, logits: Tensor, items: Any) -> tuple[Tensor | None, Any]:
         """Of a classifier: transformers' own, and the batch's share of what one optimizer step sees."""
         if labels is None:
@@ -120,7 +124,9 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         if decodes and config.is_encoder_decoder:
             raise ValueError("the configuration is an encoder-decoder's; use ManyheadsSeq2SeqModel or ...ForSeq2SeqLM")
         self.decodes = decodes
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Embedding = ScaledEmbedding(
+            config.vocab_size, config.hidden_size, scale=config.embedding_scale
+        )
         self.stack = build_stack(config, causal if config.is_causal is None else config.is_causal)
         self.post_init()
 
