@@ -222,8 +222,8 @@ class Ours(Side):
     def record(self) -> None:
         from manyheads.hosts.attend import pack
         from manyheads.shrink import Full
-        from manyheads.shrink.cache import RaggedLayer
         from manyheads.shrink.compress import Pass
+        from manyheads.shrink.layer import RaggedLayer
 
         self.given = []
         attend = RaggedLayer.attend

@@ -42,8 +42,9 @@ from manyheads.shrink import (
     StreamingLLM,
     TidalDecode,
 )
+from manyheads.shrink.group import Group
 from manyheads.shrink.quantised import ROOM, Codec
-from manyheads.shrink.store import Group, Store
+from manyheads.shrink.store import Store
 
 ENDS = [14, 15, 16, 17, 18, 22, 23, 24, 25, 26]
 HALF = 2.0**-10

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.attend import Scoring, probabilities, query_blocks, received, with_bias
-from manyheads.shrink.store import Group
+from manyheads.shrink.group import Group
 
 if TYPE_CHECKING:
     from manyheads.hosts.attention import Visibility

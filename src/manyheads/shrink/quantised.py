@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.attend import Scoring, masked_scores, with_bias
-from manyheads.shrink.store import Group, Spare
+from manyheads.shrink.group import Group, Spare
 
 if TYPE_CHECKING:
     from manyheads.hosts.attention import Visibility

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from manyheads.hosts.attend import Scoring
     from manyheads.hosts.attention import Visibility
     from manyheads.shrink.compress import View
-    from manyheads.shrink.store import Codec, Group
+    from manyheads.shrink.group import Codec, Group
 
 PER = ("head", "layer", "model")
 WHEN = ("prefill", "passes", "decode", "both")
