@@ -14,7 +14,8 @@ from manyheads.hosts.attend import Scoring, pack
 from manyheads.hosts.attention import Visibility
 from manyheads.shrink.attending import attend_group, sinks_of
 from manyheads.shrink.compress import Pass, make_room, shrink, trim
-from manyheads.shrink.store import Store, room_for
+from manyheads.shrink.group import room_for
+from manyheads.shrink.store import Store
 from manyheads.shrink.trial import Trial, in_parts, without_last
 
 
