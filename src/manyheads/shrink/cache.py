@@ -17,6 +17,7 @@ from manyheads.hosts.attention import is_attached
 from manyheads.hosts.families import layer_plans
 from manyheads.hosts.wrappers import is_compiled
 from manyheads.shrink.layer import RaggedLayer, untraced_layer
+from manyheads.shrink.moving import find_turns
 from manyheads.shrink.trial import starts_again
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class RaggedCache(Cache):
         super().__init__(layers=[made(self, i, own.window) for i, own in enumerate(plans)])
         policy.check_layers(self.depth)
         policy.prepare(model, self)
+        find_turns(policy, model, self)
 
     def begin(self, *, use_cache: bool | None, logits_to_keep: Any, position_ids: Tensor | None) -> None:
         """Before every call of the model that is given this cache. Nothing may follow one that caches nothing; and

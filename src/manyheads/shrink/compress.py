@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from manyheads.hosts.attention import Visibility
 
 
+# How far each entry was moved, where keys are.
+MOVED = "moved"
+
+
 @dataclass(frozen=True)
 class Pass:
     """Queries [b, g, r, n, d] of one forward pass over all KV heads, and what they might see."""
@@ -95,6 +99,11 @@ class View:
         before = padding.long().cumsum(1) - 1
         at = self.slots.clamp(0, padding.shape[1] - 1).long()
         return before.gather(1, at.flatten(1)).view(at.shape)
+
+    @property
+    def stands(self) -> Tensor:
+        """[b, g, m]: the position that each key is turned to: its own, unless keys were moved up."""
+        return self.positions + self.note(MOVED).round().long() if MOVED in self.group.rows else self.positions
 
     @cached_property
     def count(self) -> Tensor:
@@ -228,7 +237,7 @@ def _evict(layer: Any, policy: Any, views: list[View], *, coming: int, least: in
     _set_targets(views, targets)
     layer.store.evict([_keep(policy, view) for view in views], layer.spare, layer.slack)
     for view in _views(layer, views[0].passes):
-        policy.placed(layer, view)
+        layer.placed(policy, view)
 
 
 def _shared_out(layer: Any, policy: Any, views: list[View], coming: int) -> Tensor:
@@ -300,7 +309,7 @@ def _replaces(layer: Any, policy: Any, views: list[View], targets: _Targets) -> 
         view.targets = targets.even
         view.group.replace(policy.worst(view))
     for view in _views(layer, views[0].passes):
-        policy.placed(layer, view)
+        layer.placed(policy, view)
     return True
 
 

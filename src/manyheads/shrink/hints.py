@@ -34,6 +34,7 @@ _PRESSES = {
     "PerLayerCompressionPress": "compression_ratio=[...] of a policy, one number for each layer",
     "DecodingPress": "when='decode' and interval=... of a policy",
     "PrefillDecodingPress": "Composed(SnapKV(...), TOVA(..., when='decode'))",
+    "KeyRerotationPress": "positions='cache' of a policy",
     "ComposedPress": "Composed(first, second)",
 }
 

@@ -15,6 +15,7 @@ from manyheads.hosts.attention import Visibility
 from manyheads.shrink.attending import attend_group, sinks_of
 from manyheads.shrink.compress import Pass, make_room, shrink, trim
 from manyheads.shrink.group import room_for
+from manyheads.shrink.moving import move_up, moving_rows
 from manyheads.shrink.store import Store
 from manyheads.shrink.trial import Trial, in_parts, without_last
 
@@ -44,6 +45,8 @@ class RaggedLayer(CacheLayerMixin):
         # What a policy keeps for the layer as a whole, rows of the batch first.
         self.memo: dict[str, Tensor] = {}
         self.angles: Tensor | None = None
+        # By how much one position turns a key, where keys are moved up.
+        self.turns: Tensor | None = None
         # Entries that a query of the latest pass read of each head, where a policy read a part.
         self.read: int | None = None
         # A policy's shares of the budget per head, fixed at prefill.
@@ -74,6 +77,7 @@ class RaggedLayer(CacheLayerMixin):
         new = {"keys": key_states, "values": value_states}
         for name in (*self.policy.notes, *(("bias",) if self.policy.weighted else ())):
             new[name] = key_states.new_zeros(key_states.shape[:3], dtype=torch.float32)
+        new |= moving_rows(self, key_states)
         if self._in_parts():
             self.waiting = new
         else:
@@ -159,6 +163,11 @@ class RaggedLayer(CacheLayerMixin):
         if self.store.codec is not None:
             pending = sum(done.queries.shape[3] for done in self.recorded)
             self.store.codec.settle(self.store.groups, self.spare, seen.real, pending)
+
+    def placed(self, policy: Any, view: Any) -> None:
+        """After the policy dropped entries of a group."""
+        policy.placed(self, view)
+        move_up(self, view)
 
     def ordinary(self, queries: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
         """Attention [b, g, r, n, dv] of the first queries of a pass, [b, g, r, n, d], to all that is held."""

@@ -48,7 +48,8 @@ class Rules(Hinted):
     when: "prefill" drops once, from the context, which is the first pass (or the prompt that generate feeds in chunks),
     and keeps all that follows; "passes" at every pass of several tokens, so that a question competes with the context;
     "decode" at single tokens; "both" at all. interval: decoding lets a head grow this many entries over before it is
-    cut back. storage: Quantised(bits=4) holds keys and values as codes.
+    cut back. storage: Quantised(bits=4) holds keys and values as codes. positions: "text" leaves rotary keys where they
+    stood in the text; "cache" moves those that stay up to the next token, as if nothing had been between (moving.py).
     """
 
     compression_ratio: float | Sequence[float] | None = None
@@ -59,6 +60,7 @@ class Rules(Hinted):
     interval: int = 1
     allocation: Allocation | None = None
     storage: Storage | None = None
+    positions: str = "text"
 
     # Numbers kept beside every entry.
     notes: ClassVar[tuple[str, ...]] = ()
@@ -68,6 +70,8 @@ class Rules(Hinted):
     weighted: ClassVar[bool] = False
     # Nothing is dropped: budget_tokens says how many entries a query reads of each head, and `read` which.
     reads: ClassVar[bool] = False
+    # Entries are overwritten by mixtures of several tokens, which stand nowhere.
+    fuses: ClassVar[bool] = False
     by_layer: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     drops_alone: ClassVar[bool] = True
@@ -94,6 +98,7 @@ class Rules(Hinted):
         if not isinstance(self.interval, int) or self.interval < 1:
             raise ValueError(f"{name}: interval must be a whole number of tokens of at least 1; got {self.interval!r}")
         _check_storage(name, self.storage)
+        self._check_positions()
         least = min(each(self.budget_tokens), default=None)
         if least is not None and self.budget_per in (None, "head") and least < self.smallest:
             raise ValueError(f"{name}: budget_tokens={least} is below the {self.smallest} that it always keeps")
@@ -125,6 +130,18 @@ class Rules(Hinted):
             raise ValueError(
                 f"{name}: {type(self.allocation).__name__} shares one budget out among the layers; leave it out, or "
                 f"give {key} as one number"
+            )
+
+    def _check_positions(self) -> None:
+        name = type(self).__name__
+        if self.positions not in ("cache", "text"):
+            raise ValueError(f"{name}: positions is 'cache' or 'text'; got {self.positions!r}")
+        if self.positions == "cache" and self.fuses:
+            raise ValueError(f"{name} fuses tokens, so that its keys stand at no one position: leave positions='text'")
+        if self.moves and self.storage is not None and self.when != "prefill":
+            raise ValueError(
+                f"{name}: positions='cache' with when={self.when!r} turns keys again and again, and coding them anew "
+                "each time would add up errors: give when='prefill', or leave storage out"
             )
 
     def check_layers(self, layers: int) -> None:
@@ -159,6 +176,11 @@ class Rules(Hinted):
     def worst(self, view: View) -> Tensor | int:
         """[b, g]: the place of the entry that leaves where each head drops one; an int where it is one for all."""
         return self.score(view).argmin(-1)
+
+    @property
+    def moves(self) -> bool:
+        """Whether keys that stay are moved up to the next token."""
+        return self.positions == "cache" and not self.is_full
 
     @property
     def smallest(self) -> int:
