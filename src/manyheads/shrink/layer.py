@@ -150,6 +150,8 @@ class RaggedLayer(CacheLayerMixin):
 
     def finish(self, done: Pass) -> None:
         """After a pass: what is over the budget leaves, or waits for `crop`."""
+        if self.store.codec is not None:
+            self.store.codec.observe(done.queries, done.seen)
         if self.record_past:
             self.recorded.append(done)
         else:

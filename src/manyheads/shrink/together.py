@@ -18,7 +18,6 @@ from manyheads.shrink.compress import Pass, _views
 from manyheads.shrink.policy import Policy
 from manyheads.shrink.textorder import whole_number
 
-
 # What a policy notes in `cache.shared` while a context comes.
 NOTED = "noted"
 
