@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from formula_llama import PROMPT, SETTINGS, numbers
+from formula_llama import prompt as formula_prompt
+from formula_llama import weights as formula_weights
 from loops import ENDS, LEFT, batch, watched
 from test_expected import rotation
 from test_fast_kvzip import gates
 from tiny_families import prompt, tiny
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyheads.shrink import (
     H2O,
@@ -210,3 +216,24 @@ def test_with_codes() -> None:
 def test_what_is_refused(make: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_keys_are_kvpress() -> None:
+    """Its keys turn from 0 on, ours up to the next token: as many positions apart as tokens left."""
+    stored = json.loads((Path(__file__).parent / "kvpress_turned.json").read_text())
+    assert stored["kvpress"] == "0.5.5"
+    model = LlamaForCausalLM(LlamaConfig(**SETTINGS)).double().eval()
+    model.load_state_dict(formula_weights({name: tuple(own.shape) for name, own in model.named_parameters()}))
+    along = numbers((SETTINGS["head_dim"],), 5)
+    for case in stored["cases"]:
+        policy = SnapKV(compression_ratio=case["ratio"], window_size=case["window_size"], **MOVED)
+        cache = policy.make_cache(model)
+        with torch.no_grad():
+            model(inputs_embeds=formula_prompt(), past_key_values=cache)
+        for layer, wanted in zip(cache.layers, case["keys"], strict=True):
+            group = layer.store.groups[0]
+            back = rotation(group.length - PROMPT, SETTINGS["head_dim"], SETTINGS["head_dim"])
+            order = group.slots()[0].argsort(-1)[..., None].expand_as(group.view("keys")[0])
+            keys = group.view("keys")[0].gather(1, order) @ back.T
+            torch.testing.assert_close((keys @ along).tolist(), wanted, atol=1e-5, rtol=1e-5)
+    assert len(stored["cases"]) == 2

@@ -3,6 +3,7 @@
 from typing import Any
 
 from manyheads.shrink import hints
+from manyheads.shrink.channels import ThinK
 from manyheads.shrink.policies import (
     CUR,
     H2O,
@@ -71,6 +72,7 @@ __all__ = [
     "SimLayerKV",
     "SnapKV",
     "StreamingLLM",
+    "ThinK",
     "TidalDecode",
     "fit_lococo",
     "fit_q_filters",

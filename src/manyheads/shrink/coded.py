@@ -298,13 +298,14 @@ class Sums:
 
     def __init__(self, queries: Tensor, value_dim: int, scoring: Scoring, dtype: torch.dtype) -> None:
         self.queries, self.scoring = queries.to(dtype), scoring
+        self.narrow: Tensor | None = None
         self.top = self.queries.new_full((*queries.shape[:-1], 1), torch.finfo(dtype).min)
         self.total = torch.zeros_like(self.top)
         self.out = self.queries.new_zeros((*queries.shape[:-1], value_dim))
 
-    def add(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
-        """keys, values [b, g, m, d]; mask [b or 1, g or 1, n, m]."""
-        scores = masked_scores(self.queries, keys, self.scoring, mask)
+    def add(self, keys: Tensor, values: Tensor, mask: Tensor | None, queries: Tensor | None = None) -> None:
+        """keys, values [b, g, m, d]; mask [b or 1, g or 1, n, m]. queries: those that meet keys of another width."""
+        scores = masked_scores(self.queries if queries is None else queries, keys, self.scoring, mask)
         top = torch.maximum(self.top, scores.amax(-1, keepdim=True))
         weights, left = (scores - top).exp(), (self.top - top).exp()
         b, g, r, n, m = weights.shape

@@ -35,6 +35,7 @@ _PRESSES = {
     "DecodingPress": "when='decode' and interval=... of a policy",
     "PrefillDecodingPress": "Composed(SnapKV(...), TOVA(..., when='decode'))",
     "KeyRerotationPress": "positions='cache' of a policy",
+    "ThinKPress": "storage=ThinK(...) of any policy, such as Full(storage=ThinK())",
     "ComposedPress": "Composed(first, second)",
 }
 

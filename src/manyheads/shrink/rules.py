@@ -48,8 +48,9 @@ class Rules(Hinted):
     when: "prefill" drops once, from the context, which is the first pass (or the prompt that generate feeds in chunks),
     and keeps all that follows; "passes" at every pass of several tokens, so that a question competes with the context;
     "decode" at single tokens; "both" at all. interval: decoding lets a head grow this many entries over before it is
-    cut back. storage: Quantised(bits=4) holds keys and values as codes. positions: "text" leaves rotary keys where they
-    stood in the text; "cache" moves those that stay up to the next token, as if nothing had been between (moving.py).
+    cut back. storage: Quantised(bits=4) holds keys and values as codes, ThinK() narrower keys. positions: "text" leaves
+    rotary keys where they stood in the text; "cache" moves those that stay up to the next token, as if nothing had been
+    between (moving.py).
     """
 
     compression_ratio: float | Sequence[float] | None = None
@@ -299,4 +300,4 @@ def of_layer(value: Any, index: int) -> Any:
 
 def _check_storage(name: str, storage: Any) -> None:
     if storage is not None and not callable(getattr(storage, "codec", None)):
-        raise ValueError(f"{name}: storage is Quantised(bits=4), Quantised(bits=8) or nothing; got {storage!r}")
+        raise ValueError(f"{name}: storage is Quantised(bits=4), Quantised(bits=8), ThinK() or none; got {storage!r}")
