@@ -40,12 +40,14 @@ from manyheads.shrink.policies import (
 )
 from manyheads.shrink.policy import Policy, release
 from manyheads.shrink.quantised import Quantised
+from manyheads.shrink.template import ChatTemplate
 
 __all__ = [
     "CUR",
     "H2O",
     "TOVA",
     "AdaKV",
+    "ChatTemplate",
     "ChunkKV",
     "Compactor",
     "Composed",

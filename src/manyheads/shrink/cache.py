@@ -8,8 +8,10 @@ nothing dropped it is simply a cache that does not copy itself for every token.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -36,6 +38,9 @@ class RaggedCache(Cache):
         self._closed = self.assists = False
         # Tokens at the end of a pass that may be taken back, where its call tells.
         self.guesses: int | None = None
+        # What was fed [b, n], and which of it is never dropped, where the policy protects tokens.
+        self.ids: Tensor | None = None
+        self.protected: Tensor | None = None
         # A pass that begins before this slot is of the context.
         self.context = 1
         made = untraced_layer() if is_compiled(model) else RaggedLayer
@@ -44,7 +49,9 @@ class RaggedCache(Cache):
         policy.prepare(model, self)
         find_turns(policy, model, self)
 
-    def begin(self, *, use_cache: bool | None, logits_to_keep: Any, position_ids: Tensor | None) -> None:
+    def begin(
+        self, *, use_cache: bool | None, logits_to_keep: Any, position_ids: Tensor | None, input_ids: Tensor | None
+    ) -> None:
         """Before every call of the model that is given this cache. Nothing may follow one that caches nothing; and
         logits are kept of the last certain token and of what was guessed after it."""
         if self._closed:
@@ -59,8 +66,43 @@ class RaggedCache(Cache):
                 "transformers does not go on with a cache there; generate without guesses, or without past_key_values"
             )
         self._closed = use_cache is False
+        if self.policy.protect is not None:
+            self._protect(input_ids, seen)
         known = isinstance(logits_to_keep, int) and logits_to_keep > 0
         self.guesses = logits_to_keep - 1 + self.assists if known else None
+
+    def _protect(self, new: Tensor | None, seen: int) -> None:
+        """Before a pass of ids [b, n]: which of all tokens fed are never dropped."""
+        rule, name = self.policy.protect, type(self.policy).__name__
+        assert rule is not None
+        if new is None or (seen and (self.ids is None or self.ids.shape[1] < seen)):
+            raise ValueError(
+                f"{name}(protect=...) tells tokens by their ids, and these came without: give the model input_ids, in "
+                "calls of its own, from the first pass on"
+            )
+        if self.ids is None or self.protected is None or not seen:
+            self.ids, self.protected = new, rule.places(new)
+            return
+        ids = torch.cat([self.ids[:, :seen], new], 1)
+        single = new.shape[1] == 1
+        self.protected = torch.cat([self.protected[:, :seen], rule.single(new)], 1) if single else rule.places(ids)
+        self.ids = ids
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._on_batch(lambda row: row.index_select(0, beam_idx.to(row.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._on_batch(lambda row: row.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._on_batch(lambda row: row[indices.to(row.device), ...])
+
+    def _on_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.ids is not None and self.protected is not None:
+            self.ids, self.protected = change(self.ids), change(self.protected)
 
     def expect(self, tokens: int) -> None:
         """The next `tokens` tokens are one context, in however many passes they come; for an empty cache. Without this
@@ -80,13 +122,16 @@ class RaggedCache(Cache):
     def reset(self) -> None:
         super().reset()
         self._closed, self.context = False, 1
+        self.ids = self.protected = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held, room for coming tokens included."""
         memos = [own for layer in self.layers for own in layer.memo.values()]
         trials = [layer.trial.nbytes for layer in self.layers if layer.trial is not None]
-        return sum(layer.store.nbytes for layer in self.layers) + sum(own.nbytes for own in memos) + sum(trials)
+        told = [own.nbytes for own in (self.ids, self.protected) if own is not None]
+        held = [layer.store.nbytes for layer in self.layers] + [own.nbytes for own in memos]
+        return sum(held) + sum(trials) + sum(told)
 
     def lengths(self) -> list[list[int]]:
         """Entries held, by layer and KV head."""

@@ -65,6 +65,8 @@ class View:
     coming: int = 0
     # What layers hand on to each other within a pass.
     shared: dict[str, Any] = field(default_factory=dict)
+    # [b, n] of what was fed: tokens that are never dropped, where some are.
+    protected: Tensor | None = None
 
     @cached_property
     def keys(self) -> Tensor:
@@ -130,6 +132,20 @@ class View:
         else:
             alive = seen.real(slots).expand(slots.shape)
         return alive if self.window is None else alive & (slots > self.total - self.window)
+
+    def guarded(self, score: Tensor) -> Tensor:
+        """The score [b, g, m] with protected entries above all, and minus infinity where nothing lives."""
+        if (kept := self.kept) is not None:
+            score = score.clamp_max(torch.finfo(score.dtype).max).masked_fill(kept, torch.inf)
+        return score.masked_fill(~self.alive, -torch.inf)
+
+    @cached_property
+    def kept(self) -> Tensor | None:
+        """[b, g, m]: protected entries that live."""
+        if self.protected is None:
+            return None
+        at = self.slots.clamp_min(0).long()
+        return self.protected.to(at.device).gather(1, at.flatten(1)).view(at.shape) & self.alive
 
     def received(self) -> Tensor:
         """[b, g, m]: attention that the entries got from the passes' real queries, summed over query heads."""
@@ -220,6 +236,7 @@ def make_room(layer: Any, coming: int) -> None:
 def _views(layer: Any, passes: list[Pass], coming: int = 0) -> list[View]:
     fixed = (layer.index, layer.layers, layer.seen, layer.window)
     own = {"memo": layer.memo, "angles": layer.angles, "coming": coming, "shared": layer.shared}
+    own["protected"] = layer.protected
     return [View(group, place, passes, *fixed, **own) for place, group in enumerate(layer.store.groups)]
 
 
@@ -300,6 +317,7 @@ def _replaces(layer: Any, policy: Any, views: list[View], targets: _Targets) -> 
     entry takes the place of the one that leaves, and nothing is ranked or counted."""
     seen = views[0].passes[-1].seen
     plain = seen.padding is None and seen.tensor is None and layer.window is None
+    plain = plain and layer.protected is None
     if not plain or not policy.drops_alone or not all(view.group.simple for view in views):
         return False
     if any(view.group.capacity > view.group.length + layer.spare(view.group.length, view.group.heads) + layer.slack
@@ -323,13 +341,21 @@ def _keep(policy: Any, view: View) -> Tensor | None:
     assert view.targets is not None
     if view.group.length <= int(view.targets.min()):
         return None
-    score = policy.score(view).masked_fill(~view.alive, -torch.inf)
-    return policy.merge(view, _best(score, view.targets) & view.alive)
+    keep = policy.merge(view, _best(view.guarded(policy.score(view)), view.targets) & view.alive)
+    if (kept := view.kept) is None:
+        return keep
+    most = kept.sum(-1)
+    if bool((most > view.targets).any()):
+        raise ValueError(
+            f"{type(policy).__name__}: protect names {int(most.max())} tokens that are never dropped, and a head of "
+            f"layer {view.layer} may keep {int(view.targets.min())}: give a larger one"
+        )
+    return keep | kept
 
 
 def _all_scores(policy: Any, views: list[View]) -> Tensor:
     """[b, H, m] over all groups, minus infinity where a head holds nothing."""
-    parts = [policy.score(view).masked_fill(~view.alive, -torch.inf) for view in views]
+    parts = [view.guarded(policy.score(view)) for view in views]
     most = max(part.shape[2] for part in parts)
     parts = [torch.nn.functional.pad(part, (0, most - part.shape[2]), value=-torch.inf) for part in parts]
     order = torch.cat([view.group.index for view in views]).argsort()

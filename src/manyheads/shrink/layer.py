@@ -119,6 +119,20 @@ class RaggedLayer(CacheLayerMixin):
         return 1 if cache is None else cache.context
 
     @property
+    def protected(self) -> Tensor | None:
+        """[b, n] of what was fed: which tokens are never dropped, where some are."""
+        cache = self._cache()
+        if cache is None or self.policy.protect is None or cache.shared.get("repeating"):
+            return None
+        found: Tensor | None = cache.protected
+        if found is None or found.shape[1] < self.seen:
+            raise ValueError(
+                f"{type(self.policy).__name__}(protect=...) was not told what tokens came: call the model itself, with "
+                "input_ids, not a part of it"
+            )
+        return found
+
+    @property
     def guesses(self) -> int | None:
         """Tokens at the end of the pass that may be taken back, where its call tells."""
         cache = self._cache()

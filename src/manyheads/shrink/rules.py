@@ -38,6 +38,14 @@ class Storage(Protocol):
     def codec(self) -> Codec: ...
 
 
+class Protection(Protocol):
+    """Which tokens of texts, ids [b, n], are never dropped, [b, n]: see template.py."""
+
+    def places(self, ids: Tensor) -> Tensor: ...
+
+    def single(self, ids: Tensor) -> Tensor: ...
+
+
 @dataclass(kw_only=True)
 class Rules(Hinted):
     """Budget and moment, common to all policies. At most one budget; none keeps everything.
@@ -50,7 +58,7 @@ class Rules(Hinted):
     "decode" at single tokens; "both" at all. interval: decoding lets a head grow this many entries over before it is
     cut back. storage: Quantised(bits=4) holds keys and values as codes, ThinK() narrower keys. positions: "text" leaves
     rotary keys where they stood in the text; "cache" moves those that stay up to the next token, as if nothing had been
-    between (moving.py).
+    between (moving.py). protect: ChatTemplate.of(tokenizer) names tokens that are never dropped.
     """
 
     compression_ratio: float | Sequence[float] | None = None
@@ -62,6 +70,7 @@ class Rules(Hinted):
     allocation: Allocation | None = None
     storage: Storage | None = None
     positions: str = "text"
+    protect: Protection | None = None
 
     # Numbers kept beside every entry.
     notes: ClassVar[tuple[str, ...]] = ()
@@ -99,6 +108,8 @@ class Rules(Hinted):
         if not isinstance(self.interval, int) or self.interval < 1:
             raise ValueError(f"{name}: interval must be a whole number of tokens of at least 1; got {self.interval!r}")
         _check_storage(name, self.storage)
+        if self.protect is not None and not callable(getattr(self.protect, "places", None)):
+            raise ValueError(f"{name}: protect is ChatTemplate.of(tokenizer) or nothing; got {self.protect!r}")
         self._check_positions()
         least = min(each(self.budget_tokens), default=None)
         if least is not None and self.budget_per in (None, "head") and least < self.smallest:

@@ -145,6 +145,14 @@ def budget(policy: Any, layer: Any, alive: Tensor) -> Tensor:
 def drop_together(policy: Any, cache: Any, scores: list[Tensor], alive: Tensor) -> None:
     """The best scores [b, H, m] of all layers stay, or of each where the policy says per_layer; its sinks always."""
     first = alive & (alive.long().cumsum(1) <= policy.sink_size)
+    if (kept := cache.layers[0].protected) is not None:
+        first = first | (kept & alive)
+        least = int(budget(policy, cache.layers[0], alive).min())
+        if int(first.sum(1).max()) > least:
+            raise ValueError(
+                f"{type(policy).__name__}: protect and sink_size name {int(first.sum(1).max())} tokens that are never "
+                f"dropped, and the budget is {least} for each head: give a larger one"
+            )
     ranked = [own.masked_fill(first[:, None], torch.inf).masked_fill(~alive[:, None], -torch.inf) for own in scores]
     counts = [budget(policy, layer, alive) * own.shape[1] for layer, own in zip(cache.layers, ranked, strict=True)]
     if policy.per_layer:

@@ -26,6 +26,7 @@ class Composed(Policy):
         super().__init__()
         stored = [own.storage for own in parts if own.storage is not None]
         self.storage = stored[0] if stored else None
+        self.protect = next((own.protect for own in parts if own.protect is not None), None)
         again = [type(own).__name__ for own in parts if own.when != "prefill"]
         if self.storage is not None and self.moves and again:
             raise ValueError(

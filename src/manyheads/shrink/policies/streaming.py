@@ -42,8 +42,8 @@ class StreamingLLM(Policy):
 
     @property
     def moves(self) -> bool:
-        """Its sinks alone are turned, in the policy's own way."""
-        return False
+        """Its sinks alone are turned, in the policy's own way, but where tokens between stay too."""
+        return self.protect is not None and super().moves
 
     def score(self, view: View) -> Tensor:
         return recency(view, self.sink_size)
@@ -53,7 +53,7 @@ class StreamingLLM(Policy):
         return super().worst(view) if place is None else place
 
     def prepare(self, model: Any, cache: Any) -> None:
-        if self.positions == "text" or self.is_full or not self.sink_size:
+        if self.positions == "text" or self.is_full or not self.sink_size or self.moves:
             return
         from manyheads.hosts.families import rotations
 
