@@ -131,7 +131,8 @@ class RaggedCache(Cache):
         trials = [layer.trial.nbytes for layer in self.layers if layer.trial is not None]
         told = [own.nbytes for own in (self.ids, self.protected) if own is not None]
         held = [layer.store.nbytes for layer in self.layers] + [own.nbytes for own in memos]
-        return sum(held) + sum(trials) + sum(told)
+        heard = [done.queries.nbytes for layer in self.layers for done in layer.heard]
+        return sum(held) + sum(trials) + sum(told) + sum(heard)
 
     def lengths(self) -> list[list[int]]:
         """Entries held, by layer and KV head."""

@@ -39,6 +39,12 @@ class Pass:
         # A copy: a slice, even an empty one, would hold on to the whole pass' memory.
         return Pass(some if self.queries.shape[3] == 1 else some.clone(), self.scoring, self.seen)
 
+    def last_queries(self, count: int) -> Pass:
+        n = self.queries.shape[3]
+        start = max(0, n - count)
+        some = self.queries[:, :, :, start:].detach()
+        return Pass(some if n == 1 else some.clone(), self.scoring, self.seen.part(start, n))
+
     def on_batch(self, change: Callable[[Tensor], Tensor]) -> Pass:
         return replace(self, queries=change(self.queries), seen=self.seen.on_batch(change), weights=())
 
@@ -214,12 +220,25 @@ def shrink(layer: Any, passes: list[Pass]) -> None:
             for view in views:
                 own.observe(view)
         for i, own in enumerate(acting):
-            if i:
+            if i or layer.heard:
                 # Attention's own weights are of entries that may have left.
-                views = _views(layer, [replace(done, weights=()) for done in passes])
+                asked = [replace(done, weights=()) for done in passes] if i else passes
+                views = _views(layer, [*layer.heard, *asked] if own.looks_back > 1 else asked)
             _evict(layer, own, views, coming=0, least=own.interval if decoding else 1, fresh=not decoding)
+    if layer.looks_back > 1:
+        _hear(layer, passes)
     if not layer.record_past:
         trim(layer)
+
+
+def _hear(layer: Any, passes: list[Pass]) -> None:
+    """Keeps the latest queries for parts that will ask for more than those of one token."""
+    left, kept = layer.looks_back, list[Pass]()
+    for done in reversed([*layer.heard, *passes]):
+        if left > 0:
+            kept.append(done.last_queries(left) if done.weights or done.queries.shape[3] > left else done)
+            left -= done.queries.shape[3]
+    layer.heard = tuple(kept[::-1])
 
 
 def make_room(layer: Any, coming: int) -> None:

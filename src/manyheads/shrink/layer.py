@@ -49,6 +49,10 @@ class RaggedLayer(CacheLayerMixin):
         self.turns: Tensor | None = None
         # Entries that a query of the latest pass read of each head, where a policy read a part.
         self.read: int | None = None
+        # The latest queries, for policies that look back on more than those of a pass; replaced, never written to.
+        self.heard: tuple[Pass, ...] = ()
+        asking = [own.looks_back for own in self.policy.parts if not own.is_full and own.acts(decoding=True)]
+        self.looks_back = max(asking, default=1)
         # A policy's shares of the budget per head, fixed at prefill.
         self.shares: Tensor | None = None
         # Weights of a single query on each group, for as long as its pass lasts.
@@ -276,7 +280,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.store, self.seen, self.recorded, self.shares, self.last = self._empty(), 0, [], None, None
-        self.memo, self.read, self.waiting, self.trial = {}, None, None, None
+        self.memo, self.read, self.waiting, self.trial, self.heard = {}, None, None, None, ()
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -291,6 +295,7 @@ class RaggedLayer(CacheLayerMixin):
     def _on_batch(self, change: Any) -> None:
         self.store.on_batch(change)
         self.recorded = [done.on_batch(change) for done in self.recorded]
+        self.heard = tuple(done.on_batch(change) for done in self.heard)
         if self.trial is not None:
             self.trial.on_batch(change)
         self.last = None if self.last is None else self.last.on_batch(change)

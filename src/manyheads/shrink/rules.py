@@ -190,6 +190,11 @@ class Rules(Hinted):
         return self.score(view).argmin(-1)
 
     @property
+    def looks_back(self) -> int:
+        """The latest queries that `score` asks for; more than one are kept while decoding."""
+        return 1
+
+    @property
     def moves(self) -> bool:
         """Whether keys that stay are moved up to the next token."""
         return self.positions == "cache" and not self.is_full

@@ -53,6 +53,10 @@ class Based(Policy):
         return not self.is_full and "cache" in (self.positions, self.base.positions)
 
     @property
+    def looks_back(self) -> int:
+        return self._scorer.looks_back
+
+    @property
     def smallest(self) -> int:
         return self.base.smallest
 
