@@ -222,8 +222,8 @@ class Ours(Side):
     def record(self) -> None:
         from manyheads.hosts.attend import pack
         from manyheads.shrink import Full
-        from manyheads.shrink.cache import RaggedLayer
         from manyheads.shrink.compress import Pass
+        from manyheads.shrink.layer import RaggedLayer
 
         self.given = []
         attend = RaggedLayer.attend
@@ -356,6 +356,31 @@ class Theirs(Side):
         at = torch.searchsorted(ranked, kept).clamp_max(full.shape[1] - 1)
         assert torch.equal(ranked.gather(-1, at), kept), "a kept key is none of the prompt's"
         return order.gather(-1, at).sort(-1).values
+
+    @torch.no_grad()
+    def channels(self, ratio: float, window_size: int) -> dict[str, Any]:
+        """Channels that its ThinK leaves keys, by layer and KV head: the others are zeros."""
+        import kvpress
+
+        self.cache = self.fresh()
+        with kvpress.ThinKPress(ratio, window_size)(self.model):
+            self.model.model(inputs_embeds=self.embeddings(), past_key_values=self.cache)
+        some = [(layer.keys[0] != 0).any(1) for layer in self.cache.layers]
+        return {"kept": [[row.nonzero()[:, 0].tolist() for row in heads] for heads in some]}
+
+    @torch.no_grad()
+    def turned(self, ratio: float, window_size: int) -> dict[str, Any]:
+        """What is left of SnapKV's keys after they were turned to 0, 1, 2, ..., as one number for each."""
+        import kvpress
+
+        sys.path.append(str(FIXTURE.parent))
+        from formula_llama import numbers
+
+        self.cache = self.fresh()
+        with kvpress.KeyRerotationPress(kvpress.SnapKVPress(ratio, window_size))(self.model):
+            self.model.model(inputs_embeds=self.embeddings(), past_key_values=self.cache)
+        along = numbers((self.cache.layers[0].keys.shape[-1],), 5)
+        return {"keys": [(layer.keys[0] @ along).tolist() for layer in self.cache.layers]}
 
     def nbytes(self) -> int:
         rows = [row for layer in self.cache.layers for row in (layer.keys, layer.values)]
@@ -691,9 +716,21 @@ def fixture(python: str) -> None:
                 print(policy, settings, ratio, agreement(both, policy, ratio, settings))
                 cases.append({"policy": policy, "settings": settings, "compression_ratio": ratio, "kept": _lists(both)})
         about = both.theirs("about")
+        store_keys(both, about)
         both.close()
     text = json.dumps({"made_by": "benchmarks/kvpress.py --fixture", **about, "cases": cases})
     FIXTURE.write_text(text.replace('{"policy"', '\n{"policy"') + "\n")
+
+
+def store_keys(both: Both, about: dict[str, Any]) -> None:
+    """What its ThinK leaves of keys, and where its turned keys stand."""
+    ratios = [{"ratio": ratio, "window_size": size} for ratio in (0.25, 0.5) for size in (8, 32)]
+    narrow = [own | both.theirs("channels", **own) for own in ratios]
+    ratios = [{"ratio": ratio, "window_size": 8} for ratio in RATIOS]
+    turned = [own | both.theirs("turned", **own) for own in ratios]
+    for name, found in (("kvpress_channels.json", narrow), ("kvpress_turned.json", turned)):
+        told = {"made_by": "benchmarks/kvpress.py --fixture", **about, "cases": found}
+        FIXTURE.with_name(name).write_text(json.dumps(told) + "\n")
 
 
 def _lists(both: Both) -> list[list[list[int]]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from manyheads.shrink import Policy, release
-from manyheads.shrink.cache import RaggedLayer
+from manyheads.shrink.layer import RaggedLayer
 
 ENDS = [26, 27, 28, 33, 34, 35]
 LEFT = [0, 5]

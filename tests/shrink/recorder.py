@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from manyheads.shrink.cache import RaggedLayer
+from manyheads.shrink.layer import RaggedLayer
 
 Held = dict[tuple[int, int], list[int]]
 

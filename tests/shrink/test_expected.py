@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from manyheads.hosts.loading import load_model
 from manyheads.shrink import AdaKV, ExpectedAttention, KeyNorm, release
-from manyheads.shrink.cache import RaggedLayer
+from manyheads.shrink.layer import RaggedLayer
 
 ENDS = [14, 15, 16, 19, 20, 21, 22]
 LEFT = [0, 4]

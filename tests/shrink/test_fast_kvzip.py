@@ -142,3 +142,21 @@ def test_what_a_model_refuses() -> None:
     for wrong in (gates(layers=2), gates(dim=16), gates(heads=4, repeat=1), []):
         with pytest.raises(ValueError, match="take the gates that were trained for it"):
             FastKVzip(gates=wrong, budget_tokens=8).make_cache(tiny("llama"))
+
+
+def test_a_context_in_chunks() -> None:
+    """The gates read every chunk, and what is kept is what is kept of one pass."""
+    model, tokens, own = tiny("llama").double(), prompt(2, SIZE), gates()
+    policy = FastKVzip(gates=own, compression_ratio=0.5, sink_size=2, window_ratio=0.15)
+    caches = []
+    for ends in ([SIZE], [10, 17, SIZE]):
+        cache, start = policy.make_cache(model), 0
+        cache.expect(SIZE)
+        for end in ends:
+            with torch.no_grad():
+                model(tokens[:, start:end], past_key_values=cache)
+            start = end
+        caches.append([held(layer) for layer in cache.layers])
+    assert caches[0] == caches[1]
+    assert sum(len(slots) for layer in caches[1] for slots in layer.values()) == 2 * 6 * SIZE // 2
+    release(model)

@@ -173,3 +173,39 @@ def test_what_a_model_or_a_call_refuses() -> None:
     mask = torch.ones(1, 1, SIZE, SIZE, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match=r"KVzip compares whole rows.*give a 2-D attention_mask"):
         model(prompt(1, SIZE), attention_mask=mask, past_key_values=KVzip(budget_tokens=8).make_cache(model))
+
+
+@pytest.mark.parametrize("last", [8, 1])
+def test_a_context_in_chunks(last: int) -> None:
+    """What is kept is what is kept of one pass; the last chunk may be a single token."""
+    model, tokens = tiny("llama").double(), prompt(2, SIZE)
+    padding = torch.ones(2, SIZE, dtype=torch.long)
+    padding[1, :3] = 0
+    positions = (padding.cumsum(1) - 1).clamp_min(0)
+    policy = KVzip(compression_ratio=0.5, sink_size=2, chunk_size=9, **ASKED)
+    caches = []
+    for ends in ([SIZE], [10, SIZE - last, SIZE]):
+        cache, start = policy.make_cache(model), 0
+        cache.expect(SIZE)
+        for end in ends:
+            here = slice(start, end)
+            given = {"attention_mask": padding[:, :end], "position_ids": positions[:, here]}
+            with torch.no_grad():
+                model(tokens[:, here], **given, past_key_values=cache)
+            start = end
+        caches.append(cache)
+    for row in range(2):
+        assert kept(caches[0], row) == kept(caches[1], row)
+    assert min(len(slots) for slots in kept(caches[1]).values()) < SIZE
+    release(model)
+
+
+def test_a_prompt_that_generate_feeds_in_chunks() -> None:
+    model, tokens = tiny("llama"), prompt(1, SIZE)
+    found = []
+    for chunk in (None, 7):
+        with KVzip(compression_ratio=0.5, sink_size=2)(model) as active:
+            model.generate(tokens, max_new_tokens=2, do_sample=False, eos_token_id=None, prefill_chunk_size=chunk)
+        # generate feeds the prompt but for its last token when in chunks.
+        found.append(sum(len(slots) for slots in kept(active.cache).values()))
+    assert found[1] == found[0] == 6 * (SIZE // 2 + 1)

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from manyheads.hosts.attend import Scoring
 from manyheads.hosts.loading import load_model
 from manyheads.shrink import H2O, AdaKV, ExpectedAttention, LoCoCo, Policy, Razor, StreamingLLM, fit_lococo, release
-from manyheads.shrink.cache import RaggedLayer
+from manyheads.shrink.layer import RaggedLayer
 
 ENDS = [14, 15, 16, 17, 20, 21, 22, 23]
 LEFT = [0, 4]

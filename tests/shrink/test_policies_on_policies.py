@@ -17,6 +17,7 @@ from manyheads.shrink import (
     TOVA,
     AdaKV,
     ChunkKV,
+    Compactor,
     CriticalKV,
     Duo,
     ExpectedAttention,
@@ -191,7 +192,7 @@ def test_bases_that_score_no_tokens(cls: Any) -> None:
     with pytest.raises(ValueError, match=rf"budget_tokens is {cls.__name__}'s own to say"):
         cls(base=KeyNorm(budget_tokens=4))
     with pytest.raises(ValueError, match="when='both' is not possible"):
-        cls(base=SnapKV(), when="both")
+        cls(base=Compactor(), when="both")
 
 
 @pytest.mark.parametrize(("cls", "given", "match"), [

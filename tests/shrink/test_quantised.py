@@ -42,8 +42,10 @@ from manyheads.shrink import (
     StreamingLLM,
     TidalDecode,
 )
-from manyheads.shrink.quantised import ROOM, Codec
-from manyheads.shrink.store import Group, Store
+from manyheads.shrink.coded import ROOM
+from manyheads.shrink.group import Group
+from manyheads.shrink.quantised import Codec
+from manyheads.shrink.store import Store
 
 ENDS = [14, 15, 16, 17, 18, 22, 23, 24, 25, 26]
 HALF = 2.0**-10
@@ -158,7 +160,7 @@ def error_bounds(store: Store, group: Group, name: str, numbers: Tensor) -> None
     scale = group.rows[f"{name}_range"][:, :, : group.length, 0].double()
     codec = store.codec
     assert codec is not None
-    size = codec._size.double() if name == "keys" else torch.ones(1)  # type: ignore[union-attr]
+    size = codec.kept["size"].double() if name == "keys" else torch.ones(1)  # type: ignore[union-attr]
     off = (group.view(name).double() - numbers.double()).abs()
     # A last place of float32, on the way there and back.
     assert bool((off <= scale / 2 * size + 4e-7 * numbers.abs().amax()).all())
@@ -192,8 +194,8 @@ def checked(tolerance: float = 1e-5) -> Iterator[list[float]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Codec, "attend", watched)
         # Blocks of few entries, and few queries to each, so that there are several.
-        patch.setattr("manyheads.shrink.quantised.QUERIES", 3)
-        patch.setattr("manyheads.shrink.quantised.BLOCK", 1)
+        patch.setattr("manyheads.shrink.coded.QUERIES", 3)
+        patch.setattr("manyheads.shrink.coded.BLOCK", 1)
         yield found
 
 
@@ -268,7 +270,7 @@ def test_attention_is_within_what_the_scales_allow(bits: int) -> None:
     given = codec.attend(group, queries, scoring, seen)
     exact = probabilities(queries, keys, scoring, None) @ values[:, :, None]
     scales = {name: group.rows[f"{name}_range"][:, :, :50, 0, 0].double() for name in ("keys", "values")}
-    size = codec._size
+    size = codec.kept["size"]
     assert size is not None
     off = (scales["keys"].amax(-1)[..., None, None, None] / 2 * size[:, :, None] * queries.abs()).sum(-1) * 0.25
     bound = (2 * off).exp_().sub_(1)[..., None] * values.abs().amax() + scales["values"].amax() / 2
@@ -281,7 +283,7 @@ def test_gradients_reach_the_queries() -> None:
     queries = torch.randn(1, 2, 2, 3, 8).double().requires_grad_()
     _, codec, group = filled(Quantised(bits=8, residual=4), keys, values)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("manyheads.shrink.quantised.BLOCK", 1)
+        patch.setattr("manyheads.shrink.coded.BLOCK", 1)
         seen = Visibility(None, None, 87)
         given = torch.autograd.grad(codec.attend(group, queries, Scoring(0.5), seen).square().sum(), queries)
     mask = seen.allowed(slice(0, 3), group.slots())

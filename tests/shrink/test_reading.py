@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from manyheads.hosts.families import rotations
 from manyheads.hosts.loading import load_model
 from manyheads.shrink import LongHeads, Policy, TidalDecode, release
-from manyheads.shrink.cache import RaggedLayer
+from manyheads.shrink.layer import RaggedLayer
 from manyheads.shrink.quantised import Quantised
 
 ENDS = [14, 15, 16, 17, 20, 21, 22, 23]

@@ -244,7 +244,10 @@ _originals: weakref.WeakKeyDictionary[Any, tuple[list[tuple[nn.Module, Any]], An
 def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     begin = getattr(kwargs.get("past_key_values"), "begin", None)
     if begin is not None:
-        begin(**{name: kwargs.get(name) for name in ("use_cache", "logits_to_keep", "position_ids")})
+        told = {name: kwargs.get(name) for name in ("use_cache", "logits_to_keep", "position_ids", "input_ids")}
+        if args:
+            told["input_ids"] = args[0]
+        begin(**told)
 
 
 def attach(model: Any) -> None:

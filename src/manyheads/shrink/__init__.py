@@ -3,6 +3,7 @@
 from typing import Any
 
 from manyheads.shrink import hints
+from manyheads.shrink.channels import ThinK
 from manyheads.shrink.policies import (
     CUR,
     H2O,
@@ -39,12 +40,14 @@ from manyheads.shrink.policies import (
 )
 from manyheads.shrink.policy import Policy, release
 from manyheads.shrink.quantised import Quantised
+from manyheads.shrink.template import ChatTemplate
 
 __all__ = [
     "CUR",
     "H2O",
     "TOVA",
     "AdaKV",
+    "ChatTemplate",
     "ChunkKV",
     "Compactor",
     "Composed",
@@ -71,6 +74,7 @@ __all__ = [
     "SimLayerKV",
     "SnapKV",
     "StreamingLLM",
+    "ThinK",
     "TidalDecode",
     "fit_lococo",
     "fit_q_filters",

@@ -8,297 +8,22 @@ nothing dropped it is simply a cache that does not copy itself for every token.
 from __future__ import annotations
 
 import weakref
-from functools import cache as remembered
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from manyheads.hosts.attend import Mask, Scoring, causal_attention, masked_attention, one_query, pack, with_bias
-from manyheads.hosts.attention import Visibility, is_attached
+from manyheads.hosts.attention import is_attached
 from manyheads.hosts.families import layer_plans
 from manyheads.hosts.wrappers import is_compiled
-from manyheads.shrink.compress import Pass, make_room, shrink, trim
-from manyheads.shrink.store import Group, Store, room_for
-from manyheads.shrink.trial import Trial, in_parts, starts_again, without_last
+from manyheads.shrink.layer import RaggedLayer, untraced_layer
+from manyheads.shrink.moving import find_turns
+from manyheads.shrink.trial import starts_again
 
 if TYPE_CHECKING:
     from manyheads.shrink.rules import Rules
-
-# Queries that look at one slice of a counted buffer, where a window or a chunk needs a mask.
-_BAND = 512
-
-
-class RaggedLayer(CacheLayerMixin):
-    """One layer's cache. `seen` counts the tokens fed, however few entries are left of them. What is held carries no
-    gradient: those of a pass flow through its own keys where it is the first, never through earlier passes."""
-
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, cache: RaggedCache, index: int, window: int | None):
-        super().__init__()
-        self._cache = weakref.ref(cache)
-        self.policy = cache.policy
-        self.index, self.layers = index, cache.depth
-        self.window = window
-        self.is_sliding = window is not None
-        self.store = self._empty()
-        self.seen = 0
-        self.record_past = False
-        # Passes whose last tokens may still be taken back: nothing is dropped for them before `crop`.
-        self.recorded: list[Pass] = []
-        # A pass between update and attend, where it is taken in parts; and the tokens that entries were dropped for.
-        self.waiting: dict[str, Tensor] | None = None
-        self.trial: Trial | None = None
-        # What a policy keeps for the layer as a whole, rows of the batch first.
-        self.memo: dict[str, Tensor] = {}
-        self.angles: Tensor | None = None
-        # Entries that a query of the latest pass read of each head, where a policy read a part.
-        self.read: int | None = None
-        # A policy's shares of the budget per head, fixed at prefill.
-        self.shares: Tensor | None = None
-        # Weights of a single query on each group, for as long as its pass lasts.
-        self._made: list[Tensor | None] = []
-        # The latest pass, for policies that make room before the next one (its queries are not kept).
-        self.last: Pass | None = None
-
-    def _empty(self) -> Store:
-        storage = self.policy.storage
-        # A window within the exact tokens leaves nothing to be coded.
-        coded = storage is not None and (self.window is None or self.window - 1 > storage.residual)
-        return Store(storage.codec() if storage is not None and coded else None)
-
-    # What the model calls.
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        cache = self._cache() if self.index == 0 else None
-        if cache is not None:
-            cache.check_attached()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        new = {"keys": key_states, "values": value_states}
-        for name in (*self.policy.notes, *(("bias",) if self.policy.weighted else ())):
-            new[name] = key_states.new_zeros(key_states.shape[:3], dtype=torch.float32)
-        if self._in_parts():
-            self.waiting = new
-        else:
-            self.take(new)
-        return self, self
-
-    def take(self, new: dict[str, Tensor]) -> None:
-        """Rows [b, H, n, ...] of the tokens that come next."""
-        count = new["keys"].shape[2]
-        if self.seen and not self.record_past:
-            with torch.no_grad():
-                make_room(self, count)
-        if not self.store.groups and (count > 1 or self.store.codec is not None):
-            self.store.adopt(new, self.seen)
-        else:
-            with torch.no_grad():
-                self.store.append(new, self.seen, self.spare)
-        self.seen += count
-
-    def _in_parts(self) -> bool:
-        """Whether a pass that may be taken back is taken in parts, so that each token sees what it would see if it came
-        alone: not where every entry is held and read, nor where nobody tells what of a first pass is certain. Who reads
-        a part (and layers agree on it for a whole pass) does so for each token, except in a prompt."""
-        if not self.record_past or self.recorded:
-            return False
-        if self.policy.is_full:
-            return self.policy.reads and self.guesses is not None and not self.seen
-        return self.guesses is not None or (self.seen > 0 and self.drops)
-
-    @property
-    def drops(self) -> bool:
-        """Whether entries leave while decoding."""
-        return not self.policy.is_full and self.policy.acts(decoding=True)
-
-    @property
-    def context(self) -> int:
-        """Slots before this one are of the context: what was fed first."""
-        cache = self._cache()
-        return 1 if cache is None else cache.context
-
-    @property
-    def guesses(self) -> int | None:
-        """Tokens at the end of the pass that may be taken back, where its call tells."""
-        cache = self._cache()
-        return None if cache is None else cache.guesses
-
-    def total(self) -> int:
-        return self.seen + (0 if self.waiting is None else self.waiting["keys"].shape[2])
-
-    def attend(self, query: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
-        """query [b, h, n, d] -> [b, n, h, dv], as transformers' attention functions do."""
-        if self.waiting is None:
-            return self.answer(query, scoring, seen)
-        new, self.waiting = self.waiting, None
-        return in_parts(self, new, query, scoring, seen)
-
-    def answer(self, query: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
-        packed = pack(query, sum(len(group.heads) for group in self.store.groups))
-        part, self._made = None, []
-        if self.policy.reads:
-            self.read = None
-            part = self.policy.read(self, packed, self.store.groups[0], scoring, seen)
-        out = self.ordinary(packed, scoring, seen) if part is None else part
-        with torch.no_grad():
-            self.finish(Pass(packed, scoring, seen, () if self.record_past else tuple(self._made)))
-        self._made = []
-        if out.shape[3] == 1:
-            return out.reshape(out.shape[0], 1, -1, out.shape[-1])
-        return out.flatten(1, 2).transpose(1, 2).contiguous()
-
-    def finish(self, done: Pass) -> None:
-        """After a pass: what is over the budget leaves, or waits for `crop`."""
-        if self.record_past:
-            self.recorded.append(done)
-        else:
-            shrink(self, [done])
-        self._settle(done.seen)
-        if self.policy.evicts_before:
-            self.last = done.first_queries(0)
-
-    def _settle(self, seen: Visibility) -> None:
-        self.store.own(self.spare)
-        if self.store.codec is not None:
-            pending = sum(done.queries.shape[3] for done in self.recorded)
-            self.store.codec.settle(self.store.groups, self.spare, seen.real, pending)
-
-    def ordinary(self, queries: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
-        """Attention [b, g, r, n, dv] of the first queries of a pass, [b, g, r, n, d], to all that is held."""
-        groups = self.store.groups
-        if len(groups) == 1 and groups[0].in_order:
-            out, made = _attend_group(queries, groups[0], scoring, seen)
-            self._made = [made]
-            return out
-        out = queries.new_empty((*queries.shape[:-1], groups[0].value_dim))
-        self._made = []
-        for group in groups:
-            own = Scoring(scoring.scale, scoring.softcap, _sinks_of(scoring, group, queries.shape[2]))
-            out[:, group.index], made = _attend_group(queries.index_select(1, group.index), group, own, seen)
-            self._made.append(made)
-        return out
-
-    def decodes(self, count: int, offset: int) -> bool:
-        """Whether a pass of so many tokens, fed after `offset` others, is decoding: one token, or some on trial."""
-        return count == 1 or (self.record_past and offset > 0)
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """What layers hand on to each other within a pass; not kept."""
-        cache = self._cache()
-        return {} if cache is None else cache.shared
-
-    def spare(self, length: int, heads: list[int]) -> int:
-        """Room to leave behind so many entries of these heads: up to their target and the policy's interval, where
-        there is a target; else in proportion."""
-        if self.window is not None and length >= self.window - 1:
-            return max(8, self.window // 8)
-        room = self.policy.room(self)
-        if room is None or not self.store.groups:
-            return room_for(length)
-        target = float(int(self.policy.fixed_target(self)))
-        if self.shares is not None:
-            target = float(self.shares[:, heads].max()) * target
-        return max(room, min(room_for(length), round(target) + room - length))
-
-    @property
-    def slack(self) -> int:
-        """Entries by which a buffer may stand above its need before it is made anew."""
-        return 0 if self.policy.room(self) is not None else room_for(max(self.store.lengths())) + 8
-
-    # What generate asks.
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def activate_past_recording(self) -> None:
-        self.record_past = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last tokens (given as a negative number), then drops what was waiting for that."""
-        if not self.is_initialized:
-            # An early exit never came here.
-            return
-        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
-        if remove > self.seen:
-            raise ValueError(f"crop({tokens_to_remove}): the cache has seen {self.seen} tokens only")
-        trial, self.trial = self.trial, None
-        if trial is not None and remove <= trial.count:
-            trial.take_back(self, remove)
-            return
-        recorded = sum(done.queries.shape[3] for done in self.recorded)
-        if remove > recorded and not self._is_whole():
-            raise ValueError(
-                f"crop({tokens_to_remove}): layer {self.index} has dropped entries since; a shrunk cache takes back "
-                "only tokens fed after activate_past_recording()"
-            )
-        if remove:
-            self.seen -= remove
-            self.store.truncate(self.seen)
-        waiting, self.recorded = self.recorded, []
-        passes = without_last(waiting, remove)
-        if passes:
-            shrink(self, passes)
-        trim(self)
-
-    def _is_whole(self) -> bool:
-        return all(group.first == 0 for group in self.store.groups)
-
-    def reset(self) -> None:
-        self.store, self.seen, self.recorded, self.shares, self.last = self._empty(), 0, [], None, None
-        self.memo, self.read, self.waiting, self.trial = {}, None, None, None
-        self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._on_batch(lambda row: row.index_select(0, beam_idx.to(row.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._on_batch(lambda row: row.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._on_batch(lambda row: row[indices.to(row.device), ...])
-
-    def _on_batch(self, change: Any) -> None:
-        self.store.on_batch(change)
-        self.recorded = [done.on_batch(change) for done in self.recorded]
-        if self.trial is not None:
-            self.trial.on_batch(change)
-        self.last = None if self.last is None else self.last.on_batch(change)
-        self.memo = {name: change(own) for name, own in self.memo.items()}
-        self.shares = None if self.shares is None or self.shares.shape[0] == 1 else change(self.shares)
-
-    def offload(self) -> None:
-        raise ValueError("a ragged cache is not offloaded: shrink it further, or use DynamicCache(offloading=True)")
-
-    prefetch = offload
-
-
-@remembered
-def _untraced() -> type[RaggedLayer]:
-    """For compiled models: a layer's shapes change with every token, and a graph that read them would be compiled anew
-    as often. Made when asked for, since torch's compiler takes a second to import."""
-
-    class Untraced(RaggedLayer):
-        update = torch.compiler.disable(RaggedLayer.update)
-        attend = torch.compiler.disable(RaggedLayer.attend)
-
-    return Untraced
 
 
 class RaggedCache(Cache):
@@ -313,14 +38,20 @@ class RaggedCache(Cache):
         self._closed = self.assists = False
         # Tokens at the end of a pass that may be taken back, where its call tells.
         self.guesses: int | None = None
+        # What was fed [b, n], and which of it is never dropped, where the policy protects tokens.
+        self.ids: Tensor | None = None
+        self.protected: Tensor | None = None
         # A pass that begins before this slot is of the context.
         self.context = 1
-        made = _untraced() if is_compiled(model) else RaggedLayer
+        made = untraced_layer() if is_compiled(model) else RaggedLayer
         super().__init__(layers=[made(self, i, own.window) for i, own in enumerate(plans)])
         policy.check_layers(self.depth)
         policy.prepare(model, self)
+        find_turns(policy, model, self)
 
-    def begin(self, *, use_cache: bool | None, logits_to_keep: Any, position_ids: Tensor | None) -> None:
+    def begin(
+        self, *, use_cache: bool | None, logits_to_keep: Any, position_ids: Tensor | None, input_ids: Tensor | None
+    ) -> None:
         """Before every call of the model that is given this cache. Nothing may follow one that caches nothing; and
         logits are kept of the last certain token and of what was guessed after it."""
         if self._closed:
@@ -335,8 +66,43 @@ class RaggedCache(Cache):
                 "transformers does not go on with a cache there; generate without guesses, or without past_key_values"
             )
         self._closed = use_cache is False
+        if self.policy.protect is not None:
+            self._protect(input_ids, seen)
         known = isinstance(logits_to_keep, int) and logits_to_keep > 0
         self.guesses = logits_to_keep - 1 + self.assists if known else None
+
+    def _protect(self, new: Tensor | None, seen: int) -> None:
+        """Before a pass of ids [b, n]: which of all tokens fed are never dropped."""
+        rule, name = self.policy.protect, type(self.policy).__name__
+        assert rule is not None
+        if new is None or (seen and (self.ids is None or self.ids.shape[1] < seen)):
+            raise ValueError(
+                f"{name}(protect=...) tells tokens by their ids, and these came without: give the model input_ids, in "
+                "calls of its own, from the first pass on"
+            )
+        if self.ids is None or self.protected is None or not seen:
+            self.ids, self.protected = new, rule.places(new)
+            return
+        ids = torch.cat([self.ids[:, :seen], new], 1)
+        single = new.shape[1] == 1
+        self.protected = torch.cat([self.protected[:, :seen], rule.single(new)], 1) if single else rule.places(ids)
+        self.ids = ids
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._on_batch(lambda row: row.index_select(0, beam_idx.to(row.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._on_batch(lambda row: row.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._on_batch(lambda row: row[indices.to(row.device), ...])
+
+    def _on_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.ids is not None and self.protected is not None:
+            self.ids, self.protected = change(self.ids), change(self.protected)
 
     def expect(self, tokens: int) -> None:
         """The next `tokens` tokens are one context, in however many passes they come; for an empty cache. Without this
@@ -356,13 +122,17 @@ class RaggedCache(Cache):
     def reset(self) -> None:
         super().reset()
         self._closed, self.context = False, 1
+        self.ids = self.protected = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held, room for coming tokens included."""
         memos = [own for layer in self.layers for own in layer.memo.values()]
         trials = [layer.trial.nbytes for layer in self.layers if layer.trial is not None]
-        return sum(layer.store.nbytes for layer in self.layers) + sum(own.nbytes for own in memos) + sum(trials)
+        told = [own.nbytes for own in (self.ids, self.protected) if own is not None]
+        held = [layer.store.nbytes for layer in self.layers] + [own.nbytes for own in memos]
+        heard = [done.queries.nbytes for layer in self.layers for done in layer.heard]
+        return sum(held) + sum(trials) + sum(told) + sum(heard)
 
     def lengths(self) -> list[list[int]]:
         """Entries held, by layer and KV head."""
@@ -382,59 +152,3 @@ class RaggedCache(Cache):
                 f"{type(model).__name__} no longer attends through ragged caches (its `with` block has ended): "
                 "use the cache inside the block, or make it with policy.make_cache(model)"
             )
-
-
-def _sinks_of(scoring: Scoring, group: Group, repeat: int) -> Tensor | None:
-    if scoring.sinks is None:
-        return None
-    return scoring.sinks.view(-1, repeat).index_select(0, group.index).flatten()
-
-
-def _attend_group(queries: Tensor, group: Group, scoring: Scoring, seen: Visibility) -> tuple[Tensor, Tensor | None]:
-    """The output, and the weights of a single query where they were made."""
-    if group.codec is not None:
-        return group.codec.attend(group, queries, scoring, seen), None
-    keys, values = group.view("keys"), group.view("values")
-    n, m = queries.shape[3], keys.shape[2]
-    counted = group.first is not None
-    if counted and n == m and scoring.plain and seen.only_causal(n):
-        return causal_attention(queries, keys, values, scoring.scale), None
-    bias = group.bias()
-    within = seen.window is None or (counted and m <= seen.window)
-    if n == 1 and group.filled and seen.plain and seen.padding is None and within:
-        return one_query(queries, keys, values, scoring, with_bias(None, bias))
-    if n == 1:
-        seen_of = with_bias(seen.allowed(slice(0, 1), group.slots()), bias)
-        return one_query(queries, keys, values, scoring, seen_of)
-    if counted and seen.plain:
-        return _bands(queries, group, scoring, seen), None
-    slots = group.slots()
-    masked = masked_attention(queries, keys, values, scoring, lambda rows: with_bias(seen.allowed(rows, slots), bias))
-    return masked, None
-
-
-def _bands(queries: Tensor, group: Group, scoring: Scoring, seen: Visibility) -> Tensor:
-    """Counted slots: every block of queries reads only the keys between its window's start and its own last token."""
-    assert group.first is not None
-    keys, values, slots = group.view("keys"), group.view("values"), group.slots()
-    out = []
-    for start in range(0, queries.shape[3], _BAND):
-        stop = min(start + _BAND, queries.shape[3])
-        low = 0 if seen.window is None else max(0, start + seen.offset - seen.window + 1 - group.first)
-        high = max(low + 1, min(group.length, stop + seen.offset - group.first))
-        here = slice(low, high)
-        out.append(
-            masked_attention(
-                queries[:, :, :, start:stop],
-                keys[:, :, here],
-                values[:, :, here],
-                scoring,
-                _shifted(seen, start, slots[:, :, here]),
-            )
-        )
-    return out[0] if len(out) == 1 else torch.cat(out, 3)
-
-
-def _shifted(seen: Visibility, start: int, slots: Tensor) -> Mask:
-    """The mask of a block that begins at query `start`."""
-    return lambda rows: seen.allowed(slice(rows.start + start, rows.stop + start), slots)

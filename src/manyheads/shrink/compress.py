@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.attend import Scoring, probabilities, query_blocks, received, with_bias
-from manyheads.shrink.store import Group
+from manyheads.shrink.group import Group
 
 if TYPE_CHECKING:
     from manyheads.hosts.attention import Visibility
+
+
+# How far each entry was moved, where keys are.
+MOVED = "moved"
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,12 @@ class Pass:
         some = self.queries[:, :, :, :count]
         # A copy: a slice, even an empty one, would hold on to the whole pass' memory.
         return Pass(some if self.queries.shape[3] == 1 else some.clone(), self.scoring, self.seen)
+
+    def last_queries(self, count: int) -> Pass:
+        n = self.queries.shape[3]
+        start = max(0, n - count)
+        some = self.queries[:, :, :, start:].detach()
+        return Pass(some if n == 1 else some.clone(), self.scoring, self.seen.part(start, n))
 
     def on_batch(self, change: Callable[[Tensor], Tensor]) -> Pass:
         return replace(self, queries=change(self.queries), seen=self.seen.on_batch(change), weights=())
@@ -61,6 +71,8 @@ class View:
     coming: int = 0
     # What layers hand on to each other within a pass.
     shared: dict[str, Any] = field(default_factory=dict)
+    # [b, n] of what was fed: tokens that are never dropped, where some are.
+    protected: Tensor | None = None
 
     @cached_property
     def keys(self) -> Tensor:
@@ -96,6 +108,11 @@ class View:
         at = self.slots.clamp(0, padding.shape[1] - 1).long()
         return before.gather(1, at.flatten(1)).view(at.shape)
 
+    @property
+    def stands(self) -> Tensor:
+        """[b, g, m]: the position that each key is turned to: its own, unless keys were moved up."""
+        return self.positions + self.note(MOVED).round().long() if MOVED in self.group.rows else self.positions
+
     @cached_property
     def count(self) -> Tensor:
         """[b or 1]: real tokens fed to each row."""
@@ -121,6 +138,20 @@ class View:
         else:
             alive = seen.real(slots).expand(slots.shape)
         return alive if self.window is None else alive & (slots > self.total - self.window)
+
+    def guarded(self, score: Tensor) -> Tensor:
+        """The score [b, g, m] with protected entries above all, and minus infinity where nothing lives."""
+        if (kept := self.kept) is not None:
+            score = score.clamp_max(torch.finfo(score.dtype).max).masked_fill(kept, torch.inf)
+        return score.masked_fill(~self.alive, -torch.inf)
+
+    @cached_property
+    def kept(self) -> Tensor | None:
+        """[b, g, m]: protected entries that live."""
+        if self.protected is None:
+            return None
+        at = self.slots.clamp_min(0).long()
+        return self.protected.to(at.device).gather(1, at.flatten(1)).view(at.shape) & self.alive
 
     def received(self) -> Tensor:
         """[b, g, m]: attention that the entries got from the passes' real queries, summed over query heads."""
@@ -189,12 +220,25 @@ def shrink(layer: Any, passes: list[Pass]) -> None:
             for view in views:
                 own.observe(view)
         for i, own in enumerate(acting):
-            if i:
+            if i or layer.heard:
                 # Attention's own weights are of entries that may have left.
-                views = _views(layer, [replace(done, weights=()) for done in passes])
+                asked = [replace(done, weights=()) for done in passes] if i else passes
+                views = _views(layer, [*layer.heard, *asked] if own.looks_back > 1 else asked)
             _evict(layer, own, views, coming=0, least=own.interval if decoding else 1, fresh=not decoding)
+    if layer.looks_back > 1:
+        _hear(layer, passes)
     if not layer.record_past:
         trim(layer)
+
+
+def _hear(layer: Any, passes: list[Pass]) -> None:
+    """Keeps the latest queries for parts that will ask for more than those of one token."""
+    left, kept = layer.looks_back, list[Pass]()
+    for done in reversed([*layer.heard, *passes]):
+        if left > 0:
+            kept.append(done.last_queries(left) if done.weights or done.queries.shape[3] > left else done)
+            left -= done.queries.shape[3]
+    layer.heard = tuple(kept[::-1])
 
 
 def make_room(layer: Any, coming: int) -> None:
@@ -211,6 +255,7 @@ def make_room(layer: Any, coming: int) -> None:
 def _views(layer: Any, passes: list[Pass], coming: int = 0) -> list[View]:
     fixed = (layer.index, layer.layers, layer.seen, layer.window)
     own = {"memo": layer.memo, "angles": layer.angles, "coming": coming, "shared": layer.shared}
+    own["protected"] = layer.protected
     return [View(group, place, passes, *fixed, **own) for place, group in enumerate(layer.store.groups)]
 
 
@@ -228,7 +273,7 @@ def _evict(layer: Any, policy: Any, views: list[View], *, coming: int, least: in
     _set_targets(views, targets)
     layer.store.evict([_keep(policy, view) for view in views], layer.spare, layer.slack)
     for view in _views(layer, views[0].passes):
-        policy.placed(layer, view)
+        layer.placed(policy, view)
 
 
 def _shared_out(layer: Any, policy: Any, views: list[View], coming: int) -> Tensor:
@@ -291,6 +336,7 @@ def _replaces(layer: Any, policy: Any, views: list[View], targets: _Targets) -> 
     entry takes the place of the one that leaves, and nothing is ranked or counted."""
     seen = views[0].passes[-1].seen
     plain = seen.padding is None and seen.tensor is None and layer.window is None
+    plain = plain and layer.protected is None
     if not plain or not policy.drops_alone or not all(view.group.simple for view in views):
         return False
     if any(view.group.capacity > view.group.length + layer.spare(view.group.length, view.group.heads) + layer.slack
@@ -300,7 +346,7 @@ def _replaces(layer: Any, policy: Any, views: list[View], targets: _Targets) -> 
         view.targets = targets.even
         view.group.replace(policy.worst(view))
     for view in _views(layer, views[0].passes):
-        policy.placed(layer, view)
+        layer.placed(policy, view)
     return True
 
 
@@ -314,13 +360,21 @@ def _keep(policy: Any, view: View) -> Tensor | None:
     assert view.targets is not None
     if view.group.length <= int(view.targets.min()):
         return None
-    score = policy.score(view).masked_fill(~view.alive, -torch.inf)
-    return policy.merge(view, _best(score, view.targets) & view.alive)
+    keep = policy.merge(view, _best(view.guarded(policy.score(view)), view.targets) & view.alive)
+    if (kept := view.kept) is None:
+        return keep
+    most = kept.sum(-1)
+    if bool((most > view.targets).any()):
+        raise ValueError(
+            f"{type(policy).__name__}: protect names {int(most.max())} tokens that are never dropped, and a head of "
+            f"layer {view.layer} may keep {int(view.targets.min())}: give a larger one"
+        )
+    return keep | kept
 
 
 def _all_scores(policy: Any, views: list[View]) -> Tensor:
     """[b, H, m] over all groups, minus infinity where a head holds nothing."""
-    parts = [policy.score(view).masked_fill(~view.alive, -torch.inf) for view in views]
+    parts = [view.guarded(policy.score(view)) for view in views]
     most = max(part.shape[2] for part in parts)
     parts = [torch.nn.functional.pad(part, (0, most - part.shape[2]), value=-torch.inf) for part in parts]
     order = torch.cat([view.group.index for view in views]).argsort()

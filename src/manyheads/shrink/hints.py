@@ -32,8 +32,10 @@ _PRESSES = {
     "AdaKVPress": "SnapKV(..., allocation=AdaKV()), or any policy that scores in SnapKV's place",
     "PyramidKVPress": "SnapKV(..., allocation=PyramidKV())",
     "PerLayerCompressionPress": "compression_ratio=[...] of a policy, one number for each layer",
-    "DecodingPress": "when='decode' and interval=... of a policy",
+    "DecodingPress": "when='decode', budget_tokens=... and interval=... of a policy",
     "PrefillDecodingPress": "Composed(SnapKV(...), TOVA(..., when='decode'))",
+    "KeyRerotationPress": "positions='cache' of a policy",
+    "ThinKPress": "storage=ThinK(...) of any policy, such as Full(storage=ThinK())",
     "ComposedPress": "Composed(first, second)",
 }
 

@@ -41,7 +41,7 @@ def leverage(view: View, counted: Tensor, sketch: int | None, seed: int) -> Tens
     [b, g, m] and times a sketch; zero elsewhere. [b, g, m] float64."""
     keys = view.keys.double()
     if view.angles is not None:
-        keys = turn(keys, -view.positions, view.angles.to(keys.device))
+        keys = turn(keys, -view.stands, view.angles.to(keys.device))
     weight = counted[..., None].to(keys.dtype)
     keys = keys.masked_fill(~counted[..., None], 0)
     centred = (keys - keys.sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp_min(1)) * weight

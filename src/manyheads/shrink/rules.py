@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from manyheads.hosts.attend import Scoring
     from manyheads.hosts.attention import Visibility
     from manyheads.shrink.compress import View
-    from manyheads.shrink.store import Codec, Group
+    from manyheads.shrink.group import Codec, Group
 
 PER = ("head", "layer", "model")
 WHEN = ("prefill", "passes", "decode", "both")
@@ -38,6 +38,14 @@ class Storage(Protocol):
     def codec(self) -> Codec: ...
 
 
+class Protection(Protocol):
+    """Which tokens of texts, ids [b, n], are never dropped, [b, n]: see template.py."""
+
+    def places(self, ids: Tensor) -> Tensor: ...
+
+    def single(self, ids: Tensor) -> Tensor: ...
+
+
 @dataclass(kw_only=True)
 class Rules(Hinted):
     """Budget and moment, common to all policies. At most one budget; none keeps everything.
@@ -48,7 +56,9 @@ class Rules(Hinted):
     when: "prefill" drops once, from the context, which is the first pass (or the prompt that generate feeds in chunks),
     and keeps all that follows; "passes" at every pass of several tokens, so that a question competes with the context;
     "decode" at single tokens; "both" at all. interval: decoding lets a head grow this many entries over before it is
-    cut back. storage: Quantised(bits=4) holds keys and values as codes.
+    cut back. storage: Quantised(bits=4) holds keys and values as codes, ThinK() narrower keys. positions: "text" leaves
+    rotary keys where they stood in the text; "cache" moves those that stay up to the next token, as if nothing had been
+    between (moving.py). protect: ChatTemplate.of(tokenizer) names tokens that are never dropped.
     """
 
     compression_ratio: float | Sequence[float] | None = None
@@ -59,6 +69,8 @@ class Rules(Hinted):
     interval: int = 1
     allocation: Allocation | None = None
     storage: Storage | None = None
+    positions: str = "text"
+    protect: Protection | None = None
 
     # Numbers kept beside every entry.
     notes: ClassVar[tuple[str, ...]] = ()
@@ -68,6 +80,8 @@ class Rules(Hinted):
     weighted: ClassVar[bool] = False
     # Nothing is dropped: budget_tokens says how many entries a query reads of each head, and `read` which.
     reads: ClassVar[bool] = False
+    # Entries are overwritten by mixtures of several tokens, which stand nowhere.
+    fuses: ClassVar[bool] = False
     by_layer: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     drops_alone: ClassVar[bool] = True
@@ -94,6 +108,9 @@ class Rules(Hinted):
         if not isinstance(self.interval, int) or self.interval < 1:
             raise ValueError(f"{name}: interval must be a whole number of tokens of at least 1; got {self.interval!r}")
         _check_storage(name, self.storage)
+        if self.protect is not None and not callable(getattr(self.protect, "places", None)):
+            raise ValueError(f"{name}: protect is ChatTemplate.of(tokenizer) or nothing; got {self.protect!r}")
+        self._check_positions()
         least = min(each(self.budget_tokens), default=None)
         if least is not None and self.budget_per in (None, "head") and least < self.smallest:
             raise ValueError(f"{name}: budget_tokens={least} is below the {self.smallest} that it always keeps")
@@ -125,6 +142,18 @@ class Rules(Hinted):
             raise ValueError(
                 f"{name}: {type(self.allocation).__name__} shares one budget out among the layers; leave it out, or "
                 f"give {key} as one number"
+            )
+
+    def _check_positions(self) -> None:
+        name = type(self).__name__
+        if self.positions not in ("cache", "text"):
+            raise ValueError(f"{name}: positions is 'cache' or 'text'; got {self.positions!r}")
+        if self.positions == "cache" and self.fuses:
+            raise ValueError(f"{name} fuses tokens, so that its keys stand at no one position: leave positions='text'")
+        if self.moves and self.storage is not None and self.when != "prefill":
+            raise ValueError(
+                f"{name}: positions='cache' with when={self.when!r} turns keys again and again, and coding them anew "
+                "each time would add up errors: give when='prefill', or leave storage out"
             )
 
     def check_layers(self, layers: int) -> None:
@@ -159,6 +188,16 @@ class Rules(Hinted):
     def worst(self, view: View) -> Tensor | int:
         """[b, g]: the place of the entry that leaves where each head drops one; an int where it is one for all."""
         return self.score(view).argmin(-1)
+
+    @property
+    def looks_back(self) -> int:
+        """The latest queries that `score` asks for; more than one are kept while decoding."""
+        return 1
+
+    @property
+    def moves(self) -> bool:
+        """Whether keys that stay are moved up to the next token."""
+        return self.positions == "cache" and not self.is_full
 
     @property
     def smallest(self) -> int:
@@ -277,4 +316,4 @@ def of_layer(value: Any, index: int) -> Any:
 
 def _check_storage(name: str, storage: Any) -> None:
     if storage is not None and not callable(getattr(storage, "codec", None)):
-        raise ValueError(f"{name}: storage is Quantised(bits=4), Quantised(bits=8) or nothing; got {storage!r}")
+        raise ValueError(f"{name}: storage is Quantised(bits=4), Quantised(bits=8), ThinK() or none; got {storage!r}")

@@ -29,7 +29,7 @@ class Trial:
     def __init__(self, layer: Any) -> None:
         # The store and what a policy notes are written to in place, the others are replaced.
         self._before = {name: copy.deepcopy(getattr(layer, name)) for name in ("store", "memo")}
-        self._before |= {name: getattr(layer, name) for name in ("seen", "shares", "last")}
+        self._before |= {name: getattr(layer, name) for name in ("seen", "shares", "last", "heard")}
         self._tokens: list[tuple[dict[str, Tensor], Pass]] = []
 
     @property
@@ -61,6 +61,7 @@ class Trial:
         before = self._before
         before["store"].on_batch(change)
         before["memo"] = {name: change(own) for name, own in before["memo"].items()}
+        before["heard"] = tuple(done.on_batch(change) for done in before["heard"])
         before["last"] = None if before["last"] is None else before["last"].on_batch(change)
         shares = before["shares"]
         before["shares"] = shares if shares is None or shares.shape[0] == 1 else change(shares)

@@ -49,6 +49,14 @@ class Based(Policy):
         return self._scorer.notes
 
     @property
+    def moves(self) -> bool:
+        return not self.is_full and "cache" in (self.positions, self.base.positions)
+
+    @property
+    def looks_back(self) -> int:
+        return self._scorer.looks_back
+
+    @property
     def smallest(self) -> int:
         return self.base.smallest
 

@@ -26,6 +26,13 @@ class Composed(Policy):
         super().__init__()
         stored = [own.storage for own in parts if own.storage is not None]
         self.storage = stored[0] if stored else None
+        self.protect = next((own.protect for own in parts if own.protect is not None), None)
+        again = [type(own).__name__ for own in parts if own.when != "prefill"]
+        if self.storage is not None and self.moves and again:
+            raise ValueError(
+                f"Composed: {' and '.join(again)} would move keys again and again (positions='cache'), and coding them "
+                "anew each time would add up errors: give all parts when='prefill', or leave storage out"
+            )
 
     def _check(self) -> None:
         parts = self._parts
@@ -37,11 +44,13 @@ class Composed(Policy):
                     f"Composed: {type(own).__name__} {'drops nothing' if own.reads else 'has parts of its own'}; give "
                     "policies that drop entries, each by itself"
                 )
+        turning = [own for own in parts if own.positions == "cache"]
         notes = [name for own in parts for name in own.notes]
         once = {
             "share out a budget": [own for own in parts if own.allocation is not None],
             "store keys as codes": [own for own in parts if own.storage is not None],
             "set layers up in their own way": [own for own in parts if type(own).prepare is not Rules.prepare],
+            "turn keys": turning if not all(own.moves for own in turning) else [],
             "keep the same notes": [own for own in parts if any(notes.count(name) > 1 for name in own.notes)],
         }
         for what, found in once.items():
@@ -76,6 +85,11 @@ class Composed(Policy):
     @property
     def weighted(self) -> bool:  # type: ignore[override]
         return any(own.weighted for own in self._parts)
+
+    @property
+    def moves(self) -> bool:
+        """Where one part moves keys up, they are after each part's drops."""
+        return any(own.moves for own in self._parts)
 
     @property
     def evicts_before(self) -> bool:  # type: ignore[override]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from manyheads.shrink.policy import Policy
 from manyheads.shrink.textorder import whole_number
-from manyheads.shrink.together import after_context, budget, drop_together, real_tokens
+from manyheads.shrink.together import NOTED, Fed, Together
 
 _PARTS = ("q_proj.weight", "q_proj.bias", "k_proj.weight", "q_norm.weight", "k_norm.weight", "k_base", "b")
 # Of the gates' RMS norms.
@@ -22,34 +21,28 @@ _LONG = 32000
 
 
 @dataclass(kw_only=True)
-class FastKVzip(Policy):
+class FastKVzip(Together):
     """Claim: what KVzip finds by feeding the context twice can be read off the hidden states that attention is given.
 
     With x_t that state: q, k small projections of it, both RMS-normed, score(t) = mean over a KV head's query heads of
     1 / (1 + sum_s exp(q b_s / sqrt d - q k / sqrt d - bias)), [b, H, m], b_s learned base keys. The best of all layers
     and heads stay (per_layer=True: of each layer), with the first sink_size and the last window_ratio of the context
-    (window_size tokens of contexts from 32,000 on), at the end of the first pass of several tokens.
+    (window_size tokens of contexts from 32,000 on), once it is there.
     gates: a state dict for each layer with the parts q_proj, k_proj, q_norm, k_norm, k_base, b, as released (there in a
     pickled file, which is not read here), or the path of a .safetensors file of them, "0.q_proj.weight" and so on.
     Source: arXiv 2601.17668, Janghyun1230/FastKVzip, NVIDIA/kvpress `fastkvzip_press.py`.
     """
 
     gates: Sequence[Mapping[str, Tensor]] | str | Path | None = None
-    sink_size: int = 4
     window_size: int = 4096
     window_ratio: float = 0.02
-    per_layer: bool = False
-    when: str = "prefill"
+    does: ClassVar[str] = "judges a context by its gates"
+    why: ClassVar[str] = "drops once the whole context is there"
 
     def __post_init__(self) -> None:
-        whole_number("FastKVzip", "sink_size", self.sink_size, 0)
         whole_number("FastKVzip", "window_size", self.window_size, 1)
         if not 0 <= self.window_ratio < 1:
             raise ValueError(f"FastKVzip: window_ratio is a share of the context, 0 to 1; got {self.window_ratio!r}")
-        if self.when != "prefill":
-            raise ValueError(f"FastKVzip's gates judge a context: when={self.when!r} is not possible; use H2O or TOVA")
-        if self.allocation is not None:
-            raise ValueError("FastKVzip: scores of all layers and heads compete, which is its allocation; leave it out")
         given = self.gates
         if given is None:
             raise ValueError("FastKVzip needs gates: a path of a .safetensors file, or a state dict for each layer")
@@ -60,32 +53,19 @@ class FastKVzip(Policy):
                 raise ValueError(f"FastKVzip: layer {i}'s gate lacks {', '.join(missing)}; want {', '.join(_PARTS)}")
         super().__post_init__()
 
-    @property
-    def smallest(self) -> int:
-        return self.sink_size + 1
-
-    def acts(self, *, decoding: bool, context: bool = False) -> bool:
-        """Entries leave after the whole context, never in a layer's own time."""
-        return False
-
     def prepare(self, model: Any, cache: Any) -> None:
+        super().prepare(model, cache)
         if self.is_full:
             return
         import weakref
 
         from manyheads.hosts.sites import choose, only_stack
 
-        if any(layer.window is not None for layer in cache.layers):
-            raise ValueError(
-                f"{type(model).__name__} has layers with a sliding window; FastKVzip needs full attention in all layers"
-            )
-        config = model.config.get_text_config(decoder=True)
-        self._check_shapes(config, cache.depth)
+        self._check_shapes(model.config.get_text_config(decoder=True), cache.depth)
         own = weakref.ref(cache)
         for site in choose(model, None, only_stack(model), "self"):
             hook = site.module.register_forward_pre_hook(self._reader(own, site.layer), with_kwargs=True)
             weakref.finalize(cache, hook.remove)
-        after_context(model, cache, self._compress)
 
     def _check_shapes(self, config: Any, depth: int) -> None:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -103,37 +83,30 @@ class FastKVzip(Policy):
             cache = kwargs.get("past_key_values")
             if cache is not own():
                 return
-            if cache is None or cache.layers[layer].seen:
+            if cache is None or cache.layers[layer].seen >= cache.context:
                 return
             states: Any = kwargs.get("hidden_states", args[0] if args else None)
+            known = cache.shared.setdefault(NOTED, {})
             with torch.no_grad():
-                cache.shared.setdefault("gated", {})[layer] = gated(self.pieces[layer], states)
+                found = gated(self.pieces[layer], states)
+            before = known[layer] if cache.layers[layer].seen else found[:, :, :0]
+            known[layer] = torch.cat([before, found], 2)
 
         return read
 
-    @torch.no_grad()
-    def _compress(self, module: Any, cache: Any, kwargs: dict[str, Any]) -> None:
-        gates = cache.shared.pop("gated", {})
+    def score_all(self, module: Any, cache: Any, fed: Fed, alive: Tensor) -> list[Tensor]:
+        gates = cache.shared.pop(NOTED, {})
         if len(gates) != cache.depth:
             raise ValueError(
                 f"FastKVzip read the states of {len(gates)} of {cache.depth} attention layers of "
                 f"{type(module).__name__}: they are not passed on by the names that it knows; use KVzip"
-            )
-        alive = real_tokens("FastKVzip", kwargs)
-        if bool((budget(self, cache.layers[0], alive) >= alive.sum(1)).all()):
-            return
-        if cache.layers[0].record_past:
-            raise ValueError(
-                "FastKVzip drops once the whole context is there, which it cannot where the first pass holds guesses: "
-                "generate without assistant_model and prompt_lookup_num_tokens, or fill the cache by a call first"
             )
         count = alive.sum(1, keepdim=True)
         share = (count.double() * self.window_ratio + 1e-9).long().clamp_min(1)
         window = torch.where(count < _LONG, share, self.window_size)
         recent = alive.long().cumsum(1) > count - window
         # A gate says less than 1: what is protected stands above all, and below the sinks.
-        scores = [gates[i].masked_fill(recent[:, None], 1) for i in range(len(cache.layers))]
-        drop_together(self, cache, scores, alive)
+        return [gates[i].masked_fill(recent[:, None], 1) for i in range(len(cache.layers))]
 
 
 def gated(gate: Mapping[str, Tensor], states: Tensor) -> Tensor:

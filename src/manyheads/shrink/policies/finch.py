@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from manyheads.functional.rotary import turn
 from manyheads.shrink.compress import View
 from manyheads.shrink.policy import Policy
 from manyheads.shrink.textorder import TextOrder, one_text, whole_number
@@ -41,8 +40,6 @@ class Finch(Policy):
             whole_number("Finch", "window_size", size, 1)
         if self.chunk_length is not None:
             whole_number("Finch", "chunk_length", self.chunk_length, 1)
-        if self.positions not in ("cache", "text"):
-            raise ValueError(f"Finch: positions is 'cache' or 'text'; got {self.positions!r}")
         if self.when != "prefill":
             raise ValueError(f"Finch reads the question of a prompt: when={self.when!r} is not possible; use TOVA")
         super().__post_init__()
@@ -59,20 +56,6 @@ class Finch(Policy):
     @property
     def smallest(self) -> int:
         return max(self._sizes()) + 1
-
-    @property
-    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
-        """How far each entry was moved."""
-        return () if self.is_full or self.positions == "text" else ("moved",)
-
-    def prepare(self, model: Any, cache: Any) -> None:
-        if not self.notes:
-            return
-        from manyheads.hosts.families import rotations
-
-        for layer, angles in zip(cache.layers, rotations(model), strict=True):
-            # A window counts tokens of the text, and what it shows stands together anyway.
-            layer.angles = None if layer.window is not None else angles
 
     def score(self, view: View) -> Tensor:
         one_text(view, "Finch")
@@ -116,13 +99,3 @@ class Finch(Policy):
         first = text.unsort((ranks < share[..., None]).flatten(-2)[..., :m])
         top = score.masked_fill(~score.isfinite(), 0).amax() + 1
         return torch.where(first & score.isfinite(), score + top, score)
-
-    def placed(self, layer: Any, view: View) -> None:
-        if not self.notes or layer.angles is None or view.group.first is not None:
-            return
-        text = TextOrder.of(view)
-        wanted = view.count[:, None, None] - text.count[..., None] + text.rank - view.positions
-        wanted = wanted.masked_fill(~view.alive, 0)
-        by = wanted - view.note("moved").round().long()
-        at = torch.arange(view.group.length, device=by.device).expand(by.shape)
-        view.put(at, keys=turn(view.keys, by, layer.angles.to(by.device)), moved=wanted.float())

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from manyheads.hosts.attend import probabilities, query_blocks
 from manyheads.shrink.compress import View, _views
-from manyheads.shrink.policy import Policy
 from manyheads.shrink.textorder import whole_number
-from manyheads.shrink.together import after_context, budget, drop_together, real_tokens
+from manyheads.shrink.together import Fed, Together
 
 # Tokens of the chunk before that a request to repeat names; the official code's number.
 _CARRIED = 8
@@ -28,10 +27,10 @@ class Chunk(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class KVzip(Policy):
+class KVzip(Together):
     """Claim: entries that reconstruct the context serve any question about it.
 
-    After the first pass of several tokens the model is given each chunk of it once more, behind a request to repeat it,
+    Once the context is there the model is given each chunk of it once more, behind a request to repeat it,
     and score(t) = max over those queries, and a KV head's query heads, of their attention to t among the sinks, the
     chunk and what was just fed, [b, H, m]. The best of all layers and heads together stay (per_layer=True: of each
     layer), sinks always; decoded tokens all do. request, again, suffix: token ids of "Repeat the previous context
@@ -44,21 +43,15 @@ class KVzip(Policy):
     request: Sequence[int] = ()
     again: Sequence[int] = ()
     suffix: Sequence[int] = ()
-    sink_size: int = 4
     chunk_size: int = 2048
-    per_layer: bool = False
-    when: str = "prefill"
+    does: ClassVar[str] = "repeats a context"
+    why: ClassVar[str] = "feeds the context twice"
 
     def __post_init__(self) -> None:
-        whole_number("KVzip", "sink_size", self.sink_size, 0)
         whole_number("KVzip", "chunk_size", self.chunk_size, 1)
         for name in ("request", "again", "suffix"):
             for token in getattr(self, name):
                 whole_number("KVzip", f"a token of {name}", token, 0)
-        if self.when != "prefill":
-            raise ValueError(f"KVzip repeats a context: when={self.when!r} is not possible; use H2O or TOVA")
-        if self.allocation is not None:
-            raise ValueError("KVzip: scores of all layers and heads compete, which is its allocation; leave it out")
         super().__post_init__()
 
     @staticmethod
@@ -76,47 +69,16 @@ class KVzip(Policy):
         }
         return {name: tokenizer.encode(text, add_special_tokens=False) for name, text in texts.items()}
 
-    @property
-    def smallest(self) -> int:
-        return self.sink_size + 1
-
-    def acts(self, *, decoding: bool, context: bool = False) -> bool:
-        """Entries leave after the context was repeated, never by a pass' own scores."""
-        return False
-
-    def prepare(self, model: Any, cache: Any) -> None:
-        if self.is_full:
-            return
-        if any(layer.window is not None for layer in cache.layers):
-            raise ValueError(
-                f"{type(model).__name__} has layers with a sliding window, which do not see their context when it is "
-                "repeated; KVzip needs full attention in all layers"
-            )
-        after_context(model, cache, self._compress)
-
-    @torch.no_grad()
-    def _compress(self, module: Any, cache: Any, kwargs: dict[str, Any]) -> None:
-        embedded = kwargs.get("inputs_embeds")
-        if embedded is None:
-            embedded = module.get_input_embeddings()(kwargs["input_ids"])
-        alive = real_tokens("KVzip", kwargs)
-        if bool((budget(self, cache.layers[0], alive) >= alive.sum(1)).all()):
-            return
-        if cache.layers[0].record_past:
-            raise ValueError(
-                "KVzip feeds the context twice, which it cannot where the first pass holds guesses: generate without "
-                "assistant_model and prompt_lookup_num_tokens, or fill the cache by a call of the model first"
-            )
+    def score_all(self, module: Any, cache: Any, fed: Fed, alive: Tensor) -> list[Tensor]:
         cache.shared["repeating"], guesses, cache.guesses = True, cache.guesses, None
         cache.activate_past_recording()
         try:
-            scores = self._repeat(module, cache, embedded, alive)
+            return self._repeat(module, cache, fed.embedded(module), alive)
         finally:
             cache.guesses = guesses
             cache.shared.pop("repeating")
             for layer in cache.layers:
                 layer.record_past = False
-        drop_together(self, cache, scores, alive)
 
     def _repeat(self, module: Any, cache: Any, embedded: Tensor, alive: Tensor) -> list[Tensor]:
         """Scores [b, H, m] of every layer."""

@@ -34,6 +34,7 @@ class LoCoCo(Policy):
     recent_size: int = 32
     weights: str | Path | Mapping[str, Tensor] | None = None
     notes: ClassVar[tuple[str, ...]] = ("mass",)
+    fuses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("mem_compress", "recent_size"):

@@ -12,9 +12,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from manyheads.functional.rotary import turn
 from manyheads.hosts.attend import Scoring
 from manyheads.hosts.attention import Visibility
+from manyheads.shrink.group import Group
 from manyheads.shrink.policies.tidal import head_blocks, take
 from manyheads.shrink.policy import Policy
-from manyheads.shrink.store import Group
 
 # Tokens that may be taken back (assisted decoding) without losing a query that a chunk still needs.
 TRIAL = 64

@@ -44,6 +44,7 @@ class Razor(Policy):
     recent_floor: int = 4000
     compression: float = 5.0
     weighted: ClassVar[bool] = True
+    fuses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         tables = {name: getattr(self, name) for name in ("echo", "induction") if getattr(self, name) is not None}

@@ -19,7 +19,8 @@ class SnapKV(Policy):
     score(t) = avgpool_kernel(mean over the last window_size queries of softmax(q k_t)), mean over a KV head's query
     heads, [b, g, m]; the window itself stays. Source: arXiv 2404.14469, FasterDecoding/SnapKV `snapkv_utils.py` (which
     sums where this averages, and pools before the mean over heads: the same order). The pooled neighbours are those
-    still held. At prefill only, as in the paper: a decoded token is no window.
+    still held. At prefill, as in the paper, unless `when` says otherwise: while decoding the latest window_size queries
+    are kept for it, as the class DecodingPress of NVIDIA/kvpress keeps hidden states; give an `interval`.
     """
 
     window_size: int = 32
@@ -31,9 +32,11 @@ class SnapKV(Policy):
             raise ValueError(f"SnapKV: window_size must be a whole number of at least 1; got {self.window_size!r}")
         if not isinstance(self.kernel_size, int) or self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"SnapKV: kernel_size must be odd; got {self.kernel_size!r}")
-        if self.when not in ("prefill", "passes"):
-            raise ValueError(f"SnapKV reads the end of a prompt: when={self.when!r} is not possible; use TOVA or H2O")
         super().__post_init__()
+
+    @property
+    def looks_back(self) -> int:
+        return self.window_size
 
     @property
     def smallest(self) -> int:

@@ -34,13 +34,16 @@ class StreamingLLM(Policy):
     def __post_init__(self) -> None:
         if not isinstance(self.sink_size, int) or self.sink_size < 0:
             raise ValueError(f"StreamingLLM: sink_size must be a whole number of at least 0; got {self.sink_size!r}")
-        if self.positions not in ("cache", "text"):
-            raise ValueError(f"StreamingLLM: positions is 'cache' or 'text'; got {self.positions!r}")
         super().__post_init__()
 
     @property
     def smallest(self) -> int:
         return self.sink_size + 1
+
+    @property
+    def moves(self) -> bool:
+        """Its sinks alone are turned, in the policy's own way, but where tokens between stay too."""
+        return self.protect is not None and super().moves
 
     def score(self, view: View) -> Tensor:
         return recency(view, self.sink_size)
@@ -50,7 +53,7 @@ class StreamingLLM(Policy):
         return super().worst(view) if place is None else place
 
     def prepare(self, model: Any, cache: Any) -> None:
-        if self.positions == "text" or self.is_full or not self.sink_size:
+        if self.positions == "text" or self.is_full or not self.sink_size or self.moves:
             return
         from manyheads.hosts.families import rotations
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from manyheads.hosts.attend import Mask, Scoring, masked_attention
 from manyheads.hosts.attention import Visibility
+from manyheads.shrink.group import Group
 from manyheads.shrink.policy import Policy
-from manyheads.shrink.store import Group
 
 
 @dataclass(kw_only=True)
