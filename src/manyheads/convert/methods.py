@@ -254,7 +254,7 @@ class Distilled(Method):
         return {"width": self.width, "teaching": teaching, "own_start": self.start is not None}
 
     def title(self, value: int) -> str:
-        return f"{value} layers" + (f" of width {self.width}" if self.width else "")
+        return f"{value} layer{'s' * (value != 1)}" + (f" of width {self.width}" if self.width else "")
 
     def _of(self, model: Any) -> Any:
         return model if self.start is None else self.start
