@@ -12,7 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from manyheads.cli import main
 from manyheads.convert.distilled import check_student, student
+from manyheads.convert.healing import Healing
+from manyheads.convert.hosted import hosted
 from manyheads.convert.layout import FAMILIES
+from manyheads.convert.methods import Distilled
 from manyheads.hosts.loading import load_model
 
 SMALL = ["--windows", "1", "--keys", "1", "--length", "160"]
@@ -55,6 +58,19 @@ def test_half_the_layers_are_every_other_one(kind: str) -> None:
         torch.testing.assert_close(own, model(ROWS, use_cache=False).logits, rtol=1e-3, atol=1e-5)
     # Angles and, in some families, the scale of embeddings are float32.
     torch.testing.assert_close(student(tiny(kind), 4)(ROWS).logits, tiny(kind)(ROWS).logits, rtol=1e-3, atol=1e-5)
+
+
+def test_half_of_a_converted_model_keeps_the_mechanisms_of_its_layers() -> None:
+    model = hosted(tiny("llama"), {"name": "mswa", "window": 8}, (0, 1, 3))
+    half = student(model, 2)
+    assert [spec["name"] for spec in half.config.layers] == ["mswa", "softmax"]
+    for i, at in enumerate((0, 2)):
+        kept, own = (each.model.stack.layers[k].state_dict() for each, k in ((model, at), (half, i)))
+        torch.testing.assert_close(dict(own), dict(kept), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"ManyheadsForCausalLM .* has no converter for its layout"):
+        check_student(model, 2, 16)
+    with pytest.raises(ValueError, match="has no converter for its layout"):
+        Distilled(teaching=Healing(1, form="relations")).check(model, 2)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
