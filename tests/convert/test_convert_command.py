@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from manyheads.cli import main
 from manyheads.convert import healing as healing_module
-from manyheads.convert.damage import Sizes
-from manyheads.convert.healing import Healing, batch, heal
+from manyheads.convert.damage import Judge, Sizes
+from manyheads.convert.healing import Healing, batch, forget, heal
 from manyheads.convert.run import Damaged, Plan, _allow
 from manyheads.hosts.loading import load_model
 from manyheads.hosts.questions import Questions, library_text
@@ -216,7 +216,33 @@ def test_a_stopped_healing_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pyte
     assert seen[0] == 4
     for (name, a), (_, b) in zip(whole.named_parameters(), again.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+    forget(keep)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_killed_late_does_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the control is measured, when the conversion is healed."""
+    steps: list[int] = []
+    measure, train = Judge.measure, healing_module.batch
+
+    def counted(*given: Any) -> torch.Tensor:
+        steps.append(given[2])
+        return train(*given)
+
+    def killed(self: Judge, model: Any, tell: Any = None) -> dict[str, Any]:
+        if len(steps) > 2:
+            raise KeyboardInterrupt
+        return measure(self, model)
+
+    monkeypatch.setattr(healing_module, "batch", counted)
+    monkeypatch.setattr(Judge, "measure", killed)
+    asked = ["--kv-heads", "4", "--heal", "2560", *SMALL, "--out", str(tmp_path / "out")]
+    assert run(*asked) != 0
+    assert steps == [0, 1, 0, 1]
+    monkeypatch.setattr(Judge, "measure", measure)
+    assert run(*asked) == 0
+    assert steps == [0, 1, 0, 1]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_batches_follow_from_the_seed_and_half_end_in_a_key() -> None:

@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from manyheads.cli import main
 from manyheads.convert.distilled import check_student, student
+from manyheads.convert.healing import Healing
+from manyheads.convert.hosted import hosted
 from manyheads.convert.layout import FAMILIES
+from manyheads.convert.methods import Distilled
 from manyheads.hosts.loading import load_model
 
 SMALL = ["--windows", "1", "--keys", "1", "--length", "160"]
@@ -50,8 +55,22 @@ def test_half_the_layers_are_every_other_one(kind: str) -> None:
         layers = model.get_decoder().layers
         for skipped in (layers[1], layers[3]):
             skipped.forward = lambda hidden_states, *args, **options: hidden_states
-        torch.testing.assert_close(own, model(ROWS, use_cache=False).logits, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(student(tiny(kind), 4)(ROWS).logits, tiny(kind)(ROWS).logits, rtol=0, atol=0)
+        torch.testing.assert_close(own, model(ROWS, use_cache=False).logits, rtol=1e-3, atol=1e-5)
+    # Angles and, in some families, the scale of embeddings are float32.
+    torch.testing.assert_close(student(tiny(kind), 4)(ROWS).logits, tiny(kind)(ROWS).logits, rtol=1e-3, atol=1e-5)
+
+
+def test_half_of_a_converted_model_keeps_the_mechanisms_of_its_layers() -> None:
+    model = hosted(tiny("llama"), {"name": "mswa", "window": 8}, (0, 1, 3))
+    half = student(model, 2)
+    assert [spec["name"] for spec in half.config.layers] == ["mswa", "softmax"]
+    for i, at in enumerate((0, 2)):
+        kept, own = (each.model.stack.layers[k].state_dict() for each, k in ((model, at), (half, i)))
+        torch.testing.assert_close(dict(own), dict(kept), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"ManyheadsForCausalLM .* has no converter for its layout"):
+        check_student(model, 2, 16)
+    with pytest.raises(ValueError, match="has no converter for its layout"):
+        Distilled(teaching=Healing(1, form="relations")).check(model, 2)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -74,9 +93,7 @@ def test_what_is_no_student() -> None:
     for depth in (0, 5):
         with pytest.raises(ValueError, match=f"--depth {depth}: LlamaForCausalLM has 4 layers; want 1 to 4"):
             check_student(model, depth)
-    with pytest.raises(
-        ValueError, match="--width 20: heads and layers of LlamaForCausalLM scale to widths such as 8, 16"
-    ):
+    with pytest.raises(ValueError, match="--width 20: heads and layers of LlamaForCausalLM scale to"):
         check_student(model, 2, 20)
 
 
@@ -145,6 +162,8 @@ def test_what_a_command_line_cannot_ask(
 def test_a_teacher_of_other_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "teacher"
     tiny("llama", vocab_size=300).float().save_pretrained(folder)
+    words = Tokenizer(WordLevel({"def": 0, "?": 1}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     asked = ["--heal", "1k", "--healing", "distil", "--against", str(folder)]
     assert run(*SMALL, *asked, "--out", str(tmp_path / "out")) == 2
     assert f"--against {folder} has another tokenizer than byte_llama" in capsys.readouterr().err

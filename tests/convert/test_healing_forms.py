@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyheads.convert import healing as healing_module
 from manyheads.convert.adapters import adapted, check_reached
-from manyheads.convert.healing import Healing, heal
+from manyheads.convert.healing import Healing, forget, heal
 from manyheads.convert.hosted import hosted
 from manyheads.convert.lessons import LESSONS, check_teacher, relation_heads, soft_loss
 from manyheads.hosts.loading import Loaded, load_model
@@ -72,6 +72,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert not all(torch.equal(a, b) for a, b in zip(tiny().parameters(), again.parameters(), strict=True))
     for (name, a), (_, b) in zip(whole.named_parameters(), again.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+    # What has ended is not done again, and gives the same.
+    ended = heal(tiny(attention_dropout=0.2), questions, plan(form), teacher=teacher, keep=keep, tell=stop_at(6))
+    for (name, a), (_, b) in zip(whole.named_parameters(), ended.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+    forget(keep)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,13 +12,18 @@ from torch import Tensor
 
 from manyheads.convert.layout import attentions
 
+_LAYER = re.compile(r"(model\.(?:stack\.)?layers\.)(\d+)(\..*)")
+# Our own model, with any mechanism in its layers, has fewer of them as others have.
+_OWN = "manyheads"
 # What grows with the width, as it does in every family that is known here.
 _WIDE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def check_student(model: Any, depth: int, width: int | None = None) -> None:
     """ValueError where no such student can be made of the model."""
-    most, size = len(attentions(model)), model.config.hidden_size
+    most, size = model.config.num_hidden_layers, model.config.hidden_size
+    if model.config.model_type != _OWN or width is not None:
+        attentions(model)
     if not 1 <= depth <= most:
         raise ValueError(f"--depth {depth}: {type(model).__name__} has {most} layers; want 1 to {most}")
     if width is None:
@@ -65,11 +71,10 @@ def _renumbered(state: Mapping[str, Tensor], kept: list[int]) -> dict[str, Tenso
     """The tensors of the kept layers under their new numbers, and all that belong to no layer."""
     found = {}
     for key, value in state.items():
-        before, layers, after = key.partition("model.layers.")
-        if not layers:
+        match = _LAYER.fullmatch(key)
+        if match is None:
             found[key] = value
             continue
-        number, _, rest = after.partition(".")
-        for new in (i for i, at in enumerate(kept) if at == int(number)):
-            found[f"{before}{layers}{new}.{rest}"] = value
+        for new in (i for i, at in enumerate(kept) if at == int(match[2])):
+            found[f"{match[1]}{new}{match[3]}"] = value
     return found

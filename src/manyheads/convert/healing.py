@@ -74,18 +74,25 @@ def heal(
     tell: Tell = silent,
 ) -> Any:
     """The model, trained where it stands. questions: on text that nothing is measured on. teacher: a model, for the
-    forms that have one. keep: the beginning of the path of what a stopped run goes on from."""
+    forms that have one. keep: the beginning of the path of what a stopped run goes on from; a run that has ended leaves
+    its weights there, so that whatever it is part of goes on too. `forget` takes it away."""
     if plan.form in ("distil", "relations") and teacher is None:
         raise ValueError(f"healing {plan.form!r} learns from a teacher: give one")
     keeping = None
     if keep is not None:
         of = facts(model, teacher, questions.text, asdict(plan))
-        keeping = Keeping(keep.with_name(keep.name + ".safetensors"), of)
+        keeping = Keeping(_file(keep), of)
     with _PARTS.get(plan.form, _whole)(model, plan.seed), LESSONS[plan.form](model, teacher) as lesson:
         _train(model, lesson, questions, plan, keeping, tell)
-    if keeping is not None:
-        keeping.clear()
     return model.eval()
+
+
+def forget(keep: Path) -> None:
+    _file(keep).unlink(missing_ok=True)
+
+
+def _file(keep: Path) -> Path:
+    return keep.with_name(keep.name + ".safetensors")
 
 
 def _train(
@@ -119,8 +126,10 @@ def _train(
         optimizer.zero_grad(set_to_none=True)
         tell(step + 1, plan.steps, f"loss {value:.3f}")
         if keeping is not None and time.perf_counter() - kept > KEEP_EVERY:
-            keeping.save(model, optimizer, step + 1)
+            keeping.save(model, optimizer.state, step + 1)
             kept = time.perf_counter()
+    if keeping is not None and first < plan.steps:
+        keeping.save(model, {}, plan.steps)
 
 
 def batch(questions: Questions, plan: Healing, step: int) -> Tensor:

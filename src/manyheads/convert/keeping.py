@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ class Keeping:
     path: Path
     of: str
 
-    def save(self, model: Any, optimizer: Any, step: int) -> None:
+    def save(self, model: Any, state: Mapping[Any, Any], step: int) -> None:
+        """state: of the optimizer, empty where no step follows."""
         from safetensors.torch import save
 
         tensors = {f"buffer.{name}": buffer.contiguous() for name, buffer in model.named_buffers()}
         for name, parameter in _trained(model):
             tensors[f"model.{name}"] = parameter.detach().contiguous()
-            held = optimizer.state.get(parameter, {})
+            held = state.get(parameter, {})
             for kind in _MOMENTS if held else ():
                 tensors[f"{kind}.{name}"] = held[kind].contiguous()
         # Two layers may share a buffer, which the format does not take.
@@ -58,9 +60,6 @@ class Keeping:
         except (SafetensorError, OSError):  # half a file that something else has left
             return 0
         return step
-
-    def clear(self) -> None:
-        self.path.unlink(missing_ok=True)
 
 
 def _trained(model: Any) -> list[tuple[str, Any]]:

@@ -245,15 +245,16 @@ class Distilled(Method):
         return {"width": self.width, "teaching": teaching, "own_start": self.start is not None}
 
     def title(self, value: int) -> str:
-        return f"{value} layers" + (f" of width {self.width}" if self.width else "")
+        return f"{value} layer{'s' * (value != 1)}" + (f" of width {self.width}" if self.width else "")
 
     def _of(self, model: Any) -> Any:
         return model if self.start is None else self.start
 
     def check(self, model: Any, value: int) -> None:
-        attentions(model)
         check_student(self._of(model), value, self.width)
-        if self.start is None and self.width is None and value == len(attentions(model)):
+        for each in (model, self._of(model)) if self.teaching is not None else ():
+            attentions(each)
+        if self.start is None and self.width is None and value == model.config.num_hidden_layers:
             raise ValueError(f"--depth {value}: the student would be the teacher; give fewer layers, or a --width")
 
     def make(self, model: Any, value: int, rows: Rows) -> Any:
@@ -267,7 +268,7 @@ class Distilled(Method):
         return min(layers, numbers // each) or too_small(numbers, each)
 
     def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
-        return [Identity("a student of all layers", lambda: student(model, len(attentions(model))))]
+        return [Identity("a student of all layers", lambda: student(model, model.config.num_hidden_layers))]
 
     def control(self, model: Any, value: int, healing: Healing | None) -> tuple[str, Any, Healing] | None:
         """The same student, on the text alone for as many tokens."""

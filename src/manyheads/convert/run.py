@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
-from manyheads.convert.healing import Healing, heal
-from manyheads.convert.method import Method, prove
+from manyheads.convert.healing import Healing, forget, heal
+from manyheads.convert.method import Method, Rows, prove
 from manyheads.convert.report import AFTER, CONTROL, HEALED, ORIGINAL, TAUGHT
 from manyheads.convert.saving import check_target, save_conversion, stored_dtype, write_record
 from manyheads.hosts.fingerprint import fingerprint
@@ -64,44 +64,76 @@ def run_conversion(
     method.check_loaded(loaded)
     for value in plan.values:
         method.check(loaded.model, value)
-    progress = Progress()
     judge = Judge(loaded, measured_on, plan.sizes)
     rows = calibration_rows(trained_on, plan.tokens, min(plan.sizes.length, plan.tokens)) if method.calibrated else []
     identities = prove(method, loaded.model, plan.values, rows)
+    run = _Run(loaded, judge, trained_on, out)
+    try:
+        made = _convert(run, method, plan, rows, teacher, write)
+        record = {**_record(loaded, method, plan, run.lines), "identities": identities}
+        if write:
+            dtype = stored_dtype(loaded) if plan.dtype is None else getattr(torch, plan.dtype)
+            save_conversion(made.to(dtype), loaded, out, record)
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            write_record(out, record)
+            _allow(plan, run.lines, f"what was measured is in {out}")
+    except Damaged:
+        run.forget()
+        raise
+    run.forget()
+    return record
 
-    def train(model: Any, training: Healing, by: Any, name: str) -> Any:
-        keep = out.with_name(f".{out.name}.{name.replace(' ', '-')}")
+
+@dataclass
+class _Run:
+    """Measures and trains models one after the other; what has been trained is kept until the whole run has ended."""
+
+    loaded: Loaded
+    judge: Judge
+    text: Questions
+    out: Path
+    progress: Progress = field(default_factory=Progress)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    kept: list[Path] = field(default_factory=list)
+
+    def measure(self, model: Any, title: str, stage: str, value: int | None) -> None:
+        with self.progress.measure(title) as tell:
+            figures = self.judge.measure(model, tell)
+        self.lines.append({"title": title, "stage": stage, "value": value, **figures})
+
+    def train(self, model: Any, training: Healing, teacher: Any, name: str) -> Any:
+        keep = self.out.with_name(f".{self.out.name}.{name.replace(' ', '-')}")
         keep.parent.mkdir(parents=True, exist_ok=True)
-        of = loaded.model if by is None else by
-        with progress.measure(name) as tell:
-            return heal(model, trained_on, training, teacher=of, keep=keep, tell=tell)
+        self.kept.append(keep)
+        by = self.loaded.model if teacher is None else teacher
+        with self.progress.measure(name) as tell:
+            return heal(model, self.text, training, teacher=by, keep=keep, tell=tell)
 
-    lines = [_line(judge, loaded.model, "original", ORIGINAL, None, progress)]
-    made = loaded.model
+    def forget(self) -> None:
+        for keep in self.kept:
+            forget(keep)
+
+
+def _convert(run: _Run, method: Method, plan: Plan, rows: Rows, teacher: Any, write: bool) -> Any:
+    """The last model made; every line is measured on the way."""
+    source = run.loaded.model
+    run.measure(source, "original", ORIGINAL, None)
+    made = source
     for value in plan.values:
-        made = method.make(loaded.model, value, rows)
-        lines.append(_line(judge, made, method.title(value), AFTER, value, progress))
+        made = method.make(source, value, rows)
+        run.measure(made, method.title(value), AFTER, value)
         for stage, training, by in ((TAUGHT, method.lesson, None), (HEALED, plan.healing, teacher)):
             if training is not None:
-                made = train(made, training, by, f"{stage} {method.name} {value}")
-                lines.append(_line(judge, made, f"{method.title(value)}, {stage}", stage, value, progress))
+                made = run.train(made, training, by, f"{stage} {method.name} {value}")
+                run.measure(made, f"{method.title(value)}, {stage}", stage, value)
         if write:
-            _allow(plan, lines, "nothing is written")
-    control = method.control(loaded.model, plan.values[-1], plan.healing)
+            _allow(plan, run.lines, "nothing is written")
+    control = method.control(source, plan.values[-1], plan.healing)
     if control is not None:
         title, model, training = control
-        lines.append(_line(judge, train(model, training, teacher, "healing control"), title, CONTROL, None, progress))
-        del control, model
-    record = {**_record(loaded, method, plan, lines), "identities": identities}
-    if write:
-        save_conversion(
-            made.to(getattr(torch, plan.dtype) if plan.dtype else stored_dtype(loaded)), loaded, out, record
-        )
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_record(out, record)
-        _allow(plan, lines, f"what was measured is in {out}")
-    return record
+        run.measure(run.train(model, training, teacher, "trained control"), title, CONTROL, None)
+    return made
 
 
 def _allow(plan: Plan, lines: Sequence[dict[str, Any]], then: str) -> None:
@@ -113,12 +145,6 @@ def _allow(plan: Plan, lines: Sequence[dict[str, Any]], then: str) -> None:
         if not cost <= plan.max_damage:
             given = f"more than --max-damage {plan.max_damage}"
             raise Damaged(f"{line['title']}: {cost:.3f} bits per token lost, {given}: {then}")
-
-
-def _line(judge: Judge, model: Any, title: str, stage: str, value: int | None, progress: Progress) -> dict[str, Any]:
-    with progress.measure(title) as tell:
-        figures = judge.measure(model, tell)
-    return {"title": title, "stage": stage, "value": value, **figures}
 
 
 def _record(loaded: Loaded, method: Method, plan: Plan, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
