@@ -15,7 +15,7 @@ from manyheads.convert.importance import MEASURES, head_scores
 from manyheads.convert.latent import NORMS, check_latent, full_rank, latent, rotary_features
 from manyheads.convert.layout import attentions, cache_numbers
 from manyheads.convert.pruned import check_pruned, cut, kept_heads, pruned, zeroed
-from manyheads.convert.rorope import first_layer, rorope
+from manyheads.convert.rorope import can_turn, first_layer, rorope
 from manyheads.runs.steps import Progress
 
 Rows = Sequence[Sequence[int]]
@@ -146,11 +146,13 @@ class Latent(Method):
         def whole(format: str = "deepseek_v3") -> Any:
             return latent(model, most, rope_dim=self.rope_dim, fold=fold, format=format, calibration=rows)
 
-        found = [
-            Identity("keys turned, in the first layer, and all of them keeping their positions",
-                     lambda: rorope(first_layer(model), calibration=rows[:1]), against=lambda: first_layer(model)),
-            Identity("the full rank where positions turn nothing", whole, still=True),
-        ]  # fmt: skip
+        found = [Identity("the full rank where positions turn nothing", whole, still=True)]
+        if can_turn(model):
+            claim = "keys turned, in the first layer, and all of them keeping their positions"
+            found.append(
+                Identity(claim, lambda: rorope(first_layer(model), calibration=rows[:1]),
+                         against=lambda: first_layer(model))
+            )  # fmt: skip
         if self.format != "deepseek_v3":
             claim = f"{self.format}, against deepseek_v3 with the same weights"
             found.append(Identity(claim, lambda: whole(self.format), against=whole))
