@@ -2,6 +2,7 @@
 
     python benchmarks/convert.py                      # the packaged model, three seeds, no healing; some minutes
     python benchmarks/convert.py --heal 200000        # and one seed healed with so many tokens, a control beside it
+    python benchmarks/convert.py --only rotary        # those whose title has the word, beside what is held
 
 Seeds draw the text between hidden keys, the random heads, and the batches of healing. The text that is measured is the
 same for all, held out from what calibrates and heals.
@@ -48,7 +49,13 @@ def conversions(loaded: Loaded) -> list[tuple[Method, int, bool]]:
     exact, fitted = Latent("exact"), Latent("fitted")
     found += [(exact, exact.within(loaded.model, half), False), (fitted, fitted.within(loaded.model, half), True)]
     found += [(exact, exact.within(loaded.model, half) // 3, False)]
+    size = int(loaded.config.head_dim)
+    for rope, fold in ((size, 2), (size // 2, 1), (size // 2, 2), (size // 2, 4)):
+        turned = Latent(rope_dim=rope, fold=fold)
+        found += [(turned, turned.within(loaded.model, half), False)]
     found += [(Pruned(by), layers * heads * 3 // 4, by == "importance") for by in ("importance", "random")]
+    found += [(Pruned(by), layers * heads * 3 // 4, False) for by in ("ablation", "alone")]
+    found += [(Pruned(by, uniform=False), layers * heads * 3 // 4, False) for by in ("importance", "normalised")]
     return found
 
 
@@ -62,8 +69,9 @@ def measured(loaded: Loaded, method: Method, value: int, judges: list[Judge], ro
 
 def scores(model: Any, judges: list[Judge]) -> dict[str, Any]:
     found = [judge.measure(model) for judge in judges]
+    each = next(model.parameters()).element_size()
     return {
-        "cache": cache_numbers(model),
+        "cache": found[0]["cache_bytes"] // (found[0]["tokens"] * each),
         "parameters": found[0]["parameters"],
         "bits_per_token": found[0]["bits_per_token"],
         "kl_bits": found[0]["kl_bits"],
@@ -78,6 +86,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="a folder, hub name or smollm2; else the packaged model")
     parser.add_argument("--heal", type=int, default=0, help="tokens; none without it")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", help="a part of the titles of those to run; the others keep what is held")
     parser.add_argument("--dry", action="store_true", help="print, and leave the committed results alone")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -88,12 +97,17 @@ def main() -> None:
     learnt = Questions(loaded, text=library_text(), where="the library", seed=100)
     rows = calibration_rows(learnt, 8192, sizes.length)
     plan = Healing(given.heal, rate=1e-3 if loaded.model.num_parameters() < 1e7 else 1e-4)
-    lines: list[dict[str, Any]] = [{"conversion": "none", **scores(loaded.model, judges)}]
-    if given.heal:
+    todo = [one for one in conversions(loaded) if given.only is None or given.only in one[0].title(one[1])]
+    if not todo:
+        parser.error(f"--only {given.only!r}: it is in no title")
+    lines: list[dict[str, Any]] = []
+    if given.only is None:
+        lines.append({"conversion": "none", **scores(loaded.model, judges)})
+    if given.heal and given.only is None:
         control = heal(copy.deepcopy(loaded.model), learnt, plan)
         lines.append({"conversion": "none, healed", "healed": given.heal, **scores(control, judges)})
         del control
-    for method, value, healing in conversions(loaded):
+    for method, value, healing in todo:
         line, made = measured(loaded, method, value, judges, rows)
         lines.append(line)
         print({key: line[key] for key in ("conversion", *FIGURES)}, flush=True)
@@ -106,7 +120,9 @@ def main() -> None:
         return
     path = RESULTS / "convert.json"
     held = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    save("convert", "cpu", [r for r in held if r["model"] != name] + [{"model": name, **line} for line in lines])
+    again = {line["conversion"] for line in lines}
+    kept = [r for r in held if r["model"] != name or (given.only is not None and r["conversion"] not in again)]
+    save("convert", "cpu", kept + [{"model": name, **line} for line in lines])
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from manyheads.convert import methods
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.grouped import grouped
 from manyheads.convert.latent import full_rank, latent
 from manyheads.convert.layout import attentions
+from manyheads.convert.methods import Latent, prove
 from manyheads.convert.rorope import rorope, split, turns
 from manyheads.hosts.loading import load_model
 from manyheads.hosts.questions import Questions, library_text
@@ -225,6 +227,25 @@ def test_decoding_with_its_cache_equals_one_pass() -> None:
     torch.testing.assert_close(later, logits(made)[:, 30:], rtol=1e-6, atol=1e-6)
     layer = first.past_key_values.layers[0]
     assert layer.keys.shape[-1] + layer.values.shape[-1] == 12 + 1 + 4
+
+
+def test_an_activation_that_only_the_stock_class_has() -> None:
+    """Our model has no place for it, so that only its format is refused, and the turned keys are not tried."""
+    model = tiny(hidden_act="gelu")
+    prove(Latent(), model, [28], ROWS)
+    with pytest.raises(ValueError, match="for which our model has no place"):
+        latent(model, 28, format="manyheads", calibration=ROWS)
+
+
+def test_the_identities_are_tried_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = [identity.claim for identity in Latent(format="youtu").identities(tiny(), [28], ROWS)]
+    assert [claim.split(",")[0] for claim in claims] == [
+        "the full rank where positions turn nothing", "keys turned", "youtu",
+    ]  # fmt: skip
+    prove(Latent(rope_dim=2, format="youtu"), tiny(), [28], ROWS)
+    monkeypatch.setattr(methods, "rorope", lambda model, calibration: rorope(model, fold=2, calibration=calibration))
+    with pytest.raises(RuntimeError, match="keys turned"):
+        prove(Latent(), tiny(), [28], ROWS)
 
 
 def test_what_the_target_has_no_place_for_is_refused() -> None:

@@ -36,7 +36,7 @@ def head_scores(model: Any, rows: Rows, by: str = "importance", *, seed: int = 0
     if by not in MEASURES:
         raise ValueError(f"--by {by!r}: want one of {', '.join(MEASURES)}")
     if by == "random":
-        return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).double()
     if not rows:
         raise ValueError("to know how much heads matter takes calibration text: rows of token ids")
     gates = torch.ones(shape, device=model.device, dtype=model.dtype)

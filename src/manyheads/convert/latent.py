@@ -79,6 +79,10 @@ def check_latent(
         )
     if getattr(config, "sliding_window", None) or getattr(config, "mlp_bias", False):
         raise ValueError(f"{name} has a sliding window or biases in its MLP, for which DeepseekV3 has no place")
+    if format == "manyheads":
+        from manyheads.convert.hosted import check_hosted
+
+        check_hosted(model)
     if any(p.bias is not None for layer in attentions(model) for p in layer.projections().values()):
         raise ValueError(f"{name} has biases in its attention, for which DeepseekV3's queries have no place")
     dim = attentions(model)[0].head_dim

@@ -18,7 +18,7 @@ from manyheads.convert.latent import NORMS, check_latent, full_rank, latent, rot
 from manyheads.convert.layout import attentions, cache_numbers
 from manyheads.convert.method import Identity, Method, Rows, too_small
 from manyheads.convert.pruned import check_pruned, cut, kept_heads, pruned, zeroed
-from manyheads.convert.rorope import first_layer, rorope
+from manyheads.convert.rorope import can_turn, first_layer, rorope
 from manyheads.convert.upcycled import check_tokenizers, check_upcycled, upcycled
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.runs.steps import Progress
@@ -107,11 +107,13 @@ class Latent(Method):
         def whole(format: str = "deepseek_v3") -> Any:
             return latent(model, most, rope_dim=self.rope_dim, fold=fold, format=format, calibration=rows)
 
-        found = [
-            Identity("keys turned, in the first layer, and all of them keeping their positions",
-                     lambda: rorope(first_layer(model), calibration=rows[:1]), against=lambda: first_layer(model)),
-            Identity("the full rank where positions turn nothing", whole, still=True),
-        ]  # fmt: skip
+        found = [Identity("the full rank where positions turn nothing", whole, still=True)]
+        if can_turn(model):
+            claim = "keys turned, in the first layer, and all of them keeping their positions"
+            found.append(
+                Identity(claim, lambda: rorope(first_layer(model), calibration=rows[:1]),
+                         against=lambda: first_layer(model))
+            )  # fmt: skip
         if self.format != "deepseek_v3":
             claim = f"{self.format}, against deepseek_v3 with the same weights"
             found.append(Identity(claim, lambda: whole(self.format), against=whole))

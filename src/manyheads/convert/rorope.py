@@ -31,6 +31,7 @@ from torch import Tensor
 from manyheads.convert.layout import Attention, attentions
 
 Rows = Sequence[Sequence[int]]
+_MOST = 1 << 27  # numbers of one projection, 1 GB in float64
 
 
 def check_turn(name: str, dim: int, rope_dim: int, fold: int | None) -> None:
@@ -163,6 +164,18 @@ def _turned(layer: Attention, moment: Tensor, fold: int) -> tuple[dict[str, Tens
         "o_proj": out.flatten(1),
     }
     return weights, frequencies
+
+
+def can_turn(model: Any) -> bool:
+    """Whether `rorope` has a place for what the model has, and memory for a layer: H G D times the hidden size."""
+    from manyheads.convert.hosted import check_hosted
+
+    layer = attentions(model)[0]
+    try:
+        check_hosted(model)
+    except ValueError:
+        return False
+    return layer.heads * layer.kv_heads * layer.head_dim * int(model.config.hidden_size) <= _MOST
 
 
 def first_layer(model: Any) -> Any:
