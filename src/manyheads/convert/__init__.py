@@ -12,6 +12,7 @@ from manyheads.convert.hosted import hosted, transfer
 from manyheads.convert.latent import latent
 from manyheads.convert.pruned import pruned
 from manyheads.convert.saving import check_conversion, save_conversion
+from manyheads.convert.shifted import settled, shifted
 
 __all__ = [
     "Healing",
@@ -25,5 +26,7 @@ __all__ = [
     "latent",
     "pruned",
     "save_conversion",
+    "settled",
+    "shifted",
     "transfer",
 ]

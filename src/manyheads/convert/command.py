@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from manyheads.hosts.loading import Loaded
     from manyheads.hosts.questions import Questions
 
-METHODS = ("gqa", "mla", "prune")
-_KNOBS = {"gqa": "kv-heads", "mla": "rank", "prune": "heads"}
+METHODS = ("gqa", "mla", "prune", "shiftadd")
+_KNOBS = {"gqa": "kv-heads", "mla": "rank", "prune": "heads", "shiftadd": "bits"}
 DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 # The share of a text that is measured on; the rest is for calibration and healing.
@@ -46,6 +46,9 @@ def convert(
         str | None, typer.Option(help="prune: query heads that stay in all; several with --dry-run. Half without it.")
     ] = None,
     by: Annotated[str | None, typer.Option(help="prune: importance, ablation, or random.")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="shiftadd: bits of a weight, several with --dry-run. 5 without it.")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="A mechanism's layers: 4-20, or 0,2,4. All without it.")] = None,
     transfer: Annotated[
         int | None, typer.Option(help="A mechanism's steps of learning from the attention that it replaces.")
@@ -88,8 +91,8 @@ def convert(
     from manyheads.convert.saving import check_target
 
     check_target(out)
-    settings = {"gqa": {"align": align}, "mla": {"norm": norm}, "prune": {"by": by}}
-    knobs = {"gqa": kv_heads, "mla": rank, "prune": heads}
+    settings = {"gqa": {"align": align}, "mla": {"norm": norm}, "prune": {"by": by}, "shiftadd": {}}
+    knobs = {"gqa": kv_heads, "mla": rank, "prune": heads, "shiftadd": bits}
     beside = {
         "layers": layers, "transfer": transfer, "transfer-loss": transfer_loss, "window": window, "active": active,
     }  # fmt: skip
@@ -104,6 +107,8 @@ def convert(
     method = _method(to, settings, spec, loaded, beside)
     if spec is not None and budget_bytes is None:
         values = (len(method.layers),)  # type: ignore[attr-defined]
+    if method.usual is not None and budget_bytes is None:
+        values = values or (method.usual,)
     values = values or (_within(method, loaded, budget_bytes),)
     measured, trained = _texts(loaded, text)
     sizes = Sizes(windows, length, keys, length)

@@ -16,6 +16,7 @@ from manyheads.convert.imitation import check_loss
 from manyheads.convert.latent import NORMS, check_latent, full_rank, latent
 from manyheads.convert.layout import attentions, cache_numbers
 from manyheads.convert.pruned import MEASURES, cut, head_scores, kept_heads, per_layer, pruned, zeroed
+from manyheads.convert.shifted import BITS, check_shifted, settled, shifted
 from manyheads.runs.steps import Progress
 
 Rows = Sequence[Sequence[int]]
@@ -39,6 +40,11 @@ class Method(ABC):
 
     name: ClassVar[str]
     knob: ClassVar[str]
+    usual: ClassVar[int | None] = None  # the knob's value without one, where half the cache is no measure
+
+    def settled(self, model: Any) -> Any:
+        """The model as it is saved, after all training."""
+        return model
 
     @abstractmethod
     def title(self, value: int) -> str: ...
@@ -222,7 +228,41 @@ class Hosted(Method):
         return found
 
 
-METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Grouped, Latent, Pruned)}
+@dataclass(frozen=True)
+class Shifted(Method):
+    """See `shifted`."""
+
+    name: ClassVar[str] = "shiftadd"
+    knob: ClassVar[str] = "--bits"
+    usual: ClassVar[int | None] = BITS
+
+    @property
+    def calibrated(self) -> bool:
+        return False
+
+    def title(self, value: int) -> str:
+        return f"shifts of {value} bits"
+
+    def check(self, model: Any, value: int) -> None:
+        check_shifted(model, value)
+
+    def make(self, model: Any, value: int, rows: Rows) -> Any:
+        return shifted(model, value)
+
+    def settled(self, model: Any) -> Any:
+        return settled(model)
+
+    def within(self, model: Any, numbers: int) -> int:
+        raise ValueError("--budget-bytes is of the cache, which --to shiftadd leaves as it is: give --bits")
+
+    def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
+        def once() -> Any:
+            return settled(shifted(model, min(values)))
+
+        return [Identity("weights that are shifts already", lambda: shifted(once(), min(values)), against=once)]
+
+
+METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Grouped, Latent, Pruned, Shifted)}
 
 
 def _too_small(numbers: int, least: int) -> int:

@@ -75,7 +75,7 @@ def run_conversion(
     if plan.max_damage is not None and cost > plan.max_damage:
         raise Damaged(f"{cost:.3f} bits per token lost, more than --max-damage {plan.max_damage}: nothing is written")
     if write:
-        save_conversion(made, loaded, out, record)
+        save_conversion(method.settled(made), loaded, out, record)
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_record(out, record)
