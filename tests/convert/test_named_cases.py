@@ -162,6 +162,18 @@ def test_the_command_line_writes_a_folder_that_opens(arguments: list[str], title
     assert told.shape == (1, 26)
 
 
+def test_shifts_are_written_as_the_class_they_were_and_stay_shifts_after_healing(tmp_path: Path) -> None:
+    out = tmp_path / "made"
+    assert run("--to", "shiftadd", "--heal", "1k", *SMALL, "--out", str(out)) == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    weight = model.model.layers[2].mlp.down_proj.weight.detach()
+    torch.testing.assert_close(weight.abs().log2(), weight.abs().log2().round(), rtol=0, atol=0)
+    assert run("check", str(out)) == 0
+    rows = json.loads((out / "conversion.json").read_text())["rows"]
+    assert [row["title"] for row in rows][1:3] == ["shifts of 5 bits", "shifts of 5 bits, healed"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -175,6 +187,9 @@ def test_the_command_line_writes_a_folder_that_opens(arguments: list[str], title
         (["--to", "hedgehog", "--transfer-loss", "heads"], "give --transfer STEPS with it"),
         (["--to", "hedgehog", "--transfer", "1", "--transfer-loss", "kl"], "--transfer-loss 'kl': want one of"),
         (["--to", "moh", "--transfer", "1", "--transfer-loss", "heads"], "have nothing to train"),
+        (["--to", "shiftadd", "--bits", "1"], "--bits 1: want 2 to 8"),
+        (["--to", "shiftadd", "--budget-bytes", "99"], "leaves as it is: give --bits"),
+        (["--to", "gqa", "--bits", "5"], "--bits belongs to --to shiftadd"),
     ],
 )
 def test_what_is_refused(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from manyheads.convert.prompted import add_prompts, load_prompts, remove_prompts
 from manyheads.convert.pruned import as_mistral, pruned
 from manyheads.convert.rorope import rorope
 from manyheads.convert.saving import check_conversion, save_conversion
+from manyheads.convert.shifted import settled, shifted
 from manyheads.convert.upcycled import upcycled
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
     "rorope",
     "save_conversion",
     "save_prompts",
+    "settled",
+    "shifted",
     "transfer",
     "unhosted",
     "upcycled",

@@ -86,8 +86,8 @@ def run_asked(asked: Asked, models: Sequence[str], text: Path | None, out: Path,
         if teacher is not None and asked.budget_bytes is None:
             values = values or (loaded.config.num_hidden_layers,)
         method, loaded = _distilling(method, loaded, teacher, asked, healing)
-    if asked.budget_bytes is None and method.only is not None:
-        values = (method.only,)
+    if asked.budget_bytes is None and method.usual is not None:
+        values = values or (method.usual,)
     values = values or (_within(method, loaded, asked.budget_bytes),)
     measured, trained = _texts(loaded, text)
     plan = Plan(values, asked.sizes, asked.calibrate, healing, asked.max_damage, asked.dtype)

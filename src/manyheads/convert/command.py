@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-METHODS = ("gqa", "mla", "prune", "distil", "bam")
+METHODS = ("gqa", "mla", "prune", "distil", "bam", "shiftadd")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -59,6 +59,9 @@ def convert(
     width: Annotated[int | None, typer.Option(help="distil: width of the student, whose weights are then new.")] = None,
     against: Annotated[
         str | None, typer.Option(help="A teacher for --to distil or --healing distil; the model itself without it.")
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="shiftadd: bits of a weight, several with --dry-run. 5 without it.")
     ] = None,
     share_kv: Annotated[
         bool, typer.Option("--share-kv", help="bam: one set of keys and values, the mean of all models'.")
@@ -122,12 +125,13 @@ def convert(
         "mla": {"norm": norm, "rope_dim": rope_dim, "fold": parse_fold(fold), "format": format},
         "prune": {"by": by, "uniform": uniform},
         "distil": {"width": width},
+        "shiftadd": {},
         "bam": {"sources": tuple(given[1:]) or None, "share_kv": share_kv or None},
     }
     asked = Asked(
         to,
         own,
-        {"gqa": kv_heads, "mla": rank, "prune": heads, "distil": depth},
+        {"gqa": kv_heads, "mla": rank, "prune": heads, "distil": depth, "shiftadd": bits},
         {"layers": layers, "transfer": transfer, "transfer-loss": transfer_loss, "window": window, "active": active},
         {"heal": heal, "healing": healing, "lr": lr, "against": against},
         Sizes(windows, length, keys, length),

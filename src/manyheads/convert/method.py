@@ -48,9 +48,13 @@ class Method(ABC):
         """A converted model; the given one is left as it is."""
 
     @property
-    def only(self) -> int | None:
-        """The one value that there is, of a method without a knob."""
+    def usual(self) -> int | None:
+        """The value where none is given; None: the one whose cache is half the model's."""
         return None
+
+    def settled(self, model: Any) -> Any:
+        """The model as it is saved, after all training."""
+        return model
 
     @abstractmethod
     def within(self, model: Any, numbers: int) -> int:

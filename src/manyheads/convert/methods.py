@@ -19,6 +19,7 @@ from manyheads.convert.layout import attentions, cache_numbers
 from manyheads.convert.method import Identity, Method, Rows, too_small
 from manyheads.convert.pruned import check_pruned, cut, kept_heads, pruned, zeroed
 from manyheads.convert.rorope import can_turn, first_layer, rorope
+from manyheads.convert.shifted import BITS, check_shifted, settled, shifted
 from manyheads.convert.upcycled import check_tokenizers, check_upcycled, upcycled
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.runs.steps import Progress
@@ -205,7 +206,7 @@ class Hosted(Method):
         return made
 
     @property
-    def only(self) -> int:
+    def usual(self) -> int:
         return len(self.layers)
 
     def within(self, model: Any, numbers: int) -> int:
@@ -312,7 +313,7 @@ class Upcycled(Method):
         return self._of([model, *(other.model for other in self.others)])
 
     @property
-    def only(self) -> int:
+    def usual(self) -> int:
         return 1 + len(self.sources)
 
     def within(self, model: Any, numbers: int) -> int:
@@ -325,4 +326,41 @@ class Upcycled(Method):
         return upcycled(models, share_kv=self.share_kv, active=self.active)
 
 
-METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Grouped, Latent, Pruned, Distilled, Upcycled)}
+@dataclass(frozen=True)
+class Shifted(Method):
+    """See `shifted`."""
+
+    name: ClassVar[str] = "shiftadd"
+    knob: ClassVar[str] = "--bits"
+
+    @property
+    def calibrated(self) -> bool:
+        return False
+
+    def title(self, value: int) -> str:
+        return f"shifts of {value} bits"
+
+    def check(self, model: Any, value: int) -> None:
+        check_shifted(model, value)
+
+    def make(self, model: Any, value: int, rows: Rows) -> Any:
+        return shifted(model, value)
+
+    def settled(self, model: Any) -> Any:
+        return settled(model)
+
+    @property
+    def usual(self) -> int:
+        return BITS
+
+    def within(self, model: Any, numbers: int) -> int:
+        raise ValueError("--budget-bytes is of the cache, which --to shiftadd leaves as it is: give --bits")
+
+    def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
+        def once() -> Any:
+            return settled(shifted(model, min(values)))
+
+        return [Identity("weights that are shifts already", lambda: shifted(once(), min(values)), against=once)]
+
+
+METHODS: Mapping[str, type[Method]] = {cls.name: cls for cls in (Grouped, Latent, Pruned, Distilled, Upcycled, Shifted)}

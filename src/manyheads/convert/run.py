@@ -73,7 +73,7 @@ def run_conversion(
         record = {**_record(loaded, method, plan, run.lines), "identities": identities}
         if write:
             dtype = stored_dtype(loaded) if plan.dtype is None else getattr(torch, plan.dtype)
-            save_conversion(made.to(dtype), loaded, out, record)
+            save_conversion(method.settled(made).to(dtype), loaded, out, record)
         else:
             out.mkdir(parents=True, exist_ok=True)
             write_record(out, record)
