@@ -127,6 +127,14 @@ def test_generation_with_a_cache_is_that_without(more: dict[str, Any]) -> None:
     assert not torch.equal(alone, want)
 
 
+def test_a_second_turn_goes_on_from_the_cache_of_the_first() -> None:
+    made = composed()
+    first = made.generate(IDS, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, IDS[:, :3]], 1)
+    told = made.generate(ids, max_new_tokens=4, do_sample=False, past_key_values=first.past_key_values)
+    torch.testing.assert_close(told, made.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False))
+
+
 def test_only_the_bridges_learn_and_checkpointing_gives_the_same_gradients() -> None:
     made = composed().train()
     found = []
@@ -198,6 +206,8 @@ def test_models_that_do_not_fit_are_refused() -> None:
     for pairs in ([], [(2, 0)], [(0, 3)], [(0, 1), (1, 1)]):
         with pytest.raises(ValueError, match="want \\(layer of the augmenting model, layer of the anchor\\)"):
             compose(anchor, augmenting, pairs, tokenizers=None)
+    with pytest.raises(ValueError, match="load it twice"):
+        compose(anchor, anchor, PAIRS, tokenizers=None)
     t5 = AutoConfig.for_model("t5", d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=40)
     with pytest.raises(ValueError, match="the augmenting model is a T5"):
         compose(anchor, type("T5", (), {"config": t5})(), PAIRS, tokenizers=None)

@@ -187,6 +187,20 @@ def test_text_is_written_behind_images(more: dict[str, Any]) -> None:
         torch.testing.assert_close(padded[:, 2:], told)
 
 
+def test_a_second_turn_shows_another_image() -> None:
+    made, given = fused(), images()
+    options = {"max_new_tokens": 3, "do_sample": False}
+    shown = {"kinds": KINDS, "embeddings": given, "attention_mask": torch.ones_like(IDS)}
+    first = made.generate(IDS, **shown, **options, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, IDS], 1)
+    kinds = torch.cat([KINDS, torch.zeros(2, 3, dtype=torch.long), KINDS], 1)
+    both = torch.zeros(*kinds.shape, 24, dtype=torch.float64)
+    both[:, :9][KINDS != 0], both[:, 12:][KINDS != 0] = given, given.flip(0)
+    shown = {"kinds": kinds, "embeddings": both[kinds != 0], "attention_mask": torch.ones_like(ids)}
+    told = made.generate(ids, **shown, **options, past_key_values=first.past_key_values)
+    torch.testing.assert_close(told, made.generate(ids, **shown, **options, use_cache=False))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_only_the_new_modality_learns_and_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
     made, given = fused().train(), images().requires_grad_()

@@ -12,6 +12,7 @@ from manyheads.cli import main
 from manyheads.convert.hosted import hosted
 from manyheads.convert.upcycled import check_tokenizers, upcycled
 from manyheads.hosts.loading import Loaded, load_model
+from manyheads.models import ManyheadsConfig
 
 SIZES = {
     "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "num_hidden_layers": 2,
@@ -136,6 +137,13 @@ def test_routers_learn_and_the_balance_of_the_mlps_is_in_the_loss() -> None:
         for router in (layer.mlp.router, layer.self_attn.mechanism.router):
             assert router.weight.grad.abs().max() > 0
     assert out.aux_loss.item() == pytest.approx(want)
+
+
+def test_experts_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_experts_per_tok=3 of num_local_experts=2"):
+        ManyheadsConfig(num_local_experts=2, num_experts_per_tok=3)
+    with pytest.raises(ValueError, match="intermediate_size=0 has none"):
+        ManyheadsConfig(num_local_experts=2, intermediate_size=0)
 
 
 def run(*arguments: str) -> int:

@@ -83,6 +83,8 @@ class Composed(nn.Module):
         super().__init__()
         for part, model in (("anchor", anchor), ("augmenting", augmenting)):
             _check_decoder(part, model)
+        if anchor.get_decoder() is augmenting.get_decoder():
+            raise ValueError("the anchor and the augmenting model are one: load it twice to let it read itself")
         self.pairs = _checked_pairs(pairs, augmenting, anchor)
         self.anchor, self.augmenting = frozen(anchor), frozen(augmenting)
         wide, source = anchor.config.hidden_size, augmenting.config.hidden_size

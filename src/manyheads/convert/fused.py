@@ -6,9 +6,9 @@ mechanism `mixture-of-transformers`, in the layers of the host):
 
     q_i, k_i, v_i by the weights of token i's own modality;  i sees j where j <= i, or both are of the same image
 
-A row without an image token goes through the text model as it is, bit for bit. Images come as embeddings and leave as
-states of the last norm: what makes the one of pixels or latents, and the loss on the other (diffusion, in the paper),
-are the caller's. No code of the authors was found.
+Tokens without an image among them go through the text model as it is, bit for bit. Images come as embeddings and leave
+as states of the last norm: what makes the one of pixels or latents, and the loss on the other (diffusion, in the
+paper), are the caller's. No code of the authors was found.
 """
 
 from __future__ import annotations

@@ -174,6 +174,8 @@ class ManyheadsConfig(PreTrainedConfig):
                 f"num_experts_per_tok={self.num_experts_per_tok} of num_local_experts={self.num_local_experts}; want "
                 "no more than there are"
             )
+        if self.num_local_experts > 1 and not self.intermediate_size:
+            raise ValueError(f"num_local_experts={self.num_local_experts} are MLPs, and intermediate_size=0 has none")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}; want 0 <= dropout < 1")
         for name in ("embedding_scale", "logit_softcap"):
