@@ -1,8 +1,8 @@
 """Ways to train that work on any mechanism: wrappers called as the mechanism is, hooks, and losses on its weights."""
 
 from manyheads.training.adversarial import adversarial_attention_loss
-from manyheads.training.attention_reward import attention_reward, generator_reward
 from manyheads.training.deceptive import DeceptionReport, deception_report, deceptive_attention_loss
+from manyheads.training.dense_reward import attention_reward, generator_reward
 from manyheads.training.entropy import EntropyMaximised, negative_attention_entropy
 from manyheads.training.hard_instances import HardInstanceMining
 from manyheads.training.head_mask import HeadMask
