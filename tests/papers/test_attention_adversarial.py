@@ -202,11 +202,16 @@ def test_an_encoder_and_chosen_layers() -> None:
     def answer() -> Tensor:
         return model(**batch).last_hidden_state
 
-    losses = [
-        virtual_adversarial_attention_loss(model, answer, epsilon=1.0, layers=layers) for layers in ([0], [1], None)
-    ]
-    assert all(loss > 0 for loss in losses)
-    assert len({loss.item() for loss in losses}) == 3
+    torch.manual_seed(3)  # the same dropout
+    plain = adversarial_attention_loss(model, lambda: answer()[..., 0].square().mean(), epsilon=0.0)
+    losses = []
+    for layers in ([0], [1], None):
+        torch.manual_seed(3)
+        loss = adversarial_attention_loss(model, lambda: answer()[..., 0].square().mean(), epsilon=1.0, layers=layers)
+        losses.append(loss.item())
+    assert min(losses) > plain.item() + 1e-4
+    assert len(set(losses)) == 3
+    assert virtual_adversarial_attention_loss(model, answer, epsilon=1.0, real=batch["attention_mask"]) > 0
 
 
 def test_dropout_is_the_same_in_every_pass() -> None:

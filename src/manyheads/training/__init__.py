@@ -3,9 +3,9 @@
 from manyheads.training.adversarial import adversarial_attention_loss
 from manyheads.training.alignment import alignment, alignment_loss, monotone_alignment, same_number, sentence_mask
 from manyheads.training.anchored_contrast import anchored_contrast
-from manyheads.training.attention_reward import attention_reward, generator_reward
 from manyheads.training.branch_labels import BranchLabels
 from manyheads.training.deceptive import DeceptionReport, deception_report, deceptive_attention_loss
+from manyheads.training.dense_reward import attention_reward, generator_reward
 from manyheads.training.drop_key import drop_key
 from manyheads.training.entropy import EntropyMaximised, negative_attention_entropy
 from manyheads.training.guided_heads import (

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from manyheads import create_attention
 from manyheads.hosts.taps import record
 from manyheads.training import attention_reward, generator_reward
-from manyheads.training.attention_reward import credit, generator_credit
+from manyheads.training.dense_reward import credit, generator_credit
 
 RESPONSE = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 0]]).bool()
 
