@@ -63,6 +63,7 @@ class BranchLabels(nn.Module):
 
 def _mean(logits: Tensor, labels: Tensor, real: Tensor) -> Tensor:
     """Cross entropy, mean over what is real; logits [..., classes], labels [...], real that broadcasts to it."""
-    each = cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    each = cross_entropy(wide.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
     real = real.expand(labels.shape)
     return each.masked_fill(~real, 0.0).sum() / real.sum().clamp_min(1)

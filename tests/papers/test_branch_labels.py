@@ -97,5 +97,6 @@ def test_refusals_and_bfloat16():
     half = build().to(torch.bfloat16)
     losses = half(x.to(torch.bfloat16), torch.tensor([0, 1])).losses
     assert all(value.isfinite() for value in losses.values())
+    assert losses["branches"].dtype == losses["bag"].dtype == torch.float32
     miner = HardInstanceMining(build().pool.float())
     assert isinstance(BranchLabels(miner.student, 2), BranchLabels)

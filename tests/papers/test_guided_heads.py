@@ -8,6 +8,8 @@ from small_hosts import bert, checkpointed, llama, padded_batch, vit
 from tiny_families import prompt
 
 from manyheads import create_attention
+from manyheads.hosts.loading import load_model
+from manyheads.hosts.probes import Inputs
 from manyheads.hosts.taps import record, tap
 from manyheads.training import (
     guided_heads,
@@ -119,6 +121,27 @@ def test_relevance_is_the_mass_on_the_pattern():
     with guided_heads(model, {(1, 2): pattern}, form="fixed"):
         pass
     assert found.max() < 0.5
+
+
+@torch.no_grad()
+def test_the_packaged_model_may_be_told_what_its_head_does_anyway():
+    """Its head of the token before is found by its relevance; fixed to that pattern it costs next to nothing, while the
+    other heads of its layer cannot be fixed so."""
+    loaded = load_model()
+    ids = torch.stack(list(Inputs(loaded).windows(64, 2)))
+    pattern = neighbours(64, -1)
+    relevance = pattern_relevance(loaded.model, {"input_ids": ids}, pattern)
+    layer, head = divmod(int(relevance.argmax()), relevance.shape[1])
+    assert relevance[layer, head] > 0.9
+
+    def loss_of(fixed):
+        with guided_heads(loaded.model, {(layer, fixed): pattern}, form="fixed"):
+            return loaded.model(input_ids=ids, labels=ids).loss.item()
+
+    free = loaded.model(input_ids=ids, labels=ids).loss.item()
+    cost = [loss_of(fixed) - free for fixed in range(relevance.shape[1])]
+    assert abs(cost[head]) < 0.03
+    assert (sum(cost) - cost[head]) / (len(cost) - 1) > 0.1
 
 
 def trained(patterns_of, steps=35):
