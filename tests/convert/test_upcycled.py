@@ -36,7 +36,13 @@ def logits(model: Any, **more: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize(("kind", "more"), [("llama", {"attention_bias": True}), ("qwen2", {}), ("qwen3", {})])
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("llama", {"attention_bias": True}), ("qwen2", {}), ("qwen3", {}), ("phi3", {}),
+        ("gemma2", {"sliding_window": 4}), ("gemma3_text", {"sliding_window": 4}),
+    ],
+)  # fmt: skip
 def test_experts_that_are_all_the_same_are_the_model(kind: str, more: dict[str, Any], share: bool) -> None:
     model = tiny(kind, **more)
     made, alone = upcycled([model] * 3, share_kv=share), hosted(model)
@@ -177,7 +183,7 @@ def test_three_folders_become_one_that_opens_again(tmp_path: Path) -> None:
     [
         (["--to", "bam"], "several checkpoints, and 1 was given"),
         (["--share-kv"], "--share-kv belongs to --to bam"),
-        (["--to", "hedgehog", "--active", "2"], "--active belongs to --to bam"),
+        (["--to", "hedgehog", "--active", "2"], "--active belongs to a mechanism"),
         (["A", "A", "--to", "bam", "--active", "3"], "--active 3: want 1 to 2"),
         (["A", "A", "--to", "bam", "--budget-bytes", "64"], "--budget-bytes does not go with --to bam"),
     ],

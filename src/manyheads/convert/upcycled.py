@@ -99,7 +99,7 @@ def _mixed(spec: Mapping[str, Any], config: Any, experts: int, share_kv: bool) -
 def _placed(key: str, values: Sequence[Tensor], config: Any, share_kv: bool) -> list[tuple[str, Tensor]]:
     """Where one tensor of every expert goes, and what is made of them there."""
     owner, _, part = key.rpartition(".mechanism.")
-    if ".mlp." in key and ".norm." not in key:
+    if ".mlp." in key and ".mlp.norm" not in key:
         return [(key.replace(".mlp.", f".mlp.experts.{e}."), value) for e, value in enumerate(values)]
     if part == "o_proj.bias":
         return [(f"{owner}.mechanism.o_bias", torch.stack(list(values)))]
