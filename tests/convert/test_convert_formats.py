@@ -1,4 +1,4 @@
-"""What is written: file by file, in the dtype of the source, with its tokenizer, whole or not at all; what is refused."""
+"""What is written: file by file, in the dtype of the source, with its tokenizer, whole or not at all; and refusals."""
 
 import json
 import resource
