@@ -6,6 +6,7 @@
 """
 
 from manyheads.convert.damage import Judge, Sizes
+from manyheads.convert.distilled import student
 from manyheads.convert.grouped import aligned, grouped
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.hosted import hosted, transfer
@@ -25,5 +26,6 @@ __all__ = [
     "latent",
     "pruned",
     "save_conversion",
+    "student",
     "transfer",
 ]
