@@ -62,10 +62,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     keep = tmp_path / "kept"
     with pytest.raises(Killed):
         heal(tiny(attention_dropout=0.2), questions, plan(form), teacher=teacher, keep=keep, tell=stop_at(4))
-    torch.rand(7)  # another process has drawn other numbers
     seen: list[int] = []
+    fresh = tiny(attention_dropout=0.2)
+    torch.rand(7)  # another process has drawn other numbers
     again = heal(
-        tiny(attention_dropout=0.2), questions, plan(form), teacher=teacher, keep=keep,
+        fresh, questions, plan(form), teacher=teacher, keep=keep,
         tell=lambda done, total, text: seen.append(done),
     )  # fmt: skip
     assert seen == [4, 5, 6]

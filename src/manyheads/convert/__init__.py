@@ -8,6 +8,7 @@
 from manyheads.convert.composed import Composed, compose, load_composed
 from manyheads.convert.damage import Judge, Sizes
 from manyheads.convert.dimap import dimap, load_dimap
+from manyheads.convert.distilled import student
 from manyheads.convert.fused import Fused, load_fused
 from manyheads.convert.grouped import aligned, grouped
 from manyheads.convert.healing import Healing, heal
@@ -49,6 +50,7 @@ __all__ = [
     "save_prompts",
     "settled",
     "shifted",
+    "student",
     "transfer",
     "unhosted",
     "upcycled",
