@@ -90,7 +90,7 @@ class LocallySubsampled(nn.Module):
     Drawn anew in every pass and for every sequence; keys of other windows are not computed with, so that attention
     costs keep of its time and memory. spread 0: fixed blocks; 1: neighbours that change; infinity: from everywhere,
     without bias. A token's own key is always there, masks given are obeyed, and w is a share of the longest row's real
-    tokens. In eval mode it is the mechanism (its `sampling` as for SubsampledAttention). A window keeps the positions of its
+    tokens. In eval mode it is the mechanism (`sampling` turns draws on there too). A window keeps the positions of its
     tokens; a mechanism that counts steps instead of reading positions sees the window as a sequence of its own, and its
     auxiliary losses are those of windows. Takes self attention alone: neither context, state nor need_weights.
 
