@@ -1,4 +1,4 @@
-"""What is written: file by file, in the source's dtype, with its tokenizer, whole or not at all; and what is refused."""
+"""What is written: file by file, in the source's dtype, its tokenizer beside it, whole or not at all; refusals."""
 
 import json
 import resource
@@ -118,7 +118,7 @@ def test_who_takes_it(tmp_path: Path) -> None:
     model, rows = load_model().model, [list(range(200))]
     assert takers(hosted(model)) == {
         "transformers": "with manyheads installed",
-        **{name: "no: it has no ManyheadsForCausalLM" for name in ("CTranslate2", "vLLM", "llama.cpp")},
+        **dict.fromkeys(("CTranslate2", "vLLM", "llama.cpp"), "no: it has no ManyheadsForCausalLM"),
     }
     assert "hidden_size / heads" in takers(model)["CTranslate2"]
     assert takers(as_mistral(model))["CTranslate2"] == "yes"
@@ -261,7 +261,7 @@ def test_layouts_that_cannot_be_pooled_or_cut_are_refused_by_name() -> None:
     for convert in (lambda m: grouped(m, 2, align="mean"), lambda m: pruned(m, 12, by="random")):
         with pytest.raises(ValueError, match="Olmo2ForCausalLM norms queries and keys over all heads at once"):
             convert(tiny("olmo2"))
-        with pytest.raises(ValueError, match="GPTNeoXForCausalLM .* has no converter for its layout"):
+        with pytest.raises(ValueError, match=r"GPTNeoXForCausalLM .* has no converter for its layout"):
             convert(tiny("gpt_neox", pad_token_id=None))
 
 

@@ -90,8 +90,15 @@ def answers(model: Any, trial: Trial) -> bool:
 
 
 def calibration_rows(questions: Questions, tokens: int, length: int) -> Sequence[list[int]]:
-    """Windows of the text, `tokens` in all."""
-    return questions.windows(length, max(1, tokens // length))
+    """Windows of the text, `tokens` in all; ValueError where it has not as many."""
+    count = max(1, tokens // length)
+    rows = questions.windows(length, count)
+    if len(rows) < count:
+        raise ValueError(
+            f"{questions.where} has {len(rows) * length} tokens to calibrate with, and {tokens} were asked for: give a "
+            "longer text or a smaller --calibrate"
+        )
+    return rows
 
 
 @torch.no_grad()

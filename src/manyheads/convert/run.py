@@ -9,12 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.methods import Method, prove
-from manyheads.convert.saving import check_target, save_conversion, stored_dtype, write_record
+from manyheads.convert.saving import check_target, narrowed, save_conversion, stored_dtype, write_record
 from manyheads.hosts.fingerprint import fingerprint
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.questions import Questions
@@ -79,9 +77,7 @@ def run_conversion(
     if plan.max_damage is not None and cost > plan.max_damage:
         raise Damaged(f"{cost:.3f} bits per token lost, more than --max-damage {plan.max_damage}: nothing is written")
     if write:
-        save_conversion(
-            made.to(getattr(torch, plan.dtype) if plan.dtype else stored_dtype(loaded)), loaded, out, record
-        )
+        save_conversion(narrowed(made, plan.dtype or stored_dtype(loaded)), loaded, out, record)
     else:
         out.mkdir(parents=True, exist_ok=True)
         write_record(out, record)
