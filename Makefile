@@ -21,16 +21,17 @@ test-odd: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 ODD_TIMES=$${ODD_TIMES:-25} ODD_SEED=$${ODD_SEED:-0} $(BIN)/pytest -n 2 tests/odd
 
 # Not run in CI: transformers' own tests out of its sdist, lm-evaluation-harness, PEFT, accelerate and captum over our
-# models, in an environment of their own. CLIENTS="--kinds softmax,gqa" takes some kinds of layers only.
+# models, and converted checkpoints in CTranslate2, in an environment of their own. CLIENTS="--kinds softmax,gqa" takes some kinds of layers only.
 CLIENTS_VENV := .venv-clients
 test-clients: $(CLIENTS_VENV)/.installed
+	$(CLIENTS_VENV)/bin/python benchmarks/engines.py
 	$(CLIENTS_VENV)/bin/python tests/clients/run.py --out benchmarks/results/clients.json $(CLIENTS)
 
 $(CLIENTS_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CLIENTS_VENV)
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
-		pytest peft parameterized==0.9.0 lm-eval==0.4.13
+		pytest peft parameterized==0.9.0 lm-eval==0.4.13 ctranslate2==4.8.5
 	@touch $@
 
 format: $(VENV)/.installed-dev

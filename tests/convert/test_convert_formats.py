@@ -1,4 +1,4 @@
-"""What is written: file by file, in the dtype of the source, with its tokenizer, whole or not at all; and refusals."""
+"""What is written: file by file, in the source's dtype, its tokenizer beside it, whole or not at all; refusals."""
 
 import json
 import resource

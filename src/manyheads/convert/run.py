@@ -9,13 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, forget, heal
 from manyheads.convert.method import Method, Rows, prove
 from manyheads.convert.report import AFTER, CONTROL, HEALED, ORIGINAL, TAUGHT
-from manyheads.convert.saving import check_target, save_conversion, stored_dtype, write_record
+from manyheads.convert.saving import check_target, narrowed, save_conversion, stored_dtype, write_record
 from manyheads.hosts.fingerprint import fingerprint
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.questions import Questions
@@ -72,8 +70,8 @@ def run_conversion(
         made = _convert(run, method, plan, rows, teacher, write)
         record = {**_record(loaded, method, plan, run.lines), "identities": identities}
         if write:
-            dtype = stored_dtype(loaded) if plan.dtype is None else getattr(torch, plan.dtype)
-            save_conversion(method.settled(made).to(dtype), loaded, out, record)
+            stored = narrowed(method.settled(made), plan.dtype or stored_dtype(loaded))
+            save_conversion(stored, loaded, out, record)
         else:
             out.mkdir(parents=True, exist_ok=True)
             write_record(out, record)

@@ -19,6 +19,7 @@ from manyheads.convert.engines import takers
 from manyheads.convert.report import REPORT, write_report
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.quiet import quiet
+from manyheads.mechanism import Mechanism
 from manyheads.runs.files import write_atomically
 from manyheads.runs.given import read_json
 
@@ -86,14 +87,23 @@ def copy_beside(source: Path, draft: Path, patterns: Sequence[str]) -> None:
             shutil.copyfile(file, draft / file.name)
 
 
-def stored_dtype(loaded: Loaded) -> torch.dtype:
+def stored_dtype(loaded: Loaded) -> str:
     """What the checkpoint's own files hold, in whatever it was opened."""
     from transformers import AutoConfig
 
-    if loaded.where is None:
-        return loaded.model.dtype
-    held = AutoConfig.from_pretrained(loaded.where, trust_remote_code=False).dtype
-    return held if isinstance(held, torch.dtype) else getattr(torch, str(held), loaded.model.dtype)
+    held = None if loaded.where is None else AutoConfig.from_pretrained(loaded.where, trust_remote_code=False).dtype
+    return str(loaded.model.dtype if held is None else held).removeprefix("torch.")
+
+
+def narrowed(model: Any, dtype: str) -> Any:
+    """The model as it will be once it is opened in this dtype: stock classes keep their rotary angles as they are."""
+    wanted = getattr(torch, dtype)
+    for module in model.modules():
+        if isinstance(module, Mechanism):
+            module.to(wanted)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(wanted)
+    return model
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
