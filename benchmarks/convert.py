@@ -3,6 +3,7 @@
     python benchmarks/convert.py                      # the packaged model, three seeds, no healing; some minutes
     python benchmarks/convert.py --heal 200000        # and one seed healed with so many tokens, a control beside it
     python benchmarks/convert.py --only rotary        # those whose title has the word, beside what is held
+    python benchmarks/convert.py --speeds             # what transfer, linear steps and shifts take; a minute
 
 Seeds draw the text between hidden keys, the random heads, and the batches of healing. The text that is measured is the
 same for all, held out from what calibrates and heals.
@@ -20,11 +21,14 @@ from typing import Any
 import torch
 
 from common import RESULTS, save
+from manyheads import create_attention
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, heal
+from manyheads.convert.hosted import hosted, transfer
 from manyheads.convert.layout import cache_numbers
 from manyheads.convert.method import Method
 from manyheads.convert.methods import Grouped, Latent, Pruned
+from manyheads.convert.shifted import powers_of_two
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.questions import Questions, library_text
 
@@ -81,6 +85,91 @@ def scores(model: Any, judges: list[Judge]) -> dict[str, Any]:
     }
 
 
+def transfer_speeds(loaded: Loaded, *, length: int = 512, steps: int = 3, batch: int = 2) -> dict[str, Any]:
+    """Tokens of attention transfer and of full healing in a second of one core, in the same converted layers."""
+    learnt = Questions(loaded, text=library_text(), where="the library", seed=100)
+    rows = calibration_rows(learnt, length * steps, length)
+    count = loaded.config.num_hidden_layers
+    made = hosted(loaded.model, {"name": "hedgehog", "window": 64}, range(count))
+    transfer(made, loaded.model, range(count), rows, steps=1, loss="heads")
+    began = time.process_time()
+    transfer(made, loaded.model, range(count), rows, steps=steps, loss="heads")
+    learning = length * steps / (time.process_time() - began)
+    plan = Healing(length * batch * steps, 1e-4, length, batch)
+    began = time.process_time()
+    heal(made, learnt, plan)
+    healing = length * batch * plan.steps / (time.process_time() - began)
+    return {"measured": "transfer", "transfer_per_s": learning, "healing_per_s": healing, "ratio": learning / healing}
+
+
+@torch.no_grad()
+def step_times(*, dim: int = 256, heads: int = 8, steps: int = 20) -> list[dict[str, Any]]:
+    """Milliseconds of one decoded token, and bytes of the state, behind contexts from 1k to 64k tokens."""
+    lines = []
+    specs: list[dict[str, Any]] = [{"name": "hedgehog", "window": 64}, {"name": "softmax"}]
+    for spec in specs:
+        module = create_attention(dim=dim, heads=heads, causal=True, **spec).eval()
+        for context in (1 << 10, 1 << 12, 1 << 14, 1 << 16):
+            state = module.init_state(1, capacity=context + steps + 1)
+            x = torch.randn(1, 1 << 10, dim)
+            for _ in range(context >> 10):
+                if spec["name"] == "softmax" and state.length:
+                    _lengthen(state)
+                    continue
+                module(x, state=state)
+            token, times = torch.randn(1, 1, dim), []
+            for _ in range(steps):
+                began = time.process_time()
+                module(token, state=state)
+                times.append(time.process_time() - began)
+            ms = 1e3 * statistics.median(times)
+            lines.append({"measured": "step", **spec, "context": context, "ms": ms, "bytes": state.nbytes})
+    return lines
+
+
+def _lengthen(state: Any) -> None:
+    """A cache of softmax as long as after one more pass of a thousand tokens, without its quadratic prefill."""
+    for name in ("keys", "values"):
+        rows = state.grown[name].view()
+        state.append(name, rows[:, :, : 1 << 10].clone())
+    state.advance(1 << 10)
+
+
+@torch.no_grad()
+def shift_times(*, size: int = 512, tokens: int = 64, repeats: int = 5) -> list[dict[str, Any]]:
+    """A linear layer three ways: products, the same weights rounded to powers of two, and shifts of integers."""
+    weight, x = torch.randn(size, size) / size**0.5, torch.randn(tokens, size)
+    rounded = powers_of_two(weight)
+    fixed, signs = (x * (1 << 16)).int(), rounded.sign().int()
+    shifts = -rounded.abs().clamp(min=2.0**-15).log2().int()
+
+    def shifting() -> torch.Tensor:
+        rows = [((fixed[:, None] >> shifts[i][None, None]) * signs[i]).sum(-1) for i in range(size)]
+        return torch.cat(rows, 1) / (1 << 16)
+
+    ways = {"products": lambda: x @ weight.T, "rounded": lambda: x @ rounded.T, "shifts": shifting}
+    lines = []
+    for way, run in ways.items():
+        run()
+        times = []
+        for _ in range(repeats):
+            began = time.process_time()
+            run()
+            times.append(time.process_time() - began)
+        size_bytes = weight.numel() * 4 if way == "products" else weight.numel() * 5 // 8
+        lines.append(
+            {"measured": "shift", "way": way, "ms": 1e3 * statistics.median(times), "weight_bytes": size_bytes}
+        )
+    apart = float((shifting() - x @ rounded.T).abs().max() / (x @ rounded.T).abs().max())
+    if apart > 0.01:
+        raise RuntimeError(f"shifts of integers differ from the rounded layer by {apart:.2g}: no figure is worth it")
+    return lines
+
+
+def speeds(loaded: Loaded) -> list[dict[str, Any]]:
+    return [transfer_speeds(loaded), *step_times(), *shift_times()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="a folder, hub name or smollm2; else the packaged model")
@@ -88,10 +177,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", help="a part of the titles of those to run; the others keep what is held")
     parser.add_argument("--dry", action="store_true", help="print, and leave the committed results alone")
+    parser.add_argument("--speeds", action="store_true", help="only what transfer, linear steps and shifts take")
     given = parser.parse_args()
     torch.set_num_threads(1)
     loaded = load_model(given.model)
     name = given.model or "byte_llama"
+    if given.speeds:
+        lines = speeds(loaded)
+        for line in lines:
+            print(line, flush=True)
+        if not given.dry:
+            save("convert_speeds", "cpu", [{"model": name, **line} for line in lines])
+        return
     sizes = Sizes()
     judges = [Judge(loaded, Questions(loaded, seed=seed), sizes) for seed in range(given.seeds)]
     learnt = Questions(loaded, text=library_text(), where="the library", seed=100)
