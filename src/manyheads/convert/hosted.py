@@ -95,13 +95,25 @@ def _placed(spec: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     if "shell" in takes:
         shares = getattr(cls, "shares_kv", True) and "kv_heads" not in spec
         left = [] if shares else ["kv_heads"]
-        left += [part for part in ("softcap", "window") if not cls.has_place(part)]  # type: ignore[attr-defined]
+        left += _homeless(spec, own)
         sizes["shell"] = {k: v for k, v in own["shell"].items() if k not in left}
     elif "kv_heads" in takes:
         sizes["kv_heads"] = own["shell"]["kv_heads"]
     if "rotary" in takes:
         sizes["rotary"] = own["rotary"]
     return {**sizes, **spec}
+
+
+def _homeless(spec: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """What of the layer's cap and window the spec's mechanism has no place for."""
+    place = getattr(mechanism_class(spec["name"]), "has_place", lambda part: False)
+    return [part for part in ("softcap", "window") if own["shell"].get(part) is not None and not place(part)]
+
+
+def takes_all(model: Any, spec: Mapping[str, Any], layers: Sequence[int]) -> bool:
+    """Whether the mechanism takes over all that these layers have, so that it can be their equal."""
+    own = own_specs(model)
+    return not any(_homeless(spec, own[i]) for i in layers)
 
 
 def _carried(model: Any, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from manyheads.convert.cases import as_softmax
 from manyheads.convert.distilled import check_student, student
 from manyheads.convert.grouped import ALIGNMENTS, aligned, check_kv_heads, grouped
 from manyheads.convert.healing import Healing
-from manyheads.convert.hosted import check_hosted, hosted, transfer
+from manyheads.convert.hosted import check_hosted, hosted, takes_all, transfer
 from manyheads.convert.imitation import check_loss
 from manyheads.convert.importance import MEASURES, head_scores
 from manyheads.convert.latent import NORMS, check_latent, full_rank, latent, rotary_features
@@ -215,7 +215,7 @@ class Hosted(Method):
     def identities(self, model: Any, values: Sequence[int], rows: Rows) -> list[Identity]:
         found = [Identity("softmax in every layer of our model", lambda: hosted(model))]
         whole = as_softmax(self.spec, model.config.num_attention_heads)
-        if whole is not None:
+        if whole is not None and takes_all(model, whole, self.layers):
             claim = f"{self.spec['name']} that is softmax's equal, in {len(self.layers)} layers"
             found.append(Identity(claim, lambda: hosted(model, whole, self.layers)))
         return found
