@@ -87,3 +87,13 @@ def test_the_answer_takes_the_last_line_of_every_value() -> None:
     assert said[1].startswith("gqa 1, healed: ")
     assert said[2] == "control, healed: 0.900 bits per token, 10 of 10 hidden keys."
     assert headline(record(healed=False))[1].startswith("gqa 1: 1.000 to 3.000")
+
+
+def test_a_model_that_broke_has_a_page_too(tmp_path: Path) -> None:
+    found = record()
+    found["rows"][1] |= {"bits_per_token": float("nan"), "kl_bits": float("inf")}
+    text = write_report(found, tmp_path / "conversion.html").read_text()
+    assert "<td data-sort" in text
+    assert ">nan</td>" in text
+    values = [plot.spec(400)["layer"][1]["data"]["values"][0]["figure"] for plot in plots(found)]
+    assert values == [None, None, 0.0, 0.25]

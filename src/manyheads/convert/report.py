@@ -9,6 +9,7 @@ from typing import Any
 from manyheads.convert.table import damage_table
 from manyheads.runs.charts import Plot, theme
 from manyheads.runs.page import charts_html, settings_html, table_html, write_page
+from manyheads.runs.results import number
 
 REPORT = "conversion.html"
 # What a line is of, by its `stage`.
@@ -140,5 +141,6 @@ def _curve(rows: Sequence[Mapping[str, Any]], knob: str, key: str, title: str, s
     )
 
 
-def _figure(row: Mapping[str, Any], key: str) -> float:
-    return row[key] / row["keys"] if key == "passkeys" else row[key]
+def _figure(row: Mapping[str, Any], key: str) -> float | None:
+    """None where a broken model gave no number: the mark is left out, and the table says so."""
+    return number(row[key] / row["keys"] if key == "passkeys" else row[key])
