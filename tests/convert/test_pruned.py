@@ -147,6 +147,7 @@ def test_layers_of_different_numbers_of_heads_add_what_is_left(kind: str, kv_hea
 def test_a_budget_is_met_by_whole_groups() -> None:
     model = tiny()  # 4 layers of 8 heads on 4 key/value heads: 128 numbers, 8 for each
     assert Pruned().within(model, 100) == 4 * 3 * 2
+    assert Pruned().within(model, 127) == 4 * 3 * 2  # 15 groups are not as many in every layer
     assert Pruned(uniform=False).within(model, 100) == 12 * 2
     assert Pruned(uniform=False).within(model, 127) == 15 * 2
     small = pruned(model, 30, by="random", uniform=False)
