@@ -1,6 +1,6 @@
 """Converting a checkpoint file by file, each in a fresh process: peak memory, and time beside loading and saving it.
 
-    python benchmarks/convert_stream.py              # a Llama of 1 GB in bfloat16, in files of 100 MB, drawn at random
+    python benchmarks/convert_stream.py              # a Llama of half a GB in bfloat16, in files of 100 MB
 
 `overhead` is a process that has imported the same and converts a model of two layers and a few kilobytes.
 """
@@ -20,7 +20,7 @@ import torch
 from common import save
 
 MEASURES = ("src/manyheads/convert/streamed.py", "src/manyheads/convert/saving.py")
-ROUNDS, FILE = 3, 100e6
+ROUNDS = 1
 SIZES = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 5632}
 CHILD = """
 import json, resource, shutil, sys, time
@@ -61,7 +61,7 @@ def measured(what: str, source: Path, out: Path) -> tuple[float, float]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        source, small = drawn(Path(folder) / "source", 11), drawn(Path(folder) / "small", 2, hidden_size=64)
+        source, small = drawn(Path(folder) / "source", 6), drawn(Path(folder) / "small", 2, hidden_size=64)
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         largest = max(file.stat().st_size for file in source.glob("*.safetensors"))
         out, rows = Path(folder) / "out", []

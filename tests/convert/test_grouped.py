@@ -59,10 +59,11 @@ def test_equal_heads_of_a_group_are_pooled_exactly(kind: str, align: str) -> Non
     with torch.no_grad():
         for layer in attentions(model):
             for part in ("k_proj", "v_proj"):
-                heads = getattr(layer.module, part).weight.view(2, 2, layer.head_dim, -1)
+                linear = layer.projections()[part]
+                heads = linear.weight.view(2, 2, layer.head_dim, -1)
                 heads[:, 1] = heads[:, 0]
-                if getattr(layer.module, part).bias is not None:
-                    bias = getattr(layer.module, part).bias.view(2, 2, layer.head_dim)
+                if linear.bias is not None:
+                    bias = linear.bias.view(2, 2, layer.head_dim)
                     bias[:, 1] = bias[:, 0]
     small = grouped(model, 2, align=align, calibration=ROWS)
     assert type(small) is type(model)
@@ -71,13 +72,13 @@ def test_equal_heads_of_a_group_are_pooled_exactly(kind: str, align: str) -> Non
     assert cache_numbers(small) * 2 == cache_numbers(model)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3"])
 def test_the_mean_in_loops(kind: str) -> None:
     model = tiny(kind)
     for old, new in zip(attentions(model), attentions(grouped(model, 2, align="mean")), strict=True):
         d = old.head_dim
         for part in ("k_proj", "v_proj"):
-            was, now = getattr(old.module, part), getattr(new.module, part)
+            was, now = old.projections()[part], new.projections()[part]
             for g in range(2):
                 for i in range(d):
                     rows = [was.weight[(2 * g + h) * d + i] for h in range(2)]
@@ -85,7 +86,7 @@ def test_the_mean_in_loops(kind: str) -> None:
                     if was.bias is not None:
                         biases = [was.bias[(2 * g + h) * d + i] for h in range(2)]
                         torch.testing.assert_close(now.bias[g * d + i], sum(biases) / 2)
-        torch.testing.assert_close(new.module.q_proj.weight, old.module.q_proj.weight)
+        torch.testing.assert_close(new.projections()["q_proj"].weight, old.projections()["q_proj"].weight)
         torch.testing.assert_close(new.module.o_proj.weight, old.module.o_proj.weight)
 
 
