@@ -40,6 +40,7 @@ def test_a_name_of_another_package(make: Any, said: str) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [("KnormPress", "KeyNorm"), ("SnapKVPress", "SnapKV"), ("AdaKVPress", r"allocation=AdaKV\(\)"),
+     ("ThinKPress", r"storage=ThinK\(...\)"), ("KeyRerotationPress", "positions="), ("DecodingPress", "interval="),
      ("StreamingLLMPress", "StreamingLLM"), ("PerLayerCompressionPress", "compression_ratio=")],
 )  # fmt: skip
 def test_presses(name: str, said: str) -> None:

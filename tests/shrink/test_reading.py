@@ -554,3 +554,19 @@ def test_tidal_with_a_mask_of_the_callers_own() -> None:
             ).logits[0, -1]
         assert cache.entries_read()[2] == [6, 6]
         torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_copied_or_under_a_mask(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the chosen say is the same, whether they are copied out or all are read under a mask."""
+    tokens, padding = prompt(2, 60), torch.ones(2, 60, dtype=torch.long)
+    padding[1, :7] = 0
+    full = {"layer_types": ["full_attention"] * 4} if family == "gemma2" else {}
+    found = []
+    for most in (0, 10**6):
+        monkeypatch.setattr("manyheads.shrink.policies.tidal.COPIED", most)
+        model = tiny(family, num_hidden_layers=4, **full).double()
+        cache = TidalDecode(budget_tokens=5, sparse_layer_start=1).make_cache(model)
+        found.append(feed(model, cache, tokens, padding, [50, *range(51, 61)]))
+        assert cache.entries_read()[2] == [5, 5]
+    torch.testing.assert_close(found[0], found[1], atol=1e-9, rtol=1e-9)

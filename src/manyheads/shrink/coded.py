@@ -212,7 +212,8 @@ class Coded:
 
     def _convert(self, group: Group, room: int) -> None:
         """From numbers to codes; before these are measured they are only given their place."""
-        length, rows = group.length, {}
+        length = group.length
+        rows: dict[str, Tensor] = {}
         numbers = {name: group.view(name) for name in NAMES}
         for name, own in numbers.items():
             rows |= self.blank(name, own.new_empty(()).expand(*own.shape[:2], length + room, 1))

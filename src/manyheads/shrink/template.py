@@ -32,8 +32,12 @@ class ChatTemplate:
         """system=False leaves the words of a system message to the policy."""
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(f"{type(tokenizer).__name__} has no chat_template, which says what is to be protected")
-        first, rest = _around(tokenizer, ["user", "assistant", "user"]), _around(tokenizer, ["system", "user"])
-        found = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (*first, *(rest or ()))]
+        first = _around(tokenizer, ["user", "assistant", "user"])
+        try:
+            rest = _around(tokenizer, ["system", "user"])
+        except Exception:  # what a template says of a role that it does not take is its own affair
+            rest = []
+        found = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (*first, *rest)]
         special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
         told = None
         if system and rest:
@@ -76,19 +80,11 @@ def _starts(ids: Tensor, piece: tuple[int, ...]) -> Tensor:
     return (ids.unfold(1, len(piece), 1) == wanted).all(-1)
 
 
-def _around(tokenizer: Any, roles: list[str]) -> list[str] | None:
-    """What stands before, between and behind the words of turns by these roles; None where the template takes no
-    system message."""
+def _around(tokenizer: Any, roles: list[str]) -> list[str]:
+    """What stands before, between and behind the words of turns by these roles."""
     turns = [{"role": role, "content": _MARK} for role in roles]
-    try:
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=roles[-1] == "user", tokenize=False)
-    except Exception:
-        if "system" in roles:
-            return None
-        raise
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=roles[-1] == "user", tokenize=False)
     parts: list[str] = text.split(_MARK)
     if len(parts) != len(roles) + 1:
-        if "system" in roles:
-            return None
         raise ValueError(f"{type(tokenizer).__name__}: its chat template does not show the words of every turn")
     return parts

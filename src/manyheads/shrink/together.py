@@ -71,7 +71,9 @@ class Together(Policy):
 
         def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             held = kwargs.get("past_key_values")
-            if held is None or held is not own() or held.shared.get("repeating"):
+            if held is not own():
+                return
+            if held is None or held.shared.get("repeating"):
                 return
             if fed.take(kwargs, held):
                 self._compress(module, held, fed, real_tokens(name, kwargs, held.get_seq_length()))

@@ -39,9 +39,9 @@ class H2O(Policy):
         mass += view.received()
 
     def score(self, view: View) -> Tensor:
-        mass, recent = view.note("mass").double(), self._recent(view)
+        mass, recent = view.note("mass"), self._recent(view)
         newest = view.count[:, None, None] - view.positions - 1
-        return torch.where(newest < recent, 1e300, mass)
+        return mass.masked_fill(newest < recent, torch.finfo(mass.dtype).max)
 
     def _recent(self, view: View) -> Tensor:
         if self.recent_size is not None:

@@ -9,10 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from manyheads.hosts.attend import Mask, Scoring, masked_attention
+from manyheads.hosts.attend import Mask, Scoring, masked_attention, probabilities
 from manyheads.hosts.attention import Visibility
 from manyheads.shrink.group import Group
 from manyheads.shrink.policy import Policy
+
+# Copying what each query head chose writes and reads it once more, and query heads of one KV head choose apart: below
+# so many entries for each that they choose together, reading all of them under a mask is less work.
+COPIED = 2
 
 
 @dataclass(kw_only=True)
@@ -116,6 +120,8 @@ def attend_to(queries: Tensor, group: Group, slots: Tensor, scoring: Scoring, se
     """Attention [b, g, r, n, dv] of every query to its own slots [b, h, n, k], of counted slots."""
     assert group.first is not None
     g, r, n = queries.shape[1:4]
+    if scoring.sinks is None and group.length <= COPIED * r * slots.shape[3]:
+        return _under_mask(queries, group, slots, scoring, seen)
     keys, values, rows = group.view("keys"), group.view("values"), []
     for i in range(n):
         own = slots[:, :, i]
@@ -132,6 +138,26 @@ def attend_to(queries: Tensor, group: Group, slots: Tensor, scoring: Scoring, se
             out.append(masked_attention(line[:, heads], *picked, part, _always(seen_here)))
         rows.append(torch.cat(out, 1))
     return torch.cat(rows, 3).view(*queries.shape[:4], -1)
+
+
+def _under_mask(queries: Tensor, group: Group, slots: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
+    """The same, reading all entries once for the query heads that share them."""
+    b, g, r, n, d = queries.shape
+    first = group.first or 0
+    chosen = torch.zeros((b, g * r, n, group.length + 1), dtype=torch.bool, device=queries.device)
+    # Slots that are no longer held fall on a place of their own.
+    chosen = chosen.scatter_(3, (slots - first + 1).clamp_min(0), True)[..., 1:]
+    if n > 1 or not _sees_all(seen):
+        allowed = seen.allowed(slice(0, n), group.slots())
+        if allowed.dtype == torch.bool:
+            chosen = chosen & allowed
+        else:
+            chosen = allowed.masked_fill(~chosen, torch.finfo(allowed.dtype).min)
+    # Query heads stand in line as queries of their KV head.
+    line = queries.reshape(b, g, 1, r * n, d)
+    weights = probabilities(line, group.view("keys"), scoring, chosen.reshape(b, g, r * n, group.length))
+    values = group.view("values")
+    return (weights[:, :, 0].to(values.dtype) @ values).view(b, g, r, n, -1)
 
 
 def head_blocks(g: int, r: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
