@@ -184,6 +184,10 @@ def test_bfloat16_vit_and_a_mechanism():
     linear = create_attention("based", 16, 4, causal=True)
     with pytest.raises(ValueError, match="based"), guided_heads(linear, {(0, 0): neighbours(5, -1)}):
         linear(torch.randn(2, 5, 16))
+    # Its heads add what stands between tokens to their values: a weight that is given says nothing of that.
+    shaw = create_attention("shaw", 16, 4)
+    with pytest.raises(ValueError, match="shaw"), guided_heads(shaw, {(0, 0): neighbours(5, -1)}, form="fixed"):
+        shaw(torch.randn(2, 5, 16))
 
 
 @torch.no_grad()
