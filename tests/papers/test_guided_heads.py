@@ -37,7 +37,8 @@ def test_patterns_by_loops():
                 assert after[i, j] == (j == i + 1)
                 assert before[i, j] == (j in (i - 1, i - 2))
     real = torch.tensor([[True] * 6, [False, False, True, True, True, True]])
-    assert sentence_numbers(ids, 9, real)[1].tolist() == [-1, -1, 0, 1, 1, 1]
+    padded_with_ends = torch.tensor([[9, 9, 9, 6, 6, 9]])
+    assert sentence_numbers(padded_with_ends, 9, real[1:])[0].tolist() == [-1, -1, 0, 1, 1, 1]
     assert not same_sentence(sentence_numbers(ids, 9, real))[1, :2].any()
 
 
