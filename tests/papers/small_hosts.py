@@ -35,14 +35,14 @@ def padded_batch(rows: int = 2, length: int = 9, left: bool = True) -> dict[str,
     return {"input_ids": prompt(rows, length), "attention_mask": mask if left else mask.flip(1)}
 
 
-def checkpointed(model: Any, reentrant: bool | None) -> Any:
+def checkpointed(model: Any, reentrant: bool | None, **options: Any) -> Any:
     """In training mode; reentrant None: without gradient checkpointing."""
     model.train()
     if reentrant is not None:
         # The older releases have the second name alone, the newer ones warn of it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         names = inspect.signature(enable).parameters
-        enable(**{next(name for name in names if name.endswith("_kwargs")): {"use_reentrant": reentrant}})
+        enable(**{next(name for name in names if name.endswith("_kwargs")): {"use_reentrant": reentrant, **options}})
     return model
 
 

@@ -78,9 +78,10 @@ def test_eval_and_ratio_zero_are_the_model():
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_gradients_are_those_without_checkpointing(reentrant):
+    """Also where the checkpoint does not put the generator back, as a model without dropout may have it."""
     found = []
     for way in (None, reentrant):
-        model = checkpointed(llama(), way)
+        model = checkpointed(llama(), way, preserve_rng_state=False)
         torch.manual_seed(3)
         with drop_key(model, 0.5, 0.3):
             loss = model(**padded_batch(), labels=padded_batch()["input_ids"]).loss

@@ -37,7 +37,8 @@ def test_patterns_by_loops():
                 assert after[i, j] == (j == i + 1)
                 assert before[i, j] == (j in (i - 1, i - 2))
     real = torch.tensor([[True] * 6, [False, False, True, True, True, True]])
-    assert sentence_numbers(ids, 9, real)[1].tolist() == [-1, -1, 0, 1, 1, 1]
+    padded_with_ends = torch.tensor([[9, 9, 9, 6, 6, 9]])
+    assert sentence_numbers(padded_with_ends, 9, real[1:])[0].tolist() == [-1, -1, 0, 1, 1, 1]
     assert not same_sentence(sentence_numbers(ids, 9, real))[1, :2].any()
 
 
@@ -184,6 +185,10 @@ def test_bfloat16_vit_and_a_mechanism():
     linear = create_attention("based", 16, 4, causal=True)
     with pytest.raises(ValueError, match="based"), guided_heads(linear, {(0, 0): neighbours(5, -1)}):
         linear(torch.randn(2, 5, 16))
+    # Its heads add what stands between tokens to their values: a weight that is given says nothing of that.
+    shaw = create_attention("shaw", 16, 4)
+    with pytest.raises(ValueError, match="shaw"), guided_heads(shaw, {(0, 0): neighbours(5, -1)}, form="fixed"):
+        shaw(torch.randn(2, 5, 16))
 
 
 @torch.no_grad()

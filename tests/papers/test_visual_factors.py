@@ -94,6 +94,21 @@ def test_a_cache_and_beams_give_what_whole_passes_give(beams):
     torch.testing.assert_close(found[0], found[1])
 
 
+@torch.no_grad()
+def test_what_is_behind_the_prompt_is_text():
+    model, inputs = llava(), batch()
+    which = image_numbers(inputs["input_ids"], IMAGE)
+    factors = VisualFactors(model, images=2)
+    factors.factors.copy_(torch.rand_like(factors.factors) * 4)
+    longer = torch.cat([inputs["input_ids"], torch.tensor([[7, 9, 12], [13, 5, 8]])], 1)
+    inputs = {**inputs, "input_ids": longer, "attention_mask": (longer != 0).long()}
+    found = []
+    for known in (which, image_numbers(longer, IMAGE)):
+        with factors.on(model, known):
+            found.append(model(**inputs).logits)
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_under_checkpointing(reentrant):
     found, inputs = [], batch()

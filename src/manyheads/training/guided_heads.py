@@ -40,7 +40,7 @@ def guided_heads(
     adds -10000 to the scores of the rest, and the synthesised form puts the 0/1 matrix in place of the scores and masks
     the rest too, which is "fixed". Its extra projected attention (PAL) is not here. ValueError: a pattern of another
     batch or length than what is fed (so with a cache: use_cache=False), heads and layers that the model has not,
-    mechanisms without queries and keys.
+    mechanisms whose weights are no softmax of scores ("mask") or whose heads do more than sum values ("fixed").
     """
     if form not in ("mask", "fixed"):
         raise ValueError(f"guided_heads: form={form!r}; want 'mask' or 'fixed'")
@@ -58,6 +58,7 @@ def guided_heads(
         wanted = by_layer[own.layer]
         heads, pattern = own.check_heads(list(wanted)), _fitting(own, list(wanted.values()))
         if form == "fixed":
+            own.check_values()
             even = torch.cat([_within(own, pattern, heads, rows) for rows in own.blocks(heads)], 2)
             shares = even.to(torch.promote_types(own.query.dtype, torch.float32))
             shares = shares / shares.sum(-1, keepdim=True).clamp_min(1.0)
