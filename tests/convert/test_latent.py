@@ -11,7 +11,8 @@ from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.grouped import grouped
 from manyheads.convert.latent import full_rank, latent
 from manyheads.convert.layout import attentions
-from manyheads.convert.methods import Latent, prove
+from manyheads.convert.method import prove
+from manyheads.convert.methods import Latent
 from manyheads.convert.rorope import rorope, split, turns
 from manyheads.hosts.loading import load_model
 from manyheads.hosts.questions import Questions, library_text

@@ -74,6 +74,21 @@ def test_a_conversion_is_refused_whose_limit_is_not_the_host(monkeypatch: pytest
         prove(method, model, (1,), [])
 
 
+@pytest.mark.parametrize("name", ["cca", "hedgehog", "moh", "mswa"])
+@pytest.mark.parametrize(("kind", "more"), [("gemma2", {"sliding_window": 8}), ("mistral", {"sliding_window": 8})])
+def test_a_host_whose_cap_or_window_has_no_place_is_converted_all_the_same(
+    kind: str, more: dict[str, Any], name: str
+) -> None:
+    from manyheads.convert.cases import case_spec
+    from manyheads.convert.method import prove
+
+    model = tiny(kind, **more)
+    method = Hosted(case_spec({"name": name}, 8), (0, 1))
+    held = prove(method, model, (2,), [])
+    assert all(each["gap"] < 1e-5 for each in held)
+    assert logits(method.make(model, 2, [])).isfinite().all()
+
+
 def test_a_window_decodes_in_a_bounded_state_as_in_one_pass() -> None:
     made = hosted(tiny(), {"name": "hedgehog", "window": 4}, [0, 1])
     row = torch.tensor(ROWS[:1])
