@@ -36,7 +36,8 @@ def tiny(kind: str = "llama", **more: Any) -> Any:
 
 def logits(model: Any, places: Any = None) -> torch.Tensor:
     with torch.no_grad():
-        return model(torch.tensor(ROWS), position_ids=places).logits
+        ids = torch.tensor(ROWS)  # without a mask, equal places would be documents of one token each
+        return model(ids, position_ids=places, attention_mask=torch.ones_like(ids)).logits
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
