@@ -15,6 +15,7 @@ from torch import Tensor
 
 from manyheads.hosts.attend import Scoring, probabilities, query_blocks, received, with_bias
 from manyheads.shrink.group import Group
+from manyheads.shrink.ranking import best_of
 
 if TYPE_CHECKING:
     from manyheads.hosts.attention import Visibility
@@ -360,7 +361,7 @@ def _keep(policy: Any, view: View) -> Tensor | None:
     assert view.targets is not None
     if view.group.length <= int(view.targets.min()):
         return None
-    keep = policy.merge(view, _best(view.guarded(policy.score(view)), view.targets) & view.alive)
+    keep = policy.merge(view, best_of(view.guarded(policy.score(view)), view.targets) & view.alive)
     if (kept := view.kept) is None:
         return keep
     most = kept.sum(-1)
@@ -379,20 +380,6 @@ def _all_scores(policy: Any, views: list[View]) -> Tensor:
     parts = [torch.nn.functional.pad(part, (0, most - part.shape[2]), value=-torch.inf) for part in parts]
     order = torch.cat([view.group.index for view in views]).argsort()
     return torch.cat(parts, 1).index_select(1, order)
-
-
-def _best(scores: Tensor, targets: Tensor) -> Tensor:
-    """[b, g, m] True at the targets [b or 1, g] highest scores of each head."""
-    held = scores.shape[2]
-    most, drop = min(int(targets.max()), held), max(0, held - int(targets.min()))
-    if drop < most:
-        # Decoding drops one or a few of many: look for the worst instead of ranking the best.
-        worst = scores.topk(drop, dim=-1, largest=False).indices
-        chosen = torch.arange(drop, device=scores.device) >= held - targets[..., None]
-        return torch.ones_like(scores, dtype=torch.bool).scatter(2, worst, chosen.expand(worst.shape))
-    best = scores.topk(most, dim=-1).indices
-    chosen = torch.arange(most, device=scores.device) < targets[..., None]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(2, best, chosen.expand(best.shape))
 
 
 def trim(layer: Any) -> None:
