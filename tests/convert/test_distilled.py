@@ -127,9 +127,9 @@ def test_a_student_of_its_own_is_measured_against_its_teacher(tmp_path: Path) ->
     assert record["source"]["layers"] == 4
     assert [row["title"] for row in record["rows"]] == [
         "original",
-        "1 layers",
-        "1 layers, taught",
-        "1 layers, text alone",
+        "1 layer",
+        "1 layer, taught",
+        "1 layer, text alone",
     ]
     assert record["rows"][1]["parameters"] < record["rows"][0]["parameters"] / 4
     assert record["rows"][1]["kl_bits"] > 1
