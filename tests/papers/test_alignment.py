@@ -31,7 +31,7 @@ def loss_by_loops(weights, aligned, within, queries, power):
 @pytest.mark.parametrize("power", [1, 2])
 def test_loss_by_loops(power):
     weights = torch.rand(2, 4, 5).double().softmax(-1)
-    words = torch.tensor([[0, 0, 1, 2], [0, 1, -1, 4]]), torch.tensor([[0, 1, 1, 2, 2], [0, 0, 1, 3, 3]])
+    words = torch.tensor([[0, 0, 1, 2], [0, 1, -1, 4]]), torch.tensor([[0, 1, 1, 2, 2], [0, 0, 1, 3, -1]])
     aligned = same_number(*words)
     assert not aligned[1, 2:].any()
     within = torch.rand(2, 4, 5) < 0.7
