@@ -6,6 +6,7 @@ from torch.testing import assert_close
 from zoo import build, inputs
 
 from manyheads import create_attention
+from manyheads.hosts.attend import weigh
 from manyheads.hosts.taps import tap
 
 KINDS = ["llama", "mistral", "gemma2", "gpt_oss", "gpt2", "bert", "vit", "bart", "t5", "clip"]
@@ -69,3 +70,10 @@ def test_a_row_that_sees_nothing_gives_zeros_and_a_mechanism_reads_alike():
     found = same(calls[0])
     assert_close(found, calls[0].output)
     assert (found[0, :, 2] == 0).all()
+
+
+def test_a_blind_row_has_a_gradient_of_zero():
+    scores, seen = torch.randn(1, 1, 2, 3, requires_grad=True), torch.tensor([[[[True, True, False], [False] * 3]]])
+    weigh(scores, seen).square().sum().backward()
+    assert scores.grad.isfinite().all()
+    assert (scores.grad[0, 0, 1] == 0).all()
