@@ -14,7 +14,7 @@ from manyheads.cli import main
 from manyheads.convert.distilled import check_student, student
 from manyheads.convert.healing import Healing
 from manyheads.convert.hosted import hosted
-from manyheads.convert.layout import FAMILIES
+from manyheads.convert.layout import FAMILIES, attentions
 from manyheads.convert.methods import Distilled
 from manyheads.hosts.loading import load_model
 
@@ -77,9 +77,9 @@ def test_half_of_a_converted_model_keeps_the_mechanisms_of_its_layers() -> None:
 def test_another_width_has_heads_of_the_same_size(kind: str) -> None:
     model = tiny(kind)
     narrow = student(model, 3, 16)
-    own = narrow.get_decoder().layers[2].self_attn
-    assert own.q_proj.weight.shape == (16, 16)
-    assert own.k_proj.weight.shape == (8, 16)
+    own = attentions(narrow)[2]
+    assert own.projections()["q_proj"].weight.shape == (16, 16)
+    assert own.projections()["k_proj"].weight.shape == (8, 16)
     assert own.head_dim == 4
     assert narrow.config.intermediate_size == 12
     assert narrow(ROWS).logits.shape == (1, 40, 48)

@@ -233,7 +233,7 @@ def test_decoding_with_its_cache_equals_one_pass() -> None:
 
 def test_an_activation_that_only_the_stock_class_has() -> None:
     """Our model has no place for it, so that only its format is refused, and the turned keys are not tried."""
-    model = tiny(hidden_act="gelu")
+    model = tiny(hidden_act="relu")
     prove(Latent(), model, [28], ROWS)
     with pytest.raises(ValueError, match="for which our model has no place"):
         latent(model, 28, format="manyheads", calibration=ROWS)

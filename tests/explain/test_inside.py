@@ -18,11 +18,11 @@ from manyheads.hosts.calls import MechanismCall
 from manyheads.hosts.taps import AttentionCall, record, tap
 
 INSIDE = [
-    "back-attention", "calm", "coca", "complexformer", "dgqa", "efficient-slices", "eit", "entmax", "gated-cross",
-    "gqa", "hepos", "kdgqa", "landmark", "mae", "mhe", "mixture-of-transformers", "mla", "moba", "modality-gate",
-    "modality-mutual", "moh", "monotonic", "mqa", "mswa", "multi-scale", "multi-token", "multi-window",
-    "music-transformer", "nats", "neighborhood", "neural-attention", "optimised", "pgqa", "rcmha",
-    "selective-temperature", "shaw", "sinkhorn", "skim", "softmax", "wn-duma", "x-pool",
+    "back-attention", "bam", "calm", "coca", "complexformer", "dgqa", "efficient-slices", "eit", "entmax",
+    "gated-cross", "gqa", "hepos", "kdgqa", "landmark", "mae", "mhe", "mixture-of-transformers", "mla", "moba",
+    "modality-gate", "modality-mutual", "moh", "monotonic", "mqa", "mswa", "multi-scale", "multi-token",
+    "multi-window", "music-transformer", "nats", "neighborhood", "neural-attention", "optimised", "pgqa",
+    "rcmha", "selective-temperature", "shaw", "sinkhorn", "skim", "softmax", "wn-duma", "x-pool",
 ]  # fmt: skip
 OWN_MIX = ["dgqa", "mhe", "shaw"]
 

@@ -107,8 +107,9 @@ def narrowed(model: Any, dtype: str) -> Any:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
-    """The record, and the same for people."""
-    write_report(record, folder / REPORT)
+    """The record and, where anything was measured, the same for people."""
+    if record["rows"]:
+        write_report(record, folder / REPORT)
     return write_atomically(folder / RECORD, json.dumps({"schema": SCHEMA, **record}, indent=1) + "\n")
 
 

@@ -64,5 +64,7 @@ def drop_key(
 
     with tap(model, reader, layers=layers, stack=only_stack(model, stack), kind="self") as sites:
         depth = max(len(sites) - 1, 1)
-        ratios.update({site.layer: first + (last - first) * place / depth for place, site in enumerate(sites)})
+        ratios.update(
+            {site.layer: (first * (depth - place) + last * place) / depth for place, site in enumerate(sites)}
+        )
         yield ratios
