@@ -194,7 +194,7 @@ def test_bfloat16_sums_in_float32_and_large_inputs_stay_finite() -> None:
 
 
 def test_conformance_of_the_exp_map() -> None:
-    check_mechanism(Hedgehog, config={"features": "exp"}, patterns=["noncausal-self", "causal-self"])
+    check_mechanism(Hedgehog, config={"features": "exp"}, patterns=["noncausal-self", "causal-self"], largest=9)
 
 
 def test_another_map_is_refused() -> None:

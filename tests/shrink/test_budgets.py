@@ -184,7 +184,6 @@ BAD: list[tuple[Any, str]] = [
     (lambda: KeyNorm(budget_tokens=9, interval=0), "interval"),
     (lambda: Full(budget_tokens=9), "takes no budget"),
     (lambda: SnapKV(budget_tokens=9, window_size=9), "always keeps"),
-    (lambda: SnapKV(budget_tokens=99, when="both"), "end of a prompt"),
     (lambda: SnapKV(budget_tokens=99, kernel_size=4), "odd"),
     (lambda: H2O(budget_tokens=9, recent_size=9), "always keeps"),
     (lambda: AdaKV(floor=2.0), "0 to 1"),

@@ -34,11 +34,13 @@ def examine_mechanism(
     config: Mapping[str, Any] | None = None,
     oracle: Oracle | None = None,
     device: str = "cpu",
+    largest: int | None = None,
 ) -> Iterator[Finding]:
     """Yields a Finding for each property that applies, under each declared pattern (or those given).
 
     properties: names, by default all. config: constructor arguments to use besides the card's example. oracle:
-    (module, x, context) -> output in float64, an independent computation to be equal to.
+    (module, x, context) -> output in float64, an independent computation to be equal to. largest: the longest input to
+    try, for a quick look (a property's shortest is always tried); all without it.
     """
     known = {prop.name for prop in PROPERTIES}
     wanted = known if properties is None else set(properties)
@@ -53,7 +55,7 @@ def examine_mechanism(
         case = Case(cls, Pattern(pattern), dict(config or {}), device, oracle)
         for prop in PROPERTIES:
             if prop.name in wanted and _applies(prop, case):
-                yield _examine(prop, case)
+                yield _examine(prop, case, largest)
 
 
 def _applies(prop: Any, case: Case) -> bool:
@@ -63,9 +65,10 @@ def _applies(prop: Any, case: Case) -> bool:
         return True  # it cannot even be built: the property itself will say why
 
 
-def _examine(prop: Any, case: Case) -> Finding:
+def _examine(prop: Any, case: Case, largest: int | None) -> Finding:
+    sizes = [n for n in prop.sizes if largest is None or n <= largest] or prop.sizes[:1]
     with torch.random.fork_rng(devices=[]):
-        for size in prop.sizes:
+        for size in sizes:
             torch.manual_seed(size)
             try:
                 prop.check(case, size)

@@ -113,7 +113,12 @@ def not_softmax(case: Case, n: int) -> None:
     expect(bool(gap > 1e-6), "it computes plain softmax attention")
 
 
-@prop("compile", "torch.compile gives the same", sizes=(9,))
+def _first_pattern(case: Case) -> bool:
+    return case.pattern.value == min(case.cls.card.patterns)
+
+
+# Under one pattern, since tracing takes a third of the time of all properties together.
+@prop("compile", "torch.compile gives the same", sizes=(9,), when=_first_pattern)
 def compiled(case: Case, n: int) -> None:
     module, x, context = case.build(), case.x(n), case.context(n)
     torch._dynamo.reset()
