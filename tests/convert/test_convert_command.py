@@ -19,7 +19,7 @@ from manyheads.convert.run import Damaged, Plan, _allow
 from manyheads.hosts.loading import load_model
 from manyheads.hosts.questions import Questions, library_text
 
-SMALL = ["--windows", "1", "--keys", "2", "--length", "160", "--calibrate", "320"]
+SMALL = ["--windows", "1", "--keys", "1", "--length", "128", "--calibrate", "256"]
 
 
 def run(*arguments: str) -> int:
@@ -51,7 +51,7 @@ def test_the_record_says_what_it_cost(converted: Path) -> None:
     assert before["kl_bits"] == 0.0
     assert after["bits_per_token"] > before["bits_per_token"]
     assert after["cache_bytes"] * 2 == before["cache_bytes"]
-    assert after["keys"] == 2
+    assert after["keys"] == 1
     assert "gqa 2, procrustes" in (converted / "README.md").read_text()
 
 
@@ -83,7 +83,7 @@ def test_a_latent_opens_as_a_stock_class_and_a_budget_chooses_its_rank(tmp_path:
     assert type(model).__name__ == "DeepseekV3ForCausalLM"
     assert 4 * (model.config.kv_lora_rank + model.config.qk_rope_head_dim) * 4 == 2048
     record = json.loads((out / "conversion.json").read_text())
-    assert record["rows"][1]["cache_bytes"] == 2048 * 160
+    assert record["rows"][1]["cache_bytes"] == 2048 * 128
     assert run("check", str(out)) == 0
     told = model.generate(torch.tensor([list(b"The pass key is")]), max_new_tokens=4, do_sample=False)
     assert told.shape == (1, 19)
@@ -171,7 +171,7 @@ def test_healing_is_measured_beside_a_control_healed_alike(tmp_path: Path) -> No
         (["--dtype", "int4"], "--dtype 'int4': want one of"),
         (["--windows", "0"], "--windows 0: want 1 to"),
         (["--max-damage", "nan"], "--max-damage nan: want bits per token"),
-        (["--calibrate", "9000000"], "tokens for calibration in windows of 160; --calibrate 9000000 was asked"),
+        (["--calibrate", "9000000"], "tokens for calibration in windows of 128; --calibrate 9000000 was asked"),
         (["a", "b"], "takes one"),
         (["check"], "takes one folder"),
     ],

@@ -168,7 +168,9 @@ def test_shared_key_heads_are_taken_or_refused_by_name(name: str) -> None:
         with pytest.raises(ValueError, match=f"{name}: "):
             cls(16, 4, **{**cls.card.example, **config, "causal": sorted(cls.card.patterns)[0].causal})
         return
-    findings = list(examine_mechanism(cls, properties=["shapes", "weights", "decode", "padding"], config=config, largest=9))
+    findings = list(
+        examine_mechanism(cls, properties=["shapes", "weights", "decode", "padding"], config=config, largest=9)
+    )
     failures = [f"{f.pattern} {f.property}: {f.message}" for f in findings if not f.holds]
     assert findings
     assert not failures, "\n".join(failures)
@@ -220,7 +222,9 @@ def test_a_cap_and_a_window_are_gone_by_in_every_pass_or_refused_by_name(name: s
         with pytest.raises(ValueError, match=f"{name}: has no scores of the shell's, and no place for {part}"):
             cls(16, 4, **{**cls.card.example, "causal": True, "shell": {part: CAPPED[part]}})
     checked = ["no-future", "padding", "left-padding", "decode", "weights", "refuses"]
-    findings = list(examine_mechanism(cls, patterns=["causal-self"], properties=checked, config={"shell": held}, largest=9))
+    findings = list(
+        examine_mechanism(cls, patterns=["causal-self"], properties=checked, config={"shell": held}, largest=9)
+    )
     failures = [f"{f.pattern} {f.property}: {f.message}" for f in findings if not f.holds]
     assert not failures, "\n".join(failures)
 

@@ -104,7 +104,7 @@ def losses(case: Case, n: int) -> None:
             expect_close(again[name], loss, f"loss {name} changes with padding")
 
 
-@prop("checkpoint", "checkpointed in training, gradients and buffers are as without it", sizes=(3, 9))
+@prop("checkpoint", "checkpointed in training, gradients and buffers are as without it", sizes=(9,))
 def checkpointed(case: Case, n: int) -> None:
     n = min(n, 5) if case.pattern is Pattern.GRID else n
     wanted = _trained(case, n, lambda run, x: run(x))
