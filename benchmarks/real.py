@@ -54,7 +54,7 @@ MEASURES = (
 )
 
 RATIOS = (0.5, 0.75)
-TAIL, STEPS, WARM = 24, 10, 2
+TAIL, STEPS, WARM = 24, 24, 2
 DENSE = "DynamicCache"
 
 
