@@ -45,3 +45,16 @@ def test_a_hook_on_the_output_map_acts_and_one_that_is_no_linear_map_is_refused(
     hooked.model.layers[-1].self_attn.o_proj.register_forward_hook(lambda module, args, output: output.tanh())
     with pytest.raises(ValueError, match="no linear map"):
         ValueNorm(hooked).attribute(batch)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_in_bfloat16_is_a_linear_map_but_for_its_rounding() -> None:
+    wrapped = get_peft_model(tiny("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["o_proj"])).eval()
+    torch.manual_seed(2)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.5)
+    merged, batch = copy.deepcopy(wrapped).merge_and_unload(), {"input_ids": prompt(2, 9)}
+    wanted = ValueNorm(merged, layer=0).attribute(batch)
+    found = ValueNorm(wrapped.base_model.model.bfloat16(), layer=0).attribute(batch)
+    assert_close(found.float(), wanted, rtol=0.05, atol=0.05 * float(wanted.max()))

@@ -91,9 +91,11 @@ def _write(module: nn.Module, given: Tensor, output: Tensor, heads: Tensor, coun
     bias = module(torch.zeros_like(given[..., :1, :]))[..., 0, :].flatten(0, -2)[0]
     basis = torch.eye(given.shape[-1], dtype=given.dtype, device=given.device)
     flat = module(basis if given.dim() == 2 else basis[None]).reshape(len(basis), -1) - bias
-    again = heads.detach() @ flat + bias
-    # What rounds to eight bits on the way is a linear map but for that.
-    if float((again - wrote).abs().max()) > 1e-3 * float(wrote.abs().max()):
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    again = heads.detach().to(wide) @ flat.to(wide) + bias.to(wide)
+    # What rounds to eight bits on the way, weights or numbers, is a linear map but for that.
+    rounding = max(1e-3, 4 * torch.finfo(flat.dtype).eps)
+    if float((again - wrote).abs().max()) > rounding * float(wrote.abs().max()):
         return None
     return Write(flat.unflatten(0, (count, -1)), bias, wrote)
 
