@@ -14,7 +14,9 @@ class Pattern(StrEnum):
     """What a mechanism is called with, and what may influence which output.
 
     causal-self: output i depends on x[:i + 1] only. causal-cross: output i depends on x[:i + 1] and on the whole
-    context. grid: x is [batch, height, width, dim]. pool: the result is [batch, dim]. graph: dense masks are edges.
+    context. grid: x is [batch, height, width, dim]; grid-cross: and a context beside it. volume: x is [batch, depth,
+    height, width, dim]. maps: x is several grids, each of its own size and features. graph: x is [batch, n, dim], and
+    who sees whom is a list of edges [2, e], sources above targets. pool: the result is [batch, dim].
     """
 
     NONCAUSAL_SELF = "noncausal-self"
@@ -22,6 +24,9 @@ class Pattern(StrEnum):
     NONCAUSAL_CROSS = "noncausal-cross"
     CAUSAL_CROSS = "causal-cross"
     GRID = "grid"
+    GRID_CROSS = "grid-cross"
+    VOLUME = "volume"
+    MAPS = "maps"
     POOL = "pool"
     GRAPH = "graph"
 
@@ -58,10 +63,11 @@ class Family(StrEnum):
 class Card:
     """name: lower case with hyphens. reference: `arXiv:2502.13189`, a DOI or a citation. time, state: growth in the
     length n, as formulas (`n^2`, `n w`, `1`). decodes: a pass with a state continues the one before. example: extra
-    constructor arguments that make a small instance for tests. inputs: what it reads beside the states of its tokens,
-    by name: labels, another layer's states, boxes on a page. Such a mechanism finds it among the features of x, which
-    no model puts there: what it does with other features is no measure of it. notes: what a user should know before
-    choosing it.
+    constructor arguments that make a small instance for tests. takes: what a call is given by name beside x, with its
+    shape: labels, boxes on a page, edge features; what begins with "optional" may be left out. inputs: the same where
+    the mechanism finds it among the features of x, which no model puts there: what it does with other features is no
+    measure of it. resizes: the factor from the height and width of x to those of the result (`1 / stride`), empty
+    where they stay. notes: what a user should know before choosing it.
     """
 
     name: str
@@ -73,7 +79,9 @@ class Card:
     state: str
     decodes: bool = True
     example: Mapping[str, Any] = field(default_factory=dict)
+    takes: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
+    resizes: str = ""
     notes: str = ""
 
     def __post_init__(self) -> None:
@@ -88,6 +96,7 @@ class Card:
         object.__setattr__(self, "family", Family(self.family))
         object.__setattr__(self, "patterns", frozenset(Pattern(p) for p in self.patterns))
         object.__setattr__(self, "example", MappingProxyType(dict(self.example)))
+        object.__setattr__(self, "takes", MappingProxyType(dict(self.takes)))
         object.__setattr__(self, "inputs", MappingProxyType(dict(self.inputs)))
 
     def __hash__(self) -> int:

@@ -50,7 +50,9 @@ def _facts(name: str) -> dict[str, Any]:
         "time": card.time,
         "state": card.state,
         "decodes": card.decodes,
+        "takes": dict(card.takes),
         "inputs": dict(card.inputs),
+        "resizes": card.resizes,
         "stages": changed_stages(cls),
         "notes": card.notes,
     }

@@ -6,29 +6,28 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from manyheads.card import Card, Pattern
+from manyheads.card import Pattern
+from manyheads.checks import Checks, Context
 from manyheads.finite import blanked, broken_tokens
 from manyheads.inner import Inner, Listener
 from manyheads.signature import checked_arguments
 from manyheads.state import State
 
-Context = Tensor | Sequence[Tensor]
 _NO_LOSSES: Mapping[str, Tensor] = {}
-_WHOLE = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
-_FLOATING = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 class Result(NamedTuple):
-    """output: [batch, n, dim] ([batch, height, width, dim] for a grid, [batch, dim] for a pool). weights: the effective
-    [batch, heads, n, m] matrix where asked for. losses: auxiliary losses by name, scalars, unweighted."""
+    """output: [batch, n, dim] ([batch, height, width, dim] for a grid, [batch, dim] for a pool; for maps one map, or a
+    tuple of them). weights: the effective [batch, heads, n, m] matrix where asked for. losses: auxiliary losses by
+    name, scalars, unweighted."""
 
-    output: Tensor
+    output: Any
     weights: Tensor | None = None
     losses: Mapping[str, Tensor] = _NO_LOSSES
 
@@ -36,8 +35,8 @@ class Result(NamedTuple):
 @dataclass(frozen=True)
 class Call:
     """One checked call. padding: [batch, m], True = real, of the tokens of this pass (or of the context; a tuple, one
-    per source, where the mechanism has several). dense: [batch, 1 or heads, n, m]. positions: [batch or 1, n], given
-    or None; `query_positions` fills in the default."""
+    per source or map, where there are several). dense: [batch, 1 or heads, n, m]. positions: [batch or 1, n], given
+    or None; `query_positions` fills in the default. inputs: what the call was given by name beside x."""
 
     pattern: Pattern
     padding: Any = None
@@ -45,6 +44,7 @@ class Call:
     positions: Tensor | None = None
     state: State | None = None
     need_weights: bool = False
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def seen(self) -> int:
@@ -96,17 +96,13 @@ def _without_broken_padding(context: Context, padding: Any) -> Context:
     return context if broken is None else blanked(context, broken & ~padding)
 
 
-class Mechanism(nn.Module, ABC):
+class Mechanism(Checks, ABC):
     """A published way to attend. Subclasses are final; they carry a `card` and write `attend`.
 
     Every constructor takes `dim, heads` and then keywords, `causal` among them, all of them JSON values (or a
     `Rotary`); `config` gives them back.
     """
 
-    card: ClassVar[Card]
-    config: dict[str, Any]
-    source_dim: int | None = None  # features of a context, where they are not those of x
-    sources: int = 1  # how many contexts one call takes; more than one: context and mask are tuples
     listener: Listener | None = None  # is told of every pass what it does inside, and may change its head outputs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -131,30 +127,35 @@ class Mechanism(nn.Module, ABC):
 
     def forward(
         self,
-        x: Tensor,
+        x: Any,
         context: Context | None = None,
         *,
         mask: Tensor | Sequence[Tensor] | None = None,
         positions: Tensor | None = None,
         state: State | None = None,
         need_weights: bool = False,
+        **inputs: Any,
     ) -> Result:
         """Attends from x to itself, or to the context.
 
-        x: [batch, n, dim]. context: [batch, m, dim], for cross attention. mask: boolean, True = may attend; [batch, m]
-        is key padding (of this pass's tokens, or of the context), [batch, 1 or heads, n, m] is dense (over all keys,
-        those in the state too). With a state key padding may be of every token seen, [batch, seen + n]: it hides and
-        shows earlier ones from this pass on, or is refused by a state that has summed them up. positions: integers [n]
-        or [batch, n], counted on from the state by default. With a state the pass continues where the last one ended;
-        a context is then read once. A row with nothing to attend to gives zeros. Raises ValueError for what the
-        mechanism does not declare.
+        x: [batch, n, dim], or as the card's pattern has it. context: [batch, m, dim], for cross attention. mask:
+        boolean, True = may attend; [batch, m] is key padding (of this pass's tokens, or of the context), [batch, 1 or
+        heads, n, m] is dense (over all keys, those in the state too). With a state key padding may be of every token
+        seen, [batch, seen + n]: it hides and shows earlier ones from this pass on, or is refused by a state that has
+        summed them up. positions: integers [n] or [batch, n], counted on from the state by default. With a state the
+        pass continues where the last one ended; a context is then read once. A row with nothing to attend to gives
+        zeros. inputs: what the card takes by name, and for a graph its edges. Maps: x and mask are tuples, [batch,
+        height, width, features] and [batch, height, width] each; what is padded there reads as zero. Raises ValueError
+        for what the mechanism does not declare.
         """
-        pattern = self._check_inputs(x, context)
+        pattern = self._check_inputs(x, context, inputs)
+        if pattern is Pattern.MAPS:
+            return self._over_maps(x, mask, positions, state, need_weights, inputs)
         self._check_state(x, state)
         padding, dense = self._check_mask(pattern, x, context, mask, state)
         if positions is not None:
             positions = self._check_positions(x, positions)
-        call = Call(pattern, padding, dense, positions, state, need_weights)
+        call = Call(pattern, padding, dense, positions, state, need_weights, inputs)
         broken = broken_tokens(x)
         if context is not None and padding is not None:
             context = _without_broken_padding(context, padding)
@@ -167,6 +168,14 @@ class Mechanism(nn.Module, ABC):
             if why is None:
                 raise
             raise ValueError(why) from error
+
+    def _over_maps(self, x: Any, mask: Any, positions: Any, state: Any, need_weights: bool, inputs: Any) -> Result:
+        for what, given in (("positions", positions), ("a state", state)):
+            if given is not None:
+                raise ValueError(f"{self.card.name}: {what} given for maps, which have no order; leave it out")
+        masks, _ = self._check_mask(Pattern.MAPS, x, None, mask, None)
+        maps = tuple(x) if masks is None else tuple(blanked(one, ~real) for one, real in zip(x, masks, strict=True))
+        return self.attend(maps, None, Call(Pattern.MAPS, masks, need_weights=need_weights, inputs=inputs))
 
     def _pass(self, x: Tensor, context: Context | None, call: Call) -> Result:
         """Attends; a pass that breaks off leaves the state as it was."""
@@ -218,8 +227,26 @@ class Mechanism(nn.Module, ABC):
         state.note(call.padding if own else None, seen)
         return result if result.weights is None else result._replace(weights=state.as_fed(result.weights, places))
 
+    def result_size(self, *size: Any) -> Any:
+        """The height and width of the result for those of x, and for maps, from one pair per map, the pair of the
+        result or a tuple of pairs; the card's `resizes` in numbers."""
+        return size
+
+    def map_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """Sizes of maps that fit together behind a first of height x width: each half of the one before, rounded up,
+        unless a mechanism wants others. What fits beside these is the mechanism's to say."""
+        sizes = [(height, width)]
+        for _ in (self.map_dims or ())[1:]:
+            sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+        return tuple(sizes)
+
+    def example_inputs(self, n: int, edges: Tensor | None = None) -> Mapping[str, Tensor]:
+        """What the card takes by name, small and always the same, for tests: for a batch of one of n tokens, of which
+        the first k get what k tokens would; for a graph, what goes with these edges [2, e]."""
+        return {}
+
     @abstractmethod
-    def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+    def attend(self, x: Any, context: Any, call: Call) -> Result:
         """The mechanism itself, on inputs that were checked."""
 
     def offered(self, q: Tensor, k: Tensor, v: Tensor, mixed: Tensor, weights: Tensor | None, where: Any) -> Tensor:
@@ -240,170 +267,3 @@ class Mechanism(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config.items())
-
-    # -- what is refused -------------------------------------------------------------------------------------------
-
-    def _declared(self) -> list[str]:
-        return sorted(p.value for p in self.card.patterns)
-
-    def _pattern(self, x: Tensor, context: Context | None) -> Pattern:
-        if x.ndim == 4:
-            return Pattern.GRID
-        if Pattern.POOL in self.card.patterns and context is None:
-            return Pattern.POOL
-        return Pattern(f"{'causal' if self.causal else 'noncausal'}-{'self' if context is None else 'cross'}")
-
-    def _check_inputs(self, x: Tensor, context: Context | None) -> Pattern:
-        name = self.card.name
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name}: x is a {type(x).__name__}; want a tensor [batch, n, {self.dim}]")
-        shape = tuple(x.shape)
-        if x.ndim not in (3, 4) or shape[-1] != self.dim or not x.is_floating_point():
-            raise ValueError(
-                f"{name}: x has shape {shape} and dtype {x.dtype}; want floating point [batch, n, {self.dim}]"
-                + (f" or [batch, height, width, {self.dim}]" if Pattern.GRID in self.card.patterns else "")
-            )
-        self._check_kind("x", x, x.device)
-        if x.is_meta and (why := self._unlike(x, None)):  # what does not look at x would make numbers of nothing
-            raise ValueError(why)
-        if 0 in shape:
-            raise ValueError(f"{name}: x has shape {shape}; an empty sequence or batch has nothing to attend to")
-        pattern = self._pattern(x, context)
-        if pattern not in self.card.patterns or (pattern is Pattern.GRID and context is not None):
-            hint = ""
-            if context is None and any(p.cross for p in self.card.patterns):
-                hint = "; context is missing"
-            elif context is not None and not any(p.cross for p in self.card.patterns):
-                hint = "; context was not expected"
-            raise ValueError(f"{name} cannot be called {pattern.value}{hint}; it declares {self._declared()}")
-        if context is not None:
-            self._check_context(x, context)
-        elif self.source_dim not in (None, self.dim):
-            raise ValueError(f"{name}: built for a context of {self.source_dim} features; context is missing")
-        return pattern
-
-    def _check_context(self, x: Tensor, context: Context) -> None:
-        if not isinstance(context, (Tensor, Sequence)):
-            raise ValueError(f"{self.card.name}: context is a {type(context).__name__}; want a tensor")
-        parts = [context] if isinstance(context, Tensor) else list(context)
-        if len(parts) != self.sources or (isinstance(context, Tensor) and self.sources > 1):
-            raise ValueError(
-                f"{self.card.name}: {len(parts)} context(s) given, {self.sources} wanted"
-                + (" as a tuple of tensors, one per source" if self.sources > 1 else " as one tensor")
-            )
-        for part in parts:
-            if not isinstance(part, Tensor):
-                raise ValueError(f"{self.card.name}: a context is a {type(part).__name__}; want a tensor")
-            self._check_kind("context", part, x.device)
-            shape, wide = tuple(part.shape), self.source_dim or self.dim
-            if part.ndim != 3 or shape[0] != x.shape[0] or shape[2] != wide or shape[1] == 0:
-                raise ValueError(
-                    f"{self.card.name}: context has shape {shape}; want [{x.shape[0]}, m >= 1, {wide}] "
-                    f"for x of shape {tuple(x.shape)}"
-                )
-
-    def _check_kind(self, what: str, tensor: Tensor, device: torch.device) -> None:
-        """Refuses tensors that no mechanism computes with."""
-        if tensor.layout is not torch.strided or tensor.dtype not in _FLOATING or tensor.device != device:
-            raise ValueError(
-                f"{self.card.name}: {what} is {tensor.dtype}, {tensor.layout} on {tensor.device}; want a dense tensor "
-                f"of float16, bfloat16, float32 or float64 on {device}"
-            )
-
-    def _unlike(self, x: Tensor, context: Context | None) -> str | None:
-        """What does not fit together, of a pass that torch broke off: its own words name no argument. Asked only then,
-        since under autocast, and for parameters that are kept in another dtype, differences are right."""
-        given = [x, *([] if context is None else [context] if isinstance(context, Tensor) else context)]
-        weights = [p for p in self.parameters() if p.is_floating_point()]
-        kinds = [sorted({f"{t.dtype} on {t.device}" for t in some}) for some in (given, weights)]
-        if len(kinds[0]) == 1 and kinds[1] in ([], kinds[0]):
-            return None
-        return (
-            f"{self.card.name}: what was given is {' and '.join(kinds[0])}, the module's weights are "
-            f"{' and '.join(kinds[1])}; bring them together with .to(...)"
-        )
-
-    def _check_mask(self, pattern: Pattern, x: Tensor, context: Any, mask: Any, state: State | None) -> tuple[Any, Any]:
-        if mask is None:
-            return None, None
-        if self.sources > 1:
-            if not isinstance(mask, Sequence) or len(mask) != self.sources:
-                raise ValueError(
-                    f"{self.card.name}: mask must be a tuple of {self.sources} key paddings, one per source"
-                )
-            for part, source in zip(mask, context, strict=True):
-                self._want_mask(part, [tuple(source.shape[:2])], x.device)
-            return tuple(mask), None
-        batch = x.shape[0]
-        if pattern is Pattern.GRID:
-            self._want_mask(mask, [tuple(x.shape[:3])], x.device)
-            return mask, None
-        n = x.shape[1]
-        new = n if context is None else context.shape[1]
-        total = new + (state.length if state is not None and context is None else 0)
-        wide = [] if total == new else [(batch, total)]
-        self._want_mask(mask, [(batch, new), *wide, (batch, 1, n, total), (batch, self.heads, n, total)], x.device)
-        return (mask, None) if mask.ndim == 2 else (None, mask)
-
-    def _want_mask(self, mask: Any, shapes: list[tuple[int, ...]], device: torch.device) -> None:
-        if not isinstance(mask, Tensor):
-            raise ValueError(f"{self.card.name}: mask is a {type(mask).__name__}; want a boolean tensor")
-        if mask.dtype != torch.bool:
-            raise ValueError(
-                f"{self.card.name}: mask has dtype {mask.dtype}; want torch.bool with True = may attend "
-                "(for a 0/1 attention mask: mask.bool(); for an additive one: mask == 0)"
-            )
-        if mask.device != device or mask.layout is not torch.strided:
-            raise ValueError(f"{self.card.name}: mask is {mask.layout} on {mask.device}; want it dense, on {device}")
-        if tuple(mask.shape) not in shapes:
-            wanted = " or ".join(str(list(s)) for s in dict.fromkeys(shapes))
-            raise ValueError(f"{self.card.name}: mask has shape {tuple(mask.shape)}; want {wanted}")
-
-    def _check_state(self, x: Tensor, state: State | None) -> None:
-        if state is None:
-            return
-        if not isinstance(state, State):
-            raise ValueError(
-                f"{self.card.name}: state is a {type(state).__name__}; want what this module's init_state gives"
-            )
-        if not self.causal:
-            raise ValueError(
-                f"{self.card.name}: a state was given to a module built with causal=False, where later tokens change "
-                "earlier outputs; build it with causal=True to decode"
-            )
-        if state.owner != self.card.name:
-            raise ValueError(
-                f"{self.card.name}: the state given belongs to {state.owner}; use this module's init_state"
-            )
-        if state.config is not self.config and state.config not in (None, self.config):
-            theirs = {k: v for k, v in state.config.items() if v != self.config[k]}
-            raise ValueError(
-                f"{self.card.name}: the state given was made by a module with {theirs}, this one has "
-                f"{ ({k: self.config[k] for k in theirs}) }; use this module's init_state"
-            )
-        if state.batch != x.shape[0]:
-            raise ValueError(
-                f"{self.card.name}: the state is for batch {state.batch}, x has batch {x.shape[0]}; "
-                "make a new one with init_state, or select rows with state.reorder"
-            )
-
-    def _check_positions(self, x: Tensor, positions: Tensor) -> Tensor:
-        if not isinstance(positions, Tensor):
-            raise ValueError(f"{self.card.name}: positions is a {type(positions).__name__}; want a tensor of integers")
-        positions = positions[None] if positions.ndim == 1 else positions
-        whole = positions.dtype in _WHOLE and positions.ndim == 2 and positions.device == x.device
-        if not whole or positions.shape[0] not in (1, x.shape[0]) or positions.shape[1] != x.shape[1]:
-            raise ValueError(
-                f"{self.card.name}: positions have shape {tuple(positions.shape)} and dtype {positions.dtype} on "
-                f"{positions.device}; want integers [{x.shape[1]}] or [{x.shape[0]}, {x.shape[1]}] on {x.device}"
-            )
-        return positions.long()  # in a byte, twice a place of 200 is 144
-
-    def _split_heads(self) -> int:
-        """dim / heads, for mechanisms that cut the model dimension into equal heads."""
-        if self.dim % self.heads:
-            near = [h for h in range(1, self.dim + 1) if self.dim % h == 0]
-            raise ValueError(
-                f"{self.card.name}: dim={self.dim} is not divisible by heads={self.heads}; heads can be one of {near}"
-            )
-        return self.dim // self.heads

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyheads.card import Pattern
 from manyheads.mechanism import Mechanism, Result
+from manyheads.testing.fed import feed
 
 Oracle = Callable[[Mechanism, Tensor, Any], Tensor]
 
@@ -59,12 +60,22 @@ class Case:
                 with torch.no_grad():
                     for parameter in module.parameters():
                         parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter.dtype))
-        return module.to(device=self.device, dtype=dtype).eval()
+        return feed(module.to(device=self.device, dtype=dtype).eval(), self.pattern)
 
     def x(self, n: int, batch: int = 2, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-        """[batch, n, dim], or for a grid [batch, n, n + 1, dim]."""
-        shape = (n, n + 1) if self.pattern is Pattern.GRID else (n,)
-        return self._noise(batch, *shape, dim=self.settings["dim"], dtype=dtype, seed=seed)
+        """[batch, n, dim], for a grid [batch, n, n + 1, dim] and for a volume [batch, n, n + 1, 2, dim], of at most
+        twelve rows; maps as one tensor, which `build` takes apart again."""
+        side, dim = min(n, 12), self.settings["dim"]
+        shape: tuple[int, ...] = (n,)
+        if self.pattern in (Pattern.GRID, Pattern.GRID_CROSS):
+            shape = (side, side + 1)
+        elif self.pattern is Pattern.VOLUME:
+            shape = (side, side + 1, 2)
+        elif self.pattern is Pattern.MAPS:
+            module = self.build()
+            shape = (sum(height * width for height, width in module.map_sizes(side, side + 1)),)
+            dim = max(module.map_dims or (dim,))
+        return self._noise(batch, *shape, dim=dim, dtype=dtype, seed=seed)
 
     def context(self, n: int, batch: int = 2, *, dtype: torch.dtype = torch.float64, seed: int = 100) -> Any:
         """None, [batch, n + 2, dim], or a tuple of such, each of its own length, where there are several sources."""

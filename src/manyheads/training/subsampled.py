@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Pattern
+from manyheads.checks import Context
 from manyheads.functional.drawing import draw, share
 from manyheads.functional.shuffled import draw_windows, from_windows, into_windows
-from manyheads.mechanism import Context, Mechanism, Result
+from manyheads.mechanism import Mechanism, Result
 from manyheads.state import State
 
 

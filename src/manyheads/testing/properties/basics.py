@@ -14,7 +14,8 @@ from manyheads.mechanism import Mechanism
 from manyheads.registry import create_attention
 from manyheads.softmax import SoftmaxAttention
 from manyheads.testing.case import Case, each, expect, expect_close
-from manyheads.testing.properties.prop import SEQUENCES, is_sequence, must_raise, prop
+from manyheads.testing.fed import feed
+from manyheads.testing.properties.prop import SEQUENCES, is_sequence, must_raise, prop, result_shape
 
 
 @prop("card", "the card is complete and the docstring says what the mechanism is", sizes=(1,))
@@ -33,7 +34,7 @@ def shapes(case: Case, n: int) -> None:
     for batch in (1, 3):
         x, context = case.x(n, batch), case.context(n, batch)
         output = case.outputs(module, x, context).output
-        wanted = (batch, case.settings["dim"]) if case.pattern is Pattern.POOL else tuple(x.shape)
+        wanted = result_shape(case, module, x)
         expect(tuple(output.shape) == wanted, f"x {list(x.shape)} gives {list(output.shape)}, want {list(wanted)}")
         expect(bool(output.isfinite().all()), f"x {list(x.shape)} gives values that are not finite")
 
@@ -134,7 +135,7 @@ def compiled(case: Case, n: int) -> None:
 @prop("round-trip", "config (as JSON) and state_dict rebuild the same module", sizes=(5,))
 def round_trip(case: Case, n: int) -> None:
     module, x, context = case.build(), case.x(n), case.context(n)
-    again = case.cls(**json.loads(json.dumps(module.config))).to(case.device, torch.float64).eval()
+    again = feed(case.cls(**json.loads(json.dumps(module.config))), case.pattern).to(case.device, torch.float64).eval()
     expect(again.config == module.config, f"config {module.config} comes back as {again.config}")
     again.load_state_dict(module.state_dict())
     expect_close(

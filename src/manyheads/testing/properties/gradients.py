@@ -13,6 +13,7 @@ from manyheads.card import Pattern
 from manyheads.testing.case import Case, Violation, expect, expect_close
 from manyheads.testing.properties.prop import (
     everything,
+    is_plane,
     padded,
     prop,
 )
@@ -20,7 +21,7 @@ from manyheads.testing.properties.prop import (
 
 @prop("weights", "asking for weights changes nothing: the fast path equals the eager one, gradients too")
 def weights(case: Case, n: int) -> None:
-    if case.pattern is Pattern.GRID and n > 9:
+    if is_plane(case) and n > 9:
         return  # n (n + 1) cells: larger grids say nothing new
     module = case.build()
     masks = [None] if module.sources > 1 else [None, "padding"]
@@ -42,13 +43,15 @@ def weights(case: Case, n: int) -> None:
             if one is not None and other is not None:
                 expect_close(one, other, f"need_weights changes a gradient (mask: {kind})", tolerance=1e-7)
         if eager.weights is not None:
-            _weights_shape(case, eager.weights, x, context)
+            _weights_shape(case, eager, x, context)
 
 
-def _weights_shape(case: Case, found: Tensor, x: Tensor, context: Any) -> None:
-    tokens = x.flatten(1, -2).shape[1]
+def _weights_shape(case: Case, result: Any, x: Tensor, context: Any) -> None:
+    found = result.weights
+    if case.pattern is Pattern.MAPS:  # between which of the maps is the mechanism's own
+        return
     parts = [x.flatten(1, -2)] if context is None else ([context] if isinstance(context, Tensor) else list(context))
-    queries = 1 if case.pattern is Pattern.POOL else tokens
+    queries = result.output.shape[1:-1].numel()
     wanted = (x.shape[0], case.settings["heads"], queries, sum(p.shape[1] for p in parts))
     expect(tuple(found.shape) == wanted, f"weights have shape {list(found.shape)}, want {list(wanted)}")
 
@@ -63,7 +66,7 @@ def weights_causal(case: Case, n: int) -> None:
 @prop("gradients", "every parameter gets a gradient", sizes=(33,))
 def gradients(case: Case, n: int) -> None:
     module = case.build()
-    n = 9 if case.pattern is Pattern.GRID else n
+    n = 9 if is_plane(case) else n
     context = case.context(n, 4)
     result = module(case.x(n, 4), context)
     loss = (result.output * torch.randn_like(result.output)).sum() + sum(result.losses.values())
@@ -75,7 +78,7 @@ def gradients(case: Case, n: int) -> None:
 
 @prop("gradcheck", "analytic gradients equal numeric ones in float64", sizes=(3, 6))
 def gradcheck(case: Case, n: int) -> None:
-    n = min(n, 4) if case.pattern is Pattern.GRID else n
+    n = min(n, 4) if is_plane(case) else n
     module, context = case.build(), case.context(n, 1)
     names = [name for name, _ in module.named_parameters()]
     values = [value.detach().clone().requires_grad_() for _, value in module.named_parameters()]
@@ -97,7 +100,7 @@ def losses(case: Case, n: int) -> None:
     found = case.outputs(module, x, context).losses
     for name, loss in found.items():
         expect(loss.ndim == 0 and bool(loss.isfinite()), f"loss {name} has shape {list(loss.shape)} or is not finite")
-    if found and context is None:
+    if found and context is None and not is_plane(case):
         dirty, mask = padded(torch.cat([x, x], 1), [n, n])
         again = case.outputs(module, dirty, mask=mask).losses
         for name, loss in found.items():
@@ -106,7 +109,7 @@ def losses(case: Case, n: int) -> None:
 
 @prop("checkpoint", "checkpointed in training, gradients and buffers are as without it", sizes=(9,))
 def checkpointed(case: Case, n: int) -> None:
-    n = min(n, 5) if case.pattern is Pattern.GRID else n
+    n = min(n, 5) if is_plane(case) else n
     wanted = _trained(case, n, lambda run, x: run(x))
     for reentrant in (False, True):
         found = _trained(case, n, lambda run, x, way=reentrant: checkpoint(run, x, use_reentrant=way))  # type: ignore[misc]

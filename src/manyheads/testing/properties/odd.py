@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from manyheads.card import Pattern
 from manyheads.mechanism import Mechanism
 from manyheads.testing.case import Case, each, expect, expect_close
-from manyheads.testing.properties.prop import decodes, is_sequence, must_raise, prop
+from manyheads.testing.properties.prop import decodes, is_plane, is_sequence, must_raise, prop
 
 NO_NUMBERS = (torch.nan, torch.inf, -torch.inf)
 
@@ -99,7 +99,7 @@ def _stays_broken(case: Case, module: Mechanism, x: Tensor, context: Any, cut: i
 
 
 def _pads(case: Case) -> bool:
-    return is_sequence(case) or case.pattern in (Pattern.POOL, Pattern.GRID)
+    return is_sequence(case) or is_plane(case) or case.pattern in (Pattern.POOL, Pattern.GRAPH)
 
 
 @prop(
@@ -121,7 +121,7 @@ def no_numbers_padded(case: Case, n: int) -> None:
         filled = each(source, lambda t, v=value: t.masked_fill(~mask_of(t)[..., None], v))  # type: ignore[misc]
         given = (x, filled) if case.pattern.cross else (filled, context)
         output = case.outputs(module, *given, mask=mask).output
-        if case.pattern is not Pattern.POOL:
+        if case.pattern is not Pattern.POOL and output.shape[:-1] == real.shape:
             output, wanted = (t.masked_fill(~real[..., None], 0.0) for t in (output, wanted))
         expect_close(output, wanted, f"{value} in padding changed what is real")
 
@@ -131,8 +131,11 @@ def odd_arguments(case: Case, n: int) -> None:
     module, x, context = case.build(), case.x(n), case.context(n)
     must_raise("x that is a list", lambda: module(x.tolist(), context))
     must_raise("a mask that is a list", lambda: module(x, context, mask=[True] * n))
-    if case.pattern in (Pattern.GRID, Pattern.GRAPH):
-        must_raise("a context for a grid", lambda: module(x, x.flatten(1, -2)))
+    if case.pattern in (Pattern.GRID, Pattern.VOLUME, Pattern.MAPS, Pattern.GRAPH):
+        declared = case.cls.card.patterns
+        if Pattern.GRID_CROSS not in declared and not any(p.cross for p in declared):
+            must_raise("a context for a grid or graph", lambda: module(x, x.flatten(1, -2)))
+        must_raise("something that it does not take", lambda: module(x, no_such_input=x))
         return
     wrong = torch.arange(n, device=x.device).repeat(3, 1)
     must_raise("positions of batch 3 for one of 2", lambda: module(x, context, positions=wrong))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyheads.card import Pattern
 from manyheads.testing.case import Case, Violation
+from manyheads.testing.fed import map_sizes
 
 SIZES = (1, 2, 3, 5, 9, 33)
 SEQUENCES = (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS)
@@ -40,6 +41,23 @@ def prop(
 
 def is_sequence(case: Case) -> bool:
     return case.pattern in SEQUENCES
+
+
+def is_plane(case: Case) -> bool:
+    return case.pattern in (Pattern.GRID, Pattern.GRID_CROSS, Pattern.VOLUME, Pattern.MAPS)
+
+
+def result_shape(case: Case, module: Any, x: Tensor) -> tuple[int, ...]:
+    """What the output of x must look like."""
+    dim = module.result_dim or module.dim
+    if case.pattern is Pattern.POOL:
+        return (x.shape[0], dim)
+    if case.pattern is not Pattern.MAPS:
+        return (x.shape[0], *(module.result_size(*x.shape[1:-1]) if is_plane(case) else x.shape[1:-1]), dim)
+    size = module.result_size(*map_sizes(module, x.shape[1]))
+    if isinstance(size[0], int):
+        return (x.shape[0], *size, dim)
+    return (x.shape[0], sum(height * width for height, width in size), max(module.map_dims or (dim,)))
 
 
 def decodes(case: Case) -> bool:

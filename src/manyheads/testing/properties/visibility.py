@@ -119,25 +119,59 @@ def padding(case: Case, n: int) -> None:
         expect_close(output, wanted, f"row {row}, {length} of {n} tokens real: differs from the row without padding")
 
 
-def _is_pool_or_grid(case: Case) -> bool:
-    return case.pattern in (Pattern.POOL, Pattern.GRID)
+def _is_pool(case: Case) -> bool:
+    return case.pattern is Pattern.POOL
 
 
-@prop("pool-padding", "padded tokens take no weight in a pool or a grid", sizes=(2, 3, 5, 9), when=_is_pool_or_grid)
+@prop("pool-padding", "padded tokens take no weight in a pool", sizes=(2, 3, 5, 9), when=_is_pool)
 def pool_padding(case: Case, n: int) -> None:
     module, x = case.build(), case.x(n)
-    if case.pattern is Pattern.POOL:
-        dirty, mask = padded(x, [n - n // 2, n])
-        wanted = case.outputs(module, x[:1, : n - n // 2]).output
-        expect_close(case.outputs(module, dirty, mask=mask).output[:1], wanted, "padding changes the pool")
-        return
-    mask = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)
-    mask[:, -1] = False
-    first, second = (torch.where(mask[..., None], x, torch.full_like(x, fill)) for fill in (50.0, -3.0))
-    one, other = (case.outputs(module, given, mask=mask).output[:, :-1] for given in (first, second))
-    expect_close(one, other, "what stands in masked cells changes the others")
-    shifted = case.outputs(module, x[:, :-1]).output
-    expect_close(one, shifted, "a masked last row differs from a grid without it")
+    dirty, mask = padded(x, [n - n // 2, n])
+    wanted = case.outputs(module, x[:1, : n - n // 2]).output
+    expect_close(case.outputs(module, dirty, mask=mask).output[:1], wanted, "padding changes the pool")
+
+
+def _pads_planes(case: Case) -> bool:
+    return case.pattern in (Pattern.GRID, Pattern.VOLUME)
+
+
+@prop(
+    "grid-padding",
+    "a grid whose last rows are padded gives what the smaller one gives",
+    sizes=(2, 3, 5, 9),
+    when=_pads_planes,
+)
+def grid_padding(case: Case, n: int) -> None:
+    module, x = case.build(), case.x(n)
+    for axis in range(1, x.ndim - 1):
+        mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        mask.select(axis, -1)[:] = False
+        small = x.narrow(axis, 0, x.shape[axis] - 1)
+        wanted = case.outputs(module, small).output
+        for fill in (50.0, -3.0):
+            given = torch.where(mask[..., None], x, torch.full_like(x, fill))
+            output = case.outputs(module, given, mask=mask).output
+            real = output[tuple(slice(0, size) for size in wanted.shape)]
+            expect_close(real, wanted, f"a masked end of axis {axis} (of {fill}) differs from a grid without it")
+
+
+@prop(
+    "map-padding",
+    "what stands in padded cells of maps changes nothing",
+    sizes=(3, 6),
+    when=lambda c: c.pattern is Pattern.MAPS,
+)
+def map_padding(case: Case, n: int) -> None:
+    module, x = case.build(), case.x(n)
+    mask = everything(x)
+    mask[:, ::3] = False
+    first, second = (
+        case.outputs(module, torch.where(mask[..., None], x, fill * torch.ones_like(x)), mask=mask).output
+        for fill in (50.0, -3.0)
+    )
+    expect_close(first, second, "what stands in padded cells changes the result")
+    free = case.outputs(module, x).output
+    expect(bool((free - first).abs().max() > 1e-9), "padding a third of all cells changes nothing")
 
 
 @prop("left-padding", "left padding with positions equals no padding", when=lambda c: c.pattern is Pattern.CAUSAL_SELF)

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manyheads.card import Pattern
 from manyheads.mechanism import Mechanism
 from manyheads.testing.case import Case, each, expect, expect_close
-from manyheads.testing.properties.prop import decodes, prop
+from manyheads.testing.properties.prop import decodes, is_plane, prop
 
 # The longer one is past what the fast paths of the examples begin at; a grid of 9 has 90 cells.
 SMALL, LONG = 5, 70
@@ -98,7 +97,7 @@ def _hooked(case: Case) -> tuple[Mechanism, dict[str, Tensor]]:
 
 
 def _size(case: Case, n: int) -> int:
-    return min(n, 9) if case.pattern is Pattern.GRID else n
+    return min(n, 9) if is_plane(case) else n
 
 
 def _has_linear(case: Case) -> bool:
@@ -175,7 +174,7 @@ def _last_padded(case: Case, x: Tensor, context: Any) -> Any:
         mask.view(len(mask), -1)[0, -1] = False
         return mask
 
-    return None if case.pattern is Pattern.GRAPH else each(x if context is None else context, mask_of)
+    return each(x if context is None else context, mask_of)
 
 
 def _learns_in(kind: torch.dtype, what: str, module: Mechanism, x: Tensor, context: Any, mask: Any) -> Tensor:
