@@ -13,7 +13,8 @@ from manyheads.card import Pattern
 from manyheads.testing.case import Case, Violation
 from manyheads.testing.fed import map_sizes
 
-SIZES = (1, 2, 3, 5, 9, 33)
+# Around the blocks of four that the cards' examples have: within one, one token past one and past two, and many.
+SIZES = (1, 2, 5, 9, 33)
 SEQUENCES = (Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_CROSS, Pattern.CAUSAL_CROSS)
 
 
