@@ -6,9 +6,13 @@ smaller window of its own, as where a grid is rolled around and masked; so the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from manyheads.functional.cells import shown_cells
 
 
 def _rims(height: int, width: int, window: int, shift: int) -> list[int]:
@@ -39,6 +43,19 @@ def from_windows(windows: Tensor, size: tuple[int, int], window: int, shift: int
     split = windows.unflatten(3, (window, window)).transpose(2, 3)
     left, _, top, _ = _rims(*size, window, shift)
     return split.flatten(3, 4).flatten(1, 2)[:, top : top + size[0], left : left + size[1]]
+
+
+def within_windows(
+    grid: Tensor, real: Tensor | None, window: int, attend: Callable[[Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """attend(grid, real) on each window as a grid of its own, and back in place."""
+    size = (grid.shape[1], grid.shape[2])
+    there = windows_of_real(real, size, window, 0, grid.device)
+    cells = into_windows(shown_cells(grid, real), window)
+    if there is not None:
+        there = there.expand(cells.shape[:-1]).flatten(0, 2).unflatten(1, (window, window))
+    found = attend(cells.flatten(0, 2).unflatten(1, (window, window)), there)
+    return from_windows(found.reshape(cells.shape), size, window)
 
 
 def relative_places(window: int, device: torch.device) -> Tensor:
