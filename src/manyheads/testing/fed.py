@@ -44,10 +44,10 @@ def feed(module: Mechanism, pattern: Pattern) -> Mechanism:
 
 def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
     x, state = args[0], kwargs.get("state")
-    if not isinstance(x, Tensor) or x.ndim != 3:
+    if not isinstance(x, Tensor) or x.ndim not in (3, 4, 5):
         return None
     seen = getattr(state, "length", 0)
-    n = seen + x.shape[1]
+    n = seen + x.shape[1:-1].numel()
     edges = kwargs.get("edges", example_edges(n, x.device) if pattern is Pattern.GRAPH else None)
     if edges is not None and not (isinstance(edges, Tensor) and edges.dtype == torch.int64 and edges.ndim == 2):
         return None
