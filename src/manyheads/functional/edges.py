@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from manyheads.functional.precision import own_dtype
 
 # Edges whose vectors of features stand in memory at once.
 BLOCK = 1 << 16
+# Ways of two edges that are listed at once, but for the ways into one node.
+BLOCK_WAYS = 1 << 22
 
 
 def edge_dot(q: Tensor, k: Tensor, edges: Tensor) -> Tensor:
@@ -85,6 +88,75 @@ def sample_edges(edges: Tensor, count: int, seed: int) -> Tensor:
     draw = torch.randperm(edges.shape[1], generator=torch.Generator().manual_seed(seed)).to(edges.device)
     kept = draw[rank_in_group(edges[1][draw]) < count]
     return edges[:, kept.sort().values]
+
+
+def sample_two_hops(edges: Tensor, nodes: int, count: int, seed: int) -> Tensor:
+    """For each node itself and count - 1 of the nodes from which one edge or two lead to it: [nodes, count].
+
+    Drawn without replacement from both lists one behind the other, as LargeGT's own sampling is (a node in both stands
+    twice; one with a way back is in the second itself); fewer than wanted are repeated in turn, and in place of none
+    any nodes are drawn. The same for the same seed. Ways of two edges are gone through in blocks.
+    """
+    if count < 1:
+        raise ValueError(f"sample_two_hops: count={count}; want at least the node itself")
+    rng = torch.Generator().manual_seed(seed)
+    edges = edges[:, edges[1].argsort(stable=True)].cpu()
+    degree = torch.bincount(edges[1], minlength=nodes)
+    ways = torch.zeros(nodes, dtype=torch.int64).index_add(0, edges[1], degree[edges[0]])
+    parts, first = [], 0
+    for size in ((ways + degree).cumsum(0) // BLOCK_WAYS).unique_consecutive(return_counts=True)[1].tolist():
+        lists = _two_lists(edges, degree, first, size)
+        one, two = (_lengths(each // nodes - first, size) for each in lists)
+        places = _draw_places(one + two, count - 1, rng)
+        parts.append(_read_places(lists, places, nodes, first, size))
+        first += size
+    around = torch.cat(parts) if parts else edges.new_zeros(0, count - 1)
+    anywhere = torch.randint(nodes, around.shape, generator=rng)
+    return torch.cat([torch.arange(nodes)[:, None], torch.where(around < 0, anywhere, around)], 1)
+
+
+def _lengths(group: Tensor, groups: int) -> Tensor:
+    return torch.bincount(group, minlength=groups)
+
+
+def _two_lists(edges: Tensor, degree: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """target * nodes + source, sorted and once each, of the ways of one edge and of two into `size` nodes from `first`
+    on. edges are sorted by target."""
+    nodes, end = len(degree), degree.cumsum(0)
+    into = edges[:, int(end[first] - degree[first]) : int(end[first + size - 1])]
+    times = degree[into[0]]
+    offset = torch.arange(int(times.sum())) - (times.cumsum(0) - times).repeat_interleave(times)
+    second = edges[0][(end[into[0]] - times).repeat_interleave(times) + offset]
+    one, two = into[1] * nodes + into[0], into[1].repeat_interleave(times) * nodes + second
+    return _once(one), _once(two)
+
+
+def _once(numbers: Tensor) -> Tensor:
+    """Sorted, each once. NumPy sorts whole numbers four times as fast as torch."""
+    return torch.from_numpy(np.sort(numbers.numpy())).unique_consecutive()
+
+
+def _draw_places(lengths: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    """`count` places of each list, without replacement where it has so many (Floyd's way), else each in turn."""
+    start = (lengths - count).clamp(min=0)
+    places = torch.arange(count).remainder(lengths[:, None].clamp(min=1))
+    for step in range(count):
+        last = start + step
+        drawn = (torch.rand(len(lengths), generator=rng, dtype=torch.float64) * (last + 1)).long()
+        taken = (places[:, :step] == drawn[:, None]).any(1)
+        places[:, step] = torch.where(lengths < count, places[:, step], torch.where(taken, last, drawn))
+    return places
+
+
+def _read_places(lists: tuple[Tensor, Tensor], places: Tensor, nodes: int, first: int, size: int) -> Tensor:
+    """The sources at these places of both lists, one behind the other; -1 where both are empty."""
+    one, two = (_lengths(each // nodes - first, size) for each in lists)
+    in_one = places < one[:, None]
+    from_one = (one.cumsum(0) - one)[:, None] + places
+    from_two = len(lists[0]) + (two.cumsum(0) - two - one)[:, None] + places
+    every = torch.cat([*lists, lists[0].new_zeros(1)])
+    found = every[torch.where(in_one, from_one, from_two).clamp(max=len(every) - 1)] % nodes
+    return found.masked_fill((one + two == 0)[:, None], -1)
 
 
 def rank_in_group(group: Tensor) -> Tensor:
