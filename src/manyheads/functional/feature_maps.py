@@ -110,12 +110,18 @@ def resized(
     return _by_weights(x, sizes, reach, into, _nearest_weights if nearest else _linear_weights)
 
 
-def averaged(x: Tensor, sizes: Sequence[int], reach: Tensor | None = None, into: Tensor | None = None) -> Tensor:
-    """x pooled to these sizes, each new cell the mean of those that it covers."""
-    if reach is None and into is None:
+def averaged(x: Tensor, sizes: Sequence[int], real: Tensor | None = None, into: Tensor | None = None) -> Tensor:
+    """x pooled to these sizes, each new cell the mean of the real ones that it covers. into: the extent of the result,
+    where something is padded."""
+    if real is None and into is None:
         pool = F.adaptive_avg_pool2d if len(sizes) == 2 else F.adaptive_avg_pool3d
         return pool(x.movedim(-1, 1), tuple(sizes)).movedim(1, -1)
-    return _by_weights(x, sizes, reach, into, _mean_weights)
+    if real is None:
+        return _by_weights(x, sizes, None, into, _mean_weights)
+    reach = extent(real)
+    mean = _by_weights(shown(x, real), sizes, reach, into, _mean_weights)
+    share = _by_weights(real[..., None].to(x.dtype), sizes, reach, into, _mean_weights)
+    return mean / torch.where(share > 0, share, 1.0)
 
 
 def _by_weights(x: Tensor, sizes: Sequence[int], reach: Tensor | None, into: Tensor | None, weights: object) -> Tensor:

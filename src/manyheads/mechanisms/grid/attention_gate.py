@@ -62,8 +62,8 @@ class AttentionGate(Mechanism):
         gate_dim, inner = gate_dim or dim, inner or max(dim // 2, 1)
         if step < 1 or axes not in CONVOLUTIONS or min(gate_dim, inner) < 1:
             raise ValueError(
-                f"attention-gate: step={step}, axes={axes}, gate_dim={gate_dim}, inner={inner}; want a step of at least "
-                "1, 2 or 3 axes, and positive numbers of features"
+                f"attention-gate: step={step}, axes={axes}, gate_dim={gate_dim}, inner={inner}; want step, gate_dim "
+                "and inner of at least 1, and 2 or 3 axes"
             )
         self.step, self.map_dims, self.map_axes = step, (dim, gate_dim), axes
         self.theta = CONVOLUTIONS[axes](dim, inner, step, stride=step, bias=False)
