@@ -58,7 +58,8 @@ def result_shape(case: Case, module: Any, x: Tensor) -> tuple[int, ...]:
     size = module.result_size(*map_sizes(module, x.shape[1]))
     if isinstance(size[0], int):
         return (x.shape[0], *size, dim)
-    return (x.shape[0], sum(height * width for height, width in size), max(module.map_dims or (dim,)))
+    wide = module.result_dim or max(module.map_dims or (dim,))
+    return (x.shape[0], sum(height * width for height, width in size), wide)
 
 
 def decodes(case: Case) -> bool:
