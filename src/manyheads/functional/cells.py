@@ -26,6 +26,18 @@ def depthwise(dim: int, kernel: int, *, dilation: int = 1, bias: bool = True) ->
     return nn.Conv2d(dim, dim, kernel, padding=(kernel - 1) * dilation // 2, dilation=dilation, groups=dim, bias=bias)
 
 
+class FeedForward(nn.Module):
+    """down(gelu(up(x))), each cell by itself."""
+
+    def __init__(self, dim: int, hidden: int, *, approximate: str = "none") -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(dim, hidden), nn.GELU(approximate), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down(self.act(self.up(x)))
+        return output
+
+
 class CellNorm(nn.BatchNorm1d):
     """Batch normalisation of [b, *sizes, e] over cells that are real; parameters and buffers as in PyTorch's.
 

@@ -58,6 +58,14 @@ def spread(length: int, size: int, *, device: Any = None) -> Axis:
     return Axis(_inside(places, length), _inside(places, length))
 
 
+def taps(length: int, kernel: int, *, stride: int = 1, dilation: int = 1, device: Any = None) -> Axis:
+    """The places that a convolution reads for every stride-th place, half of an odd kernel before it; the queries are
+    the same places, so that a cell is one of several windows."""
+    reach = dilation * (torch.arange(kernel, device=device) - (kernel - 1) // 2)
+    places = _inside(torch.arange(0, length, stride, device=device)[:, None] + reach, length)
+    return Axis(places, places)
+
+
 def near(
     length: int,
     window: int,
@@ -148,6 +156,13 @@ def put_back(parts: Tensor, windows: Windows, n: int) -> Tensor:
     place = torch.arange(len(flat), device=flat.device)
     where = place.new_zeros(n + 1).scatter(0, torch.where(flat < 0, n, flat), place)[:n]
     return parts.flatten(-3, -2).index_select(-2, where)
+
+
+def added_up(parts: Tensor, cells: Tensor, n: int) -> Tensor:
+    """[.., w, s, d] -> [.., n, d], a cell of several windows being the sum of what they hold for it."""
+    place = torch.where(cells < 0, n, cells).flatten()
+    flat = parts.flatten(-3, -2)
+    return flat.new_zeros(*flat.shape[:-2], n + 1, flat.shape[-1]).index_add(-2, place, flat)[..., :n, :]
 
 
 def whole_weights(inner: Tensor, windows: Windows, n: int, m: int) -> Tensor:
