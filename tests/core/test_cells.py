@@ -4,12 +4,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from manyheads.functional.cells import CellBatchNorm, cell_mean
+from manyheads.functional.cells import CellNorm, cell_mean
 
 
 def test_equals_torch_over_the_real_cells():
     torch.manual_seed(0)
-    ours, theirs = CellBatchNorm(4).double(), nn.BatchNorm1d(4).double()
+    ours, theirs = CellNorm(4).double(), nn.BatchNorm1d(4).double()
     with torch.no_grad():
         for p in (*ours.parameters(), *theirs.parameters()):
             p.copy_(torch.linspace(0.5, 2, 4))
@@ -27,7 +27,7 @@ def test_equals_torch_over_the_real_cells():
 
 
 def test_a_checkpointed_pass_moves_the_averages_once():
-    once, twice = CellBatchNorm(2), CellBatchNorm(2)
+    once, twice = CellNorm(2), CellNorm(2)
     x = torch.randn(2, 3, 3, 2, requires_grad=True)
     once(x, None)
     checkpoint(twice, x, None, use_reentrant=False).sum().backward()
@@ -36,6 +36,6 @@ def test_a_checkpointed_pass_moves_the_averages_once():
 
 
 def test_nothing_real_is_finite():
-    norm, x = CellBatchNorm(2), torch.randn(1, 2, 2, 2)
+    norm, x = CellNorm(2), torch.randn(1, 2, 2, 2)
     assert bool(norm(x, torch.zeros(1, 2, 2, dtype=torch.bool)).isfinite().all())
     assert bool(norm.running_var.isfinite().all())

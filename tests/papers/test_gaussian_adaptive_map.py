@@ -43,7 +43,9 @@ def test_equation(axis, heads):
     for given, part in (({}, x), ({"mask": mask}, x[:, :4, :3])):
         mask[:, 4], mask[:, :, 3] = False, False
         lines = part.movedim(AXES[axis], -1)
-        wanted = torch.tensor([of_line(module, line) for line in lines.reshape(-1, lines.shape[-1]).tolist()], dtype=torch.float64)
+        wanted = torch.tensor(
+            [of_line(module, line) for line in lines.reshape(-1, lines.shape[-1]).tolist()], dtype=torch.float64
+        )
         wanted = wanted.view(lines.shape).movedim(-1, AXES[axis])
         output = module(x, **given).output[:, : part.shape[1], : part.shape[2]]
         torch.testing.assert_close(output, wanted * part)

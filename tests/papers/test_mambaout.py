@@ -38,7 +38,7 @@ def test_equation(config):
 
 
 def test_parts_of_the_published_width():
-    """Of int(8 / 3 dim) values as many as dim are convolved; with stem, steps and head the count of the femto model."""
+    """Of int(8 / 3 dim) values as many as dim are convolve; with stem, steps and head the count of the femto model."""
     assert build(dim=48).widths == (128, 80, 48)
     dims, total = (48, 96, 192, 288), 3 * 24 * 9 + 24 + 48 + 24 * 48 * 9 + 48 + 96
     for stage, depth in enumerate((3, 3, 9, 3)):

@@ -1,9 +1,11 @@
-"""Grids [b, height, width, e] whose padded cells read as zeros, and norms over the real cells of one.
+"""Layers of feature maps on grids [b, height, width, e], features last, whose padded cells read as zeros.
 
 real: [b, height, width], True = real, or None where every cell is.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +14,21 @@ from manyheads.functional.deferred import recomputing
 from manyheads.functional.linear import widen
 
 
-def shown_cells(grid: Tensor, real: Tensor | None) -> Tensor:
-    """The grid with zeros for what is padded."""
-    return grid if real is None else grid.masked_fill(~real[..., None], 0.0)
+def shown(x: Tensor, real: Tensor | None) -> Tensor:
+    """Zeros for cells that are padding."""
+    return x if real is None else x.masked_fill(~real[..., None], 0.0)
 
 
-def convolved(layer: nn.Module, grid: Tensor, real: Tensor | None) -> Tensor:
-    """A layer that wants features first, over a grid of which padded cells read as zeros, as those outside it do: so
-    that a grid with a padded rim gives what the grid without it gives."""
-    found: Tensor = layer(shown_cells(grid, real).movedim(-1, 1))
-    return found.movedim(1, -1)
+def convolve(layer: Any, x: Tensor, real: Tensor | None = None) -> Tensor:
+    """A layer that wants features first, over [b, *sizes, e] of which padded cells read as zeros, as those outside do:
+    so that a grid with a padded rim gives what the grid without it gives."""
+    output: Tensor = layer(shown(x, real).movedim(-1, 1))
+    return output.movedim(1, -1)
+
+
+def depthwise(dim: int, kernel: int, *, dilation: int = 1, bias: bool = True) -> nn.Conv2d:
+    """A convolution of each feature with itself that keeps the size of the map."""
+    return nn.Conv2d(dim, dim, kernel, padding=(kernel - 1) * dilation // 2, dilation=dilation, groups=dim, bias=bias)
 
 
 def cell_counts(grid: Tensor, real: Tensor | None) -> Tensor:
@@ -33,44 +40,55 @@ def cell_counts(grid: Tensor, real: Tensor | None) -> Tensor:
 
 def cell_mean(grid: Tensor, real: Tensor | None) -> Tensor:
     """Mean over the real cells, [b, 1, 1, e]; summed in float32 at least."""
-    total = widen(shown_cells(grid, real)).sum((1, 2), keepdim=True)
+    total = widen(shown(grid, real)).sum((1, 2), keepdim=True)
     return (total / cell_counts(grid, real)).to(grid.dtype)
 
 
-class CellBatchNorm(nn.Module):
-    """Batch normalisation of [b, ..., e], in training over the real cells of the batch alone. Names and meaning are
-    those of `nn.BatchNorm2d`, but for the variance that is kept, which a pass run again in backward (a checkpointed
-    one) does not move a second time."""
+class FeedForward(nn.Module):
+    """down(gelu(up(x))), each cell by itself."""
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(self, features: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(self, dim: int, hidden: int, *, approximate: str = "none") -> None:
         super().__init__()
-        self.eps, self.momentum = eps, momentum
-        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
-        self.register_buffer("running_mean", torch.zeros(features))
-        self.register_buffer("running_var", torch.ones(features))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+        self.up, self.act, self.down = nn.Linear(dim, hidden), nn.GELU(approximate), nn.Linear(hidden, dim)
 
-    def forward(self, cells: Tensor, real: Tensor | None) -> Tensor:
-        wide = widen(cells)
-        mean, variance = self.running_mean, self.running_var
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down(self.act(self.up(x)))
+        return output
+
+
+class CellNorm(nn.BatchNorm1d):
+    """Batch normalisation of [b, *sizes, e] over cells that are real; parameters and buffers as in PyTorch's.
+
+    A checkpointed pass that is run again in backward does not move the running statistics a second time.
+    """
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        mean, var = self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype)
         if self.training:
-            mean, variance = self._batch(wide, real)
-        scale = self.weight.to(wide.dtype) * (variance.to(wide.dtype) + self.eps).rsqrt()
-        return ((wide - mean) * scale + self.bias).to(cells.dtype)
+            mean, var, count = self._statistics(wide, real)
+            if not recomputing():
+                self._move(mean.detach(), var.detach(), count)
+        scale = (var + self.eps).rsqrt() * self.weight.to(wide.dtype)
+        return ((wide - mean) * scale + self.bias.to(wide.dtype)).to(x.dtype)
 
-    def _batch(self, wide: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        axes = tuple(range(wide.ndim - 1))
-        count = wide[..., 0].numel() if real is None else real.sum().clamp(min=1)
-        mean = shown_cells(wide, real).sum(axes) / count
-        variance = shown_cells((wide - mean).square(), real).sum(axes) / count
-        if not recomputing():
-            unbiased = variance.detach() * (count / torch.as_tensor(count - 1, device=wide.device).clamp(min=1))
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-                self.num_batches_tracked += 1
-        return mean, variance
+    def _statistics(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        cells = x.flatten(0, -2)
+        weight = torch.ones_like(cells[:, :1]) if real is None else real.flatten()[:, None].to(x.dtype)
+        count = weight.sum()
+        share = weight / count.clamp(min=1)
+        mean = (cells * share).sum(0)
+        return mean, ((cells - mean).square() * share).sum(0), count
+
+    @torch.no_grad()
+    def _move(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        share = float(self.momentum or 0.0) * (count > 0)
+        unbiased = var * count / (count - 1).clamp(min=1)
+        for held, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            held.add_((new.to(held.dtype) - held) * share.to(held.dtype))
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)

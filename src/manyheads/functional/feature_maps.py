@@ -8,46 +8,16 @@ to the last real row, column, slice. A hole inside that counts as zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manyheads.finite import blanked
-from manyheads.functional.deferred import recomputing
+from manyheads.functional.cells import shown
 
 CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
-
-
-def shown(x: Tensor, real: Tensor | None) -> Tensor:
-    """x with zeros for what is padded."""
-    return x if real is None else blanked(x, ~real)
-
-
-def convolved(layer: nn.Module, x: Tensor, real: Tensor | None = None) -> Tensor:
-    """A convolution or pool of torch's, over cells with channels last."""
-    output: Tensor = layer(shown(x, real).movedim(-1, 1))
-    return output.movedim(1, -1)
-
-
-class CellNorm(nn.BatchNorm1d):
-    """Batch norm over the real cells of maps of any number of axes; its averages move once per pass, also where that is
-    checkpointed and runs again. State as torch's BatchNorm2d."""
-
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        if real is None or not self.training:
-            return self._normed(x.reshape(-1, x.shape[-1])).view(x.shape)
-        normed = self._normed(x[real])
-        return torch.zeros_like(x, dtype=normed.dtype).masked_scatter(real[..., None], normed)
-
-    def _normed(self, cells: Tensor) -> Tensor:
-        if not (self.training and recomputing()):
-            return super().forward(cells)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        thrown_away = self.running_mean.clone(), self.running_var.clone()
-        return F.batch_norm(cells, *thrown_away, self.weight, self.bias, training=True, eps=self.eps)
 
 
 def extent(real: Tensor) -> Tensor:
@@ -114,8 +84,9 @@ def averaged(x: Tensor, sizes: Sequence[int], real: Tensor | None = None, into: 
     """x pooled to these sizes, each new cell the mean of the real ones that it covers. into: the extent of the result,
     where something is padded."""
     if real is None and into is None:
-        pool = F.adaptive_avg_pool2d if len(sizes) == 2 else F.adaptive_avg_pool3d
-        return pool(x.movedim(-1, 1), tuple(sizes)).movedim(1, -1)
+        pool: Any = F.adaptive_avg_pool2d if len(sizes) == 2 else F.adaptive_avg_pool3d
+        pooled: Tensor = pool(x.movedim(-1, 1), tuple(sizes))
+        return pooled.movedim(1, -1)
     if real is None:
         return _by_weights(x, sizes, None, into, _mean_weights)
     reach = extent(real)

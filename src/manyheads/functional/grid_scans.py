@@ -103,7 +103,7 @@ class GridScan(nn.Module):
             for layer in self.dt_proj:
                 # Mamba's: softplus of the bias lies between 0.001 and 0.1, evenly by its logarithm.
                 step = 10 ** (torch.rand(dim) * 2 - 3)
-                layer.bias.copy_(step + (-(-step).expm1()).log())  # type: ignore[union-attr, operator]
+                layer.bias.copy_(step + (-(-step).expm1()).log())  # type: ignore[operator]
                 nn.init.uniform_(layer.weight, -(rank**-0.5), rank**-0.5)  # type: ignore[arg-type]
 
     def forward(self, cells: Tensor, paths: Tensor, real: Tensor | None) -> Tensor:

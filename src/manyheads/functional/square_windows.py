@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manyheads.functional.cells import shown_cells
+from manyheads.functional.cells import shown
 
 
 def _rims(height: int, width: int, window: int, shift: int) -> list[int]:
@@ -23,7 +23,7 @@ def _rims(height: int, width: int, window: int, shift: int) -> list[int]:
 
 def into_windows(grid: Tensor, window: int, shift: int = 0) -> Tensor:
     """[b, height, width, e] -> [b, rows, columns, window^2, e], zeros outside the grid."""
-    filled = F.pad(grid, [0, 0, *_rims(*grid.shape[1:3], window, shift)])
+    filled = F.pad(grid, [0, 0, *_rims(grid.shape[1], grid.shape[2], window, shift)])
     return filled.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3).flatten(3, 4)
 
 
@@ -51,7 +51,7 @@ def within_windows(
     """attend(grid, real) on each window as a grid of its own, and back in place."""
     size = (grid.shape[1], grid.shape[2])
     there = windows_of_real(real, size, window, 0, grid.device)
-    cells = into_windows(shown_cells(grid, real), window)
+    cells = into_windows(shown(grid, real), window)
     if there is not None:
         there = there.expand(cells.shape[:-1]).flatten(0, 2).unflatten(1, (window, window))
     found = attend(cells.flatten(0, 2).unflatten(1, (window, window)), there)

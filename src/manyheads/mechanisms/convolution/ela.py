@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.cells import shown_cells
+from manyheads.functional.cells import shown
 from manyheads.functional.linear import widen
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
@@ -76,7 +76,7 @@ class EfficientLocalAttention(Mechanism):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         real = call.padding
-        x = shown_cells(x, real)
+        x = shown(x, real)
         if real is None:
             real = torch.ones_like(x[:1, ..., 0], dtype=torch.bool)
         return Result(x * self._gate(x, real, 2)[:, :, None] * self._gate(x, real, 1)[:, None])

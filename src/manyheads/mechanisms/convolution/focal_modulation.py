@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.cells import cell_mean, convolved, shown_cells
+from manyheads.functional.cells import cell_mean, convolve, shown
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -74,10 +74,10 @@ class FocalModulation(Mechanism):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         real = call.padding
-        q, level, gates = self.f(shown_cells(x, real)).split([self.dim, self.dim, self.levels + 1], -1)
+        q, level, gates = self.f(shown(x, real)).split([self.dim, self.dim, self.levels + 1], -1)
         summed = 0.0
         for i, conv in enumerate(self.convs):
-            level = F.gelu(convolved(conv, level, real))
+            level = F.gelu(convolve(conv, level, real))
             summed = summed + level * gates[..., i : i + 1]
         summed = summed + F.gelu(cell_mean(level, real)) * gates[..., -1:]
         modulated = q * self.h(summed * self.share)

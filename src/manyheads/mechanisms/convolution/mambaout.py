@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.cells import convolved, shown_cells
+from manyheads.functional.cells import convolve, shown
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -21,7 +21,7 @@ class MambaOut(Mechanism):
         [g, i, v] = W_1 LN(x);   y = x + W_2 (GELU(g) * [i ; DWConv(v)])
 
     g has int(expansion dim) channels, and so have i and v together, of which v has int(conv_ratio dim): of the dim, not
-    of the values, so that at the published ratio of 1 three in eight are convolved. kernel squared, published 7. The
+    of the values, so that at the published ratio of 1 three in eight are convolve. kernel squared, published 7. The
     mechanism is the whole block, norm and residual included. heads has no meaning here and changes nothing. There are
     no weights from cell to cell.
 
@@ -59,7 +59,7 @@ class MambaOut(Mechanism):
         if kernel < 1 or kernel % 2 == 0 or not 1 <= moved <= hidden:
             raise ValueError(
                 f"mambaout: kernel={kernel}, expansion={expansion:.3g}, conv_ratio={conv_ratio}: {moved} of {hidden} "
-                "values would be convolved; want an odd kernel and at least one of them"
+                "values would be convolve; want an odd kernel and at least one of them"
             )
         self.widths = (hidden, hidden - moved, moved)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -67,7 +67,7 @@ class MambaOut(Mechanism):
         self.conv = nn.Conv2d(moved, moved, kernel, padding=kernel // 2, groups=moved, bias=bias)
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
-        x = shown_cells(x, call.padding)
+        x = shown(x, call.padding)
         gate, kept, moved = self.fc1(self.norm(x)).split(self.widths, -1)
-        values = torch.cat([kept, convolved(self.conv, moved, call.padding)], -1)
+        values = torch.cat([kept, convolve(self.conv, moved, call.padding)], -1)
         return Result(x + self.fc2(F.gelu(gate) * values))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.cells import shown_cells
+from manyheads.functional.cells import shown
 from manyheads.functional.linear import widen
 from manyheads.functional.multihead import Heads, key_mask
 from manyheads.functional.precision import own_dtype
@@ -75,7 +75,7 @@ class SpectFormer(Mechanism):
             self.attention = Heads(dim, heads, bias)
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
-        x = shown_cells(x, call.padding)
+        x = shown(x, call.padding)
         if self.attention is not None:
             rows, real = x.flatten(1, 2), None if call.padding is None else call.padding.flatten(1)
             mixed, weights = self.attention(rows, *self.attention.read(rows), key_mask(real), call.need_weights)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.cells import CellBatchNorm, convolved, shown_cells
+from manyheads.functional.cells import CellNorm, convolve, shown
 from manyheads.functional.linear import widen
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
@@ -47,12 +47,12 @@ class Ulsam(Mechanism):
         super().__init__(dim, heads, causal=causal)
         self._split_heads()
         self.depthwise = nn.Conv2d(dim, dim, 1, groups=dim)
-        self.norm_in = CellBatchNorm(dim, momentum=0.9)
+        self.norm_in = CellNorm(dim, momentum=0.9)
         self.point = nn.Conv2d(dim, heads, 1, groups=heads)
-        self.norm_out = CellBatchNorm(heads, momentum=0.9)
+        self.norm_out = CellNorm(heads, momentum=0.9)
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
-        x = shown_cells(x, call.padding)
+        x = shown(x, call.padding)
         weights = self.maps(x, mask=call.padding)
         weighed = x.unflatten(-1, (self.heads, -1)) * weights[..., None]
         return Result(x + weighed.flatten(-2))
@@ -60,9 +60,9 @@ class Ulsam(Mechanism):
     def maps(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """x [b, height, width, dim], mask [b, height, width] True = real -> a [b, height, width, heads], of which each
         head's sum over the cells is one."""
-        lifted = F.relu(self.norm_in(convolved(self.depthwise, x, mask), mask))
+        lifted = F.relu(self.norm_in(convolve(self.depthwise, x, mask), mask))
         # After a relu zero is no maximum over a cell that is real.
-        high = F.max_pool2d(shown_cells(lifted, mask).movedim(-1, 1), 3, 1, 1)
+        high = F.max_pool2d(shown(lifted, mask).movedim(-1, 1), 3, 1, 1)
         scores = F.relu(self.norm_out(self.point(high).movedim(1, -1), mask)).flatten(1, 2)
         if mask is not None:
             scores = scores.masked_fill(~mask.flatten(1)[..., None], -torch.inf)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.cells import convolved, shown_cells
+from manyheads.functional.cells import convolve, shown
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -61,7 +61,7 @@ class LargeKernelAttention(Mechanism):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         real = call.padding
-        x = shown_cells(x, real)
+        x = shown(x, real)
         u = F.gelu(self.proj_1(x))
-        gate = self.point(convolved(self.far, convolved(self.near, u, real), real))
+        gate = self.point(convolve(self.far, convolve(self.near, u, real), real))
         return Result(x + self.proj_2(u * gate))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.cells import CellNorm, convolve, shown
 from manyheads.functional.dual_attention import narrow_width, over_features, over_positions
-from manyheads.functional.feature_maps import CellNorm, convolved, shown
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -25,13 +25,13 @@ class _Branch(nn.Module):
         self.norm, self.dropout = CellNorm(dim), nn.Dropout3d(dropout)
 
     def forward(self, x: Tensor, attended: Tensor, real: Tensor | None) -> Tensor:
-        h = F.relu(self.norm(convolved(self.first, self.gamma * attended + x, real), real))
-        return convolved(self.second, convolved(self.dropout, h), real)
+        h = F.relu(self.norm(convolve(self.first, self.gamma * attended + x, real), real))
+        return convolve(self.second, convolve(self.dropout, h), real)
 
 
 @register
 class AGUNet(Mechanism):
-    """Every voxel attends to all voxels, and every feature to all features; the two are convolved and summed.
+    """Every voxel attends to all voxels, and every feature to all features; the two are convolve and summed.
 
         position: P = softmax(q k^T) v          no scale, no biases, q and k of dim / 8 features
         features: C = X softmax(X^T X)          over rows: the input feature
@@ -77,5 +77,5 @@ class AGUNet(Mechanism):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         attended, weights = over_positions(q, k, v, real, self.heads, call.need_weights)
         both = self.position(x, attended, real) + self.features(x, over_features(x), real)
-        output: Tensor = self.norm(self.out(convolved(self.dropout, both)), real)
+        output: Tensor = self.norm(self.out(convolve(self.dropout, both)), real)
         return Result(output, weights)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.feature_maps import CONVOLUTIONS, CellNorm, convolved, extent, resized, shown
+from manyheads.functional.cells import CellNorm, convolve, shown
+from manyheads.functional.feature_maps import CONVOLUTIONS, extent, resized
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -77,12 +78,12 @@ class AttentionGate(Mechanism):
         skip, coarse = x
         real, real_coarse = (None, None) if call.padding is None else call.padding
         reach = reach_coarse = reach_inner = None
-        if real is not None:
+        if real is not None and real_coarse is not None:
             reach, reach_coarse = extent(real), extent(real_coarse)
             reach_inner = (reach // self.step).clamp(min=1)
         short = [max(self.step - side, 0) for side in reversed(skip.shape[1:-1])]
         filled = F.pad(skip, (0, 0, *(part for more in short for part in (0, more)))) if any(short) else skip
-        t = convolved(self.theta, filled)
+        t = convolve(self.theta, filled)
         p = resized(self.gate(coarse), t.shape[1:-1], reach_coarse, reach_inner)
         a = torch.sigmoid(self.score(F.relu(t + p)))
         a = resized(a, skip.shape[1:-1], reach_inner, reach)

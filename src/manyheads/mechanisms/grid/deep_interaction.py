@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.feature_maps import CellNorm, shown
+from manyheads.functional.cells import CellNorm, shown
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 

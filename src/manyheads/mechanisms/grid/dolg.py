@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.feature_maps import CellNorm, cell_mean, convolved, shown
+from manyheads.functional.cells import CellNorm, convolve, shown
+from manyheads.functional.feature_maps import cell_mean
 from manyheads.functional.precision import own_dtype, unit
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
@@ -82,7 +83,7 @@ class DOLG(Mechanism):
         if self.atrous:
             pooled = F.relu(self.pooled(cell_mean(fine, real)))[:, None, None]
             parts = [pooled.expand(*fine.shape[:-1], -1), self.pointwise(fine)]
-            parts += [convolved(layer, fine, real) for layer in self.dilated]
+            parts += [convolve(layer, fine, real) for layer in self.dilated]
             fine = F.relu(self.joined(torch.cat(parts, -1)))
         u = self.norm(self.local(fine), real)
         local = unit(u) * F.softplus(self.score(F.relu(u)))

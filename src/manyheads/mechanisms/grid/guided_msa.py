@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.cells import CellNorm, convolve, shown
 from manyheads.functional.dual_attention import narrow_width, over_features, over_positions
-from manyheads.functional.feature_maps import CellNorm, convolved, extent, rectangle, resized, shown
+from manyheads.functional.feature_maps import extent, rectangle, resized
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -26,7 +27,7 @@ class _Layer(nn.Module):
         self.norm, self.activation = CellNorm(dim), activation
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
-        activated: Tensor = self.activation(self.norm(convolved(self.conv, x, real), real))
+        activated: Tensor = self.activation(self.norm(convolve(self.conv, x, real), real))
         return activated
 
 
@@ -71,7 +72,7 @@ class _Semantic(nn.Module):
         for layer in layers:
             x = layer(x, region[0])
         reach = None if region[1] is None else 2 * region[1]
-        return resized(convolved(wider, x, region[0]), size, reach, into[1])
+        return resized(convolve(wider, x, region[0]), size, reach, into[1])
 
 
 class _Dual(nn.Module):
@@ -109,7 +110,7 @@ class _Step(nn.Module):
         outputs, codes, again, middle = [], [], [], region
         for u, dual, guide, out in zip(joined, self.dual, self.guide, self.out, strict=True):
             code, middle, decoded = self.semantic(u, region)
-            outputs.append(out(dual(u, region[0]) * convolved(guide, decoded, region[0])))
+            outputs.append(out(dual(u, region[0]) * convolve(guide, decoded, region[0])))
             codes.append(code)
             again.append(decoded)
         return outputs, codes, again, middle

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.feature_maps import CellNorm, cell_mean, convolved
+from manyheads.functional.cells import CellNorm, convolve
+from manyheads.functional.feature_maps import cell_mean
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -53,5 +54,5 @@ class ObjectGuided(Mechanism):
         features = torch.sigmoid(self.narrow(F.relu(self.wide(torch.cat([guide, x.mean((1, 2))], -1)))))
         chosen = x * features[:, None, None]
         flat = guide.mean(-1)[:, None, None, None].expand(*x.shape[:-1], 1)
-        places = self.norm(convolved(self.conv, torch.cat([flat, chosen.mean(-1, keepdim=True)], -1)))
+        places = self.norm(convolve(self.conv, torch.cat([flat, chosen.mean(-1, keepdim=True)], -1)))
         return Result(x + chosen * torch.sigmoid(places))

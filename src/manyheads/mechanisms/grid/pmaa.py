@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.feature_maps import CellNorm, averaged, convolved, extent, rectangle, resized, shown
+from manyheads.functional.cells import CellNorm, convolve, shown
+from manyheads.functional.feature_maps import averaged, extent, rectangle, resized
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -26,7 +27,7 @@ class _Separable(nn.Module):
         self.norm_out, self.skip = CellNorm(dim), skip
 
     def forward(self, x: Tensor, real: Tensor | None, into: Tensor | None) -> Tensor:
-        h = F.relu(self.norm(convolved(self.conv, x, real), into))
+        h = F.relu(self.norm(convolve(self.conv, x, real), into))
         h = self.norm_out(self.point(h), into)
         return x + h if self.skip else h
 
@@ -43,7 +44,7 @@ class _Injection(nn.Module):
 
     def forward(self, fine: Tensor, coarse: Tensor, region: Region, other: Region) -> Tensor:
         def read(i: int, x: Tensor, real: Tensor | None) -> Tensor:
-            return shown(self.norms[i](convolved(self.convs[i], x, real), real), real)
+            return shown(self.norms[i](convolve(self.convs[i], x, real), real), real)
 
         def up(x: Tensor) -> Tensor:
             return resized(x, fine.shape[1:3], other[1], region[1], nearest=True)
@@ -66,9 +67,9 @@ class _Modulation(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         h = self.norm(x)
-        x = x + self.scales[0] * self.out(convolved(self.spread, F.gelu(self.a(h)), real) * self.v(h))
+        x = x + self.scales[0] * self.out(convolve(self.spread, F.gelu(self.a(h)), real) * self.v(h))
         h = F.gelu(self.up(self.norm_mlp(x)))
-        return x + self.scales[1] * self.down(h + F.gelu(convolved(self.near, h, real)))
+        return x + self.scales[1] * self.down(h + F.gelu(convolve(self.near, h, real)))
 
 
 @register

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.feature_maps import CellNorm, convolved
+from manyheads.functional.cells import CellNorm, convolve
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -71,8 +71,8 @@ class SSMA(Mechanism):
             raise ValueError(f"ssma: maps of {list(a.shape)} and {list(b.shape)}; want two of one size")
         real = None if call.padding is None else call.padding[0] & call.padding[1]
         both = torch.cat([a, b], -1)
-        gates = torch.sigmoid(convolved(self.wide, F.relu(convolved(self.narrow, both, real)), real))
+        gates = torch.sigmoid(convolve(self.wide, F.relu(convolve(self.narrow, both, real)), real))
         if self.norm is None:
-            return Result(convolved(self.out, gates * both, real))
+            return Result(convolve(self.out, gates * both, real))
         joined: Tensor = self.norm(self.out(gates * both), real)
         return Result(joined)

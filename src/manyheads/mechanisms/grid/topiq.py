@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.feature_maps import averaged, convolved, extent, rectangle
+from manyheads.functional.cells import convolve
+from manyheads.functional.feature_maps import averaged, extent, rectangle
 from manyheads.functional.multihead import Heads, key_mask
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
@@ -38,8 +39,8 @@ class _Gate(nn.Module):
         self.middle, self.leave = (nn.Conv2d(narrow, d, 3, padding=1) for d in (narrow, 1))
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
-        h = F.gelu(convolved(self.middle, F.gelu(self.enter(x)), real))
-        return torch.sigmoid(convolved(self.leave, h, real))
+        h = F.gelu(convolve(self.middle, F.gelu(self.enter(x)), real))
+        return torch.sigmoid(convolve(self.leave, h, real))
 
 
 class _Block(nn.Module):

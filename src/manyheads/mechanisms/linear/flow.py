@@ -45,8 +45,8 @@ class FlowAttention(Mechanism):
         I_i = q_i . sum_j k_j,  O_j = k_j . sum_i q_i,  I'_i = q_i . sum_j k_j / O_j,  O'_j = k_j . sum_i q_i / I_i
         out_i = sigmoid(I'_i n / m) (q_i / I_i) sum_j k_j m softmax(O')_j v_j,  q, k after a sigmoid, per head
 
-    and a projection. A grid [b, height, width, dim] is a sequence of its cells, in any order: nothing here knows places.
-    Causal: each sum is over the prefix, as a mean for I' and O', and the softmax of source j is over
+    and a projection. A grid [b, height, width, dim] is a sequence of its cells, in any order, as no place is known
+    here. Causal: each sum is over the prefix, as a mean for I' and O', and the softmax of source j is over
     sources up to j, so that its share is fixed once it is seen. State: six such sums, d^2 + 4 d + 2 numbers per head.
     Source: Wu et al., Flowformer, arXiv:2202.06258; the released Flow_Attention.py, with its 1e-6 per feature, O'
     within [-1, 1] (newer than the paper) and biases; without its dropout. The code for images (Flowformer_CV, whose qkv

@@ -36,9 +36,9 @@ class InLine(Mechanism):
     "identity", "relu", "leaky-relu" or "exp" (of x / 5, as in the code). x: [b, height, width, dim], mask
     [b, height, width]; for a sequence [b, n, dim] the nine neighbours lie in a line. Weights are those of the first
     term.
-    square: a grid is cut into windows of square x square cells, each a map of its own, as in the Swin form, whose shifted
-    windows the code does not mask; there are no weights then. The PVT form with fewer keys cannot run as released; with
-    all of them it is that of the whole map.
+    square: a grid is cut into windows of square x square cells, each a map of its own, as in the Swin form, whose
+    shifted windows the code does not mask; there are no weights then. The PVT form with fewer keys cannot run as
+    released; with all of them it is that of the whole map.
     Source: Han et al., Bridging the Divide, arXiv:2412.06590. The paper writes q . k - mean + 1 / n; the 1 / n on all
     of it and s are the released code's, whose class token, which the residual leaves out, is not here. In the code r is
     predicted before the projection, as here. Padding enters neither mean nor the neighbours.

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.cells import convolved, shown_cells
-from manyheads.functional.grouped import masked_softmax
+from manyheads.functional.cells import convolve, shown
 from manyheads.functional.grid_scans import GridScan, snake_paths
+from manyheads.functional.grouped import masked_softmax
 from manyheads.functional.multihead import Heads
 from manyheads.functional.square_windows import from_windows, into_windows, relative_places, windows_of_real
 from manyheads.mechanism import Call, Mechanism, Result
@@ -32,7 +32,7 @@ class _SnakeScan(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         u, z = self.in_proj(x).chunk(2, -1)
-        u = F.silu(convolved(self.conv2d, u, real))
+        u = F.silu(convolve(self.conv2d, u, real))
         there = torch.ones_like(x[:1, ..., 0], dtype=torch.bool) if real is None else real
         scanned = self.scan(u.flatten(1, 2), snake_paths(there), None if real is None else real.flatten(1))
         output: Tensor = self.out_proj(self.out_norm(scanned.to(u.dtype)).view(u.shape) * F.silu(z))
@@ -121,7 +121,7 @@ class LaMamba(Mechanism):
             )
         made = self.modulation(F.silu(self.condition_projection(condition)))[:, None, None]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2, shift_3, scale_3, gate_3 = made.chunk(9, -1)
-        x = shown_cells(x, real)
+        x = shown(x, real)
         x = x + gate_1 * self.scan(self.norm(x) * (1 + scale_1) + shift_1, real)
         x = x + gate_2 * self._attend_windows(self.norm_swin(x) * (1 + scale_2) + shift_2, real)
         wide = self.norm2(x) * (1 + scale_3) + shift_3
@@ -129,7 +129,7 @@ class LaMamba(Mechanism):
 
     def _attend_windows(self, x: Tensor, real: Tensor | None) -> Tensor:
         size, window = (x.shape[1], x.shape[2]), self.window
-        cells = into_windows(shown_cells(x, real), window, self.shift)
+        cells = into_windows(shown(x, real), window, self.shift)
         there = windows_of_real(real, size, window, self.shift, x.device)
         rows = cells.flatten(1, 2)
         k, v = self.attn.read(rows)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.cells import shown_cells
+from manyheads.functional.cells import shown
 from manyheads.functional.grid_scans import affine_scan
 from manyheads.functional.linear import widen
 from manyheads.functional.precision import own_dtype
@@ -66,7 +67,7 @@ class VisionRWKV(Mechanism):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         real = call.padding
-        x = shown_cells(x, real)
+        x = shown(x, real)
         moved = _neighbours(x)
         k, v, r = (
             layer(x * mu + moved * (1 - mu))
@@ -88,7 +89,7 @@ class VisionRWKV(Mechanism):
 def _neighbours(x: Tensor) -> Tensor:
     """Quarters of the channels from the left, from the right, from above and from below."""
     quarter = [x.shape[-1] * part // 4 for part in range(5)]
-    left, right, above, below = (x[..., start:end] for start, end in zip(quarter[:-1], quarter[1:], strict=True))
+    left, right, above, below = (x[..., start:end] for start, end in itertools.pairwise(quarter))
     pad = torch.nn.functional.pad
     return torch.cat(
         [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.cells import shown_cells
+from manyheads.functional.cells import shown
 from manyheads.functional.linear import widen
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
@@ -124,9 +124,7 @@ class GaussianAdaptiveMap(Mechanism):
         notes="heads cut the axis; along channels no cell sees another",
     )
 
-    def __init__(
-        self, dim: int, heads: int, *, causal: bool = False, axis: str = "height", gaussians: int = 4
-    ) -> None:
+    def __init__(self, dim: int, heads: int, *, causal: bool = False, axis: str = "height", gaussians: int = 4) -> None:
         super().__init__(dim, heads, causal=causal)
         if axis not in AXES or gaussians < 1:
             raise ValueError(
@@ -138,7 +136,7 @@ class GaussianAdaptiveMap(Mechanism):
         self.widths = nn.Parameter(torch.randn(heads, gaussians).exp())
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
-        x = shown_cells(x, call.padding)
+        x = shown(x, call.padding)
         return Result(self.densities(x, mask=call.padding) * x)
 
     def densities(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.cells import convolved, shown_cells
+from manyheads.functional.cells import convolve, shown
 from manyheads.functional.grouped import masked_softmax
 from manyheads.functional.square_windows import within_windows
 from manyheads.mechanism import Call, Mechanism, Result
@@ -31,8 +31,8 @@ class Agent(Mechanism):
     agents in one row. Rows, columns and cells are counted over real tokens, so that padding changes nothing.
     Matrix: softmax(Q A^T ..) softmax(A K^T ..); the convolution is beside them.
 
-    square: a grid is cut into windows of square x square cells, each with agents of its own (the Swin form; its released
-    code ignores the mask of shifted windows, and none are shifted here). reduction: K and V come of
+    square: a grid is cut into windows of square x square cells, each with agents of its own (the Swin form; its
+    released code ignores the mask of shifted windows, and none are shifted here). reduction: K and V come of
     LN(conv(x)), a convolution with kernel and stride of `reduction` (the PVT form, whose V is resized bilinearly before
     the convolution beside; there height and width must divide, here patches at the rim are filled up with zeros). With
     either no matrix is given.
@@ -128,17 +128,15 @@ class Agent(Mechanism):
         lines = real.any(2), real.any(1)  # which rows [b, H] and columns [b, W] hold something
         there = torch.ones_like(source[:1, ..., 0], dtype=torch.bool) if held is None else held
         coarse = there.any(2), there.any(1)
-        q = shown_cells(self.q_proj(x), padding)
-        k, v = (shown_cells(p(source), held) for p in (self.k_proj, self.v_proj))
+        q = shown(self.q_proj(x), padding)
+        k, v = (shown(p(source), held) for p in (self.k_proj, self.v_proj))
         agents, alive = self._pool(q, real, lines, layout)
         asking, answering = self._bias(0, coarse, x.dtype), self._bias(1, lines, x.dtype)
         queries, keys, values, a = (self._split(t.flatten(1, -2)) for t in (q, k, v, agents))
         a = a * self.head_dim**-0.5
         allowed = None if held is None else held.flatten(1)[:, None, None, :]
         gather = masked_softmax(a @ keys.mT + asking, allowed)
-        spread = masked_softmax(
-            queries @ a.mT + answering.mT, None if padding is None else alive[:, None, None, :]
-        )
+        spread = masked_softmax(queries @ a.mT + answering.mT, None if padding is None else alive[:, None, None, :])
         mixed = (spread @ (gather @ values)).transpose(1, 2).reshape(x.shape)
         if self.reduced is not None:
             v = torch.einsum("bhp,bpqe,bwq->bhwe", *_resized(lines, coarse, v))
@@ -181,16 +179,14 @@ class Reduced(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
         rim = [0, -x.shape[2] % self.side, 0, -x.shape[1] % self.side]
-        patches = self.norm(convolved(self.sr, F.pad(shown_cells(x, real), [0, 0, *rim]), None))
+        patches = self.norm(convolve(self.sr, F.pad(shown(x, real), [0, 0, *rim]), None))
         if real is None:
             return patches, None
         cells = F.pad(real, rim).unflatten(2, (-1, self.side)).unflatten(1, (-1, self.side))
         return patches, cells.any(4).any(2)
 
 
-def _resized(
-    lines: tuple[Tensor, Tensor], coarse: tuple[Tensor, Tensor], v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _resized(lines: tuple[Tensor, Tensor], coarse: tuple[Tensor, Tensor], v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What brings v [b, p, q, e] of coarse lines to the lines bilinearly: [b, H, p], v, [b, W, q]."""
     ways = []
     for line, short in zip(lines, coarse, strict=True):
