@@ -133,8 +133,8 @@ def caching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.
 def test_the_libraries_are_put_together_once_for_each_version(tmp_path: Path, caching: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     caching.setattr("vl_convert.javascript_bundle", lambda *given: (made.append(given), "1 </script> 2\r\n")[1])
-    for version, times in (("8", 1), ("8", 1), ("9", 2)):
-        caching.setattr("vl_convert.__version__", version)
+    for number, times in (("8", 1), ("8", 1), ("9", 2)):
+        caching.setattr(page, "version", lambda package, own=number: own)
         page._libraries.cache_clear()  # as another process
         assert page._libraries() == "1 <\\/script> 2\r\n"
         assert len(made) == times

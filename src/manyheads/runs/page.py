@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -57,15 +58,15 @@ def script_json(value: Any) -> str:
 def _libraries() -> str:
     """vega-embed with all that it needs, as one script. It takes three seconds to put together and is the same for the
     same versions: kept in the user's cache directory, where that can be written."""
-    import vl_convert
-
     from .charts import vega_lite_version
 
-    version = vega_lite_version()
-    name = f"vega-embed-{_BUNDLE}-{vl_convert.__version__}-{version}.js"
+    lite = vega_lite_version()
+    name = f"vega-embed-{_BUNDLE}-{version('vl-convert-python')}-{lite}.js"
     with suppress(OSError, ValueError):
         return (cache_folder() / "pages" / name).read_bytes().decode()
-    made: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)
+    import vl_convert
+
+    made: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", lite)
     bundle = re.sub("</(?=script)", r"<\\/", made, flags=re.IGNORECASE)
     with suppress(OSError, ValueError):
         folder = cache_folder() / "pages"
