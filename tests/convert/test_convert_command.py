@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from manyheads.cli import main
 from manyheads.convert import healing as healing_module
+from manyheads.convert import loop as loop_module
 from manyheads.convert.damage import Judge, Sizes
-from manyheads.convert.healing import Healing, batch, forget, heal
+from manyheads.convert.healing import Healing, batch, heal
+from manyheads.convert.keeping import forget
 from manyheads.convert.run import Damaged, Plan, _allow
 from manyheads.hosts.loading import load_model
 from manyheads.hosts.questions import Questions, library_text
@@ -206,7 +208,7 @@ def test_a_stopped_healing_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pyte
         if done == 4:
             raise Killed
 
-    monkeypatch.setattr(healing_module, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(loop_module, "KEEP_EVERY", 0.0)
     keep = tmp_path / "kept"
     with pytest.raises(Killed):
         heal(load_model().model, questions, plan, keep=keep, tell=stop)

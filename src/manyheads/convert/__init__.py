@@ -12,7 +12,8 @@ from manyheads.convert.distilled import student
 from manyheads.convert.fused import Fused, load_fused
 from manyheads.convert.grouped import aligned, grouped
 from manyheads.convert.healing import Healing, heal
-from manyheads.convert.hosted import hosted, transfer, unhosted
+from manyheads.convert.hosted import hosted, unhosted
+from manyheads.convert.imitation import transfer
 from manyheads.convert.importance import head_scores
 from manyheads.convert.latent import latent
 from manyheads.convert.prompted import add_prompts, load_prompts, remove_prompts, save_prompts, without_prompts
