@@ -18,6 +18,7 @@ from manyheads.convert.importance import MEASURES, head_scores
 from manyheads.convert.latent import NORMS, check_latent, full_rank, latent, rotary_features
 from manyheads.convert.layout import attentions, cache_numbers
 from manyheads.convert.method import Identity, Method, Rows, Teach, too_small
+from manyheads.convert.primitives import primitive_mixture, settled_mixture
 from manyheads.convert.pruned import check_pruned, cut, kept_heads, pruned, zeroed
 from manyheads.convert.rorope import can_turn, first_layer, rorope
 from manyheads.convert.shifted import BITS, check_shifted, settled, shifted
@@ -340,8 +341,9 @@ class Upcycled(Method):
 
 @dataclass(frozen=True)
 class Shifted(Method):
-    """See `shifted`."""
+    """See `shifted`; with a mixture `primitive_mixture`, of MLPs alone."""
 
+    mixture: bool = False
     name: ClassVar[str] = "shiftadd"
     knob: ClassVar[str] = "--bits"
 
@@ -350,16 +352,18 @@ class Shifted(Method):
         return False
 
     def title(self, value: int) -> str:
-        return f"shifts of {value} bits"
+        return f"shifts of {value} bits{', mixed with products' if self.mixture else ''}"
 
     def check(self, model: Any, value: int) -> None:
         check_shifted(model, value)
+        if self.mixture:
+            check_hosted(model)
 
     def make(self, model: Any, value: int, rows: Rows) -> Any:
-        return shifted(model, value)
+        return primitive_mixture(model, value) if self.mixture else shifted(model, value)
 
     def settled(self, model: Any) -> Any:
-        return settled(model)
+        return settled_mixture(model) if self.mixture else settled(model)
 
     @property
     def usual(self) -> int:
@@ -372,6 +376,8 @@ class Shifted(Method):
         def once() -> Any:
             return settled(shifted(model, min(values)))
 
+        if self.mixture:
+            return [Identity("two experts of products", lambda: primitive_mixture(model, None))]
         return [Identity("weights that are shifts already", lambda: shifted(once(), min(values)), against=once)]
 
 
