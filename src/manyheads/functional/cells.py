@@ -1,4 +1,7 @@
-"""Layers of feature maps on grids that keep their features last."""
+"""Layers of feature maps on grids [b, height, width, e], features last, whose padded cells read as zeros.
+
+real: [b, height, width], True = real, or None where every cell is.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.functional.deferred import recomputing
+from manyheads.functional.linear import widen
 
 
 def shown(x: Tensor, real: Tensor | None) -> Tensor:
@@ -17,7 +21,8 @@ def shown(x: Tensor, real: Tensor | None) -> Tensor:
 
 
 def convolve(layer: Any, x: Tensor, real: Tensor | None = None) -> Tensor:
-    """A convolution (or another layer of features-first maps) of [b, *sizes, e], padded cells being zeros."""
+    """A layer that wants features first, over [b, *sizes, e] of which padded cells read as zeros, as those outside do:
+    so that a grid with a padded rim gives what the grid without it gives."""
     output: Tensor = layer(shown(x, real).movedim(-1, 1))
     return output.movedim(1, -1)
 
@@ -25,6 +30,19 @@ def convolve(layer: Any, x: Tensor, real: Tensor | None = None) -> Tensor:
 def depthwise(dim: int, kernel: int, *, dilation: int = 1, bias: bool = True) -> nn.Conv2d:
     """A convolution of each feature with itself that keeps the size of the map."""
     return nn.Conv2d(dim, dim, kernel, padding=(kernel - 1) * dilation // 2, dilation=dilation, groups=dim, bias=bias)
+
+
+def cell_counts(grid: Tensor, real: Tensor | None) -> Tensor:
+    """How many cells of each image are real, [b or 1, 1, 1, 1], at least one."""
+    if real is None:
+        return torch.full((1, 1, 1, 1), grid[0, ..., 0].numel(), device=grid.device)
+    return real.sum((1, 2))[:, None, None, None].clamp(min=1)
+
+
+def cell_mean(grid: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over the real cells, [b, 1, 1, e]; summed in float32 at least."""
+    total = widen(shown(grid, real)).sum((1, 2), keepdim=True)
+    return (total / cell_counts(grid, real)).to(grid.dtype)
 
 
 def square_means(x: Tensor, real: Tensor | None, step: int) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.cells import CellNorm, FeedForward, convolve, shown, square_means
+from manyheads.functional.cells import CellNorm, FeedForward, cell_mean, convolve, shown, square_means
 from manyheads.functional.grid_bias import OffsetBias
 from manyheads.functional.grid_windows import attend_cells, blocks, over_extents, spread, windows_of
 from manyheads.functional.multihead import Heads
@@ -135,11 +135,7 @@ class _Convolutions(nn.Module):
         kept, seen = square_means(x, real, self.stride)
         z = convolve(self.deep, F.pad(shown(z, real), (0, 0, before, after[1], before, after[0])))
         z = self._gelu(self.norm_deep(z, seen))
-        if seen is None:
-            mean = z.mean((1, 2), keepdim=True)
-        else:
-            mean = shown(z, seen).sum((1, 2), keepdim=True) / seen.sum((1, 2)).clamp(min=1)[:, None, None, None]
-        gate = self.excite(F.silu(self.squeeze(mean.to(z.dtype)))).sigmoid()
+        gate = self.excite(F.silu(self.squeeze(cell_mean(z, seen)))).sigmoid()
         return self.shortcut(kept) + self.down(z * gate), seen
 
     def _gelu(self, x: Tensor) -> Tensor:

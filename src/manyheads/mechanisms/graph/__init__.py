@@ -1,0 +1,1 @@
+"""Inputs with a height and a width."""
