@@ -87,7 +87,7 @@ class _Attention(nn.Module):
 def _checked(name: str, features: int, heads: int, least: int, **values: float) -> int:
     """The width of a head."""
     wrong = {key: value for key, value in values.items() if value <= 0}
-    if wrong or features % heads or heads < least or values["stride"] > 2:
+    if wrong or features < 1 or features % heads or heads < least or values["stride"] > 2:
         raise ValueError(
             f"{name}: features={features}, heads={heads}, {values}; want features divisible by heads, heads >= {least},"
             " a stride of 1 or 2, and the others positive"
