@@ -15,8 +15,8 @@ class Pattern(StrEnum):
 
     causal-self: output i depends on x[:i + 1] only. causal-cross: output i depends on x[:i + 1] and on the whole
     context. grid: x is [batch, height, width, dim]; grid-cross: and a context beside it. volume: x is [batch, depth,
-    height, width, dim]. maps: x is several grids, each of its own size and features. graph: x is [batch, n, dim], and
-    who sees whom is a list of edges [2, e], sources above targets. pool: the result is [batch, dim].
+    height, width, dim]. maps: x is several grids or volumes, each of its own size and features. graph: x is [batch, n,
+    dim], and who sees whom is a list of edges [2, e], sources above targets. pool: the result is [batch, dim].
     """
 
     NONCAUSAL_SELF = "noncausal-self"

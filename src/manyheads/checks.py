@@ -28,6 +28,7 @@ class Checks(nn.Module):
     source_dim: int | None = None  # features of a context, where they are not those of x
     sources: int = 1  # how many contexts one call takes; more than one: context and mask are tuples
     map_dims: tuple[int, ...] | None = None  # features of each map of a call, where there are several maps
+    map_axes: int = 2  # of each map: 3 for [batch, depth, height, width, features]
     result_dim: int | None = None  # features of the result, where they are not those of x
 
     def _declared(self) -> list[str]:
@@ -102,14 +103,15 @@ class Checks(nn.Module):
             raise ValueError(f"{name}: context was not expected beside maps; it declares {self._declared()}")
         if len(maps) != len(widths) or not maps:
             raise ValueError(f"{name}: {len(maps)} maps given; want {len(widths)}, of {list(widths)} features")
+        sides = ", ".join(("depth", "height", "width")[-self.map_axes :])
         for i, (one, wide) in enumerate(zip(maps, widths, strict=True)):
             if not isinstance(one, Tensor):
-                raise ValueError(f"{name}: map {i} is a {type(one).__name__}; want a tensor [batch, h, w, {wide}]")
+                raise ValueError(f"{name}: map {i} is a {type(one).__name__}; want a tensor [batch, {sides}, {wide}]")
             self._check_kind(f"map {i}", one, maps[0].device)
             shape = tuple(one.shape)
-            if one.ndim != 4 or shape[-1] != wide or shape[0] != maps[0].shape[0] or 0 in shape:
+            if one.ndim != self.map_axes + 2 or shape[-1] != wide or shape[0] != maps[0].shape[0] or 0 in shape:
                 raise ValueError(
-                    f"{name}: map {i} has shape {shape}; want [{maps[0].shape[0]}, height >= 1, width >= 1, {wide}]"
+                    f"{name}: map {i} has shape {shape}; want [{maps[0].shape[0]}, {sides}, {wide}], no side of them 0"
                 )
 
     def _check_named(self, pattern: Pattern, x: Any, inputs: Mapping[str, Any]) -> None:
@@ -191,7 +193,7 @@ class Checks(nn.Module):
             if not isinstance(mask, Sequence) or len(mask) != len(x):
                 raise ValueError(f"{self.card.name}: mask must be a tuple of {len(x)} paddings, one per map")
             for part, one in zip(mask, x, strict=True):
-                self._want_mask(part, [tuple(one.shape[:3])], one.device)
+                self._want_mask(part, [tuple(one.shape[:-1])], one.device)
             return tuple(mask), None
         if self.sources > 1:
             if not isinstance(mask, Sequence) or len(mask) != self.sources:

@@ -86,10 +86,10 @@ def _pattern_columns(patterns: list[str]) -> tuple[str, str, str]:
     """Self, cross and other patterns in a word each."""
 
     def forms(kind: str) -> str:
-        found = [p.removesuffix(kind) for p in patterns if p.endswith(kind)]
+        found = [p.removesuffix(kind) for p in patterns if p.endswith(kind) and p != "grid-cross"]
         return "both" if len(found) == 2 else "".join(found)
 
-    other = [p for p in patterns if not p.endswith(("-self", "-cross"))]
+    other = [p for p in patterns if p == "grid-cross" or not p.endswith(("-self", "-cross"))]
     return forms("-self"), forms("-cross"), ", ".join(other)
 
 
@@ -108,9 +108,10 @@ def show(
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{name}[/bold]  {facts['title']}, {facts['reference']}\n")
     console.print(facts["description"] + "\n", markup=False)
-    facts["reads"] = [f"{key}: {what}" for key, what in facts["inputs"].items()]
-    for key in ("family", "patterns", "time", "state", "decodes", "stages", "reads", "notes"):
-        value = "; ".join(facts[key]) if key == "reads" else facts[key]
+    for key in ("takes", "inputs"):
+        facts[key] = [f"{name}: {what}" for name, what in facts[key].items()]
+    for key in ("family", "patterns", "time", "state", "resizes", "decodes", "stages", "takes", "inputs", "notes"):
+        value = "; ".join(facts[key]) if key in ("takes", "inputs") else facts[key]
         value = ", ".join(value) if isinstance(value, list) else value
         if value != "":
             console.print(f"{key:>9}  {value}", markup=False)
@@ -125,26 +126,43 @@ def _arguments(cls: type[Mechanism]) -> dict[str, str]:
     return {p.name: "required" if p.default is p.empty else repr(p.default) for p in parameters}
 
 
+def _example_x(module: Mechanism, pattern: str) -> str:
+    if pattern == "maps":
+        sizes = module.map_sizes(8, 8)
+        widths = module.map_dims or (module.dim,) * len(sizes)
+        parts = (f"torch.randn(2, {h}, {w}, {wide})" for (h, w), wide in zip(sizes, widths, strict=True))
+        return f"({', '.join(parts)})"
+    sides = {"grid": "6, 8", "grid-cross": "6, 8", "volume": "4, 6, 8"}.get(pattern, "16")
+    return f"torch.randn({1 if module.card.takes else 2}, {sides}, {module.dim})"
+
+
 def example_code(cls: type[Mechanism]) -> str:
     """A few lines that build the mechanism and call it, by the first pattern that its card declares."""
     pattern = min(cls.card.patterns, key=lambda p: (p != "causal-self", p.cross, p))
     arguments = {"dim": 64, "heads": 4, **cls.card.example}
     dim, heads = arguments.pop("dim"), arguments.pop("heads")
     more = "".join(f", {key}={value!r}" for key, value in {**arguments, "causal": pattern.causal}.items())
-    shape = f"2, 6, 8, {dim}" if pattern == "grid" else f"2, 16, {dim}"
+    module = cls(dim, heads, **arguments, causal=pattern.causal)
     lines = [
         "import torch",
         "from manyheads import create_attention",
         "",
         f"attention = create_attention({cls.card.name!r}, {dim}, {heads}{more})",
-        f"x = torch.randn({shape})",
+        f"x = {_example_x(module, pattern)}",
     ]
     call = "x"
     if pattern.cross:
-        module = cls(dim, heads, **arguments, causal=pattern.causal)
         sources, one = module.sources, f"torch.randn(2, 12, {module.source_dim or dim})"
         lines.append(f"context = {one}" if sources == 1 else f"context = ({', '.join([one] * sources)})")
         call = "x, context"
+    if pattern == "graph":
+        lines.append("edges = torch.tensor([[0, 1, 2, 3], [1, 2, 0, 0]])  # sources above targets")
+        call = "x, edges=edges"
+    if module.card.takes:
+        lines.append(f"# reads {'; '.join(f'{k}: {what}' for k, what in module.card.takes.items())}")
+        call += f", **attention.example_inputs(16{', edges' * (pattern == 'graph')})"
+    if pattern == "maps" and isinstance(module.result_size(*module.map_sizes(8, 8))[0], tuple):
+        return "\n".join([*lines, f"print([part.shape for part in attention({call}).output])"])
     return "\n".join([*lines, f"print(attention({call}).output.shape)"])
 
 

@@ -194,3 +194,24 @@ def test_maps_that_do_not_fit_are_refused() -> None:
         module((fine, coarse), mask=torch.ones(2, 4, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="a state"):
         module((fine, coarse), state={})
+
+
+class Asked(Halved):
+    """A grid that reads a vector given by name."""
+
+    card = card("grid", takes={"wish": "[b, dim]"})
+
+    def result_size(self, *size: Any) -> Any:
+        return size
+
+    def example_inputs(self, n: int, edges: Tensor | None = None) -> dict[str, Tensor]:
+        return {"wish": torch.linspace(-1, 1, self.dim, dtype=torch.float64)[None]}
+
+    def attend(self, x: Any, context: Any, call: Call) -> Result:
+        if call.padding is not None:
+            x = x.masked_fill(~call.padding[..., None], 0.0)
+        return Result(x + self.value(x.sum((1, 2), keepdim=True) * call.inputs["wish"][:, None, None].to(x.dtype)))
+
+
+def test_a_grid_is_fed_what_it_takes_by_name() -> None:
+    check_mechanism(Asked)

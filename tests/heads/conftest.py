@@ -1,9 +1,8 @@
-"""Seeds, transformers kept quiet, and the packaged model loaded once."""
+"""Transformers kept quiet, and the packaged model loaded once."""
 
 from collections.abc import Iterator
 
 import pytest
-import torch
 from transformers.utils import logging
 
 from manyheads.hosts.loading import Loaded, load_model
@@ -13,7 +12,6 @@ from manyheads.hosts.loading import Loaded, load_model
 def _quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    torch.manual_seed(0)
     yield
     logging.set_verbosity_warning()
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from manyheads.mechanisms.tokens.agent import Agent
+from manyheads.testing import check_mechanism
 
 
 def build(**config):
@@ -106,3 +107,57 @@ def test_refusals():
         build(agents=5)(x)
     with pytest.raises(ValueError, match="dense mask"):
         build()(x[:, 0], mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
+
+
+@torch.no_grad()
+def test_the_swin_form_is_each_window_as_a_grid_of_its_own():
+    module, x = build(square=3), torch.randn(1, 5, 4, 12).double()
+    mask = torch.ones(1, 5, 4, dtype=torch.bool)
+    for given, (height, width) in (({}, (5, 4)), ({"mask": mask}, (4, 3))):
+        mask[:, 4], mask[:, :, 3] = False, False
+        output = module(x, **given).output[0]
+        for i in range(0, height, 3):
+            for j in range(0, width, 3):
+                cut = slice(i, min(i + 3, height)), slice(j, min(j + 3, width))
+                torch.testing.assert_close(output[cut], by_loops(module, x[0][cut], (2, 2))[0])
+
+
+def by_reduction(module, x):
+    """x [height, width, 12]: the PVT form with torch's own resizing."""
+    height, width, dim = x.shape
+    part, side, heads, d = module.reduced, module.reduced.side, module.heads, dim // module.heads
+    filled = F.pad(x.permute(2, 0, 1), (0, -width % side, 0, -height % side))[None]
+    small = part.norm(F.conv2d(filled, part.sr.weight, part.sr.bias, stride=side)[0].permute(1, 2, 0))
+    q, k, v = module.q_proj(x), module.k_proj(small), module.v_proj(small)
+    agents = F.adaptive_avg_pool2d(q.permute(2, 0, 1), (2, 2)).flatten(1).T
+    q, k, agents, flat = (t.reshape(-1, heads, d).transpose(0, 1) for t in (q, k, agents, v))
+    asking, answering = biases(module, 0, *small.shape[:2]), biases(module, 1, height, width)
+    gathered = (agents @ k.mT / d**0.5 + asking.flatten(2)).softmax(-1) @ flat
+    mixed = (q @ agents.mT / d**0.5 + answering.flatten(2).mT).softmax(-1) @ gathered
+    wide = F.interpolate(v.permute(2, 0, 1)[None], (height, width), mode="bilinear")
+    conv = F.conv2d(wide, module.dwc.weight, module.dwc.bias, padding=1, groups=dim)[0].permute(1, 2, 0)
+    return module.o_proj(mixed.transpose(0, 1).reshape(x.shape) + conv)
+
+
+@pytest.mark.parametrize("reduction", [2, 4])
+@torch.no_grad()
+def test_the_pvt_form(reduction):
+    module, x = build(reduction=reduction), torch.randn(2, 8, 6, 12).double()
+    torch.testing.assert_close(module(x).output[1], by_reduction(module, x[1]))
+    mask = torch.ones(2, 8, 6, dtype=torch.bool)
+    mask[1, 5:], mask[1, :, 4:] = False, False
+    torch.testing.assert_close(module(x, mask=mask).output[1, :5, :4], by_reduction(module, x[1, :5, :4]))
+
+
+@pytest.mark.parametrize("config", [{"square": 3}, {"reduction": 2}])
+def test_the_forms_keep_the_contract(config):
+    kept = ["shapes", "batch", "grid-padding", "all-padding", "extreme", "gradients", "no-numbers-padded", "dtype"]
+    check_mechanism(Agent, config=config, patterns=["grid"], properties=kept, largest=5)
+
+
+def test_the_forms_want_a_grid():
+    for config in ({"square": 3}, {"reduction": 2}):
+        with pytest.raises(ValueError, match="wants a grid"):
+            build(**config)(torch.randn(1, 4, 12).double())
+    with pytest.raises(ValueError, match="must be positive"):
+        build(square=0)

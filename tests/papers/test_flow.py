@@ -126,3 +126,14 @@ def test_weights_are_what_is_mixed() -> None:
 def test_a_dense_mask_is_refused() -> None:
     with pytest.raises(ValueError, match="flow: a dense mask"):
         built()(tokens(3), mask=torch.ones(2, 1, 3, 3, dtype=torch.bool))
+
+
+@torch.no_grad()
+def test_a_grid_is_a_sequence_of_its_cells():
+    torch.manual_seed(0)
+    module, x = FlowAttention(8, 2).double().eval(), torch.randn(2, 3, 4, 8).double()
+    mask = torch.rand(2, 3, 4) < 0.7
+    wanted = module(x.flatten(1, 2), mask=mask.flatten(1), need_weights=True)
+    found = module(x, mask=mask, need_weights=True)
+    torch.testing.assert_close(found.output.flatten(1, 2), wanted.output)
+    torch.testing.assert_close(found.weights, wanted.weights)

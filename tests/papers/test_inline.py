@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from manyheads.mechanisms.linear.inline import InLine
+from manyheads.testing import check_mechanism
 
 
 def built(**config: object) -> InLine:
@@ -129,3 +130,23 @@ def test_what_it_does_not_know_is_refused() -> None:
         InLine(12, 3, kernel="elu")
     with pytest.raises(ValueError, match="inline: a dense mask"):
         built()(noise(2, 3, 12), mask=torch.ones(2, 1, 3, 3, dtype=torch.bool))
+
+
+@torch.no_grad()
+def test_the_swin_form_is_each_window_as_a_grid_of_its_own() -> None:
+    module, whole, x = built(square=2), built(), noise(2, 5, 3, 12)
+    whole.load_state_dict(module.state_dict())
+    output = module(x).output
+    for i in range(0, 5, 2):
+        for j in range(0, 3, 2):
+            cut = (slice(None), slice(i, i + 2), slice(j, j + 2))
+            assert_close(output[cut], whole(x[cut]).output)
+
+
+def test_the_swin_form_keeps_the_contract() -> None:
+    kept = ["shapes", "batch", "grid-padding", "all-padding", "extreme", "gradients", "no-numbers-padded"]
+    check_mechanism(InLine, config={"square": 2}, patterns=["grid"], properties=kept, largest=5)
+    with pytest.raises(ValueError, match="wants a grid"):
+        built(square=2)(noise(1, 4, 12))
+    with pytest.raises(ValueError, match="square=0"):
+        built(square=0)

@@ -14,7 +14,7 @@ close = torch.testing.assert_close
 BOTH = {"query_kernel": 3, "key_kernel": 5, "post_query_kernel": 2, "post_key_kernel": 3}
 
 
-def convolved(matrix: Tensor, kernel: Tensor) -> Tensor:
+def convolve(matrix: Tensor, kernel: Tensor) -> Tensor:
     """out[i, j] = sum of kernel[a, b] matrix[i + a - (c_q - 1), j + b - c_k // 2], zero outside of the matrix."""
     rows, columns = kernel.shape
     out = torch.zeros_like(matrix)
@@ -47,9 +47,9 @@ def loops(module: MultiToken, x: Tensor, causal: bool) -> Tensor:
         part = slice(head * d, (head + 1) * d)
         pairs = [[float(q[i, part] @ k[j, part]) / math.sqrt(d) for j in range(n)] for i in range(n)]
         scores = torch.tensor(pairs, dtype=x.dtype) * past
-        weights = row_softmax(convolved(scores, module.kernel[head, 0]), causal)
+        weights = row_softmax(convolve(scores, module.kernel[head, 0]), causal)
         if module.post_kernel is not None:
-            weights = convolved(weights, module.post_kernel[head, 0]) * past
+            weights = convolve(weights, module.post_kernel[head, 0]) * past
         heads.append(weights)
     groups, size, _ = module.head_mixing.shape
     mixed = torch.zeros_like(q)

@@ -228,12 +228,12 @@ def test_rcmha_reads_the_released_tables() -> None:
     module.query_bias.normal_()
     module.o_proj.weight.copy_(torch.eye(DIM))
 
-    def convolved(rows: Tensor, conv: torch.nn.Conv1d) -> Tensor:
+    def convolve(rows: Tensor, conv: torch.nn.Conv1d) -> Tensor:
         rows = split(rows)[0].transpose(1, 2)  # [h, d, n]
         return F.conv1d(rows, conv.weight, conv.bias, padding=2, groups=D)[..., :-2].permute(2, 0, 1)
 
     q, k, v = (
-        convolved(projection(x), conv)
+        convolve(projection(x), conv)
         for projection, conv in (
             (module.q_proj, module.q_conv), (module.k_proj, module.k_conv), (module.v_proj, module.v_conv)
         )

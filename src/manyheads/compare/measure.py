@@ -21,6 +21,7 @@ from manyheads.mechanism import Mechanism
 from manyheads.registry import create_attention
 from manyheads.runs.memory import memory_meter, trim_memory
 from manyheads.state import State
+from manyheads.testing.fed import feed
 
 Settings = Mapping[str, Any]
 _GATE_LENGTH = 560  # beyond the usual windows and blocks, so that the ways past the score matrix are taken
@@ -41,19 +42,32 @@ class Subject:
         torch.manual_seed(0)
         arguments = {"heads": size["heads"], **mechanism["args"]}
         built = create_attention(mechanism["name"], self.dim, causal=self.pattern.causal, **arguments)
-        self.module: Mechanism = built.to(self.device, self.dtype).eval()
+        self.edges: Tensor | None = None
+        if self.pattern is Pattern.GRAPH:
+            built.register_forward_pre_hook(
+                lambda _, args, named: (args, {"edges": self.edges, **named}), with_kwargs=True
+            )
+        self.module: Mechanism = feed(built.to(self.device, self.dtype).eval(), self.pattern)
 
     def inputs(self, n: int) -> tuple[Tensor, Any]:
         """x of n tokens (of a grid of n cells), and a context of as many where there is one."""
-        shape = (n,)
-        if self.pattern is Pattern.GRID:
-            height = max(side for side in range(1, math.isqrt(n) + 1) if n % side == 0)
-            shape = (height, n // height)  # type: ignore[assignment]
-        x = self._noise(*shape, self.dim)
+        x = self._x(n)
+        if self.pattern is Pattern.GRAPH:
+            self.edges = torch.randint(n, (2, 8 * n), device=self.device)  # sparse graphs have some eight to a node
         if not self.pattern.cross:
             return x, None
         parts = tuple(self._noise(n, self.module.source_dim or self.dim) for _ in range(self.module.sources))
         return x, parts[0] if self.module.sources == 1 else parts
+
+    def _x(self, n: int) -> Tensor:
+        height = max(side for side in range(1, math.isqrt(n) + 1) if n % side == 0)
+        if self.pattern is Pattern.MAPS:  # the first of about n cells; one tensor, which `feed` takes apart
+            side = max(1, math.isqrt(n))
+            cells = sum(h * w for h, w in self.module.map_sizes(side, side + 1))
+            return self._noise(cells, max(self.module.map_dims or (self.dim,)))
+        sides: dict[Pattern, tuple[int, ...]] = {Pattern.VOLUME: (1, height, n // height)}
+        sides |= dict.fromkeys((Pattern.GRID, Pattern.GRID_CROSS), (height, n // height))
+        return self._noise(*sides.get(self.pattern, (n,)), self.dim)
 
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(self.batch, *shape).to(self.device, self.dtype)

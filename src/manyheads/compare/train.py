@@ -49,7 +49,7 @@ def _train(
     losses: list[Tensor] = []
     spent, began = 0.0, time.perf_counter()
     for step, batch in enumerate(islice(batches, training["steps"]), start=1):
-        losses.append(_step(model, optimizer, scheduler, accelerator, batch, training))
+        losses.append(_step(task, model, optimizer, scheduler, accelerator, batch, training))
         spent += time.perf_counter() - began
         in_time = training["seconds"] is None or spent < training["seconds"]
         if step == 1 or step % training["eval_every"] == 0 or step == training["steps"] or not in_time:
@@ -70,11 +70,13 @@ def _train(
     return outcome
 
 
-def _step(model: Any, optimizer: Any, scheduler: Any, accelerator: Any, batch: Batch, training: Any) -> Tensor:
+def _step(
+    task: Task, model: Any, optimizer: Any, scheduler: Any, accelerator: Any, batch: Batch, training: Any
+) -> Tensor:
     model.train()
     with accelerator.autocast():
         answer = model(**{name: rows.to(accelerator.device) for name, rows in batch.inputs.items()})
-    loss = loss_of(answer.logits, batch.targets.to(accelerator.device))
+    loss = loss_of(task.aligned(answer.logits), batch.targets.to(accelerator.device))
     routed = getattr(answer, "aux_loss", None)
     total = loss if routed is None else loss + training["router_weight"] * routed
     accelerator.backward(total)
@@ -105,7 +107,7 @@ def evaluate(task: Task, model: Any, device: torch.device) -> Score:
     model.eval()
     examples: list[tuple[float, int]] = []
     for batch in task.eval_batches(_EVAL_BATCH):
-        logits = model(**{name: rows.to(device) for name, rows in batch.inputs.items()}).logits.float()
+        logits = task.aligned(model(**{name: rows.to(device) for name, rows in batch.inputs.items()}).logits).float()
         targets = batch.targets.to(device)
         examples += [task.score(logits[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
     total, count = sum(value for value, _ in examples), sum(asked for _, asked in examples)
@@ -167,6 +169,7 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
         "seq2seq-lm": models.ManyheadsForSeq2SeqLM,
         "sequence-classification": models.ManyheadsForSequenceClassification,
         "image-classification": models.ManyheadsForImageClassification,
+        "semantic-segmentation": models.ManyheadsForSemanticSegmentation,
     }[task.head]
     return cls(models.ManyheadsConfig(**settings, **placed(task, spec)))
 
@@ -183,7 +186,7 @@ def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
         causal = None if task.pattern == Pattern.GRID else task.pattern == Pattern.CAUSAL_SELF
         return {"layers": [dict(spec)], "is_causal": causal}
     classifies = task.head.endswith("classification")
-    if classifies and task.pattern == Pattern.GRID and Pattern.NONCAUSAL_SELF in patterns:
+    if task.pattern == Pattern.GRID and Pattern.NONCAUSAL_SELF in patterns:
         return {"layers": [dict(spec)], "is_causal": False}
     if classifies and Pattern.POOL in patterns:
         return {"layers": ["softmax"], "pooling": dict(spec)}

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from manyheads.models.cache import ManyheadsCache
     from manyheads.models.heads import (
         ManyheadsForCausalLM,
-        ManyheadsForImageClassification,
         ManyheadsForSeq2SeqLM,
         ManyheadsForSequenceClassification,
     )
+    from manyheads.models.images import ManyheadsForImageClassification, ManyheadsForSemanticSegmentation
     from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "ManyheadsConfig",
     "ManyheadsForCausalLM",
     "ManyheadsForImageClassification",
+    "ManyheadsForSemanticSegmentation",
     "ManyheadsForSeq2SeqLM",
     "ManyheadsForSequenceClassification",
     "ManyheadsModel",

@@ -9,6 +9,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
@@ -17,10 +18,10 @@ from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
 from manyheads.models.heads import (
     ManyheadsForCausalLM,
-    ManyheadsForImageClassification,
     ManyheadsForSeq2SeqLM,
     ManyheadsForSequenceClassification,
 )
+from manyheads.models.images import ManyheadsForImageClassification, ManyheadsForSemanticSegmentation
 from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ManyheadsCache",
     "ManyheadsForCausalLM",
     "ManyheadsForImageClassification",
+    "ManyheadsForSemanticSegmentation",
     "ManyheadsForSeq2SeqLM",
     "ManyheadsForSequenceClassification",
     "ManyheadsModel",
@@ -54,10 +56,11 @@ class ManyheadsBody(ManyheadsPreTrainedModel):
 
 def _body(config: ManyheadsConfig) -> tuple[type[ManyheadsPreTrainedModel], dict[str, Any]]:
     saved = (config.architectures or [""])[0]
-    if saved == ManyheadsForImageClassification.__name__:
+    if saved in (ManyheadsForImageClassification.__name__, ManyheadsForSemanticSegmentation.__name__):
         raise ValueError(
             "AutoModel: an image classifier's body reads patches, and has no class of its own; use "
-            "AutoModelForImageClassification (with output_hidden_states=True for what is below the classifier)"
+            f"AutoModel{saved.removeprefix('Manyheads')} (with "
+            "output_hidden_states=True for what is below the classifier)"
         )
     if config.is_encoder_decoder:
         return ManyheadsSeq2SeqModel, {}
@@ -70,4 +73,5 @@ AutoModel.register(ManyheadsConfig, ManyheadsBody, exist_ok=True)
 AutoModelForCausalLM.register(ManyheadsConfig, ManyheadsForCausalLM, exist_ok=True)
 AutoModelForSeq2SeqLM.register(ManyheadsConfig, ManyheadsForSeq2SeqLM, exist_ok=True)
 AutoModelForSequenceClassification.register(ManyheadsConfig, ManyheadsForSequenceClassification, exist_ok=True)
+AutoModelForSemanticSegmentation.register(ManyheadsConfig, ManyheadsForSemanticSegmentation, exist_ok=True)
 AutoModelForImageClassification.register(ManyheadsConfig, ManyheadsForImageClassification, exist_ok=True)

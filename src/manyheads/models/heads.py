@@ -1,4 +1,4 @@
-"""Models for a task: causal and encoder-decoder language models, sequence and image classifiers.
+"""Models for a task: causal and encoder-decoder language models, and sequence classifiers.
 
 Shapes: b batch, n tokens, e hidden size.
 """
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
-    ImageClassifierOutput,
     Seq2SeqLMOutput,
     SequenceClassifierOutput,
 )
@@ -25,7 +24,7 @@ from manyheads.card import Pattern
 from manyheads.mechanism import Result
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
-from manyheads.models.layers import build_mechanism, build_stack
+from manyheads.models.layers import build_mechanism
 from manyheads.models.masks import real_tokens
 from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
 from manyheads.models.packed import Packing, find_documents
@@ -45,11 +44,6 @@ class ManyheadsSeq2SeqLMOutput(Seq2SeqLMOutput):
 
 @dataclass
 class ManyheadsSequenceClassifierOutput(SequenceClassifierOutput):
-    aux_loss: Tensor | None = None
-
-
-@dataclass
-class ManyheadsImageClassifierOutput(ImageClassifierOutput):
     aux_loss: Tensor | None = None
 
 
@@ -277,7 +271,7 @@ class Pooling(nn.Module):
         return Result(x.masked_fill(~real[..., None], 0.0).sum(1) / real.sum(1, keepdim=True).clamp(min=1).to(x.dtype))
 
 
-def _sum_losses(trace_loss: Tensor | None, pooled: Result) -> Tensor | None:
+def sum_losses(trace_loss: Tensor | None, pooled: Result) -> Tensor | None:
     losses = [*([] if trace_loss is None else [trace_loss]), *pooled.losses.values()]
     return torch.stack(losses).sum() if losses else None
 
@@ -327,55 +321,8 @@ class ManyheadsForSequenceClassification(ManyheadsPreTrainedModel):
             return_dict=True,
         )
         pooled = self.pooling(out.last_hidden_state, real_tokens(attention_mask))
-        logits, aux_loss = self.classifier(pooled.output), _sum_losses(out.aux_loss, pooled)
+        logits, aux_loss = self.classifier(pooled.output), sum_losses(out.aux_loss, pooled)
         loss, share = self._label_loss(labels, logits, num_items_in_batch)
         return ManyheadsSequenceClassifierOutput(
             self._with_router_loss(loss, aux_loss, share), logits, out.hidden_states, out.attentions, aux_loss
         )
-
-
-class ManyheadsForImageClassification(ManyheadsPreTrainedModel):
-    """Labels for images, cut into patches that stand in a grid: a mechanism for grids sees it, others the sequence of
-    its rows. is_causal as in ManyheadsForSequenceClassification."""
-
-    main_input_name = "pixel_values"
-    _input_embed_layer = "embed_patches"
-    input_modalities = ("image",)
-
-    def __init__(self, config: ManyheadsConfig) -> None:
-        super().__init__(config)
-        self.embed_patches = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
-        self.stack = build_stack(config, config.is_causal, images=True)
-        self.pooling = Pooling(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        num_items_in_batch: Any = None,
-    ) -> ManyheadsImageClassifierOutput:
-        """pixel_values: [b, channels, height, width]. labels: as in ManyheadsForSequenceClassification."""
-        wants = self._wants(output_attentions, output_hidden_states)
-        trace = self.stack(self.embed_patches(self._patches(pixel_values)).flatten(1, 2), **wants)
-        pooled = self.pooling(trace.last, None)
-        logits, aux_loss = self.classifier(pooled.output), _sum_losses(trace.aux_loss, pooled)
-        loss, share = self._label_loss(labels, logits, num_items_in_batch)
-        return ManyheadsImageClassifierOutput(
-            self._with_router_loss(loss, aux_loss, share), logits, trace.hidden_states, trace.attentions, aux_loss
-        )
-
-    def _patches(self, pixel_values: Tensor) -> Tensor:
-        """[b, c, height, width] -> [b, rows, columns, c * patch * patch]."""
-        wanted = (self.config.num_channels, *self.config.image_shape)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != wanted:
-            raise ValueError(
-                f"pixel_values have shape {tuple(pixel_values.shape)}; want [batch, {', '.join(map(str, wanted))}]"
-            )
-        side = self.config.patch_size
-        cut = pixel_values.unflatten(3, (-1, side)).unflatten(2, (-1, side))
-        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).to(self.dtype)

@@ -19,6 +19,7 @@ AUTO_CLASSES = {
     "ManyheadsForSeq2SeqLM": "AutoModelForSeq2SeqLM",
     "ManyheadsForSequenceClassification": "AutoModelForSequenceClassification",
     "ManyheadsForImageClassification": "AutoModelForImageClassification",
+    "ManyheadsForSemanticSegmentation": "AutoModelForSemanticSegmentation",
 }
 AUTO_MAP = {auto: f"{OPENER}.{ours}" for ours, auto in AUTO_CLASSES.items()}
 

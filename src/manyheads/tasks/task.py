@@ -39,8 +39,8 @@ class Batch(NamedTuple):
 class Task(ABC):
     """One task with its settings. Subclasses are frozen dataclasses: their fields are the config, as JSON values.
 
-    pattern: which of the attention patterns the task needs. head: "causal-lm", "seq2seq-lm", "sequence-classification"
-    or "image-classification". metric: what `score` adds up.
+    pattern: which of the attention patterns the task needs. head: "causal-lm", "seq2seq-lm", "sequence-classification",
+    "image-classification" or "semantic-segmentation". metric: what `score` adds up.
     """
 
     name: ClassVar[str]
@@ -72,6 +72,10 @@ class Task(ABC):
     @abstractmethod
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """Finite; the same examples in the same order every time, whatever the batch size. The last may be smaller."""
+
+    def aligned(self, logits: Tensor) -> Tensor:
+        """The model's logits with classes last, as the targets lie."""
+        return logits
 
     def score(self, logits: Tensor, targets: Tensor) -> tuple[float, int]:
         """The metric's sum and count over targets [...] other than -100, for logits [..., classes]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,17 +51,29 @@ class Case:
     def settings(self) -> dict[str, Any]:
         return {"dim": 16, "heads": 4, **self.cls.card.example, **self.config, "causal": self.pattern.causal}
 
+    def seeds(self, number: int) -> None:
+        """Seeds the generators that the case draws from. (torch.manual_seed notes the call stack for each device that
+        is not there: more time than a small pass takes.)"""
+        on_cpu = torch.device(self.device).type == "cpu"
+        (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(number)
+
     def build(self, dtype: torch.dtype = torch.float64, *, random: bool = True) -> Mechanism:
         """A small instance in eval mode, the same every time. random: adds noise to every parameter, so that no zero
         or identity initialisation hides a path."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
+            self.seeds(1)
             module = self.cls(**self.settings)
             if random:
                 with torch.no_grad():
                     for parameter in module.parameters():
                         parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter.dtype))
         return feed(module.to(device=self.device, dtype=dtype).eval(), self.pattern)
+
+    @cached_property
+    def _sources(self) -> tuple[int, int]:
+        """How many contexts a call takes, and their features: what inputs need to know, a hundred times a case."""
+        module = self.build()
+        return module.sources, module.source_dim or module.dim
 
     def x(self, n: int, batch: int = 2, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
         """[batch, n, dim], for a grid [batch, n, n + 1, dim] and for a volume [batch, n, n + 1, 2, dim], of at most
@@ -81,8 +94,7 @@ class Case:
         """None, [batch, n + 2, dim], or a tuple of such, each of its own length, where there are several sources."""
         if not self.pattern.cross:
             return None
-        module = self.build()
-        sources, dim = module.sources, module.source_dim or module.dim
+        sources, dim = self._sources
         parts = [self._noise(batch, n + 2 + s, dim=dim, dtype=dtype, seed=seed + s) for s in range(sources)]
         return parts[0] if sources == 1 else tuple(parts)
 

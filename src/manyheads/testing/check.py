@@ -69,7 +69,7 @@ def _examine(prop: Any, case: Case, largest: int | None) -> Finding:
     sizes = [n for n in prop.sizes if largest is None or n <= largest] or prop.sizes[:1]
     with torch.random.fork_rng(devices=[]):
         for size in sizes:
-            torch.manual_seed(size)
+            case.seeds(size)
             try:
                 prop.check(case, size)
             except Violation as violation:

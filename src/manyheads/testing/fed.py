@@ -1,4 +1,4 @@
-"""Feeds a mechanism under test what it reads beside x, so that every property can call it with x alone.
+"""Feeds a mechanism that is tested or timed what it reads beside x, so that it can be called with x alone.
 
 Side inputs come from the mechanism's own `example_inputs`, edges from here, and maps travel as one tensor [batch, cells
 of all maps, features of the widest], which is taken apart in front of the module and put together behind it.
@@ -44,10 +44,10 @@ def feed(module: Mechanism, pattern: Pattern) -> Mechanism:
 
 def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
     x, state = args[0], kwargs.get("state")
-    if not isinstance(x, Tensor) or x.ndim != 3:
+    if not isinstance(x, Tensor) or x.ndim not in (3, 4, 5):
         return None
     seen = getattr(state, "length", 0)
-    n = seen + x.shape[1]
+    n = seen + x.shape[1:-1].numel()
     edges = kwargs.get("edges", example_edges(n, x.device) if pattern is Pattern.GRAPH else None)
     if edges is not None and not (isinstance(edges, Tensor) and edges.dtype == torch.int64 and edges.ndim == 2):
         return None
@@ -63,7 +63,7 @@ def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
 
 def map_sizes(module: Any, cells: int) -> Any:
     """The sizes of the maps that have so many cells in all, or None."""
-    for side in range(1, 65):
+    for side in range(1, 513):
         sizes = module.map_sizes(side, side + 1)
         if sum(height * width for height, width in sizes) == cells:
             return sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -44,10 +45,13 @@ class FlowAttention(Mechanism):
         I_i = q_i . sum_j k_j,  O_j = k_j . sum_i q_i,  I'_i = q_i . sum_j k_j / O_j,  O'_j = k_j . sum_i q_i / I_i
         out_i = sigmoid(I'_i n / m) (q_i / I_i) sum_j k_j m softmax(O')_j v_j,  q, k after a sigmoid, per head
 
-    and a projection. Causal: each sum is over the prefix, as a mean for I' and O', and the softmax of source j is over
+    and a projection. A grid [b, height, width, dim] is a sequence of its cells, in any order, as no place is known
+    here. Causal: each sum is over the prefix, as a mean for I' and O', and the softmax of source j is over
     sources up to j, so that its share is fixed once it is seen. State: six such sums, d^2 + 4 d + 2 numbers per head.
     Source: Wu et al., Flowformer, arXiv:2202.06258; the released Flow_Attention.py, with its 1e-6 per feature, O'
-    within [-1, 1] (newer than the paper) and biases; without its dropout. Matrix: all factors but the values.
+    within [-1, 1] (newer than the paper) and biases; without its dropout. The code for images (Flowformer_CV, whose qkv
+    is q, k, v in this order) adds 1e-6 to each reciprocal and conserved flow as well, which is not done here. Matrix:
+    all factors but the values.
     """
 
     card = Card(
@@ -55,7 +59,7 @@ class FlowAttention(Mechanism):
         title="Flowformer: Linearizing Transformers with Conservation Flows",
         reference="arXiv:2202.06258",
         family=Family.LINEAR,
-        patterns={"noncausal-self", "causal-self", "noncausal-cross"},
+        patterns={"noncausal-self", "causal-self", "noncausal-cross", "grid"},
         time="n",
         state="1",
         example={"chunk": 4},
@@ -76,6 +80,10 @@ class FlowAttention(Mechanism):
                 f"flow: a dense mask of shape {tuple(call.dense.shape)} was given, but flows are sums over all tokens; "
                 "give key padding [batch, n] as the mask"
             )
+        if x.ndim == 4:
+            rows = replace(call, padding=None if call.padding is None else call.padding.flatten(1))
+            found = self.attend(x.flatten(1, 2), None, rows)
+            return found._replace(output=found.output.view(x.shape))
         long = in_stretches(self, x, call)
         if long is not None:
             return long

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.linear import widen
+from manyheads.functional.square_windows import within_windows
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -35,6 +36,9 @@ class InLine(Mechanism):
     "identity", "relu", "leaky-relu" or "exp" (of x / 5, as in the code). x: [b, height, width, dim], mask
     [b, height, width]; for a sequence [b, n, dim] the nine neighbours lie in a line. Weights are those of the first
     term.
+    square: a grid is cut into windows of square x square cells, each a map of its own, as in the Swin form, whose
+    shifted windows the code does not mask; there are no weights then. The PVT form with fewer keys cannot run as
+    released; with all of them it is that of the whole map.
     Source: Han et al., Bridging the Divide, arXiv:2412.06590. The paper writes q . k - mean + 1 / n; the 1 / n on all
     of it and s are the released code's, whose class token, which the residual leaves out, is not here. In the code r is
     predicted before the projection, as here. Padding enters neither mean nor the neighbours.
@@ -54,13 +58,22 @@ class InLine(Mechanism):
     )
 
     def __init__(
-        self, dim: int, heads: int, *, causal: bool = False, kernel: str = "identity", bias: bool = True
+        self,
+        dim: int,
+        heads: int,
+        *,
+        causal: bool = False,
+        kernel: str = "identity",
+        square: int | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__(dim, heads, causal=causal)
         self.head_dim = self._split_heads()
         if kernel not in MAPS:
             raise ValueError(f"{self.card.name}: kernel={kernel!r}; want one of {list(MAPS)}")
-        self.kernel = kernel
+        if square is not None and square < 1:
+            raise ValueError(f"{self.card.name}: square={square}; want windows of at least one cell, or None")
+        self.kernel, self.square = kernel, square
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
         self.near_in = nn.Conv1d(dim, dim, 1, groups=heads)
         self.near_out = nn.Conv1d(dim, TAPS * dim, 1, groups=heads)
@@ -71,15 +84,22 @@ class InLine(Mechanism):
                 f"inline: a dense mask of shape {tuple(call.dense.shape)} was given, but weights are relative to means "
                 "over all tokens; give key padding as the mask"
             )
+        if self.square is None:
+            return self._whole(x, call.padding, call.need_weights)
+        if x.ndim != 4:
+            raise ValueError(f"{self.card.name}: x has shape {tuple(x.shape)}; built with square, it wants a grid")
+        return Result(within_windows(x, call.padding, self.square, lambda t, real: self._whole(t, real, False).output))
+
+    def _whole(self, x: Tensor, padding: Tensor | None, need_weights: bool) -> Result:
         rows = x.flatten(1, -2)
-        real = None if call.padding is None else call.padding.flatten(1)[..., None]
+        real = None if padding is None else padding.flatten(1)[..., None]
         there = torch.ones_like(rows[..., :1], dtype=torch.bool) if real is None else real
         share = 1 / there.sum(1, keepdim=True).clamp(min=1).to(torch.promote_types(x.dtype, torch.float32))
         here = rows if real is None else rows.masked_fill(~real, 0.0)
         mean = (widen(here).sum(1) * share[:, 0]).to(x.dtype)
         v = self.v_proj(rows)
         v = v if real is None else v.masked_fill(~real, 0.0)
-        mixed, weights = self._far(rows, v, real, share, call.need_weights)
+        mixed, weights = self._far(rows, v, real, share, need_weights)
         mixed = mixed + self._near(v.view(x.shape), mean).flatten(1, -2)
         return Result(self.o_proj(mixed).view(x.shape), weights)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.cells import shown
 from manyheads.functional.linear import widen
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
@@ -86,6 +87,95 @@ class GaussianAdaptive(Mechanism):
 
 def _hidden(tokens: Tensor, real: Tensor | None) -> Tensor:
     return tokens if real is None else tokens.masked_fill(~real, 0.0)
+
+
+AXES = {"height": 1, "width": 2, "channels": 3}
+
+
+@register
+class GaussianAdaptiveMap(Mechanism):
+    """A feature map is rescaled by densities along one of its axes, each head for a stretch of it.
+
+        y_ik = (x_i - mean - delta_k) / sqrt(var + 1e-8)
+        w_i = prod_k exp(-y_ik^2 / (2 c_k^2)) / (its sum over the stretch);   out_i = w_i x_i
+
+    i: places of a stretch along `axis` ("height", "width" or "channels"), for each line of the map; mean and var
+    (unbiased) are those of the stretch. Head h has floor(n / heads) of the n places, the last head the rest, and fewer
+    places than heads are all the last head's. Places are counted over rows and columns that hold something, padded
+    cells are in no mean and give zeros. The block around it is x + out. Weights belong to single numbers, so that there
+    is no matrix from cell to cell; `densities(x)` gives w.
+
+    Source: Ioannides et al., arXiv:2401.11143, and its code for maps (norm_axis), which multiplies densities where the
+    paper speaks of a mixture. Where all of a stretch are too small for a float, as a single place's may be, it gives
+    zeros; here they are compared by their logarithms.
+    Weights: row h of mean_offsets and widths is attention_heads.h.mean_offsets and .c.
+    """
+
+    card = Card(
+        name="gaussian-adaptive-map",
+        title="Gaussian Adaptive Attention is All You Need (for feature maps)",
+        reference="arXiv:2401.11143",
+        family=Family.SCORING,
+        patterns={"grid"},
+        time="height width",
+        state="",
+        decodes=False,
+        example={"heads": 2},
+        notes="heads cut the axis; along channels no cell sees another",
+    )
+
+    def __init__(self, dim: int, heads: int, *, causal: bool = False, axis: str = "height", gaussians: int = 4) -> None:
+        super().__init__(dim, heads, causal=causal)
+        if axis not in AXES or gaussians < 1:
+            raise ValueError(
+                f"gaussian-adaptive-map: axis={axis!r}, gaussians={gaussians}; want an axis of {list(AXES)} and at "
+                "least one Gaussian"
+            )
+        self.axis = AXES[axis]
+        self.mean_offsets = nn.Parameter(torch.zeros(heads, gaussians))
+        self.widths = nn.Parameter(torch.randn(heads, gaussians).exp())
+
+    def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+        x = shown(x, call.padding)
+        return Result(self.densities(x, mask=call.padding) * x)
+
+    def densities(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """x [b, height, width, dim], mask [b, height, width] True = real -> w, of the shape of x."""
+        lines = widen(x).movedim(self.axis, 1)
+        there = torch.ones_like(x[:1, ..., :1], dtype=torch.bool) if mask is None else mask[..., None]
+        owner = self._owners(x, there)
+        index = owner[:, :, None, None].expand(lines.shape)
+        real = there.movedim(self.axis, 1).expand(lines.shape)
+        none = lines.new_zeros(len(x), self.heads, *lines.shape[2:])
+
+        def stretch(values: Tensor) -> Tensor:
+            """Sums over the stretch of each place."""
+            return none.scatter_add(1, index, values.masked_fill(~real, 0.0)).gather(1, index)
+
+        count = stretch(torch.ones_like(lines))
+        centred = lines - stretch(lines) / count.clamp(min=1)
+        variance = stretch(centred.square()) / (count - 1).clamp(min=1) + EPS
+        # As above: a product of Gaussians is one, of summed precision.
+        precision = self.widths.to(lines.dtype).square().reciprocal()
+        total = precision.sum(-1)
+        offset = (precision * self.mean_offsets.to(lines.dtype)).sum(-1) / total
+        total, offset = (t[owner][:, :, None, None] for t in (total, offset))
+        logits = ((centred - offset).square() * (-total / (2 * variance))).masked_fill(~real, -torch.inf)
+        high = (none - torch.inf).scatter_reduce(1, index, logits.detach(), "amax").gather(1, index)
+        weights = (logits - high.clamp(min=torch.finfo(lines.dtype).min)).exp()
+        sums = stretch(weights)
+        found = weights / torch.where(sums > 0, sums, torch.ones_like(sums))
+        return found.movedim(1, self.axis).to(x.dtype)
+
+    def _owners(self, x: Tensor, there: Tensor) -> Tensor:
+        """Which head has each place of the axis, [b or 1, n]."""
+        if self.axis == AXES["channels"]:
+            used = torch.ones(1, x.shape[3], dtype=torch.bool, device=x.device)
+        else:
+            used = there[..., 0].any(3 - self.axis)
+        each = used.sum(1, keepdim=True) // self.heads
+        rank = (used.cumsum(1) - 1).clamp(min=0)
+        return torch.where(each > 0, (rank // each.clamp(min=1)).clamp(max=self.heads - 1), self.heads - 1)
 
 
 def importance_factor(densities: Tensor) -> Tensor:

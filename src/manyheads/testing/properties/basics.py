@@ -119,7 +119,7 @@ def _first_pattern(case: Case) -> bool:
 
 
 # Under one pattern, since tracing takes a third of the time of all properties together.
-@prop("compile", "torch.compile gives the same", sizes=(9,), when=_first_pattern)
+@prop("compile", "torch.compile gives the same", sizes=(5,), when=_first_pattern)
 def compiled(case: Case, n: int) -> None:
     module, x, context = case.build(), case.x(n), case.context(n)
     torch._dynamo.reset()

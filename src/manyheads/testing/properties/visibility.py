@@ -49,7 +49,7 @@ def _trained_output(case: Case, x: Tensor, context: Any) -> Tensor:
     """Of the first pass of a new module: what a pass moves (centroids, averages) stays in it."""
     module = case.build().train()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
+        case.seeds(2)
         return case.outputs(module, x, context).output
 
 
@@ -66,7 +66,8 @@ def sees_all(case: Case, n: int) -> None:
     changed = x.clone()
     changed[:, -1] = case.x(n, 1, seed=5)[:, -1]
     other = case.outputs(module, changed).output
-    early = (other - clean).flatten(1) if case.pattern is Pattern.POOL else (other - clean)[:, :-1]
+    one = case.pattern is Pattern.POOL or clean.shape[1] == 1  # all in one: nothing of it is earlier
+    early = (other - clean).flatten(1) if one else (other - clean)[:, :-1]
     return expect(bool(early.abs().max() > 1e-9), "changing the last token changes no earlier output")
 
 
@@ -94,7 +95,7 @@ def batch(case: Case, n: int) -> None:
     expect(bool(first.isnan().any()), "NaN in the first token is hidden from its output")
 
 
-@prop("padding", "padded tokens take no weight, whatever stands there", sizes=(2, 3, 5, 9, 17, 33), when=is_sequence)
+@prop("padding", "padded tokens take no weight, whatever stands there", sizes=(2, 5, 9, 33), when=is_sequence)
 def padding(case: Case, n: int) -> None:
     module = case.build()
     x, context = case.x(n), case.context(n)
@@ -224,7 +225,7 @@ def _has_one_source(case: Case) -> bool:
     return is_sequence(case) and case.build().sources == 1
 
 
-@prop("dense-mask", "a dense mask is obeyed, also per head, or refused", sizes=(2, 5, 9, 17), when=_has_one_source)
+@prop("dense-mask", "a dense mask is obeyed, also per head, or refused", sizes=(2, 5, 17), when=_has_one_source)
 def dense_mask(case: Case, n: int) -> None:
     module, x, context = case.build(), case.x(n), case.context(n)
     m = n if context is None else context.shape[1]
