@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manyheads.functional.real_cells import shown_cells
+from manyheads.functional.cells import shown
 
 
 def _rims(height: int, width: int, window: int, shift: int) -> list[int]:
@@ -51,7 +51,7 @@ def within_windows(
     """attend(grid, real) on each window as a grid of its own, and back in place."""
     size = (grid.shape[1], grid.shape[2])
     there = windows_of_real(real, size, window, 0, grid.device)
-    cells = into_windows(shown_cells(grid, real), window)
+    cells = into_windows(shown(grid, real), window)
     if there is not None:
         there = there.expand(cells.shape[:-1]).flatten(0, 2).unflatten(1, (window, window))
     found = attend(cells.flatten(0, 2).unflatten(1, (window, window)), there)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.cells import cell_mean, convolve, shown
 from manyheads.functional.grid_scans import GridScan, crossing_paths
-from manyheads.functional.real_cells import cell_mean, convolved, shown_cells
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -30,7 +30,7 @@ class _FrameScan(nn.Module):
         frames, height, width = x.shape[1:4]
         u, z = self.in_proj(x).chunk(2, -1)
         flat = None if real is None else real.flatten(0, 1)
-        u = F.silu(convolved(self.conv2d, u.flatten(0, 1), flat)).view(u.shape)
+        u = F.silu(convolve(self.conv2d, u.flatten(0, 1), flat)).view(u.shape)
         interleaved = u.permute(0, 2, 3, 1, 4)
         there = None if real is None else real.permute(0, 2, 3, 1).flatten(1)
         paths = crossing_paths(height, width, frames, x.device)
@@ -50,7 +50,7 @@ class _ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         """x [b, h, w, e]"""
-        found = convolved(self.conv_out, F.gelu(convolved(self.conv_in, x, real)), real)
+        found = convolve(self.conv_out, F.gelu(convolve(self.conv_in, x, real)), real)
         gate: Tensor = self.excite(F.relu(self.squeeze(cell_mean(found, real))))
         return found * gate.sigmoid()
 
@@ -111,7 +111,7 @@ class VFIMamba(Mechanism):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         real = call.padding
-        x = shown_cells(x, real)
+        x = shown(x, real)
         x = x * self.skip_1 + self.ss2d(self.norm_1(x), real)
         flat = None if real is None else real.flatten(0, 1)
         found = self.cab(self.norm_2(x).flatten(0, 1), flat).view(x.shape)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.cells import shown
 from manyheads.functional.grid_scans import affine_scan
 from manyheads.functional.linear import widen
 from manyheads.functional.precision import own_dtype
-from manyheads.functional.real_cells import shown_cells
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -68,7 +68,7 @@ class VisionRWKV(Mechanism):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         real = call.padding
-        x = shown_cells(x, real)
+        x = shown(x, real)
         moved = _neighbours(x)
         k, v, r = (
             layer(x * mu + moved * (1 - mu))
