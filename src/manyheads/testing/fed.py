@@ -43,7 +43,7 @@ def feed(module: Mechanism, pattern: Pattern) -> Mechanism:
 
 
 def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
-    x, state = args[0], kwargs.get("state")
+    x, state = args[0] if args else kwargs.get("x"), kwargs.get("state")
     if not isinstance(x, Tensor) or x.ndim not in (3, 4, 5):
         return None
     seen = getattr(state, "length", 0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,51 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.precision import own_dtype, unit
+from manyheads.functional.hyper_kernels import SlowNet, filter_each, pool_bins, standardise
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
-
-EPS = 1e-5
-
-
-class _SlowNet(nn.Module):
-    """A kernel for every place and head, made of the coordinates: h_0 = sin(F_0 c),
-    h_i = sin(F_i c) (L_i h_(i-1)) + bias at that place, and a last linear layer. With scales s_i, maps [b, size, size,
-    hidden], h_i becomes s_i (h_i + h_i / (10 |h_i|)), the norm over the places of a feature."""
-
-    def __init__(self, size: int, hidden: int, layers: int, heads: int, omega: float) -> None:
-        super().__init__()
-        self.size = size
-        filters = [nn.Linear(2, hidden) for _ in range(layers + 1)]
-        linears = [nn.Linear(hidden, hidden) for _ in range(layers)]
-        self.place_bias = nn.Parameter(torch.zeros(size, size))
-        self.out = nn.Linear(hidden, heads)
-        with torch.no_grad():
-            for i, layer in enumerate(filters):
-                frequency = torch.distributions.Gamma(6.0 / (i + 1), 1.0).sample((hidden, 2))
-                layer.weight.mul_(2 * math.pi * omega * frequency)
-                layer.bias.zero_()
-            for linear in linears:
-                linear.bias.fill_(1.0)
-            self.out.weight.div_(size)
-            self.out.bias.zero_()
-        self.filters, self.linears = nn.ModuleList(filters), nn.ModuleList(linears)
-
-    def forward(self, scales: Sequence[Tensor] = ()) -> Tensor:
-        """[size, size, heads], with scales [b, size, size, heads]"""
-        line = torch.linspace(-1.0, 1.0, self.size, dtype=self.place_bias.dtype, device=self.place_bias.device)
-        places = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1)
-        with own_dtype(line):  # half precision has too few digits for sines of so high frequencies
-            return self._made(places, [scale.to(line.dtype) for scale in scales])
-
-    def _made(self, places: Tensor, scales: Sequence[Tensor]) -> Tensor:
-        h = self.filters[0](places).sin()
-        for i, (filtered, linear) in enumerate(zip(self.filters[1:], self.linears, strict=True)):
-            h = filtered(places).sin() * linear(h) + self.place_bias[..., None]
-            if scales:
-                h = scales[i] * (h + 0.1 * unit(h.flatten(-3, -2), -2).view_as(h))
-        kernel: Tensor = self.out(h)
-        return kernel
 
 
 @register
@@ -104,7 +60,7 @@ class HyperZZW(Mechanism):
         if size < 1 or hidden < 1 or layers < 1:
             raise ValueError(f"hyper-zzw: size={size}, hidden={hidden}, layers={layers}; want at least 1 of each")
         self.size = size
-        self.slow = _SlowNet(size, hidden, layers, heads, omega)
+        self.slow = SlowNet(size, hidden, layers, heads, omega)
         self.mixer, self.out_proj = nn.Linear(dim, dim, bias=bias), nn.Linear(dim, dim, bias=bias)
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
@@ -116,7 +72,7 @@ class HyperZZW(Mechanism):
             )
         real = torch.ones_like(x[..., :1], dtype=torch.bool) if call.padding is None else call.padding[..., None]
         z = x.masked_fill(~real, 0.0)
-        values = _standardise(self.mixer(z), real)
+        values = standardise(self.mixer(z), real)
         rows = self.slow()[:height, :width].repeat_interleave(self.head_dim, -1) * z
         both = min(height, width)  # beyond it one of the two maps is zero
         mixed = torch.einsum("bhve,bvwe->bhwe", rows[:, :, :both], values[:, :both])
@@ -170,7 +126,7 @@ class HyperZZWLocal(Mechanism):
                 f"hyper-zzw-local: size={size}, hidden={hidden}, layers={layers}; want size odd and at least 1 of each"
             )
         self.size = size
-        self.slow = _SlowNet(size, hidden, layers, heads, omega)
+        self.slow = SlowNet(size, hidden, layers, heads, omega)
         self.reduce, self.seen_proj = nn.Linear(dim, hidden), nn.Linear(hidden, hidden)
         scales = [nn.Linear(hidden, hidden) for _ in range(layers)]
         for scale in scales:
@@ -183,46 +139,11 @@ class HyperZZWLocal(Mechanism):
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         real = torch.ones_like(x[..., :1], dtype=torch.bool) if call.padding is None else call.padding[..., None]
         z = x.masked_fill(~real, 0.0)
-        filtered = self._filter(_standardise(self.mixer(z), real), self._windows(z, real))
-        output = F.gelu(_standardise(self.channel_mixer(filtered), real)) + self.fast_bias
+        filtered = filter_each(standardise(self.mixer(z), real), self._windows(z, real))
+        output = F.gelu(standardise(self.channel_mixer(filtered), real)) + self.fast_bias
         return Result(output.masked_fill(~real, 0.0))
 
     def _windows(self, z: Tensor, real: Tensor) -> Tensor:
         """K of each image, [b, size, size, heads]."""
-        seen = F.gelu(self.seen_proj(self.reduce(_pool(z, real, self.size))))
+        seen = F.gelu(self.seen_proj(self.reduce(pool_bins(z, real, self.size))))
         return self.slow([scale(seen) for scale in self.scales])
-
-    def _filter(self, maps: Tensor, windows: Tensor) -> Tensor:
-        """maps [b, h, w, e], zero where nothing is real: every channel of every image by its own window."""
-        kernels = windows.repeat_interleave(self.head_dim, -1).permute(0, 3, 1, 2).flatten(0, 1)[:, None]
-        stacked = maps.permute(0, 3, 1, 2).flatten(0, 1)
-        filtered = F.conv2d(stacked[None], kernels, padding=self.size // 2, groups=len(kernels))
-        return filtered[0].unflatten(0, (len(maps), -1)).permute(0, 2, 3, 1)
-
-
-def _pool(maps: Tensor, real: Tensor, size: int) -> Tensor:
-    """Means of the real cells in size x size bins over the extent of the real cells, [b, size, size, e]; as adaptive
-    average pooling where all is real. maps: zero where not real."""
-    wide = torch.promote_types(maps.dtype, torch.float32)
-    rows, columns = (_bins(real.any(axis)[..., 0], size).to(wide) for axis in (2, 1))
-    sums, counts = (torch.einsum("bih,bhwe,bjw->bije", rows, part.to(wide), columns) for part in (maps, real))
-    return (sums / counts.clamp(min=1)).to(maps.dtype)
-
-
-def _bins(used: Tensor, size: int) -> Tensor:
-    """used [b, n]: which rows have a real cell -> which belong to which of `size` bins, [b, size, n]. Neighbouring
-    bins overlap where the extent, up to the last row used, is not a multiple of size."""
-    at = torch.arange(used.shape[1], device=used.device)
-    extent = ((at + 1) * used).amax(1)[:, None, None]
-    bin_ = torch.arange(size, device=used.device)[:, None]
-    first, end = bin_ * extent // size, ((bin_ + 1) * extent + size - 1) // size
-    return (at >= first) & (at < end)
-
-
-def _standardise(maps: Tensor, real: Tensor) -> Tensor:
-    """maps [b, h, w, e] over the real cells [b, h, w, 1]; zero elsewhere."""
-    wide = maps.masked_fill(~real, 0.0).to(torch.promote_types(maps.dtype, torch.float32))
-    count = real.sum((1, 2), keepdim=True).clamp(min=1).to(wide.dtype)
-    centred = (wide - wide.sum((1, 2), keepdim=True) / count).masked_fill(~real, 0.0)
-    variance = centred.square().sum((1, 2), keepdim=True) / count
-    return (centred / (variance + EPS).sqrt()).to(maps.dtype)

@@ -28,8 +28,8 @@ class _ConvModule(nn.Module):
         h = F.silu(self.linear(self.norm(x)))
         if real is not None:
             h = h.masked_fill(~real[..., None], 0.0)
-        convolve: Tensor = self.conv(h.transpose(1, 2))
-        return h + convolve.transpose(1, 2)
+        convolved: Tensor = self.conv(h.transpose(1, 2))
+        return h + convolved.transpose(1, 2)
 
 
 @register

@@ -83,7 +83,7 @@ class SpectFormer(Mechanism):
         if call.padding is None:
             return Result(self._filtered(x))
         extents = torch.stack([_extent(call.padding.any(2)), _extent(call.padding.any(1))], 1)
-        output = torch.zeros_like(x)
+        output = x * 0.0  # where nothing is real there is a gradient, of zero
         for height, width in extents.unique(dim=0).tolist():
             if height and width:
                 same = (extents == extents.new_tensor([height, width])).all(1).nonzero()[:, 0]

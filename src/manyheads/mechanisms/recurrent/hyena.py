@@ -17,7 +17,7 @@ from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 from manyheads.state import State
 
-# New tokens that are convolve with all earlier ones directly; more of them go through a Fourier transform.
+# New tokens that are convolved with all earlier ones directly; more of them go through a Fourier transform.
 FEW = 8
 
 

@@ -51,7 +51,8 @@ class _ChannelAttention(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         """x [b, h, w, e]"""
         found = convolve(self.conv_out, F.gelu(convolve(self.conv_in, x, real)), real)
-        return found * self.excite(F.relu(self.squeeze(cell_mean(found, real)))).sigmoid()
+        gate: Tensor = self.excite(F.relu(self.squeeze(cell_mean(found, real))))
+        return found * gate.sigmoid()
 
 
 @register

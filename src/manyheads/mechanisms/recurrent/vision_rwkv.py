@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
@@ -89,14 +90,13 @@ class VisionRWKV(Mechanism):
 def _neighbours(x: Tensor) -> Tensor:
     """Quarters of the channels from the left, from the right, from above and from below."""
     quarter = [x.shape[-1] * part // 4 for part in range(5)]
-    left, right, above, below = (x[..., start:end] for start, end in itertools.pairwise(quarter))
-    pad = torch.nn.functional.pad
+    left, right, above, below = (x[..., start:end] for start, end in pairwise(quarter))
     return torch.cat(
         [
-            pad(left[:, :, :-1], (0, 0, 1, 0)),
-            pad(right[:, :, 1:], (0, 0, 0, 1)),
-            pad(above[:, :-1], (0, 0, 0, 0, 1, 0)),
-            pad(below[:, 1:], (0, 0, 0, 0, 0, 1)),
+            F.pad(left[:, :, :-1], (0, 0, 1, 0)),
+            F.pad(right[:, :, 1:], (0, 0, 0, 1)),
+            F.pad(above[:, :-1], (0, 0, 0, 0, 1, 0)),
+            F.pad(below[:, 1:], (0, 0, 0, 0, 0, 1)),
         ],
         -1,
     )
@@ -133,6 +133,6 @@ def _before(k: Tensor, v: Tensor, place: Tensor, w: Tensor) -> tuple[Tensor, Ten
     fading = torch.cat([torch.zeros_like(known[:, :1]), (known[:, :-1] - known[:, 1:]).exp()], 1)
     weight = (size - known).exp()
     sums = affine_scan(fading.repeat(1, 1, 2), torch.cat([weight * v, weight], -1))
-    values, ones = torch.nn.functional.pad(sums[:, :-1], (0, 0, 1, 0)).chunk(2, -1)
-    before = torch.nn.functional.pad(high[:, :-1], (0, 0, 1, 0), value=-torch.inf)
+    values, ones = F.pad(sums[:, :-1], (0, 0, 1, 0)).chunk(2, -1)
+    before = F.pad(high[:, :-1], (0, 0, 1, 0), value=-torch.inf)
     return before - (place - 1) * w, values, ones
