@@ -105,6 +105,6 @@ def test_as_many_parameters_as_released():
 def test_refusals():
     with pytest.raises(ValueError, match=r"widths=\[\]"):
         build(widths=[])
+    one, other = torch.zeros(1, 4, 4, 4).double(), torch.zeros(1, 2, 2, 6).double()
     with pytest.raises(ValueError, match="want them alike"):
-        one, other = torch.zeros(1, 4, 4, 4).double(), torch.zeros(1, 2, 2, 6).double()
         build(reference=True)((one, other, one[:, :3], other))

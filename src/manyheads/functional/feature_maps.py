@@ -8,6 +8,7 @@ to the last real row, column, slice. A hole inside that counts as zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,8 +115,9 @@ def averaged(x: Tensor, sizes: Sequence[int], real: Tensor | None = None, into: 
     """x pooled to these sizes, each new cell the mean of the real ones that it covers. into: the extent of the result,
     where something is padded."""
     if real is None and into is None:
-        pool = F.adaptive_avg_pool2d if len(sizes) == 2 else F.adaptive_avg_pool3d
-        return pool(x.movedim(-1, 1), tuple(sizes)).movedim(1, -1)
+        pool: Any = F.adaptive_avg_pool2d if len(sizes) == 2 else F.adaptive_avg_pool3d
+        pooled: Tensor = pool(x.movedim(-1, 1), tuple(sizes))
+        return pooled.movedim(1, -1)
     if real is None:
         return _by_weights(x, sizes, None, into, _mean_weights)
     reach = extent(real)
