@@ -17,6 +17,10 @@ from transformers import (
     BartForConditionalGeneration,
     BeitConfig,
     BeitForImageClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     YolosConfig,
@@ -24,7 +28,7 @@ from transformers import (
 )
 
 from manyheads.cli import main
-from manyheads.explain.attributions import Rollout
+from manyheads.explain.attributions import MapGradCAM, Rollout
 from manyheads.explain.command import _numbers
 from manyheads.explain.explanation import load_any, pictured
 from manyheads.hosts.loading import BUNDLED
@@ -125,6 +129,32 @@ def test_a_picture(vit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = explained(capsys, str(vit), "--image", str(vit / "red.png"), "--out", str(vit / "out"), "--target", "2")
     assert report["target"] == 2
     assert all(len(grid) == 4 and len(grid[0]) == 4 for grid in report["maps"].values())
+
+
+def test_a_picture_where_nothing_attends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [8, 12], "depths": [1, 1], "num_labels": 3}
+    residual = ResNetForImageClassification(ResNetConfig(**sizes, embedding_size=8, layer_type="basic")).eval()
+    modern = ConvNextForImageClassification(ConvNextConfig(**sizes, num_stages=2, patch_size=2, image_size=24)).eval()
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "red.png")
+    shown = ("--image", str(tmp_path / "red.png"), "--out", str(tmp_path / "out"))
+    for name, model in (("resnet", residual), ("convnext", modern)):
+        model.save_pretrained(tmp_path / name)
+    assert "crop_size or size" in refused(capsys, str(tmp_path / "resnet"), *shown)
+    (tmp_path / "resnet" / "preprocessor_config.json").write_text('{"size": {"height": 32, "width": 48}}')
+    report = explained(capsys, str(tmp_path / "resnet"), *shown, "--target", "1")
+    sides = {name: (len(grid), len(grid[0])) for name, grid in report["maps"].items()}
+    whole = (32, 48)
+    wanted = {"guided-grad-cam": whole, "layerwise-relevance": whole, "salient-relevance": whole}
+    assert sides == {"grad-cam": (4, 6), **wanted}
+    pixels = pictured(load_any(tmp_path / "resnet"), tmp_path / "red.png")[1]["pixel_values"]
+    found = MapGradCAM(residual).attribute(pixels, 1)[0]
+    assert_close(torch.tensor(report["maps"]["grad-cam"]), found, atol=1e-6, rtol=0)
+    report = explained(capsys, str(tmp_path / "convnext"), *shown)
+    assert set(report["maps"]) == {"grad-cam"}
+    assert "has no ReLU" in refused(capsys, str(tmp_path / "convnext"), *shown, "--method", "guided-grad-cam")
+    assert "'rollout' is none of grad-cam" in refused(capsys, str(tmp_path / "convnext"), *shown, "--method", "rollout")
+    assert "no --layers" in refused(capsys, str(tmp_path / "convnext"), *shown, "--layers", "0")
 
 
 def test_detection_tokens_and_picture_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from manyheads.explain.image_file import pictured
 from manyheads.explain.sizes import choose, read, that_fit
 from manyheads.hosts.loading import Loaded, find_model, load_model, reads_text
 from manyheads.hosts.patches import Patches, find_patches
 from manyheads.hosts.sites import text_stack
-from manyheads.runs.given import read_bytes, read_json
+from manyheads.runs.given import read_json
 
 if TYPE_CHECKING:
     from manyheads.explain.views import View
@@ -27,7 +27,6 @@ Progress = Callable[[str, float], None]
 FAITHFUL_TOKENS = 256
 # Queries, keys and a plane of them are shown for inputs up to so many tokens.
 VECTOR_TOKENS = 512
-MOST_IMAGE = 100_000_000  # bytes
 TARGETED = ("logit-flow", "relevance", "attention-gradient", "input-gradient")
 UNTARGETED = ("raw-attention", "rollout", "value-norm")
 
@@ -161,7 +160,9 @@ def explain_image(
     page_mb: float = 48,
     progress: Progress = lambda what, share: None,
 ) -> Explanation:
-    """The same of a picture, for a vision model with patches: maps over the image instead of coloured tokens."""
+    """The same of a picture, for a vision model with patches: maps over the image instead of coloured tokens. Of one
+    that attends nowhere (ResNet, ConvNeXt) only maps."""
+    from manyheads.explain.pictures import attends, maps_over
     from manyheads.explain.views import Panel, read_store, view_heads, view_image, view_maps
     from manyheads.explain.views import view_model as picture_of_all
 
@@ -170,6 +171,18 @@ def explain_image(
         output = loaded.model(**inputs)
     answer = _answer(loaded, output)
     chosen = _target(loaded, target, answer)
+    best = f"; the model's answer: {answer[0]['name']} ({answer[0]['probability']:.1%})" if answer else ""
+    report = {"model": _identity(loaded), "image": Path(path).name, "answer": answer, "target": chosen}
+    if not attends(loaded.model):
+        if layers is not None:
+            raise ValueError(f"{loaded.name} attends nowhere: it has no --layers to choose from")
+        found = {name: own.float().numpy() for name, own in maps_over(loaded.model, inputs, chosen, methods).items()}
+        report["maps"] = _maps_in_digits(found)
+        progress("done", 1.0)
+        note = f"{image.width} x {image.height} pixels{best}."
+        return Explanation(
+            f"{loaded.name}: what its maps see", note, report, [view_image(image, found, title="Pixels")]
+        )
     progress("attention of every head", 0.2)
     store = read_store(loaded.model, inputs, layers=layers, budget_mb=page_mb, kind="self")
     patches = find_patches(loaded.model, inputs["pixel_values"])
@@ -184,49 +197,13 @@ def explain_image(
         picture_of_all(panel),
         view_maps(store),
     ]
-    maps = {name: [[round(float(v), 6) for v in row] for row in own] for name, own in grids.items()}
-    report = {"model": _identity(loaded), "image": Path(path).name, "answer": answer, "target": chosen, "maps": maps}
+    report["maps"] = _maps_in_digits(grids)
     progress("done", 1.0)
-    best = f"; the model's answer: {answer[0]['name']} ({answer[0]['probability']:.1%})" if answer else ""
     return Explanation(f"{loaded.name}: what its heads see", f"{store.n} tokens{best}.", report, views)
 
 
-def pictured(loaded: Loaded, path: str | Path) -> tuple[Any, dict[str, Tensor]]:
-    """The image as the model gets it, RGB, and the pixels [1, channels, height, width]."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    config = loaded.model.config
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
-    if size is None or channels not in (1, 3):
-        raise ValueError(f"{loaded.name} reads no images: give --text, or a vision model with image_size in its config")
-    try:
-        with Image.open(BytesIO(read_bytes(path, most=MOST_IMAGE))) as opened:
-            if opened.width * opened.height > 10**8:
-                raise ValueError(f"{path} has {opened.width} x {opened.height} pixels: give one below 100 megapixels")
-            if opened.mode not in ("L", "RGB", "RGBA", "P", "1", "LA"):
-                raise ValueError(f"{path} is of mode {opened.mode}: convert it to RGB or L first")
-            image = opened.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"--image {path} is no image that can be read: {error}") from error
-    height, width = (size, size) if isinstance(size, int) else size
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(image)).float() / 255
-    pixels = pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)
-    mean, spread = _normalisation(loaded.name, channels)
-    return image, {"pixel_values": ((pixels - mean) / spread)[None]}
-
-
-def _normalisation(name: str, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and spread per channel from the folder's preprocessor_config.json; 0.5 and 0.5 where there is none."""
-    path = Path(name) / "preprocessor_config.json"
-    try:
-        found = read_json(path) if path.is_file() else {}
-        each = [found.get(key, [0.5] * channels) for key in ("image_mean", "image_std")]
-        mean, spread = (torch.tensor(own, dtype=torch.float32).view(channels, 1, 1) for own in each)
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} has no image_mean and image_std of {channels} numbers: {error}") from error
-    return mean, spread
+def _maps_in_digits(maps: Any) -> dict[str, list[list[float]]]:
+    return {name: [[round(float(v), 6) for v in row] for row in own] for name, own in maps.items()}
 
 
 def _patches(patches: Patches) -> list[str]:

@@ -19,9 +19,9 @@ def over_positions(
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(q k^T) v without a scale, over the real cells of maps [b, *sizes, features] -> the shape of v, and the
     weights [b, heads, cells, cells] where asked for."""
-    queries, keys, values = (t.flatten(1, -2).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    q, k, rows = (t.flatten(1, -2).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     allowed = None if real is None else real.flatten(1)[:, None, None, :]
-    mixed, weights = attend_weighted(queries, keys, values, allowed, scale=1.0, need_weights=need_weights)
+    mixed, weights = attend_weighted(q, k, rows, allowed, scale=1.0, need_weights=need_weights)
     return mixed.transpose(1, 2).reshape(v.shape), weights
 
 

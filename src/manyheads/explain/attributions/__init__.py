@@ -22,10 +22,12 @@ from manyheads.explain.attributions.faithfulness import (
     leave_one_out,
     rank_correlation,
 )
+from manyheads.explain.attributions.feature_maps import MapGradCAM
 from manyheads.explain.attributions.flow import Flow
 from manyheads.explain.attributions.grad_cam import GradCAM
 from manyheads.explain.attributions.gradients import InputGradient, IntegratedGradients, Saliency
 from manyheads.explain.attributions.grid import token_grid
+from manyheads.explain.attributions.layerwise import LayerwiseRelevance, salient_relevance
 from manyheads.explain.attributions.logit_flow import LogitFlow, LogitParts
 from manyheads.explain.attributions.raw import RawAttention
 from manyheads.explain.attributions.relevance import Relevance
@@ -63,8 +65,10 @@ __all__ = [
     "GradientRollout",
     "InputGradient",
     "IntegratedGradients",
+    "LayerwiseRelevance",
     "LogitFlow",
     "LogitParts",
+    "MapGradCAM",
     "RawAttention",
     "Relevance",
     "Rollout",
@@ -76,5 +80,6 @@ __all__ = [
     "leave_one_out",
     "rank_correlation",
     "rollout",
+    "salient_relevance",
     "token_grid",
 ]

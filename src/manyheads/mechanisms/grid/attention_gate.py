@@ -76,9 +76,9 @@ class AttentionGate(Mechanism):
 
     def attend(self, x: Any, context: Any, call: Call) -> Result:
         skip, coarse = x
-        real, real_coarse = (None, None) if call.padding is None else call.padding
-        reach = reach_coarse = reach_inner = None
-        if real is not None and real_coarse is not None:
+        real = reach = reach_coarse = reach_inner = None
+        if call.padding is not None:
+            real, real_coarse = call.padding
             reach, reach_coarse = extent(real), extent(real_coarse)
             reach_inner = (reach // self.step).clamp(min=1)
         short = [max(self.step - side, 0) for side in reversed(skip.shape[1:-1])]

@@ -105,5 +105,7 @@ class PLVL(Mechanism):
             own = [own[0][:, None].expand(-1, size[1], -1), own[1].expand(size[0], -1, -1)]
             picks = torch.cat(own, -1).flatten(0, 1).expand(*k.shape[:3], -1)
             k = torch.cat([k, picks], -1)
+        # As wide as the keys, without which the kernel would be one that makes the matrix.
+        v = F.pad(v, (0, k.shape[-1] - self.head_dim))
         mixed, _ = attend_weighted(scaled, k, v, None, scale=1.0, need_weights=False)
-        return self.attention.join(mixed)
+        return self.attention.join(mixed[..., : self.head_dim])
