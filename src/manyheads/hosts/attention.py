@@ -174,9 +174,9 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
-    if foreign:
-        raise ValueError(f"{type(module).__name__} uses {', '.join(foreign)}, which a shrunk cache does not support")
+    for name in _FOREIGN:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} uses {name}, which a shrunk cache does not support")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     scoring = Scoring(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if isinstance(key, Tensor):
@@ -184,7 +184,9 @@ def _attention(
     if dropout:
         raise ValueError("attention dropout with a shrunk cache: call model.eval() first")
     handle: Handle = key
-    seen = as_visibility(attention_mask, handle.total(), query.shape[2], kwargs.get("sliding_window"))
+    seen = attention_mask
+    if not isinstance(seen, Visibility):
+        seen = as_visibility(seen, handle.total(), query.shape[2], kwargs.get("sliding_window"))
     return handle.attend(query, scoring, seen), None
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manyheads.hosts.attend import Mask, Scoring, causal_attention, masked_attention, one_query, with_bias
+from manyheads.hosts.attend import (
+    Mask,
+    Scoring,
+    causal_attention,
+    lies_by_feature,
+    masked_attention,
+    one_query,
+    two_products,
+    with_bias,
+)
 from manyheads.hosts.attention import Visibility
 from manyheads.shrink.group import Group
 
@@ -23,14 +32,15 @@ def attend_group(queries: Tensor, group: Group, scoring: Scoring, seen: Visibili
     """The output, and the weights of a single query where they were made."""
     if group.codec is not None:
         return group.codec.attend(group, queries, scoring, seen), None
+    n, m, counted = queries.shape[3], group.length, group.first is not None
+    bias, within = group.bias(), seen.window is None or (counted and m <= seen.window)
+    sees_all = n == 1 and group.filled and seen.plain and seen.padding is None and within
+    if sees_all and bias is None and scoring.plain and lies_by_feature(group.rows["keys"]):
+        return two_products(queries, *group.matrices(), scoring.scale)
     keys, values = group.view("keys"), group.view("values")
-    n, m = queries.shape[3], keys.shape[2]
-    counted = group.first is not None
     if counted and n == m and scoring.plain and seen.only_causal(n):
         return causal_attention(queries, keys, values, scoring.scale), None
-    bias = group.bias()
-    within = seen.window is None or (counted and m <= seen.window)
-    if n == 1 and group.filled and seen.plain and seen.padding is None and within:
+    if sees_all:
         return one_query(queries, keys, values, scoring, with_bias(None, bias))
     if n == 1:
         seen_of = with_bias(seen.allowed(slice(0, 1), group.slots()), bias)

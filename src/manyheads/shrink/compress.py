@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from manyheads.hosts.attend import Scoring, probabilities, query_blocks, received, with_bias
 from manyheads.shrink.group import Group
 from manyheads.shrink.ranking import best_of
+from manyheads.shrink.targets import Targets, find_targets, less
 
 if TYPE_CHECKING:
     from manyheads.hosts.attention import Visibility
@@ -32,7 +33,7 @@ class Pass:
     queries: Tensor
     scoring: Scoring
     seen: Visibility
-    # Of a single query: its weights [b, g, r, 1, m] on each of the layer's groups, where attention made them.
+    # Of a single query: its weights on each group, [b, g, r, 1, m] or [b * g, r, m], where attention made them.
     weights: tuple[Tensor | None, ...] = ()
 
     def first_queries(self, count: int) -> Pass:
@@ -156,6 +157,10 @@ class View:
 
     def received(self) -> Tensor:
         """[b, g, m]: attention that the entries got from the passes' real queries, summed over query heads."""
+        if len(self.passes) == 1 and self.passes[0].seen.padding is None:
+            made = self._made(self.passes[0])
+            if made is not None:
+                return made[0].sum((2, 3))
         total = torch.zeros_like(self.keys[..., 0], dtype=torch.float32)
         for done in self.passes:
             n, first = done.queries.shape[3], self.group.first
@@ -184,12 +189,16 @@ class View:
         made = done.weights[self.place] if done.weights else None
         if made is None:
             return None
+        b, _, r, _, _ = done.queries.shape
+        made = made.reshape(b, len(self.group.heads), r, 1, -1)
+        if done.seen.padding is None:
+            return made, torch.ones((1,) * 5, dtype=torch.bool, device=made.device)
         own = torch.full((1, 1, 1), done.seen.offset, device=made.device)
         return made, done.seen.real(own).view(-1, 1, 1, 1, 1)
 
     def _queries(self, done: Pass) -> Tensor:
         whole = self.group.in_order and done.queries.shape[1] == len(self.group.heads)
-        return done.queries if whole else done.queries.index_select(1, self.group.index)
+        return done.queries if whole else self.group.own_of(done.queries)
 
     def _blocks(self, done: Pass, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Never more than one block of queries at a time."""
@@ -210,25 +219,23 @@ class View:
 
 def shrink(layer: Any, passes: list[Pass]) -> None:
     """After attention: notes are brought up to date, and what is over the policy's budget leaves."""
-    count = passes[-1].queries.shape[3]
-    decoding = count == 1 or (layer.record_past and passes[-1].seen.offset > 0)
-    context = passes[0].seen.offset < layer.context
-    parts = [own for own in layer.policy.parts if not own.is_full]
-    acting = [own for own in parts if own.acts(decoding=decoding, context=context)]
-    if acting or any(own.observes for own in parts):
+    decoding = passes[-1].queries.shape[3] == 1 or (layer.record_past and passes[-1].seen.offset > 0)
+    views = None
+    if layer.watching:
         views = _views(layer, passes)
-        for own in parts:
+        for own in layer.watching:
             for view in views:
                 own.observe(view)
-        for i, own in enumerate(acting):
-            if i or layer.heard:
-                # Attention's own weights are of entries that may have left.
-                asked = [replace(done, weights=()) for done in passes] if i else passes
-                views = _views(layer, [*layer.heard, *asked] if own.looks_back > 1 else asked)
-            _evict(layer, own, views, coming=0, least=own.interval if decoding else 1, fresh=not decoding)
+    for i, own in enumerate(layer.acting(decoding, passes[0].seen.offset < layer.context)):
+        asked, least = passes, own.interval if decoding else 1
+        if i or layer.heard:
+            # Attention's own weights are of entries that may have left.
+            asked, views = [replace(done, weights=()) for done in passes] if i else passes, None
+            asked = [*layer.heard, *asked] if own.looks_back > 1 else asked
+        _evict(layer, own, asked, views, coming=0, least=least, fresh=not decoding)
     if layer.looks_back > 1:
         _hear(layer, passes)
-    if not layer.record_past:
+    if layer.window is not None and not layer.record_past:
         trim(layer)
 
 
@@ -247,10 +254,9 @@ def make_room(layer: Any, coming: int) -> None:
     if layer.last is None:
         return
     context = layer.seen < layer.context
-    for own in layer.policy.parts:
-        if own.evicts_before and not own.is_full and own.acts(decoding=coming == 1, context=context):
-            views = _views(layer, [layer.last], coming)
-            _evict(layer, own, views, coming=coming, least=own.interval, fresh=False)
+    for own in layer.making_room:
+        if own.acts(decoding=coming == 1, context=context):
+            _evict(layer, own, [layer.last], None, coming=coming, least=own.interval, fresh=False)
 
 
 def _views(layer: Any, passes: list[Pass], coming: int = 0) -> list[View]:
@@ -260,21 +266,34 @@ def _views(layer: Any, passes: list[Pass], coming: int = 0) -> list[View]:
     return [View(group, place, passes, *fixed, **own) for place, group in enumerate(layer.store.groups)]
 
 
-def _evict(layer: Any, policy: Any, views: list[View], *, coming: int, least: int, fresh: bool) -> None:
+def _evict(
+    layer: Any, policy: Any, passes: list[Pass], views: list[View] | None, *, coming: int, least: int, fresh: bool
+) -> None:
     """Down to the targets, where some head is at least `least` entries above its own (with those that are coming)."""
+
+    def shown() -> list[View]:
+        return _views(layer, passes, coming) if views is None else views
+
     if fresh and policy.allocation is not None:
+        views = shown()
         targets = _shared_out(layer, policy, views, coming)
     else:
-        found = _targets(layer, policy, views[0], coming, fresh)
+        found = find_targets(layer, policy, passes[-1].seen, coming, fresh, lambda: shown()[0])
         if found.over < least:
             return
+        views = shown()
         if found.over == 1 and found.even is not None and _replaces(layer, policy, views, found):
             return
         targets = found.entries
     _set_targets(views, targets)
     layer.store.evict([_keep(policy, view) for view in views], layer.spare, layer.slack)
-    for view in _views(layer, views[0].passes):
-        layer.placed(policy, view)
+    _tell_placed(layer, policy, passes)
+
+
+def _tell_placed(layer: Any, policy: Any, passes: list[Pass]) -> None:
+    if policy.places or layer.turns is not None:
+        for view in _views(layer, passes):
+            layer.placed(policy, view)
 
 
 def _shared_out(layer: Any, policy: Any, views: list[View], coming: int) -> Tensor:
@@ -285,69 +304,37 @@ def _shared_out(layer: Any, policy: Any, views: list[View], coming: int) -> Tens
     spared = policy.smallest - 1
     above = (base - spared).clamp_min(1), layer.index, layer.layers, (views[0].count.cpu() - spared).clamp_min(0)
     mean = spared + policy.allocation.of_layer(*above)
-    targets = _less(policy, policy.targets(mean, layer, len(layer.store.lengths())), coming)
+    targets = less(policy, policy.targets(mean, layer, len(layer.store.lengths())), coming)
     _set_targets(views, targets)
     targets = policy.allocation.of_heads(_all_scores(policy, views), targets.to(views[0].group.index.device)).cpu()
     layer.shares = targets.double() / base.floor()[:, None].clamp_min(1)
     return targets
 
 
-class _Targets(NamedTuple):
-    """entries [b or 1, H] for every head; over: by how many the longest head stands above; even: the number of entries
-    [1, 1], where it is one for all rows and heads and every head stands as far above."""
-
-    entries: Tensor
-    over: int
-    even: Tensor | None
-
-
-def _targets(layer: Any, policy: Any, view: View, coming: int, fresh: bool) -> _Targets:
-    """Layers that hold alike are told alike: what the first of them finds out serves all."""
-    lengths = layer.store.lengths()
-    shares = None if policy.allocation is None else layer.shares
-    apart = policy.apart or shares is not None or layer.window is not None
-    asked = (id(policy), coming, fresh, tuple(lengths), layer.index if apart else None)
-    # The padding itself, not what it says: every layer of a pass is given the same tensor.
-    moment = (layer.seen, view.passes[-1].seen.padding)
-    at, told = view.shared.get(f"targets {coming}", ((None, None), {}))
-    if at[0] != moment[0] or at[1] is not moment[1]:
-        told = {}
-    if asked in told:
-        known: _Targets = told[asked]
-        return known
-    mean = policy.mean_target(layer, view)
-    targets = policy.targets(mean, layer, len(lengths))
-    if shares is not None and not fresh:
-        targets = (shares * mean.floor()[:, None]).round().long()
-    targets = _less(policy, targets, coming)
-    above = torch.tensor(lengths)[None] - targets
-    even = int(above.min()) == int(above.max()) and len(set(lengths)) == 1
-    found = _Targets(targets, int(above.max()), targets[:1, :1].to(view.group.index.device) if even else None)
-    view.shared[f"targets {coming}"] = moment, told
-    told[asked] = found
-    return found
-
-
-def _less(policy: Any, targets: Tensor, coming: int) -> Tensor:
-    return (targets - coming).clamp_min(policy.smallest - 1) if coming else targets
-
-
-def _replaces(layer: Any, policy: Any, views: list[View], targets: _Targets) -> bool:
+def _replaces(layer: Any, policy: Any, views: list[View], targets: Targets) -> bool:
     """Decoding as it mostly is: every head is one entry over, and every row holds one at every place. Then the last
     entry takes the place of the one that leaves, and nothing is ranked or counted."""
-    seen = views[0].passes[-1].seen
+    passes, groups = views[0].passes, layer.store.groups
+    seen = passes[-1].seen
     plain = seen.padding is None and seen.tensor is None and layer.window is None
-    plain = plain and layer.protected is None
-    if not plain or not policy.drops_alone or not all(view.group.simple for view in views):
+    if not plain or not policy.drops_alone or layer.protected is not None:
         return False
-    if any(view.group.capacity > view.group.length + layer.spare(view.group.length, view.group.heads) + layer.slack
-           for view in views):  # fmt: skip
-        return False
+    for group in groups:
+        if not group.simple or not _fits(layer, group):
+            return False
     for view in views:
         view.targets = targets.even
         view.group.replace(policy.worst(view))
-    for view in _views(layer, views[0].passes):
-        layer.placed(policy, view)
+    _tell_placed(layer, policy, passes)
+    return True
+
+
+def _fits(layer: Any, group: Group) -> bool:
+    """Whether a buffer stands above need by no more than its layer grants. What did at fewer entries still does."""
+    if group.fitted is None or group.fitted[0] != group.capacity or group.fitted[1] > group.length:
+        if group.capacity > group.length + layer.spare(group.length, group.heads) + layer.slack:
+            return False
+        group.fitted = group.capacity, group.length
     return True
 
 

@@ -59,6 +59,11 @@ class Group:
         # What keys and values are coded by, where they are.
         self.codec: Codec | None = None
         self.index = torch.tensor(heads, device=rows["keys"].device)
+        self.in_order = heads == list(range(len(heads)))
+        # Where heads that stand side by side begin among the layer's.
+        self._begin = heads[0] if heads == list(range(heads[0], heads[0] + len(heads))) else None
+        # Capacity and length at which the buffer was found to stand no more above its need than it may.
+        self.fitted: tuple[int, int] | None = None
         # Places from the oldest entry to the newest, but for the first `_skipped`; None where it is not known.
         self._queue: deque[int] | None = None
         self._skipped = 0
@@ -77,10 +82,6 @@ class Group:
         return self.rows["keys"].shape[2]
 
     @property
-    def in_order(self) -> bool:
-        return self.heads == list(range(len(self.heads)))
-
-    @property
     def value_dim(self) -> int:
         return self.rows["values"].shape[3] if self.codec is None else self.codec.value_dim()
 
@@ -89,6 +90,22 @@ class Group:
         if self.codec is not None and name in ("keys", "values"):
             return self.codec.view(self, name)
         return self.rows[name].narrow(2, self.start, self.length)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """The keys held [b * g, d, m] and the values [b * g, m, dv], where nothing is coded; not to be written to."""
+        found = []
+        for name in ("keys", "values"):
+            row = self.rows[name]
+            (b, g, _, d), (over, head, entry, feature) = row.shape, row.stride()
+            if b > 1 and over != g * head:
+                row = self.view(name).flatten(0, 1)
+                found.append(row.transpose(1, 2) if name == "keys" else row)
+                continue
+            # One operation in the place of three.
+            size, step = [d, self.length], [feature, entry]
+            size, step = (size, step) if name == "keys" else (size[::-1], step[::-1])
+            found.append(row.as_strided((b * g, *size), (head, *step), row.storage_offset() + self.start * entry))
+        return found[0], found[1]
 
     def slots(self) -> Tensor:
         """[b, g, m] of the tokens held ([1, 1, m] while they are counted)."""
@@ -100,6 +117,12 @@ class Group:
     def bias(self) -> Tensor | None:
         """[b, g, m] that is added to the entries' scores, None while nothing was merged."""
         return self.view("bias") if "bias" in self.rows and self.first is None else None
+
+    def own_of(self, rows: Tensor) -> Tensor:
+        """Its heads of all of the layer's, [b, H, ...] -> [b, g, ...]."""
+        if self._begin is None:
+            return rows.index_select(1, self.index)
+        return rows.narrow(1, self._begin, len(self.heads))
 
     def put(self, name: str, at: Tensor, new: Tensor) -> None:
         """Overwrites the entries at the places `at` [b, g, s] by new [b, g, s, ...]."""
@@ -212,14 +235,17 @@ class Group:
             at = self.start + hole
         elif self.start:
             hole = hole + self.start
+        known: dict[tuple[int, ...], Tensor] = {}
         for row in self.rows.values():
             if isinstance(hole, int):
                 row.select(2, at).copy_(row.select(2, last))
-            else:
-                index = hole.view(*hole.shape, *(1,) * (row.dim() - 2)).expand(*hole.shape, 1, *row.shape[3:])
-                end = row.narrow(2, last, 1)
-                # One row of one head lies in one piece, which scatter sees to be its own and refuses.
-                row.scatter_(2, index, end.clone() if hole.numel() == 1 else end)
+                continue
+            inner = tuple(row.shape[3:])
+            if inner not in known:
+                known[inner] = hole.view(*hole.shape, *(1,) * (row.dim() - 2)).expand(*hole.shape, 1, *inner)
+            end = row.narrow(2, last, 1)
+            # One row of one head lies in one piece, which scatter sees to be its own and refuses.
+            row.scatter_(2, known[inner], end.clone() if hole.numel() == 1 else end)
         self.length -= 1
         queue, self._queue = self._queue, None
         if queue and isinstance(hole, int) and queue[0] == hole and queue[-1] == self.length:
@@ -261,6 +287,17 @@ class Group:
         own = Group([self.heads[i] for i in members], rows, length, first=None, filled=bool(held.all()))
         own.codec = self.codec
         return own
+
+
+def side_by_side(groups: list[Group], parts: list[Tensor]) -> Tensor:
+    """[b, H, ...] in the order of heads, from each group's part [b, g, ...]."""
+    turn = sorted(range(len(groups)), key=lambda i: groups[i].heads[0])
+    heads = [head for i in turn for head in groups[i].heads]
+    out = torch.cat([parts[i] for i in turn], 1)
+    if heads == list(range(len(heads))):
+        return out
+    order = sorted(range(len(heads)), key=heads.__getitem__)
+    return out.index_select(1, torch.tensor(order, device=out.device))
 
 
 class Codec(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache as remembered
 from typing import Any
 
@@ -14,7 +15,7 @@ from manyheads.hosts.attend import Scoring, pack
 from manyheads.hosts.attention import Visibility
 from manyheads.shrink.attending import attend_group, sinks_of
 from manyheads.shrink.compress import Pass, make_room, shrink, trim
-from manyheads.shrink.group import room_for
+from manyheads.shrink.group import room_for, side_by_side
 from manyheads.shrink.moving import move_up, moving_rows
 from manyheads.shrink.store import Store
 from manyheads.shrink.trial import Trial, in_parts, without_last
@@ -51,14 +52,36 @@ class RaggedLayer(CacheLayerMixin):
         self.read: int | None = None
         # The latest queries, for policies that look back on more than those of a pass; replaced, never written to.
         self.heard: tuple[Pass, ...] = ()
-        asking = [own.looks_back for own in self.policy.parts if not own.is_full and own.acts(decoding=True)]
-        self.looks_back = max(asking, default=1)
+        self._plan()
         # A policy's shares of the budget per head, fixed at prefill.
         self.shares: Tensor | None = None
         # Weights of a single query on each group, for as long as its pass lasts.
         self._made: list[Tensor | None] = []
-        # The latest pass, for policies that make room before the next one (its queries are not kept).
+        # The latest query's pass, for policies that make room before the next one.
         self.last: Pass | None = None
+
+    def _plan(self) -> None:
+        """What the policy's parts ask for, found out once: a layer would pay for the question at every token."""
+        self._parts = [own for own in self.policy.parts if not own.is_full]
+        # Who is told of every pass, who makes room before one, and who is told different things in different layers.
+        self.watching = tuple(own for own in self._parts if own.observes)
+        self.making_room = tuple(own for own in self._parts if own.evicts_before)
+        self.apart = any(own.apart for own in self.policy.parts)
+        self._acting: dict[tuple[bool, bool], tuple[Any, ...]] = {}
+        self._notes = (*self.policy.notes, *(("bias",) if self.policy.weighted else ()))
+        asking = [own.looks_back for own in self._parts if own.acts(decoding=True)]
+        self.looks_back = max(asking, default=1)
+        acting = self.acting(True, True) or self.acting(True, False)
+        # Whether nothing is left to be done when a single token was answered.
+        self._idle = not (self.watching or acting or self.looks_back > 1) and self.window is None
+
+    def acting(self, decoding: bool, context: bool) -> tuple[Any, ...]:
+        """The parts that drop entries at such a pass; see Rules.acts."""
+        known = self._acting.get((decoding, context))
+        if known is None:
+            known = tuple(own for own in self._parts if own.acts(decoding=decoding, context=context))
+            self._acting[decoding, context] = known
+        return known
 
     def _empty(self) -> Store:
         storage = self.policy.storage
@@ -79,10 +102,13 @@ class RaggedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = {"keys": key_states, "values": value_states}
-        for name in (*self.policy.notes, *(("bias",) if self.policy.weighted else ())):
-            new[name] = key_states.new_zeros(key_states.shape[:3], dtype=torch.float32)
-        new |= moving_rows(self, key_states)
-        if self._in_parts():
+        if not self.store.groups:
+            # Later, groups know what stands beside their entries, and begin it with zeros.
+            for name in self._notes:
+                new[name] = key_states.new_zeros(key_states.shape[:3], dtype=torch.float32)
+        if self.turns is not None:
+            new |= moving_rows(self, key_states)
+        if self.record_past and self._in_parts():
             self.waiting = new
         else:
             self.take(new)
@@ -91,13 +117,12 @@ class RaggedLayer(CacheLayerMixin):
     def take(self, new: dict[str, Tensor]) -> None:
         """Rows [b, H, n, ...] of the tokens that come next."""
         count = new["keys"].shape[2]
-        if self.seen and not self.record_past:
-            with torch.no_grad():
-                make_room(self, count)
         if not self.store.groups and (count > 1 or self.store.codec is not None):
             self.store.adopt(new, self.seen)
         else:
-            with torch.no_grad():
+            with without_gradient():
+                if self.making_room and not self.record_past:
+                    make_room(self, count)
                 self.store.append(new, self.seen, self.spare)
         self.seen += count
 
@@ -105,7 +130,7 @@ class RaggedLayer(CacheLayerMixin):
         """Whether a pass that may be taken back is taken in parts, so that each token sees what it would see if it came
         alone: not where every entry is held and read, nor where nobody tells what of a first pass is certain. Who reads
         a part (and layers agree on it for a whole pass) does so for each token, except in a prompt."""
-        if not self.record_past or self.recorded:
+        if self.recorded:
             return False
         if self.policy.is_full:
             return self.policy.reads and self.guesses is not None and not self.seen
@@ -153,16 +178,18 @@ class RaggedLayer(CacheLayerMixin):
         return in_parts(self, new, query, scoring, seen)
 
     def answer(self, query: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
-        packed = pack(query, sum(len(group.heads) for group in self.store.groups))
+        packed = pack(query, self.store.heads)
         part, self._made = None, []
         if self.policy.reads:
             self.read = None
             part = self.policy.read(self, packed, self.store.groups[0], scoring, seen)
         out = self.ordinary(packed, scoring, seen) if part is None else part
-        with torch.no_grad():
-            self.finish(Pass(packed, scoring, seen, () if self.record_past else tuple(self._made)))
+        single = packed.shape[3] == 1
+        if not single or self.record_past or not self._idle or self.store.codec is not None:
+            with without_gradient():
+                self.finish(Pass(packed, scoring, seen, () if self.record_past else tuple(self._made)))
         self._made = []
-        if out.shape[3] == 1:
+        if single:
             return out.reshape(out.shape[0], 1, -1, out.shape[-1])
         return out.flatten(1, 2).transpose(1, 2).contiguous()
 
@@ -175,8 +202,9 @@ class RaggedLayer(CacheLayerMixin):
         else:
             shrink(self, [done])
         self._settle(done.seen)
-        if self.policy.evicts_before:
-            self.last = done.first_queries(0)
+        if self.making_room:
+            single = done.queries.shape[3] == 1
+            self.last = Pass(done.queries.detach(), done.scoring, done.seen) if single else done.last_queries(1)
 
     def _settle(self, seen: Visibility) -> None:
         self.store.own(self.spare)
@@ -196,13 +224,15 @@ class RaggedLayer(CacheLayerMixin):
             out, made = attend_group(queries, groups[0], scoring, seen)
             self._made = [made]
             return out
-        out = queries.new_empty((*queries.shape[:-1], groups[0].value_dim))
-        self._made = []
+        self._made, parts = [], list[Tensor]()
         for group in groups:
-            own = Scoring(scoring.scale, scoring.softcap, sinks_of(scoring, group, queries.shape[2]))
-            out[:, group.index], made = attend_group(queries.index_select(1, group.index), group, own, seen)
+            own = scoring
+            if scoring.sinks is not None:
+                own = Scoring(scoring.scale, scoring.softcap, sinks_of(scoring, group, queries.shape[2]))
+            part, made = attend_group(group.own_of(queries), group, own, seen)
+            parts.append(part)
             self._made.append(made)
-        return out
+        return side_by_side(groups, parts)
 
     def decodes(self, count: int, offset: int) -> bool:
         """Whether a pass of so many tokens, fed after `offset` others, is decoding: one token, or some on trial."""
@@ -306,6 +336,14 @@ class RaggedLayer(CacheLayerMixin):
         raise ValueError("a ragged cache is not offloaded: shrink it further, or use DynamicCache(offloading=True)")
 
     prefetch = offload
+
+
+def without_gradient() -> AbstractContextManager[None]:
+    """no_grad, where it is not on already: to find that out takes a tenth of its time."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 @remembered

@@ -84,6 +84,7 @@ class Rules(Hinted):
     fuses: ClassVar[bool] = False
     by_layer: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    places: ClassVar[bool] = False
     drops_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -182,6 +183,7 @@ class Rules(Hinted):
         # Whether layers with different numbers may be told different targets.
         cls.by_layer = cls.targets is not Rules.targets or cls.mean_target is not Rules.mean_target
         cls.observes = cls.observe is not Rules.observe
+        cls.places = cls.placed is not Rules.placed
         # Whether an entry leaves without changing others.
         cls.drops_alone = cls.merge is Rules.merge
 

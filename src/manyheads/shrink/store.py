@@ -24,6 +24,11 @@ class Store:
     def nbytes(self) -> int:
         return sum(group.nbytes for group in self.groups) + (0 if self.codec is None else self.codec.nbytes)
 
+    @property
+    def heads(self) -> int:
+        groups = self.groups
+        return len(groups[0].heads) if len(groups) == 1 else sum(len(group.heads) for group in groups)
+
     def entry_nbytes(self) -> int:
         """Bytes of an entry, its slot included."""
         rows = {k: row for k, row in self.groups[0].rows.items() if k != "slots"}
@@ -47,9 +52,11 @@ class Store:
             self.groups = [Group(list(range(heads)), rows, 0, first=slot)]
         if self.codec is not None:
             new = self.codec.take(new, slot)
+        if len(self.groups) == 1 and self.groups[0].in_order:
+            self.groups[0].append(new, slot, spare)
+            return
         for group in self.groups:
-            own = new if len(self.groups) == 1 else {k: row.index_select(1, group.index) for k, row in new.items()}
-            group.append(own, slot, spare)
+            group.append({k: group.own_of(row) for k, row in new.items()}, slot, spare)
 
     def adopt(self, new: dict[str, Tensor], slot: int) -> None:
         """Takes the tensors of a first pass as they are: for a pass after which most of them will be dropped."""

@@ -35,8 +35,13 @@ class H2O(Policy):
         return 2 if self.recent_size is None else self.recent_size + 1
 
     def observe(self, view: View) -> None:
+        view.note("mass").add_(view.received())
+
+    def worst(self, view: View) -> Tensor | int:
+        """Asked where nothing is padding: a slot is a position then."""
+        recent = view.total - self._recent(view)
         mass = view.note("mass")
-        mass += view.received()
+        return mass.masked_fill(view.group.slots() >= recent, torch.finfo(mass.dtype).max).argmin(-1)
 
     def score(self, view: View) -> Tensor:
         mass, recent = view.note("mass"), self._recent(view)

@@ -25,10 +25,14 @@ class KeyNorm(Policy):
         return () if self.is_full or not self.acts(decoding=True) else ("norm",)
 
     def observe(self, view: View) -> None:
-        if self.notes:
-            new = min(view.group.length, sum(done.queries.shape[3] for done in view.passes))
-            keys = view.keys.narrow(2, view.group.length - new, new)
-            view.note("norm").narrow(2, view.group.length - new, new).copy_(_norm(keys))
+        if not self.notes:
+            return
+        new = min(view.group.length, sum([done.queries.shape[3] for done in view.passes]))
+        at = view.group.length - new
+        view.note("norm").narrow(2, at, new).copy_(_norm(view.keys.narrow(2, at, new)))
+
+    def worst(self, view: View) -> Tensor | int:
+        return view.note("norm").argmax(-1) if self.notes else super().worst(view)
 
     def score(self, view: View) -> Tensor:
         return -(view.note("norm") if self.notes else _norm(view.keys))

@@ -86,18 +86,20 @@ class StreamingLLM(Policy):
 
     def _turn_alike(self, layer: Any, view: View) -> None:
         """Without padding the sinks are the first entries of every row and as far behind in all, in every layer."""
-        gap, half = view.total - view.group.length, layer.angles.numel()
-        sinks = view.keys[:, :, : self.sink_size]
+        gap, turning = view.total - view.group.length, 2 * layer.angles.numel()
+        sinks = view.keys.narrow(2, 0, min(self.sink_size, view.group.length))
         came = layer.memo["sinks"] if layer.memo else sinks.clone()
         known = view.shared.get("turn")
-        if known is None or known[0] != gap or known[1] is not layer.angles:
+        if known is None or known[0] != gap or known[1] is not layer.angles or known[2].shape != came.shape[:2]:
             angle = (gap * layer.angles).to(sinks.device)
-            view.shared["turn"] = known = gap, layer.angles, angle.cos(), angle.sin()
-        cos, sin = known[2:]
-        left, right = came[..., :half], came[..., half : 2 * half]
-        sinks[..., :half] = left * cos - right * sin
-        sinks[..., half : 2 * half] = right * cos + left * sin
-        layer.memo = {"sinks": came, "gap": came.new_full(came.shape[:2], gap, dtype=torch.long)}
+            sin = angle.sin()
+            gaps = came.new_full(came.shape[:2], gap, dtype=torch.long)
+            view.shared["turn"] = known = gap, layer.angles, gaps, angle.cos().repeat(2), torch.cat([-sin, sin])
+        _, _, gaps, cos, sin = known
+        layer.memo = {"sinks": came, "gap": gaps}
+        if turning < came.shape[3]:
+            came, sinks = came.narrow(3, 0, turning), sinks.narrow(3, 0, turning)
+        sinks.copy_(torch.addcmul(came * cos, came.roll(turning // 2, -1), sin))
 
 
 def recency(view: View, sink_size: int) -> Tensor:

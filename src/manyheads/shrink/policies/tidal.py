@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from manyheads.hosts.attend import Mask, Scoring, masked_attention, probabilities
+from manyheads.hosts.attend import Mask, Scoring, lies_by_feature, masked_attention, probabilities, two_products
 from manyheads.hosts.attention import Visibility
 from manyheads.shrink.group import Group
 from manyheads.shrink.policy import Policy
@@ -87,10 +87,11 @@ class TidalDecode(Policy):
                 shared["slots"] = best_slots(queries, group, scoring, seen, count)
             return None
         slots: Tensor = shared["slots"].to(queries.device)
+        layer.read = count
+        out = attend_to(queries, group, slots, scoring, seen, shared)
         if layer.index == layer.layers - 1:
             shared.clear()
-        layer.read = count
-        return attend_to(queries, group, slots, scoring, seen)
+        return out
 
 
 def best_slots(queries: Tensor, group: Group, scoring: Scoring, seen: Visibility, count: int) -> Tensor:
@@ -116,11 +117,22 @@ def best_slots(queries: Tensor, group: Group, scoring: Scoring, seen: Visibility
     return torch.stack(found, 2)
 
 
-def attend_to(queries: Tensor, group: Group, slots: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
-    """Attention [b, g, r, n, dv] of every query to its own slots [b, h, n, k], of counted slots."""
+def attend_to(
+    queries: Tensor,
+    group: Group,
+    slots: Tensor,
+    scoring: Scoring,
+    seen: Visibility,
+    shared: dict[str, Any] | None = None,
+) -> Tensor:
+    """Attention [b, g, r, n, dv] of every query to its own slots [b, h, n, k], of counted slots. shared: what layers
+    that are given the same slots may hand on to each other."""
     assert group.first is not None
     g, r, n = queries.shape[1:4]
     if scoring.sinks is None and group.length <= COPIED * r * slots.shape[3]:
+        alike = n == 1 and scoring.plain and _sees_all(seen) and group.filled and group.codec is None
+        if alike and shared is not None and lies_by_feature(group.rows["keys"]):
+            return _alike(queries, group, slots, scoring, shared)
         return _under_mask(queries, group, slots, scoring, seen)
     keys, values, rows = group.view("keys"), group.view("values"), []
     for i in range(n):
@@ -138,6 +150,19 @@ def attend_to(queries: Tensor, group: Group, slots: Tensor, scoring: Scoring, se
             out.append(masked_attention(line[:, heads], *picked, part, _always(seen_here)))
         rows.append(torch.cat(out, 1))
     return torch.cat(rows, 3).view(*queries.shape[:4], -1)
+
+
+def _alike(queries: Tensor, group: Group, slots: Tensor, scoring: Scoring, shared: dict[str, Any]) -> Tensor:
+    """The same of a single query, under a mask that is made once for all layers that read the same slots."""
+    b, g, r = queries.shape[:3]
+    made, moment = shared.get("mask"), (group.first, group.length)
+    if made is None or made[0] is not slots or made[1] != moment:
+        mask = queries.new_full((b * g, r, group.length + 1), -torch.inf)
+        # Slots that are no longer held fall on a place of their own.
+        places = (slots - (group.first or 0) + 1).clamp_min(0).view(b * g, r, -1)
+        mask = mask.scatter_(2, places, 0.0)[..., 1:]
+        shared["mask"] = made = slots, moment, mask
+    return two_products(queries, *group.matrices(), scoring.scale, made[2])[0]
 
 
 def _under_mask(queries: Tensor, group: Group, slots: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
