@@ -76,7 +76,8 @@ def map_sizes(module: Any, cells: int) -> Any:
 
 def _take_apart(module: Any, args: Any, kwargs: Any) -> Any:
     x, mask = _x_of(args, kwargs), kwargs.get("mask")
-    sizes = map_sizes(module, x.shape[1]) if isinstance(x, Tensor) and x.ndim == 3 else None
+    whole = isinstance(x, Tensor) and x.ndim == 3 and x.layout is torch.strided
+    sizes = map_sizes(module, x.shape[1]) if whole else None
     if sizes is None:
         return None
     lengths, widths = [h * w for h, w in sizes], module.map_dims or (module.dim,) * len(sizes)
