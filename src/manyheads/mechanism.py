@@ -175,7 +175,13 @@ class Mechanism(Checks, ABC):
                 raise ValueError(f"{self.card.name}: {what} given for maps, which have no order; leave it out")
         masks, _ = self._check_mask(Pattern.MAPS, x, None, mask, None)
         maps = tuple(x) if masks is None else tuple(blanked(one, ~real) for one, real in zip(x, masks, strict=True))
-        return self.attend(maps, None, Call(Pattern.MAPS, masks, need_weights=need_weights, inputs=inputs))
+        try:
+            return self.attend(maps, None, Call(Pattern.MAPS, masks, need_weights=need_weights, inputs=inputs))
+        except RuntimeError as error:
+            why = None if torch.compiler.is_compiling() else self._unlike(maps[0], maps[1:])
+            if why is None:
+                raise
+            raise ValueError(why) from error
 
     def _pass(self, x: Tensor, context: Context | None, call: Call) -> Result:
         """Attends; a pass that breaks off leaves the state as it was."""

@@ -16,6 +16,7 @@ from manyheads.explain.attributions import METHODS, LogitFlow
 from manyheads.explain.interventions import boost, scaled, steer
 from manyheads.hosts.calls import MechanismCall
 from manyheads.hosts.taps import AttentionCall, record, tap
+from manyheads.testing.fed import feed
 
 INSIDE = [
     "back-attention", "bam", "calm", "coca", "complexformer", "dgqa", "efficient-slices", "eit", "entmax",
@@ -28,13 +29,13 @@ OWN_MIX = ["dgqa", "mhe", "shaw"]
 
 
 def passes(name: str) -> list[tuple[Any, Tensor, dict[str, Any]]]:
-    """A pass of every declared pattern but grids: the module, x and what else it is called with."""
+    """A pass of every declared pattern of tokens in a row: the module, x and what else it is called with."""
     torch.manual_seed(1)
     found = []
     for pattern in sorted(card(name).patterns):
-        if pattern is Pattern.GRID:
+        if pattern in (Pattern.GRID, Pattern.GRID_CROSS, Pattern.VOLUME, Pattern.MAPS, Pattern.GRAPH):
             continue
-        module = built(name, pattern.causal)
+        module = feed(built(name, pattern.causal), pattern)
         x, more = torch.randn(2, 9, module.dim, dtype=torch.float64), {}
         if pattern.cross:
             source = torch.randn(2, 7, module.source_dim or module.dim, dtype=torch.float64)

@@ -38,8 +38,15 @@ from manyheads.models import (
 )
 
 CAUSAL = list_attentions(pattern="causal-self")
-SELF = sorted({*CAUSAL, *list_attentions(pattern="noncausal-self")})
-IMAGES = sorted({*SELF, *list_attentions(pattern="grid")})
+
+
+def passed(names: list[str]) -> list[str]:
+    """Those that a model can give all that they take: what it cannot, a comparison refuses by name."""
+    return [name for name in names if all(what.startswith("optional") for what in card(name).takes.values())]
+
+
+SELF = passed(sorted({*CAUSAL, *list_attentions(pattern="noncausal-self")}))
+IMAGES = passed(sorted({*SELF, *list_attentions(pattern="grid")}))
 CROSS = [name for name in list_attentions(pattern="causal-cross") if single_source(name)]
 POOLS = list_attentions(pattern="pool")
 

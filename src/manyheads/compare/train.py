@@ -197,7 +197,8 @@ def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
 def unpassed(name: str) -> str:
     """'' where a model can give the mechanism all that it reads; else what it cannot, as a reason to measure nothing:
     the figures would be those of the same rule over arbitrary features."""
-    inputs = mechanism_class(name).card.inputs
+    card = mechanism_class(name).card
+    inputs = {**card.inputs, **{key: what for key, what in card.takes.items() if not what.startswith("optional")}}
     words = "; ".join(f"{key} ({what})" for key, what in inputs.items())
     return f"{name} reads more than its tokens, and the models pass none of it yet: {words}" if inputs else ""
 

@@ -42,8 +42,12 @@ def feed(module: Mechanism, pattern: Pattern) -> Mechanism:
     return module
 
 
+def _x_of(args: Any, kwargs: Any) -> Any:
+    return args[0] if args else kwargs.get("x")
+
+
 def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
-    x, state = args[0] if args else kwargs.get("x"), kwargs.get("state")
+    x, state = _x_of(args, kwargs), kwargs.get("state")
     if not isinstance(x, Tensor) or x.ndim not in (3, 4, 5):
         return None
     seen = getattr(state, "length", 0)
@@ -71,8 +75,9 @@ def map_sizes(module: Any, cells: int) -> Any:
 
 
 def _take_apart(module: Any, args: Any, kwargs: Any) -> Any:
-    x, mask = args[0], kwargs.get("mask")
-    sizes = map_sizes(module, x.shape[1]) if isinstance(x, Tensor) and x.ndim == 3 else None
+    x, mask = _x_of(args, kwargs), kwargs.get("mask")
+    whole = isinstance(x, Tensor) and x.ndim == 3 and x.layout is torch.strided
+    sizes = map_sizes(module, x.shape[1]) if whole else None
     if sizes is None:
         return None
     lengths, widths = [h * w for h, w in sizes], module.map_dims or (module.dim,) * len(sizes)
@@ -83,6 +88,8 @@ def _take_apart(module: Any, args: Any, kwargs: Any) -> Any:
     )
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == x.shape[1]:
         mask = tuple(part.unflatten(1, size) for part, size in zip(mask.split(lengths, 1), sizes, strict=True))
+    if not args:
+        return args, {**kwargs, "x": maps, "mask": mask}
     return (maps, *args[1:]), {**kwargs, "mask": mask}
 
 
