@@ -87,8 +87,7 @@ def choose_past_blocks(q: Tensor, k: Tensor, block: int, top_k: int, real: Tenso
     seen = None if real is None else real[:, :kept]
     means, filled = block_means(k[:, :, :kept], ids, whole, seen)
     parts = [
-        choose_blocks(mean_gates(q[:, :, rows], means, filled), own[:, rows], top_k)
-        for rows in spans(n, _GATE_ROWS)
+        choose_blocks(mean_gates(q[:, :, rows], means, filled), own[:, rows], top_k) for rows in spans(n, _GATE_ROWS)
     ]
     return torch.cat([index for index, _ in parts], 2), torch.cat([chosen for _, chosen in parts], 2)
 
