@@ -1,4 +1,4 @@
-"""Lengths that are symbols while a graph is traced: no loop can count by them, and no branch may ask how long they are."""
+"""Lengths that are symbols while a graph is traced: no loop can count by them, no branch may ask how long they are."""
 
 from __future__ import annotations
 
