@@ -25,6 +25,7 @@ from manyheads.functional.grouped import (
     masked_softmax,
 )
 from manyheads.functional.layers import rms_norm
+from manyheads.functional.lengths import within
 from manyheads.functional.rotary import Rotary, rotate
 from manyheads.functional.where import Where as Where
 from manyheads.inner import Inner
@@ -202,7 +203,7 @@ class SoftmaxAttention(Mechanism):
         plain = {"select", "mask_mod"}.isdisjoint(changed_stages(type(self)))
         if (
             plain
-            and (self.shell.window is None or not where.causal or len(where.j) <= self.shell.window)
+            and (self.shell.window is None or not where.causal or within(where.j.shape[0], self.shell.window))
             and where.padding is None
             and where.dense is None
             and (where.square or not where.causal or q.shape[2] == 1)
@@ -217,9 +218,9 @@ class SoftmaxAttention(Mechanism):
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor | None:
         """`fused` within the window of the shell, of which a faster way of a mechanism's own does not know."""
         window = self.shell.window
-        if window is None or not where.causal or len(where.j) <= window:
+        if window is None or not where.causal or within(where.j.shape[0], window):
             return self.fused(q, k, v, where)
-        if where.dense is None and q.shape[2] > window and not (self.eager or changed_stages(type(self))):
+        if where.dense is None and not within(q.shape[2], window) and not (self.eager or changed_stages(type(self))):
             return banded_attention(q, k, v, [window] * self.heads, scale=self.scale, padding=where.padding)
         return SoftmaxAttention.fused(self, q, k, v, where)
 
@@ -233,7 +234,8 @@ class SoftmaxAttention(Mechanism):
         q, k, v = self.project(x, x)
         q, k = self.position(q, k, positions, positions)
         if state is None:
-            return q, k, v, Where(i, i, positions, positions, call.padding, call.dense, self.causal)
+            counted = call.positions is None
+            return q, k, v, Where(i, i, positions, positions, call.padding, call.dense, self.causal, counted)
         usual = torch.arange(call.seen + n, device=x.device)[None]
         padding = state.append_optional("padding", call.padding, torch.ones_like(usual, dtype=torch.bool))
         held_positions = state.append_optional("positions", call.positions, usual)
@@ -241,9 +243,9 @@ class SoftmaxAttention(Mechanism):
         j = usual[0, call.seen + n - k.shape[2] :]
         dense = None if call.dense is None else call.dense[..., -len(j) :]
         state.advance(n, self.span)
-        where = Where(
-            i, j, positions, j[None] if held_positions is None else held_positions, padding, dense, self.causal
-        )
+        counted = held_positions is None
+        key_positions = j[None] if held_positions is None else held_positions
+        where = Where(i, j, positions, key_positions, padding, dense, self.causal, counted)
         return q, k, v, where
 
     def _read_context(

@@ -65,8 +65,10 @@ def _class(model: str, kind: str) -> type:
     return type(f"Test_{model}_{kind}".replace("-", "_"), bases, {"model": model, "kind": kind})
 
 
-for each in os.environ["CLIENTS_KINDS"].split(","):
-    for which in models.MODELS:
-        if models.applies(which, each):
-            made = _class(which, each)
-            globals()[made.__name__] = made
+def _classes() -> list[type]:
+    kinds = os.environ["CLIENTS_KINDS"].split(",")
+    return [_class(model, kind) for kind in kinds for model in models.MODELS if models.applies(model, kind)]
+
+
+# In a function: a class that a loop leaves behind under a second name is collected a second time.
+globals().update((made.__name__, made) for made in _classes())

@@ -100,20 +100,12 @@ def case(element: ElementTree.Element) -> dict[str, Any]:
         if child.tag in ("failure", "error", "skipped"):
             outcome, why = child.tag, (child.get("message") or "").split("\n")[0][:300]
     model = group[1].replace("_", "-") if group else next((m for m in models.MODELS if m in "".join(words)), "")
-    known = REASONS.get((model, name))
+    kind = group[2] if group else next((k for k in models.KINDS if re.search(rf"\b{k}\b", "".join(words))), "")
+    known = REASONS.get((model, name)) or REASONS.get((kind, name))
     if outcome == "skipped" or (outcome != "passed" and known):
         outcome, why = "not applicable", known or why
-    if group:
-        return {
-            "client": "ModelTesterMixin",
-            "model": model,
-            "kind": group[2],
-            "test": name,
-            "outcome": outcome,
-            "why": why,
-        }
-    kind = next((k for k in models.KINDS if re.search(rf"\b{k}\b", "".join(words))), "")
-    return {"client": name, "model": model, "kind": kind, "test": whole, "outcome": outcome, "why": why}
+    client, test = ("ModelTesterMixin", name) if group else (name, whole)
+    return {"client": client, "model": model, "kind": kind, "test": test, "outcome": outcome, "why": why}
 
 
 def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import causal_lm, seq2seq, single_source, tokens
+from tiny_models import causal_lm, seq2seq, single_source, spec, tokens
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -247,6 +247,18 @@ def test_encoder_decoder(cross: str) -> None:
     assert beams[0].tolist() == beams[1].tolist()
     guessed = generate(model, ids[:1], prompt_lookup_num_tokens=2, output_logits=False)
     assert guessed.sequences[0].tolist() == found.sequences[0].tolist()
+
+
+def test_beams_behind_an_encoder_with_an_auxiliary_loss() -> None:
+    """The encoder's loss has no row for each beam."""
+    model, ids = seq2seq("softmax", layers=[spec("moh")]), tokens(2, 6)
+    beams = [generate(model, ids, num_beams=3, use_cache=cache).sequences for cache in (True, False)]
+    assert beams[0].tolist() == beams[1].tolist()
+    with torch.no_grad():
+        read = model.model.encoder(ids)
+    assert read.aux_loss is not None
+    given = generate(model, None, encoder_outputs=read, num_beams=3).sequences
+    assert given.tolist() == beams[0].tolist()
 
 
 def test_left_padded_encoder() -> None:

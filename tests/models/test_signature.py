@@ -141,18 +141,19 @@ def test_a_dynamic_cache_of_another_shape_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft
-def test_prefix_tuning() -> None:
+@pytest.mark.parametrize(("mechanism", "heads"), [("softmax", 4), ("gqa", 2), ("mqa", 1)])
+def test_prefix_tuning(mechanism: str, heads: int) -> None:
     """Prefixes are keys and values that stand before every layer's own, and are trained."""
     from peft import PrefixTuningConfig, get_peft_model
 
-    base, ids = causal_lm("softmax"), tokens(2, 5)
+    base, ids = causal_lm(mechanism), tokens(2, 5)
     model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).double()
     prefix = model.prompt_encoder["default"].embedding.weight
     out = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     out.loss.backward()
     assert bool((prefix.grad.abs().sum(1) > 0).all())
     cache = DynamicCache()
-    rows = prefix.detach().view(3, 2, 2, 4, 4)  # token, layer, key or value, head, feature
+    rows = prefix.detach().view(3, 2, 2, heads, 4)  # token, layer, key or value, head, feature
     for layer in range(2):
         keys, values = (rows[:, layer, kind].transpose(0, 1)[None].repeat(2, 1, 1, 1) for kind in range(2))
         cache.update(keys, values, layer)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyheads.functional.lengths import varies
+
 # Entries of a mask that differs from one batch row to the next, built at once.
 _MASK_ENTRIES = 1 << 22
 
@@ -35,6 +37,8 @@ def _one_head(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, paddin
     """q [b, n, d], k and v [b, m, d] -> [b, n, d]: the rows before the band is full, whole blocks of rows, the rest."""
     n, behind = q.shape[1], k.shape[1] - q.shape[1]
     block = min(max(window, 16), 64)
+    if varies(n):
+        return _even(q, k, v, window, block, scale, padding)
     ramp = min(max(window - 1 - behind, 0), n)
     count = (n - ramp) // block
     parts = []
@@ -50,6 +54,23 @@ def _one_head(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, paddin
         body = _blocks(q[:, ramp : ramp + count * block], k[:, first:], v[:, first:], window, block, scale, seen)
         parts.insert(1 if ramp else 0, body)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _even(q: Tensor, k: Tensor, v: Tensor, window: int, block: int, scale: float, padding: Tensor | None) -> Tensor:
+    """The same in whole blocks alone, for a length that varies: one block more than n // block holds the rest, a second
+    makes the count never one, of which tracing would make a case of its own. All is looked up by index: whether an
+    expression fits into a slice, or divides a size, would be asked of every length."""
+    n, m = q.shape[1], k.shape[1]
+    first = torch.arange(n // block + 2, device=q.device)[:, None] * block
+    rows = first + torch.arange(block, device=q.device)
+    reach = first + torch.arange(1 - window, block, device=q.device) + (m - n)
+    lag = torch.arange(block, device=q.device)[:, None] - torch.arange(1 - window, block, device=q.device)
+    allowed = (lag >= 0) & (lag < window) & ((reach >= 0) & (reach < m))[:, None]
+    rows, reach = rows.clamp(max=n - 1), reach.clamp(0, m - 1)
+    if padding is not None:
+        allowed = allowed & padding[:, reach][:, :, None]
+    mixed = F.scaled_dot_product_attention(q[:, rows], k[:, reach], v[:, reach], attn_mask=allowed, scale=scale)
+    return mixed.flatten(1, 2)[:, torch.arange(n, device=q.device)]
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, padding: Tensor | None) -> Tensor:

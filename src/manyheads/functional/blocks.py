@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.functional.grouped import grouped_scores
+from manyheads.functional.lengths import spans, varies
 
 # Queries whose gates are held at once.
 _GATE_ROWS = 2048
@@ -23,8 +24,8 @@ def block_ids(positions: Tensor, block: int) -> Tensor:
     sequence, so that an earlier block holds earlier tokens only, whatever the positions are.
     """
     own = positions // block
-    new = (own[:, 1:] != own[:, :-1]) | (positions[:, 1:] < positions[:, :-1])
-    return F.pad(new.long().cumsum(1), (1, 0))
+    before = (torch.arange(positions.shape[1], device=positions.device) - 1).clamp(min=0)
+    return ((own != own[:, before]) | (positions < positions[:, before])).long().cumsum(1)
 
 
 def block_means(k: Tensor, ids: Tensor, blocks: int, real: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -76,15 +77,17 @@ def choose_past_blocks(q: Tensor, k: Tensor, block: int, top_k: int, real: Tenso
     own = torch.arange(m - n, m, device=q.device)[None] // block
     # Blocks before the newest query's are whole; its own takes no part.
     whole = (m - 1) // block
+    kept = whole * block
+    if varies(m):  # every block, and empty ones behind them, so that there are always enough to choose from
+        whole, kept = m // block + top_k, m
     if whole == 0 or top_k == 1:
         none = q.new_zeros(*q.shape[:3], 0, dtype=torch.long)
         return none, none.bool()
-    ids = torch.arange(whole * block, device=q.device)[None] // block
-    seen = None if real is None else real[:, : whole * block]
-    means, filled = block_means(k[:, :, : whole * block], ids, whole, seen)
+    ids = torch.arange(kept, device=q.device)[None] // block
+    seen = None if real is None else real[:, :kept]
+    means, filled = block_means(k[:, :, :kept], ids, whole, seen)
     parts = [
-        choose_blocks(mean_gates(q[:, :, rows], means, filled), own[:, rows], top_k)
-        for rows in (slice(start, start + _GATE_ROWS) for start in range(0, n, _GATE_ROWS))
+        choose_blocks(mean_gates(q[:, :, rows], means, filled), own[:, rows], top_k) for rows in spans(n, _GATE_ROWS)
     ]
     return torch.cat([index for index, _ in parts], 2), torch.cat([chosen for _, chosen in parts], 2)
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyheads.functional.lengths import spans
+
 # Rows of a dense mask that are built at once: bounds the memory of a masked pass to this many rows of length m.
 MASK_ROWS = 512
 
@@ -91,8 +93,7 @@ def attend_rows(
     """The same where the mask of a slice of the queries is made when it is needed, [b or 1, h or 1, rows, m] or None
     for everything. causal: the last query stands at the last key, and no mask allows a key behind its query."""
     n, m, parts = q.shape[2], k.shape[2], []
-    for start in range(0, n, MASK_ROWS):
-        rows = slice(start, min(start + MASK_ROWS, n))
+    for rows in spans(n, MASK_ROWS):
         reach = m - n + rows.stop if causal else m
         part, keys, values, mask = q[:, :, rows], k[:, :, :reach], v[:, :, :reach], allowed(rows)
         if mask is None:

@@ -20,13 +20,14 @@ def joined(call: Call, x: Tensor, causal: bool, **rows: Tensor) -> tuple[Where, 
     j = torch.arange(seen + n, device=x.device)
     own = call.query_positions(x)
     if state is None:
-        return Where(j, j, own, own, call.padding, call.dense, causal), tuple(rows.values())
+        where = Where(j, j, own, own, call.padding, call.dense, causal, call.positions is None)
+        return where, tuple(rows.values())
     padding = state.append_optional("padding", call.padding, torch.ones_like(j, dtype=torch.bool)[None])
     positions = state.append_optional("positions", call.positions, j[None])
     held = tuple(state.append(name, value) for name, value in rows.items())
     state.advance(n)
     key_positions = j[None] if positions is None else positions
-    return Where(j[seen:], j, own, key_positions, padding, call.dense, causal), held
+    return Where(j[seen:], j, own, key_positions, padding, call.dense, causal, positions is None), held
 
 
 def attend_where(

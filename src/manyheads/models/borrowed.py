@@ -58,6 +58,16 @@ def obstacle(past: Any, stack: Stack) -> str | None:
     return None
 
 
+def shape_of_rows(stack: Stack) -> dict[str, int]:
+    """How many key/value heads of how many features stand in such a cache, by the names of transformers'
+    configurations, which PEFT reads to make prefixes; nothing where layers differ, or hold something else."""
+    if not stack.can_cache or obstacle(DynamicCache(), stack):
+        return {}
+    blocks: list[Any] = list(stack.layers)
+    found = {(block.self_attn.mechanism.kv_heads, block.self_attn.mechanism.head_dim) for block in blocks}
+    return dict(zip(("num_key_value_heads", "head_dim"), found.pop(), strict=True)) if len(found) == 1 else {}
+
+
 def _holds_more(mixer: Mixer) -> str | None:
     """What a mixer has in its state besides keys and values as they are."""
     cls = type(mixer.mechanism)

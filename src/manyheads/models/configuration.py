@@ -125,6 +125,12 @@ class ManyheadsConfig(PreTrainedConfig):
         """The configuration itself: encoder and decoder share it."""
         return self
 
+    def tell_rows(self, shape: Mapping[str, int]) -> None:
+        """num_key_value_heads and head_dim of a model that was built: all layers', or neither."""
+        for name in ("num_key_value_heads", "head_dim"):
+            self.__dict__.pop(name, None)
+        self.__dict__.update(shape)
+
     # -- what each layer is ------------------------------------------------------------------------------------------
 
     def encoder_specs(self) -> list[Spec]:

@@ -197,6 +197,13 @@ class ManyheadsForSeq2SeqLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
             raise ValueError("decoder_causal=False: decoder tokens see each other, so there is no order to generate in")
         return super().generate(*args, **kwargs)
 
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Without the encoder's auxiliary loss, which has no rows to repeat for beams and samples."""
+        outputs = kwargs.get("encoder_outputs")
+        if isinstance(outputs, dict):
+            kwargs["encoder_outputs"] = type(outputs)(**{k: v for k, v in outputs.items() if k != "aux_loss"})
+        return super()._expand_inputs_for_generation(*args, **kwargs)
+
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Labels one place to the right, after the start token."""
         config = self.config

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, Seq2SeqModelO
 from transformers.utils.generic import can_return_tuple
 
 from manyheads.mechanism import Mechanism
-from manyheads.models.borrowed import BorrowedCache, obstacle, refused
+from manyheads.models.borrowed import BorrowedCache, obstacle, refused, shape_of_rows
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
 from manyheads.models.layers import ScaledEmbedding, ShortConvolution, Stack, build_decoder, build_stack, fill_gaps
@@ -128,6 +128,7 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
             config.vocab_size, config.hidden_size, scale=config.embedding_scale
         )
         self.stack = build_stack(config, causal if config.is_causal is None else config.is_causal)
+        config.tell_rows(shape_of_rows(self.stack))
         self.post_init()
 
     @can_return_tuple

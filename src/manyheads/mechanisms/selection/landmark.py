@@ -71,7 +71,7 @@ class Landmark(SoftmaxAttention):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         q, k, v, where = self._read(x, context, call)
-        usual = call.dense is None and torch.equal(where.key_positions, where.j.expand_as(where.key_positions))
+        usual = call.dense is None and where.usual
         retrieves = usual and self.top_k is not None and not call.need_weights
         step, parts, weights = ROWS if retrieves else MASK_ROWS, [], []
         for start in range(0, q.shape[2], step):

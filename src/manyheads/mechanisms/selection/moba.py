@@ -20,6 +20,7 @@ from manyheads.functional.blocks import (
     mean_gates,
 )
 from manyheads.functional.grouped import attend_grouped
+from manyheads.functional.lengths import within
 from manyheads.functional.rotary import Rotary
 from manyheads.kernels.block_sparse import block_sparse_attention
 from manyheads.registry import register
@@ -74,7 +75,9 @@ class MoBA(SoftmaxAttention):
 
     def select(self, q: Tensor, k: Tensor, where: Where) -> Tensor | None:
         ids = block_ids(where.key_positions, self.block)
-        own, blocks = ids[:, where.i], int(ids[:, -1].max()) + 1
+        own = ids[:, where.i]
+        # Traced, how many there are is not known: one for each key, and empty ones to choose from.
+        blocks = ids.shape[1] + self.top_k if torch.compiler.is_compiling() else int(ids[:, -1].max()) + 1
         allowed = where.allowed()
         if where.dense is None:
             gates = mean_gates(q, *block_means(k, ids, blocks, where.padding))
@@ -86,10 +89,9 @@ class MoBA(SoftmaxAttention):
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor | None:
         n, m, real = q.shape[2], k.shape[2], where.padding
-        usual = torch.equal(where.key_positions, where.j.expand_as(where.key_positions))
-        if not usual or where.dense is not None or n not in (1, m):
+        if not where.usual or where.dense is not None or n not in (1, m):
             return super().fused(q, k, v, where)
-        if m <= self.block * self.top_k and real is None:
+        if within(m, self.block * self.top_k) and real is None:
             return attend_grouped(q, k, v, scale=self.scale, causal=n > 1)
         index, chosen = choose_past_blocks(q, k, self.block, self.top_k, real)
         if n == 1:

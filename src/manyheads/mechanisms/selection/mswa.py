@@ -9,6 +9,7 @@ from torch import Tensor
 
 from manyheads.card import Card, Family
 from manyheads.functional.banded import banded_attention
+from manyheads.functional.lengths import within
 from manyheads.functional.rotary import Rotary
 from manyheads.registry import register
 from manyheads.softmax import SoftmaxAttention, Where
@@ -71,6 +72,6 @@ class MSWA(SoftmaxAttention):
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor | None:
         # Up to one window of queries, one small mask for all heads costs less than a band for each.
-        if where.dense is not None or q.shape[2] <= self.window:
+        if where.dense is not None or within(q.shape[2], self.window):
             return super().fused(q, k, v, where)
         return banded_attention(q, k, v, self.windows, scale=self.scale, padding=where.padding)
