@@ -10,7 +10,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from manyheads.hosts.attention import Visibility
-    from manyheads.shrink.compress import View
 
 
 class Targets(NamedTuple):
@@ -23,7 +22,7 @@ class Targets(NamedTuple):
 
 
 def find_targets(
-    layer: Any, policy: Any, seen: Visibility, coming: int, fresh: bool, view: Callable[[], View]
+    layer: Any, policy: Any, seen: Visibility, coming: int, fresh: bool, view: Callable[[], Any]
 ) -> Targets:
     """view: makes what the policy is shown, where nothing is known yet."""
     groups, shares = layer.store.groups, None if policy.allocation is None else layer.shares
@@ -41,7 +40,7 @@ def find_targets(
     return told[asked]
 
 
-def _find(layer: Any, policy: Any, view: View, coming: int, shares: Tensor | None) -> Targets:
+def _find(layer: Any, policy: Any, view: Any, coming: int, shares: Tensor | None) -> Targets:
     lengths = layer.store.lengths()
     mean = policy.mean_target(layer, view)
     targets = policy.targets(mean, layer, len(lengths))
