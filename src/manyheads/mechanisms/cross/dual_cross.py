@@ -84,15 +84,14 @@ class GlobalLocal(Mechanism):
             given = list(rollout.shape) if isinstance(rollout, Tensor) else type(rollout).__name__
             raise ValueError(f"global-local: rollout is {given}; want floats {list(x.shape[:2])} on {x.device}")
         shown = torch.ones_like(rollout, dtype=torch.bool) if real is None else real
-        others = shown.sum(1) - shown[:, 0].long() if real is not None else shown.sum(1) - 1
+        others = shown[:, 1:].sum(1)
         wanted = (others * self.ratio).long().clamp(min=1).minimum(others)
         score = rollout.detach().masked_fill(~shown, -torch.inf)
         most = min(max(int((n - 1) * self.ratio), 1), n - 1)
         best = score[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, :most] + 1
         asks = torch.arange(most, device=x.device) < wanted[:, None]
-        return torch.cat([torch.zeros_like(best[:, :1]) if most else best.new_zeros(len(x), 1), best], 1), torch.cat(
-            [shown[:, :1], asks], 1
-        )
+        chosen = torch.cat([best.new_zeros(len(x), 1), best], 1)
+        return chosen, torch.cat([shown[:, :1], asks], 1)
 
 
 @register
