@@ -155,7 +155,7 @@ class GuidedMSA(Mechanism):
         time="n^2",
         state="",
         decodes=False,
-        example={"dim": 4, "heads": 1, "widths": [4, 6]},
+        example={"dim": 4, "heads": 1, "widths": [6]},
         notes="Gives as many maps as it is given, all of the first one's size.",
     )
 
