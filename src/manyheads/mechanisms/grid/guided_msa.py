@@ -144,6 +144,8 @@ class GuidedMSA(Mechanism):
     Source: Sinha, Dolz, Multi-Scale Self-Guided Attention for Medical Image Segmentation, arXiv:1906.02849, and its
     released attention.py and my_stacked_danet.py, which wants sides that 4 divides and layers guided losses outside;
     here an odd rest is left out of D's halves and interpolated back.
+    Weights: down1 to down4 are reduce, fuse1 fuse; of each step semanticModule is semantic, pam_ and cam_attention the
+    two layers before and behind (their 1x1 convolutions q, k, v_proj), conv_sem guide and conv8 out.
     """
 
     card = Card(
