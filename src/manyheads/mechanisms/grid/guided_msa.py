@@ -145,6 +145,8 @@ class GuidedMSA(Mechanism):
     Source: Sinha, Dolz, Multi-Scale Self-Guided Attention for Medical Image Segmentation, arXiv:1906.02849, and its
     released attention.py and my_stacked_danet.py, which wants sides that 4 divides and layers guided losses outside;
     here an odd rest is left out of D's halves and interpolated back.
+    Weights: down1 to down4 are reduce, fuse1 fuse; of each step semanticModule is semantic, pam_ and cam_attention the
+    two layers before and behind (their 1x1 convolutions q, k, v_proj), conv_sem guide and conv8 out.
     """
 
     card = Card(
@@ -156,7 +158,7 @@ class GuidedMSA(Mechanism):
         time="n^2",
         state="",
         decodes=False,
-        example={"dim": 4, "heads": 1, "widths": [4, 6]},
+        example={"dim": 4, "heads": 1, "widths": [6]},
         notes="Gives as many maps as it is given, all of the first one's size.",
     )
 
