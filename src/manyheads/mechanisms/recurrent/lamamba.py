@@ -93,8 +93,7 @@ class LaMamba(Mechanism):
         if window < 1 or not 0 <= shift < window or min(state, expansion, hidden, condition_dim or 1) < 1:
             raise ValueError(
                 f"lamamba: window={window}, shift={shift}, state={state}, expansion={expansion}, "
-                f"mlp_ratio={mlp_ratio}, condition_dim={condition_dim}; want a shift below the window and at least 1 of "
-                "the others"
+                f"mlp_ratio={mlp_ratio}, condition_dim={condition_dim}; want shift < window and at least 1 of the others"
             )
         self.window, self.shift, self.condition_dim = window, shift, condition_dim or dim
         same = self.condition_dim == dim
