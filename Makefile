@@ -8,13 +8,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 demo: $(VENV)/.installed
 	$(BIN)/manyheads compare --preset quick --out demo
 
-# Compute is single-threaded per worker: two workers with two threads each would fight over two cores.
+# Compute is single-threaded per worker: two workers with two threads each would fight over two cores. A file goes to one
+# worker, so that what its tests share (a trained model, a conversion, a browser) is made once.
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # The generators of odd calls, 25 times as many as in `make test`: some 10^5. ODD_SEED=7 draws others.
 test-odd: $(VENV)/.installed-dev

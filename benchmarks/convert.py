@@ -4,6 +4,7 @@
     python benchmarks/convert.py --heal 200000        # and one seed healed with so many tokens, a control beside it
     python benchmarks/convert.py --only rotary        # those whose title has the word, beside what is held
     python benchmarks/convert.py --speeds             # what transfer, linear steps and shifts take; a minute
+    python benchmarks/convert.py --speeds --model smollm2    # transfer alone, on a real model; some minutes
 
 Seeds draw the text between hidden keys, the random heads, and the batches of healing. The text that is measured is the
 same for all, held out from what calibrates and heals.
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,13 +27,15 @@ from common import RESULTS, save
 from manyheads import create_attention
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, heal
-from manyheads.convert.hosted import hosted, transfer
+from manyheads.convert.hosted import hosted
+from manyheads.convert.imitation import transfer
 from manyheads.convert.layout import cache_numbers
 from manyheads.convert.method import Method
 from manyheads.convert.methods import Grouped, Latent, Pruned
 from manyheads.convert.shifted import powers_of_two
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.questions import Questions, library_text
+from manyheads.runs.steps import Tell
 
 MEASURES = (
     "src/manyheads/convert",
@@ -85,21 +90,30 @@ def scores(model: Any, judges: list[Judge]) -> dict[str, Any]:
     }
 
 
-def transfer_speeds(loaded: Loaded, *, length: int = 512, steps: int = 3, batch: int = 2) -> dict[str, Any]:
-    """Tokens of attention transfer and of full healing in a second of one core, in the same converted layers."""
+def transfer_speeds(loaded: Loaded, *, length: int = 512, steps: int = 3) -> dict[str, Any]:
+    """Tokens of attention transfer and of full healing in a second of one core, in the same converted layers, a row to
+    a step. The first step of each, and what is made before it, are left out."""
     learnt = Questions(loaded, text=library_text(), where="the library", seed=100)
-    rows = calibration_rows(learnt, length * steps, length)
+    rows = calibration_rows(learnt, length * (steps + 1), length)
     count = loaded.config.num_hidden_layers
     made = hosted(loaded.model, {"name": "hedgehog", "window": 64}, range(count))
-    transfer(made, loaded.model, range(count), rows, steps=1, loss="heads")
-    began = time.process_time()
-    transfer(made, loaded.model, range(count), rows, steps=steps, loss="heads")
-    learning = length * steps / (time.process_time() - began)
-    plan = Healing(length * batch * steps, 1e-4, length, batch)
-    began = time.process_time()
-    heal(made, learnt, plan)
-    healing = length * batch * plan.steps / (time.process_time() - began)
-    return {"measured": "transfer", "transfer_per_s": learning, "healing_per_s": healing, "ratio": learning / healing}
+    plan = Healing(length * (steps + 1), 1e-4, length, 1)
+
+    def learning(tell: Tell) -> None:
+        transfer(made, loaded.model, range(count), rows, steps=steps + 1, loss="heads", tell=tell)
+
+    fast, slow = (
+        length / statistics.median(step_seconds(run))
+        for run in (learning, lambda tell: heal(made, learnt, plan, tell=tell))
+    )
+    return {"measured": "transfer", "transfer_per_s": fast, "healing_per_s": slow, "ratio": fast / slow}
+
+
+def step_seconds(run: Callable[[Tell], Any]) -> list[float]:
+    """Seconds of the processor between what a training tells after each step."""
+    at: list[float] = []
+    run(lambda done, steps, text: at.append(time.process_time()))
+    return [after - before for before, after in itertools.pairwise(at)]
 
 
 @torch.no_grad()
@@ -167,7 +181,9 @@ def shift_times(*, size: int = 512, tokens: int = 64, repeats: int = 5) -> list[
 
 
 def speeds(loaded: Loaded) -> list[dict[str, Any]]:
-    return [transfer_speeds(loaded), *step_times(), *shift_times()]
+    """Of the layers alone with the packaged model only: they are the same for all."""
+    alone = [*step_times(), *shift_times()] if loaded.model.num_parameters() < 1e7 else []
+    return [transfer_speeds(loaded), *alone]
 
 
 def main() -> None:
@@ -187,7 +203,9 @@ def main() -> None:
         for line in lines:
             print(line, flush=True)
         if not given.dry:
-            save("convert_speeds", "cpu", [{"model": name, **line} for line in lines])
+            save(
+                "convert_speeds", "cpu", of_others("convert_speeds", name) + [{"model": name, **line} for line in lines]
+            )
         return
     sizes = Sizes()
     judges = [Judge(loaded, Questions(loaded, seed=seed), sizes) for seed in range(given.seeds)]
@@ -215,11 +233,20 @@ def main() -> None:
             print({key: lines[-1][key] for key in ("conversion", *FIGURES)}, flush=True)
     if given.dry:
         return
-    path = RESULTS / "convert.json"
-    held = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     again = {line["conversion"] for line in lines}
-    kept = [r for r in held if r["model"] != name or (given.only is not None and r["conversion"] not in again)]
+    kept = [] if given.only is None else [r for r in held("convert") if r["model"] == name]
+    kept = of_others("convert", name) + [r for r in kept if r["conversion"] not in again]
     save("convert", "cpu", kept + [{"model": name, **line} for line in lines])
+
+
+def held(results: str) -> list[dict[str, Any]]:
+    path = RESULTS / f"{results}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return rows
+
+
+def of_others(results: str, name: str) -> list[dict[str, Any]]:
+    return [row for row in held(results) if row["model"] != name]
 
 
 if __name__ == "__main__":

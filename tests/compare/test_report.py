@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,31 @@ def test_the_page_loads_nothing_from_outside(write: Any) -> None:
     assert "http" not in policy
 
 
+@pytest.fixture
+def caching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A user's cache directory in which no libraries are kept yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    page._libraries.cache_clear()
+    yield monkeypatch
+    page._libraries.cache_clear()
+
+
+def test_the_libraries_are_put_together_once_for_each_version(tmp_path: Path, caching: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    caching.setattr("vl_convert.javascript_bundle", lambda *given: (made.append(given), "1 </script> 2\r\n")[1])
+    for number, times in (("8", 1), ("8", 1), ("9", 2)):
+        caching.setattr(page, "version", lambda package, own=number: own)
+        page._libraries.cache_clear()  # as another process
+        assert page._libraries() == "1 <\\/script> 2\r\n"
+        assert len(made) == times
+    (tmp_path / "file").write_text("no folder")
+    caching.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    page._libraries.cache_clear()
+    assert page._libraries() == "1 <\\/script> 2\r\n"
+    assert len(made) == 3
+
+
+@pytest.mark.usefixtures("caching")
 def test_the_real_libraries_are_there_once_and_the_page_is_small(tmp_path: Path) -> None:
     page = write_report(make_results(), tmp_path / "report.html").read_text(encoding="utf-8")
     bundles = [script for script in re.findall(r"<script>(.*?)</script>", page, re.DOTALL) if len(script) > 100_000]

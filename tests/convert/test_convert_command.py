@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from manyheads.cli import main
 from manyheads.convert import healing as healing_module
+from manyheads.convert import loop as loop_module
 from manyheads.convert.damage import Judge, Sizes
-from manyheads.convert.healing import Healing, batch, forget, heal
+from manyheads.convert.healing import Healing, batch, heal
+from manyheads.convert.keeping import forget
 from manyheads.convert.run import Damaged, Plan, _allow
 from manyheads.hosts.loading import load_model
 from manyheads.hosts.questions import Questions, library_text
@@ -90,14 +92,13 @@ def test_a_latent_opens_as_a_stock_class_and_a_budget_chooses_its_rank(tmp_path:
 
 
 def test_a_mechanism_in_some_layers_learns_from_those_that_it_replaces(tmp_path: Path) -> None:
-    lines = []
-    for steps in ("0", "12"):
-        out = tmp_path / steps
-        arguments = ["--to", "hedgehog", "--layers", "2-3", "--transfer", steps, *SMALL, "--out", str(out)]
-        assert run(*arguments) == 0
-        assert run("check", str(out)) == 0
-        lines.append(json.loads((out / "conversion.json").read_text())["rows"][1])
-    assert lines[1]["kl_bits"] < lines[0]["kl_bits"]
+    out = tmp_path / "made"
+    arguments = ["--to", "hedgehog", "--layers", "2-3", "--transfer", "12", *SMALL, "--out", str(out)]
+    assert run(*arguments) == 0
+    assert run("check", str(out)) == 0
+    _, after, taught = json.loads((out / "conversion.json").read_text())["rows"]
+    assert [after["stage"], taught["stage"]] == ["right after", "taught"]
+    assert taught["kl_bits"] < after["kl_bits"]
     model = load_model(out).model
     assert [spec if isinstance(spec, str) else spec["name"] for spec in model.config.layers] == [
         "softmax", "softmax", "hedgehog", "hedgehog",
@@ -206,7 +207,7 @@ def test_a_stopped_healing_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pyte
         if done == 4:
             raise Killed
 
-    monkeypatch.setattr(healing_module, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(loop_module, "KEEP_EVERY", 0.0)
     keep = tmp_path / "kept"
     with pytest.raises(Killed):
         heal(load_model().model, questions, plan, keep=keep, tell=stop)

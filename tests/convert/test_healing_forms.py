@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from manyheads.convert import healing as healing_module
+from manyheads.convert import loop as loop_module
 from manyheads.convert.adapters import adapted, check_reached
-from manyheads.convert.healing import Healing, forget, heal
+from manyheads.convert.healing import Healing, heal
 from manyheads.convert.hosted import hosted
+from manyheads.convert.keeping import forget
 from manyheads.convert.lessons import LESSONS, check_teacher, relation_heads, soft_loss
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.questions import Questions
@@ -58,7 +59,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     """With dropout, whose draws must be those of the whole run."""
     teacher = tiny(1)
     whole = heal(tiny(attention_dropout=0.2), questions, plan(form), teacher=teacher)
-    monkeypatch.setattr(healing_module, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(loop_module, "KEEP_EVERY", 0.0)
     keep = tmp_path / "kept"
     with pytest.raises(Killed):
         heal(tiny(attention_dropout=0.2), questions, plan(form), teacher=teacher, keep=keep, tell=stop_at(4))
@@ -84,7 +85,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 def test_only_the_same_training_is_gone_on_from(
     questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(healing_module, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(loop_module, "KEEP_EVERY", 0.0)
     keep = tmp_path / "kept"
     other = Questions(questions.loaded, text=TEXT[::-1], seed=1)
     changed: list[tuple[Any, Questions, Healing, Any]] = [

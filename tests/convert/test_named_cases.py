@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from manyheads.cli import main
 from manyheads.convert.cases import as_softmax, case_spec
-from manyheads.convert.hosted import hosted, transfer
-from manyheads.convert.imitation import LOSSES
+from manyheads.convert.hosted import hosted
+from manyheads.convert.imitation import LOSSES, transfer
 from manyheads.convert.methods import Hosted
 from manyheads.hosts.loading import load_model
 
@@ -162,7 +162,7 @@ def test_moh_keeps_its_host_whole_until_heads_are_off_and_learns_while_they_are(
 @pytest.mark.parametrize(
     ("arguments", "title"),
     [
-        (["--to", "hedgehog", "--window", "16", "--transfer", "2", "--layers", "2-3"], "hedgehog in 2 layers, 2 steps"),
+        (["--to", "hedgehog", "--window", "16", "--transfer", "2", "--layers", "2-3"], "hedgehog in 2 layers, taught"),
         (["--to", "moh", "--active", "0.75", "--heal", "1k", "--layers", "3"], "moh in 1 layers, healed"),
     ],
 )

@@ -154,7 +154,7 @@ def test_most_mechanisms_of_the_shell_host() -> None:
 
 @pytest.mark.parametrize("name", HOSTING)
 def test_every_mechanism_of_the_shell_takes_a_hosts_sizes(name: str) -> None:
-    findings = list(examine_mechanism(mechanism_class(name), properties=HELD, config={"shell": OWN}, largest=9))
+    findings = list(examine_mechanism(mechanism_class(name), properties=HELD, config={"shell": OWN}, largest=5))
     assert len(findings) > 5
     failures = [f"{f.pattern} {f.property}: {f.message}" for f in findings if not f.holds]
     assert not failures, "\n".join(failures)
@@ -169,7 +169,7 @@ def test_shared_key_heads_are_taken_or_refused_by_name(name: str) -> None:
             cls(16, 4, **{**cls.card.example, **config, "causal": sorted(cls.card.patterns)[0].causal})
         return
     findings = list(
-        examine_mechanism(cls, properties=["shapes", "weights", "decode", "padding"], config=config, largest=9)
+        examine_mechanism(cls, properties=["shapes", "weights", "decode", "padding"], config=config, largest=5)
     )
     failures = [f"{f.pattern} {f.property}: {f.message}" for f in findings if not f.holds]
     assert findings

@@ -25,8 +25,23 @@ from manyheads.models.byte_tokenizer import byte_tokenizer
 OPEN = "found = {auto}.from_pretrained(r'{folder}'{more}); assert type(found).__name__ == '{name}', type(found)"
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+# Each program in a child of its own, so that torch, with which none of them is concerned, is imported once for all.
+CHILDREN = """
+import os, sys, torch
+for number, code in enumerate(sys.argv[1:]):
+    child = os.fork()
+    if child == 0:
+        exec(code, {"__name__": "__main__"})
+        os._exit(0)  # not reached where it raises: then Python tells what, and the exit code is 1
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"program {number} failed")
+"""
+
+
+def run(*codes: str) -> subprocess.CompletedProcess[str]:
+    """The programs one after another, in processes that have imported torch alone."""
+    command = [sys.executable, "-c", CHILDREN, *codes]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +61,6 @@ LIGHT = (
 )
 
 
-@pytest.mark.parametrize(
-    "before",
-    [
-        # Neither manyheads nor the Auto classes beside it import what models are made of.
-        LIGHT + "from transformers import {auto}; ",
-        "from transformers import {auto}; import manyheads; ",
-        # The Auto classes, imported in the middle of what our models are made of.
-        "import manyheads, transformers.modeling_layers; from transformers import {auto}; ",
-    ],
-)
-def test_opens_after_import_manyheads(saved: Path, before: str) -> None:
-    auto, name = "AutoModelForCausalLM", "ManyheadsForCausalLM"
-    found = run(before.format(auto=auto) + OPEN.format(auto=auto, folder=saved, more="", name=name))
-    assert found.returncode == 0, found.stderr
-
-
 UNTOLD = """
 import os
 os.environ["HF_HOME"] = r"{home}"
@@ -75,11 +74,22 @@ else:
 """
 
 
-def test_opens_where_nobody_imports_manyheads(saved: Path, tmp_path: Path) -> None:
-    """As programs do that only know transformers: told to trust the folder, they open it; else the error says so."""
+BEFORE = [
+    # Neither manyheads nor the Auto classes beside it import what models are made of.
+    LIGHT + "from transformers import AutoModelForCausalLM; ",
+    "from transformers import AutoModelForCausalLM; import manyheads; ",
+    # The Auto classes, imported in the middle of what our models are made of.
+    "import manyheads, transformers.modeling_layers; from transformers import AutoModelForCausalLM; ",
+]
+
+
+def test_opens_whoever_imports_manyheads_and_when(saved: Path, tmp_path: Path) -> None:
+    """Before or after transformers; and never, as programs do that only know transformers: told to trust the folder,
+    they open it; else the error says so."""
     words = {"auto": "AutoModelForCausalLM", "folder": saved, "name": "ManyheadsForCausalLM"}
     again, untold = tmp_path / "again", UNTOLD.format(home=tmp_path, folder=saved)
-    found = run(untold + OPEN.format(**words, more=", trust_remote_code=True") + f"; found.save_pretrained(r'{again}')")
+    alone = untold + OPEN.format(**words, more=", trust_remote_code=True") + f"; found.save_pretrained(r'{again}')"
+    found = run(*(before + OPEN.format(**words, more="") for before in BEFORE), alone)
     assert found.returncode == 0, found.stderr
     assert sorted(p.name for p in again.iterdir()) == sorted(p.name for p in saved.iterdir())
     assert (again / "config.json").read_text() == (saved / "config.json").read_text()

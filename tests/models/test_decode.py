@@ -139,8 +139,8 @@ def test_assisted(name: str) -> None:
     """Guesses that turn out wrong are taken back: by truncating, or by going back and passing what stays again."""
     model = with_convolution(name)
     ids = torch.cat([tokens(1, 4), tokens(1, 4)], 1)
-    wanted, _ = by_hand(model, ids, 12)
-    options = {"max_new_tokens": 12, "output_logits": False}
+    wanted, _ = by_hand(model, ids, 9)
+    options = {"max_new_tokens": 9, "output_logits": False}
     found = generate(model, ids, prompt_lookup_num_tokens=3, **options)
     assert found.sequences.tolist() == wanted.tolist()
     helper = copy.deepcopy(model)

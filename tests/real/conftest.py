@@ -1,4 +1,4 @@
-"""One real language model for all of these, loaded once in one worker."""
+"""One real language model for all of these, loaded once: a file's tests go to one worker."""
 
 from __future__ import annotations
 

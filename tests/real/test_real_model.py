@@ -38,7 +38,7 @@ from manyheads.shrink import (
     release,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real")]
+pytestmark = pytest.mark.slow
 
 TEXT = (
     "The harbour at Lindau was built in 1856. Its lighthouse is thirty-three metres high, and a stone lion sits across "

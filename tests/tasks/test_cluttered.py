@@ -15,7 +15,7 @@ SIZE = {"hidden_size": 16, "heads": 2, "layers": 1, "intermediate_size": 0, "sho
 
 
 def test_the_answer_stands_in_the_quadrant_that_the_mark_points_to() -> None:
-    batch = next(create_task("cluttered", distractors=0).train_batches(40, 0))
+    batch = next(create_task("pointed", distractors=0).train_batches(40, 0))
     images, labels = _glyphs(False)
     for picture, answer in zip((batch.inputs["pixel_values"][:, 0] + 1) / 2, batch.targets, strict=True):
         mark = picture[CANVAS // 2 - 2 : CANVAS // 2 + 2, CANVAS // 2 - 2 : CANVAS // 2 + 2]
@@ -30,6 +30,20 @@ def test_the_answer_stands_in_the_quadrant_that_the_mark_points_to() -> None:
             for r in range(max(0, int(rows[0]) - 4), QUADRANT - 15)
             for c in range(max(0, int(columns[0]) - 8), QUADRANT - 15)
             for label in labels[_same(quadrant[r : r + 16, c : c + 16], images, asked)]
+        ]
+        assert answer in found
+
+
+def test_one_digit_stands_among_distractors() -> None:
+    batch = next(create_task("cluttered", distractors=0).train_batches(20, 0))
+    images, labels = _glyphs(False)
+    for picture, answer in zip((batch.inputs["pixel_values"][:, 0] + 1) / 2, batch.targets, strict=True):
+        rows, columns = (picture.amax(1 - axis).nonzero()[:, 0] for axis in (0, 1))
+        found = [
+            label
+            for r in range(max(0, int(rows[0]) - 4), min(int(rows[0]), CANVAS - 16) + 1)
+            for c in range(max(0, int(columns[0]) - 12), min(int(columns[0]), CANVAS - 16) + 1)
+            for label in labels[(picture[r : r + 16, c : c + 16] == images).flatten(1).all(1)]
         ]
         assert answer in found
 
@@ -74,7 +88,7 @@ def test_evaluation_shows_digits_that_training_does_not() -> None:
     assert torch.equal(torch.cat(one), torch.cat(other))
 
 
-@pytest.mark.parametrize("name", ["cluttered", "counted", "segmented"])
+@pytest.mark.parametrize("name", ["cluttered", "counted", "pointed", "segmented"])
 @pytest.mark.parametrize("mechanism", ["softmax", "hilo"])
 def test_a_model_takes_it(name: str, mechanism: str) -> None:
     task = create_task(name, patch=8, eval_examples=4)

@@ -529,7 +529,7 @@ def test_the_command_from_start_to_ctrl_c() -> None:
             with httpx.Client(trust_env=False, timeout=30, headers={"origin": found[1]}) as own:
                 assert own.get(link, follow_redirects=True).status_code == 200
                 assert own.get(link.split("?")[0] + "api/model").json()["name"] == "byte_llama"
-                asked = {"text": "x " * 1000, "methods": ["integrated-gradients"]}
+                asked = {"text": "x " * 300, "methods": ["integrated-gradients"]}
                 assert own.post(f"{found[1]}/api/explain", json=asked).status_code == 202
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=20)

@@ -12,9 +12,11 @@ from manyheads.convert.distilled import student
 from manyheads.convert.fused import Fused, load_fused
 from manyheads.convert.grouped import aligned, grouped
 from manyheads.convert.healing import Healing, heal
-from manyheads.convert.hosted import hosted, transfer, unhosted
+from manyheads.convert.hosted import hosted, unhosted
+from manyheads.convert.imitation import transfer
 from manyheads.convert.importance import head_scores
 from manyheads.convert.latent import latent
+from manyheads.convert.primitives import primitive_mixture, settled_mixture
 from manyheads.convert.prompted import add_prompts, load_prompts, remove_prompts, save_prompts, without_prompts
 from manyheads.convert.pruned import as_mistral, pruned
 from manyheads.convert.rorope import rorope
@@ -43,12 +45,14 @@ __all__ = [
     "load_dimap",
     "load_fused",
     "load_prompts",
+    "primitive_mixture",
     "pruned",
     "remove_prompts",
     "rorope",
     "save_conversion",
     "save_prompts",
     "settled",
+    "settled_mixture",
     "shifted",
     "student",
     "transfer",

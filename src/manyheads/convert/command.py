@@ -63,6 +63,9 @@ def convert(
     bits: Annotated[
         str | None, typer.Option(help="shiftadd: bits of a weight, several with --dry-run. 5 without it.")
     ] = None,
+    mixture: Annotated[
+        bool, typer.Option("--mixture", help="shiftadd: MLPs of shifts beside those of products, and a router.")
+    ] = False,
     share_kv: Annotated[
         bool, typer.Option("--share-kv", help="bam: one set of keys and values, the mean of all models'.")
     ] = False,
@@ -125,7 +128,7 @@ def convert(
         "mla": {"norm": norm, "rope_dim": rope_dim, "fold": parse_fold(fold), "format": format},
         "prune": {"by": by, "uniform": uniform},
         "distil": {"width": width},
-        "shiftadd": {},
+        "shiftadd": {"mixture": mixture or None},
         "bam": {"sources": tuple(given[1:]) or None, "share_kv": share_kv or None},
     }
     asked = Asked(

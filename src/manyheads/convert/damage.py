@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -90,10 +91,16 @@ class Judge:
     def _same_greedy_text(self, model: Any) -> float:
         if model is self.original:
             return 1.0
+        same = self._greedy_text(model) == self._original_text
+        return float(same.long().cumprod(1).double().mean())
+
+    @cached_property
+    def _original_text(self) -> Tensor:
+        return self._greedy_text(self.original)
+
+    def _greedy_text(self, model: Any) -> Tensor:
         rows = torch.stack(self.windows[:GREEDY_ROWS])
-        prompts = rows[:, : rows.shape[1] // 2]
-        own, other = (go_on(each, prompts, GREEDY_TOKENS)[0] for each in (model, self.original))
-        return float((own == other).long().cumprod(1).double().mean())
+        return go_on(model, rows[:, : rows.shape[1] // 2], GREEDY_TOKENS)[0]
 
     def _times(self, model: Any) -> dict[str, float]:
         """Seconds of the prompt and of a token after it, and what they are of the original's."""

@@ -24,15 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-FAMILIES = ("swin",)
+from manyheads.convert.hierarchical import blocks, layout, linear
+
 STRUCTURES = ("weights", "heads")
-_MODULES = (
-    ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-    ("attention.o_proj",),
-    ("mlp.fc1", "mlp.fc2"),
-)
 
 
 def distortion(squares: Tensor) -> Tensor:
@@ -51,8 +47,8 @@ def weight_scores(model: Any) -> dict[str, Tensor]:
     """The score of every weight that may go, by the name of its parameter and in its shape."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
-    for block in _blocks(model):
-        for module in _MODULES:
+    for block in blocks(model):
+        for module in layout(model).modules:
             weights = [block.get_submodule(path).weight for path in module]
             scores = distortion(torch.cat([w.double().square().flatten() for w in weights]))
             for weight, own in zip(weights, scores.split([w.numel() for w in weights]), strict=True):
@@ -63,12 +59,12 @@ def weight_scores(model: Any) -> dict[str, Tensor]:
 @torch.no_grad()
 def block_head_scores(model: Any) -> list[Tensor]:
     """Per block [heads]."""
-    found = []
-    for block in _blocks(model):
-        layer = block.attention
-        rows = [p.weight.double().square().sum(1) for p in (layer.q_proj, layer.k_proj, layer.v_proj)]
-        each = torch.stack([*rows, layer.o_proj.weight.double().square().sum(0)]).sum(0)
-        found.append(distortion(each.view(layer.num_attention_heads, layer.head_dim).sum(1)))
+    found, own = [], layout(model)
+    for block in blocks(model):
+        attention = block.get_submodule(own.attention)
+        rows = [attention.get_submodule(name).weight.double().square().sum(1) for name in own.inputs]
+        each = torch.stack([*rows, block.get_submodule(own.joined).weight.double().square().sum(0)]).sum(0)
+        found.append(distortion(each.view(attention.num_attention_heads, getattr(attention, own.size)).sum(1)))
     return found
 
 
@@ -97,11 +93,11 @@ def _without_weights(model: Any, share: float) -> Any:
 
 def _without_heads(model: Any, share: float) -> Any:
     scores = block_head_scores(model)
-    count, blocks = sum(map(len, scores)), len(scores)
-    if round(share * count) > count - blocks:
+    count, least = sum(map(len, scores)), len(scores)
+    if round(share * count) > count - least:
         raise ValueError(
-            f"share={share}: {round(share * count)} of {count} heads in {blocks} blocks, each of which keeps one; want "
-            f"{(count - blocks) / count:.3f} at most"
+            f"share={share}: {round(share * count)} of {count} heads in {least} blocks, each of which keeps one; want "
+            f"{(count - least) / count:.3f} at most"
         )
     kept = [[h for h, lost in enumerate(row.tolist()) if not lost] for row in _least(scores, share)]
     _cut(model, kept)
@@ -119,25 +115,20 @@ def _least(scores: list[Tensor], share: float) -> list[Tensor]:
 
 @torch.no_grad()
 def _cut(model: Any, kept: list[list[int]]) -> None:
-    for block, heads in zip(_blocks(model), kept, strict=True):
-        layer = block.attention
-        index = torch.tensor(heads, device=layer.q_proj.weight.device)
-        rows = (index[:, None] * layer.head_dim + torch.arange(layer.head_dim, device=index.device)).flatten()
-        for name in ("q_proj", "k_proj", "v_proj"):
-            old = getattr(layer, name)
-            setattr(layer, name, _linear(old.weight[rows], None if old.bias is None else old.bias[rows]))
-        layer.o_proj = _linear(layer.o_proj.weight[:, rows], layer.o_proj.bias)
-        table = layer.relative_position_bias
-        table.relative_position_bias_table = nn.Parameter(table.relative_position_bias_table[:, index].clone())
-        layer.num_attention_heads = len(heads)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.clone())
-    if bias is not None:
-        made.bias = nn.Parameter(bias.clone())
-    return made
+    own = layout(model)
+    for block, heads in zip(blocks(model), kept, strict=True):
+        attention, joined = (block.get_submodule(path) for path in (own.attention, own.joined))
+        size = getattr(attention, own.size)
+        index = torch.tensor(heads, device=joined.weight.device)
+        rows = (index[:, None] * size + torch.arange(size, device=index.device)).flatten()
+        for name in own.inputs:
+            old = getattr(attention, name)
+            setattr(attention, name, linear(old.weight[rows], None if old.bias is None else old.bias[rows]))
+        block.set_submodule(own.joined, linear(joined.weight[:, rows], joined.bias))
+        own.cut(attention, index)
+        attention.num_attention_heads = len(heads)
+        if own.width is not None:
+            setattr(attention, own.width, len(rows))
 
 
 def load_dimap(folder: str | Path) -> Any:
@@ -161,19 +152,3 @@ def load_dimap(folder: str | Path) -> Any:
     made = builder.from_pretrained(folder)
     made.__class__ = cls
     return made.eval()
-
-
-def _blocks(model: Any) -> list[Any]:
-    if model.config.model_type not in FAMILIES:
-        raise ValueError(
-            f"{type(model).__name__} (model_type {model.config.model_type!r}) has no modules known to DIMAP; want one "
-            f"of {list(FAMILIES)}"
-        )
-    blocks = [block for layer in model.base_model.encoder.layers for block in layer.blocks]
-    paths = [path for module in _MODULES for path in module]
-    if not all(type(block.get_submodule(path)) is nn.Linear for block in blocks for path in paths):
-        raise ValueError(
-            f"{type(model).__name__}: its projections are not plain Linear layers (quantised, or with adapters): merge "
-            "adapters first, and load it in float32 or bfloat16"
-        )
-    return blocks

@@ -1,14 +1,12 @@
 """Some training after a conversion: windows of text, half of them ending in a hidden key.
 
-AdamW, half a cosine after a short warm-up, gradients clipped to 1. What has been done is kept beside the folder every
-two minutes, so that a run that was stopped goes on from there, bit for bit; the same seed gives the same batches.
+AdamW, half a cosine after a short warm-up, gradients clipped to 1; the same seed gives the same batches.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -19,12 +17,12 @@ import torch
 from torch import Tensor
 
 from manyheads.convert.adapters import adapted, check_reached
-from manyheads.convert.keeping import Keeping, facts
+from manyheads.convert.keeping import Keeping, facts, kept_file
 from manyheads.convert.lessons import LESSONS, Lesson
+from manyheads.convert.loop import take_steps
 from manyheads.hosts.questions import Questions
 from manyheads.runs.steps import Tell, silent
 
-KEEP_EVERY = 120.0  # seconds
 WARM = 0.05
 FORMS = ("full", "lora", "distil")
 
@@ -81,18 +79,10 @@ def heal(
     keeping = None
     if keep is not None:
         of = facts(model, teacher, questions.text, asdict(plan))
-        keeping = Keeping(_file(keep), of)
+        keeping = Keeping(kept_file(keep), of)
     with _PARTS.get(plan.form, _whole)(model, plan.seed), LESSONS[plan.form](model, teacher) as lesson:
         _train(model, lesson, questions, plan, keeping, tell)
     return model.eval()
-
-
-def forget(keep: Path) -> None:
-    _file(keep).unlink(missing_ok=True)
-
-
-def _file(keep: Path) -> Path:
-    return keep.with_name(keep.name + ".safetensors")
 
 
 def _train(
@@ -105,31 +95,17 @@ def _train(
 ) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    first = keeping.load(model, optimizer) if keeping is not None else 0
-    model.train()
-    kept = time.perf_counter()
-    for step in range(first, plan.steps):
+
+    def learn(step: int) -> float:
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * _share(step, plan.steps)
-        ids = batch(questions, plan, step).to(model.device)
-        # What the model itself draws (dropout) follows from the step, so that a stopped run draws the same.
-        with torch.random.fork_rng():
-            torch.manual_seed(plan.seed * 1_000_003 + step)
-            loss = lesson(ids)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ValueError(f"healing diverged at step {step} (loss {value}): give a smaller --lr")
+        loss = lesson(batch(questions, plan, step).to(model.device))
         loss.backward()
         check_reached(model)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tell(step + 1, plan.steps, f"loss {value:.3f}")
-        if keeping is not None and time.perf_counter() - kept > KEEP_EVERY:
-            keeping.save(model, optimizer.state, step + 1)
-            kept = time.perf_counter()
-    if keeping is not None and first < plan.steps:
-        keeping.save(model, {}, plan.steps)
+        return float(loss.detach())
+
+    model.train()
+    take_steps(model, optimizer, plan.steps, learn, seed=plan.seed, keeping=keeping, tell=tell)
 
 
 def batch(questions: Questions, plan: Healing, step: int) -> Tensor:

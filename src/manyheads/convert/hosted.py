@@ -2,9 +2,8 @@
 
 A host of llama's layout becomes a ManyheadsForCausalLM that computes the same while every layer holds `softmax`. Then
 the chosen layers get another mechanism. What fits is carried over by name: projections, and norms of queries and keys;
-key/value heads are repeated where the mechanism shares none. What is new keeps the mechanism's own start, and learns
-from the layer that it replaces (attention transfer, Zhang et al., Hedgehog, arXiv:2402.04347; LoLCATs,
-arXiv:2410.10254): on the same inputs, which are those of the unchanged host, so that no layer sees another's errors.
+key/value heads are repeated where the mechanism shares none. What is new keeps the mechanism's own start, and can
+learn from the layer that it replaces (`imitation.transfer`).
 """
 
 from __future__ import annotations
@@ -12,20 +11,15 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyheads.convert.imitation import Seen, before_joining, check_loss, learnt
 from manyheads.convert.layout import attentions
 from manyheads.convert.places import check_family, own_specs, places, settings
 from manyheads.registry import mechanism_class
-from manyheads.runs.steps import Tell, silent
 
 
 def check_hosted(model: Any, spec: Mapping[str, Any] | None = None, layers: Sequence[int] = ()) -> None:
@@ -40,16 +34,19 @@ def check_hosted(model: Any, spec: Mapping[str, Any] | None = None, layers: Sequ
 
 
 @torch.no_grad()
-def hosted(model: Any, spec: Mapping[str, Any] | None = None, layers: Sequence[int] = ()) -> Any:
+def hosted(model: Any, spec: Mapping[str, Any] | None = None, layers: Sequence[int] = (), *, seed: int = 0) -> Any:
     """A ManyheadsForCausalLM with the host's weights; `layers` hold the mechanism that `spec` names (with arguments of
     its own), all others softmax. A mechanism whose scores are not softmax's takes neither a cap nor a window of the
-    layer's: it sees all of the past. The given model is left as it is."""
+    layer's: it sees all of the past. seed: of the weights that the host has none for. The given model is left as it
+    is."""
     check_hosted(model, spec, layers)
     from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
 
     plain = own_specs(model)
     specs = [_placed(spec, own) if spec is not None and i in layers else own for i, own in enumerate(plain)]
-    made = ManyheadsForCausalLM(ManyheadsConfig(**settings(model), layers=specs)).to(model.dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = ManyheadsForCausalLM(ManyheadsConfig(**settings(model), layers=specs)).to(model.dtype)
     state = made.state_dict()
     for key, value in _carried(model, state).items():
         state[key].copy_(value)
@@ -129,76 +126,3 @@ def _carried(model: Any, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if shape == value.shape:
             found[place.ours] = value
     return found
-
-
-def transfer(
-    made: Any,
-    model: Any,
-    layers: Sequence[int],
-    rows: Sequence[Sequence[int]],
-    *,
-    steps: int,
-    loss: str = "output",
-    rate: float | None = None,
-    tell: Tell = silent,
-) -> list[float]:
-    """Trains the mechanisms of `layers` of `made`, where they stand, to give what the host's attention gives on the
-    same inputs; returns the loss of every step, the mean over layers. rows: of token ids, one for a step, from the
-    start when they end. loss: see `imitation`. rate: of AdamW; 1e-3 for output, 1e-2 for the others, as published."""
-    measure = check_loss(loss)
-    if not rows:
-        raise ValueError("attention transfer needs text: rows of token ids")
-    teacher = hosted(model).requires_grad_(False)
-    stack = teacher.model.stack
-    stack.layers = stack.layers[: max(layers) + 1]  # nothing is learnt from those above
-    pairs = {i: (made.model.stack.layers[i].self_attn.mechanism, stack.layers[i].self_attn.mechanism) for i in layers}
-    weights = [p for learner, softmax in pairs.values() for p in learnt(learner, softmax, measure)]
-    optimizer = torch.optim.AdamW(weights, lr=measure.rate if rate is None else rate, weight_decay=0.0)
-    losses = []
-    with _only(made, weights):
-        for step in range(steps):
-            ids = torch.tensor([list(rows[step % len(rows)])], device=made.device)
-            with torch.no_grad():
-                seen = _seen(teacher, {i: softmax for i, (_, softmax) in pairs.items()}, ids)
-            apart = [measure.apart(learner.train(), softmax, seen[i]) for i, (learner, softmax) in pairs.items()]
-            value = torch.stack(apart).mean()
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(float(value.detach()))
-            if not math.isfinite(losses[-1]):
-                raise ValueError(f"attention transfer diverged at step {step} (loss {losses[-1]})")
-            tell(step + 1, steps, f"loss {losses[-1]:.3f}")
-    made.eval()
-    return losses
-
-
-@contextmanager
-def _only(made: Any, weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Gradients for these alone; afterwards for whatever had them."""
-    before = {name: parameter.requires_grad for name, parameter in made.named_parameters()}
-    made.requires_grad_(False)
-    for parameter in weights:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for name, parameter in made.named_parameters():
-            parameter.requires_grad_(before[name])
-
-
-def _seen(teacher: Any, mechanisms: Mapping[int, Any], ids: Tensor) -> dict[int, Seen]:
-    """What each of the host's layers saw and gave in one pass."""
-    given: dict[int, tuple[Tensor, Tensor]] = {}
-    heads: dict[int, Tensor] = {}
-
-    def saw(at: int) -> Callable[..., None]:
-        return lambda module, args, result: given.__setitem__(at, (args[0], result.output))
-
-    with ExitStack() as stack:
-        for i, mechanism in mechanisms.items():
-            stack.enter_context(before_joining(mechanism, partial(heads.__setitem__, i)))
-            stack.callback(mechanism.register_forward_hook(saw(i)).remove)
-        teacher.model(ids, use_cache=False)
-    return {i: Seen(*given[i], heads[i]) for i in mechanisms}

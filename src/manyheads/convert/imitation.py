@@ -6,18 +6,28 @@ weights  mean over queries of - sum_j a'_ij log a_ij, the cross-entropy of atten
          arXiv:2402.04347)
 
 A prime marks softmax's. The last two train only what the host's weights do not fill: feature maps, factors; the rest
-stays as it is, as in the released code of LoLCATs.
+stays as it is, as in the released code of LoLCATs. Inputs are those of the unchanged host, so that no layer sees
+another's errors: a step is one pass of the host without gradients, up to the last of the chosen layers' attention, and
+each mechanism's own pass and gradients. No logits are made, and none flow through the trunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from manyheads.convert.hosted import hosted
+from manyheads.convert.keeping import Keeping, facts, kept_file
+from manyheads.convert.loop import take_steps
+from manyheads.runs.steps import Tell, silent
 
 
 class Seen(NamedTuple):
@@ -42,15 +52,13 @@ def _output(learner: Any, teacher: Any, seen: Seen) -> Tensor:
 
 
 def _heads(learner: Any, teacher: Any, seen: Seen) -> Tensor:
-    held: dict[str, Tensor] = {}
-    with before_joining(learner, lambda heads: held.update(heads=heads)):
-        learner(seen.x)
-    if held["heads"].shape != seen.heads.shape:
+    heads = _unjoined(learner, seen.x)
+    if heads.shape != seen.heads.shape:
         raise ValueError(
-            f"{learner.card.name}: its heads give {tuple(held['heads'].shape)}, softmax's {tuple(seen.heads.shape)}: "
+            f"{learner.card.name}: its heads give {tuple(heads.shape)}, softmax's {tuple(seen.heads.shape)}: "
             "these cannot be compared, take --transfer-loss output"
         )
-    return 1000 * (held["heads"] - seen.heads).square().mean()
+    return 1000 * (heads - seen.heads).square().mean()
 
 
 def _weights(learner: Any, teacher: Any, seen: Seen) -> Tensor:
@@ -88,6 +96,25 @@ def before_joining(mechanism: Any, tell: Callable[[Tensor], Any]) -> Iterator[No
         hook.remove()
 
 
+class _Enough(Exception):
+    """What was wanted of a pass is there, in its argument: the rest of it would be computed for nothing."""
+
+
+def _unjoined(mechanism: Any, x: Tensor) -> Tensor:
+    """What the heads give, in a pass that ends before they are joined."""
+
+    def end(heads: Tensor) -> None:
+        raise _Enough(heads)
+
+    try:
+        with before_joining(mechanism, end):
+            mechanism(x)
+    except _Enough as found:
+        heads: Tensor = found.args[0]
+        return heads
+    raise ValueError(f"{mechanism.card.name}: reads o_proj without calling it: take --transfer-loss output")
+
+
 def learnt(learner: Any, teacher: Any, loss: Loss) -> list[nn.Parameter]:
     """The parameters that a loss trains; ValueError where there are none."""
     filled = dict(teacher.named_parameters())
@@ -108,3 +135,91 @@ def _fits(name: str, ours: Tensor, theirs: Tensor) -> bool:
     """Keys and values may be repeated, for a mechanism that shares none."""
     repeated = name.startswith(("k_proj", "v_proj")) and ours.shape[0] % theirs.shape[0] == 0
     return ours.shape == theirs.shape or (repeated and ours.shape[1:] == theirs.shape[1:])
+
+
+def transfer(
+    made: Any,
+    model: Any,
+    layers: Sequence[int],
+    rows: Sequence[Sequence[int]],
+    *,
+    steps: int,
+    loss: str = "output",
+    rate: float | None = None,
+    keep: Path | None = None,
+    tell: Tell = silent,
+) -> list[float]:
+    """Trains the mechanisms of `layers` of `made`, where they stand, to give what the host's attention gives on the
+    same inputs; returns the losses of the steps that it took, each the mean over layers. rows: of token ids, one for a
+    step, from the start when they end. rate: of AdamW; 1e-3 for output, 1e-2 for the others, as published. keep: as
+    `heal` has it, the beginning of the path of what a stopped run goes on from."""
+    measure = check_loss(loss)
+    if not rows:
+        raise ValueError("attention transfer needs text: rows of token ids")
+    teacher = hosted(model).requires_grad_(False)
+    stack = teacher.model.stack
+    stack.layers = stack.layers[: max(layers) + 1]
+    pairs = {i: (made.model.stack.layers[i].self_attn.mechanism, stack.layers[i].self_attn.mechanism) for i in layers}
+    weights = [p for learner, softmax in pairs.values() for p in learnt(learner, softmax, measure)]
+    rate = measure.rate if rate is None else rate
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+    keeping = None
+    if keep is not None:
+        text = json.dumps([list(row) for row in rows])
+        plan = {"layers": list(layers), "steps": steps, "loss": loss, "rate": rate}
+        keeping = Keeping(kept_file(keep), facts(made, model, text, plan))
+    for learner, _ in pairs.values():
+        learner.train()
+    with _only(made, weights):
+        learn = partial(_learn, teacher, pairs, measure, rows)
+        losses = take_steps(made, optimizer, steps, learn, seed=0, keeping=keeping, tell=tell)
+    made.eval()
+    return losses
+
+
+def _learn(
+    teacher: Any, pairs: Mapping[int, tuple[Any, Any]], measure: Loss, rows: Sequence[Sequence[int]], step: int
+) -> float:
+    """The gradients of one step. Layers do not see each other, so that each has its own backward and one graph at a
+    time is held."""
+    ids = torch.tensor([list(rows[step % len(rows)])], device=teacher.device)
+    seen, total = _seen(teacher, {i: softmax for i, (_, softmax) in pairs.items()}, ids), 0.0
+    for i, (learner, softmax) in pairs.items():
+        apart = measure.apart(learner, softmax, seen[i])
+        (apart / len(pairs)).backward()
+        total += float(apart.detach()) / len(pairs)
+    return total
+
+
+@contextmanager
+def _only(made: Any, weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Gradients for these alone; afterwards for whatever had them."""
+    before = {name: parameter.requires_grad for name, parameter in made.named_parameters()}
+    made.requires_grad_(False)
+    for parameter in weights:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_(before[name])
+
+
+@torch.no_grad()
+def _seen(teacher: Any, mechanisms: Mapping[int, Any], ids: Tensor) -> dict[int, Seen]:
+    """What each of the host's layers saw and gave, in one pass that ends behind the last of them."""
+    found: dict[int, Seen] = {}
+    heads: dict[int, Tensor] = {}
+
+    def saw(at: int, module: Any, args: Any, result: Any) -> None:
+        found[at] = Seen(args[0], result.output, heads[at])
+        if len(found) == len(mechanisms):
+            raise _Enough
+
+    with ExitStack() as stack:
+        for i, mechanism in mechanisms.items():
+            stack.enter_context(before_joining(mechanism, partial(heads.__setitem__, i)))
+            stack.callback(mechanism.register_forward_hook(partial(saw, i)).remove)
+        with suppress(_Enough):
+            teacher.model(ids, use_cache=False)
+    return found

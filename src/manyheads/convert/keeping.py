@@ -67,8 +67,19 @@ def _trained(model: Any) -> list[tuple[str, Any]]:
 
 
 def facts(model: Any, teacher: Any, text: str, plan: dict[str, Any]) -> str:
-    """What a training is of: where the weights start, who teaches, what is read, and the plan."""
+    """What a training is of: models (a window, say, is in no weight), where the weights start, who teaches, what is
+    read, and the plan."""
     from manyheads.hosts.fingerprint import fingerprint
 
-    weights = [None if each is None else fingerprint(each, "").weights for each in (model, teacher)]
-    return json.dumps([*weights, hashlib.sha256(text.encode()).hexdigest(), plan])
+    given = [each for each in (model, teacher) if each is not None]
+    weights = [fingerprint(each, "").weights for each in given]
+    shapes = json.dumps([each.config.to_dict() for each in given], sort_keys=True, default=str)
+    return json.dumps([*weights, *(hashlib.sha256(told.encode()).hexdigest() for told in (shapes, text)), plan])
+
+
+def kept_file(keep: Path) -> Path:
+    return keep.with_name(keep.name + ".safetensors")
+
+
+def forget(keep: Path) -> None:
+    kept_file(keep).unlink(missing_ok=True)

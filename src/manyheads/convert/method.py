@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +14,12 @@ import torch
 from manyheads.convert.cases import TRIED
 from manyheads.convert.healing import Healing
 from manyheads.hosts.loading import Loaded
+from manyheads.hosts.questions import Questions
+from manyheads.runs.steps import Tell
 
 Rows = Sequence[Sequence[int]]
+# (what was made, the source, text, rows of calibration, what a stopped run goes on from, progress) -> what was taught
+Teach = Callable[[Any, Any, Questions, Rows, Path, Tell], Any]
 # Largest difference of logits that rounding makes, as a share of the largest logit, in float32.
 _EXACT = 2e-3
 
@@ -72,8 +77,8 @@ class Method(ABC):
         return
 
     @property
-    def lesson(self) -> Healing | None:
-        """What the source teaches before any healing."""
+    def lesson(self) -> Teach | None:
+        """How the source teaches what was made of it, before any healing; None where it does not."""
         return None
 
     def control(self, model: Any, value: int, healing: Healing | None) -> tuple[str, Any, Healing] | None:

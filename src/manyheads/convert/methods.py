@@ -5,24 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from manyheads.convert.cases import as_softmax
 from manyheads.convert.distilled import check_student, student
 from manyheads.convert.grouped import ALIGNMENTS, aligned, check_kv_heads, grouped
-from manyheads.convert.healing import Healing
-from manyheads.convert.hosted import check_hosted, hosted, takes_all, transfer
-from manyheads.convert.imitation import check_loss
+from manyheads.convert.healing import Healing, heal
+from manyheads.convert.hosted import check_hosted, hosted, takes_all
+from manyheads.convert.imitation import check_loss, transfer
 from manyheads.convert.importance import MEASURES, head_scores
 from manyheads.convert.latent import NORMS, check_latent, full_rank, latent, rotary_features
 from manyheads.convert.layout import attentions, cache_numbers
-from manyheads.convert.method import Identity, Method, Rows, too_small
+from manyheads.convert.method import Identity, Method, Rows, Teach, too_small
+from manyheads.convert.primitives import primitive_mixture, settled_mixture
 from manyheads.convert.pruned import check_pruned, cut, kept_heads, pruned, zeroed
 from manyheads.convert.rorope import can_turn, first_layer, rorope
 from manyheads.convert.shifted import BITS, check_shifted, settled, shifted
 from manyheads.convert.upcycled import check_tokenizers, check_upcycled, upcycled
 from manyheads.hosts.loading import Loaded, load_model
-from manyheads.runs.steps import Progress
+from manyheads.hosts.questions import Questions
+from manyheads.runs.steps import Tell
 
 
 @dataclass(frozen=True)
@@ -192,17 +195,23 @@ class Hosted(Method):
         return self.transfer > 0
 
     def title(self, value: int) -> str:
-        after = f", {self.transfer} steps of transfer by {self.loss}" if self.transfer else ""
-        return f"{self.spec['name']} in {value} layers{after}"
+        return f"{self.spec['name']} in {value} layers"
 
     def check(self, model: Any, value: int) -> None:
         check_hosted(model, self.spec, self.layers)
 
     def make(self, model: Any, value: int, rows: Rows) -> Any:
-        made = hosted(model, self.spec, self.layers)
-        if self.transfer:
-            with Progress().measure("attention transfer") as tell:
-                transfer(made, model, self.layers, rows, steps=self.transfer, loss=self.loss, rate=self.rate, tell=tell)
+        return hosted(model, self.spec, self.layers)
+
+    @property
+    def lesson(self) -> Teach | None:
+        return self._transfer if self.transfer else None
+
+    def _transfer(self, made: Any, model: Any, text: Questions, rows: Rows, keep: Path, tell: Tell) -> Any:
+        transfer(
+            made, model, self.layers, rows,
+            steps=self.transfer, loss=self.loss, rate=self.rate, keep=keep, tell=tell,
+        )  # fmt: skip
         return made
 
     @property
@@ -239,8 +248,12 @@ class Distilled(Method):
         return False
 
     @property
-    def lesson(self) -> Healing | None:
-        return self.teaching
+    def lesson(self) -> Teach | None:
+        return None if self.teaching is None else self._teach
+
+    def _teach(self, made: Any, model: Any, text: Questions, rows: Rows, keep: Path, tell: Tell) -> Any:
+        assert self.teaching is not None
+        return heal(made, text, self.teaching, teacher=model, keep=keep, tell=tell)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -328,8 +341,9 @@ class Upcycled(Method):
 
 @dataclass(frozen=True)
 class Shifted(Method):
-    """See `shifted`."""
+    """See `shifted`; with a mixture `primitive_mixture`, of MLPs alone."""
 
+    mixture: bool = False
     name: ClassVar[str] = "shiftadd"
     knob: ClassVar[str] = "--bits"
 
@@ -338,16 +352,18 @@ class Shifted(Method):
         return False
 
     def title(self, value: int) -> str:
-        return f"shifts of {value} bits"
+        return f"shifts of {value} bits{', mixed with products' if self.mixture else ''}"
 
     def check(self, model: Any, value: int) -> None:
         check_shifted(model, value)
+        if self.mixture:
+            check_hosted(model)
 
     def make(self, model: Any, value: int, rows: Rows) -> Any:
-        return shifted(model, value)
+        return primitive_mixture(model, value) if self.mixture else shifted(model, value)
 
     def settled(self, model: Any) -> Any:
-        return settled(model)
+        return settled_mixture(model) if self.mixture else settled(model)
 
     @property
     def usual(self) -> int:
@@ -360,6 +376,8 @@ class Shifted(Method):
         def once() -> Any:
             return settled(shifted(model, min(values)))
 
+        if self.mixture:
+            return [Identity("two experts of products", lambda: primitive_mixture(model, None))]
         return [Identity("weights that are shifts already", lambda: shifted(once(), min(values)), against=once)]
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
-from manyheads.convert.healing import Healing, forget, heal
+from manyheads.convert.healing import Healing, heal
+from manyheads.convert.keeping import forget
 from manyheads.convert.method import Method, Rows, prove
 from manyheads.convert.report import AFTER, CONTROL, HEALED, ORIGINAL, TAUGHT
 from manyheads.convert.saving import check_target, narrowed, save_conversion, stored_dtype, write_record
@@ -18,7 +20,7 @@ from manyheads.hosts.fingerprint import fingerprint
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.questions import Questions
 from manyheads.runs.environment import environment
-from manyheads.runs.steps import Progress
+from manyheads.runs.steps import Progress, Tell
 
 
 class Damaged(ValueError):
@@ -100,13 +102,16 @@ class _Run:
             figures = self.judge.measure(model, tell)
         self.lines.append({"title": title, "stage": stage, "value": value, **figures})
 
-    def train(self, model: Any, training: Healing, teacher: Any, name: str) -> Any:
+    def train(self, name: str, by: Callable[[Path, Tell], Any]) -> Any:
         keep = self.out.with_name(f".{self.out.name}.{name.replace(' ', '-')}")
         keep.parent.mkdir(parents=True, exist_ok=True)
         self.kept.append(keep)
-        by = self.loaded.model if teacher is None else teacher
         with self.progress.measure(name) as tell:
-            return heal(model, self.text, training, teacher=by, keep=keep, tell=tell)
+            return by(keep, tell)
+
+    def heal(self, model: Any, training: Healing, teacher: Any, name: str) -> Any:
+        by = self.loaded.model if teacher is None else teacher
+        return self.train(name, lambda keep, tell: heal(model, self.text, training, teacher=by, keep=keep, tell=tell))
 
     def forget(self) -> None:
         for keep in self.kept:
@@ -121,16 +126,18 @@ def _convert(run: _Run, method: Method, plan: Plan, rows: Rows, teacher: Any, wr
     for value in plan.values:
         made = method.make(source, value, rows)
         run.measure(made, method.title(value), AFTER, value)
-        for stage, training, by in ((TAUGHT, method.lesson, None), (HEALED, plan.healing, teacher)):
-            if training is not None:
-                made = run.train(made, training, by, f"{stage} {method.name} {value}")
-                run.measure(made, f"{method.title(value)}, {stage}", stage, value)
+        if method.lesson is not None:
+            made = run.train(f"{TAUGHT} {method.name} {value}", partial(method.lesson, made, source, run.text, rows))
+            run.measure(made, f"{method.title(value)}, {TAUGHT}", TAUGHT, value)
+        if plan.healing is not None:
+            made = run.heal(made, plan.healing, teacher, f"{HEALED} {method.name} {value}")
+            run.measure(made, f"{method.title(value)}, {HEALED}", HEALED, value)
         if write:
             _allow(plan, run.lines, "nothing is written")
     control = method.control(source, plan.values[-1], plan.healing)
     if control is not None:
         title, model, training = control
-        run.measure(run.train(model, training, teacher, "trained control"), title, CONTROL, None)
+        run.measure(run.heal(model, training, teacher, "trained control"), title, CONTROL, None)
     return made
 
 

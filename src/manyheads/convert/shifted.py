@@ -49,10 +49,14 @@ class ShiftLinear(nn.Linear):
         return F.linear(x, self.weight + (rounded - self.weight).detach(), self.bias)
 
 
-def check_shifted(model: Any, bits: int) -> None:
-    """ValueError where the model has no linear layer to turn, or the bits say nothing."""
+def check_bits(bits: int) -> None:
     if not 2 <= bits <= 8:
         raise ValueError(f"--bits {bits}: want 2 to 8, a sign and the places of a shift")
+
+
+def check_shifted(model: Any, bits: int) -> None:
+    """ValueError where the model has no linear layer to turn, or the bits say nothing."""
+    check_bits(bits)
     if not list(linears(model)):
         raise ValueError(f"{type(model).__name__} has no torch.nn.Linear inside its layers")
 
@@ -69,9 +73,13 @@ def shifted(model: Any, bits: int = BITS) -> Any:
     is. Call `settled` before it is saved."""
     check_shifted(model, bits)
     made = copy.deepcopy(model)
-    turned = set(linears(made))
-    _replace(made, lambda part: ShiftLinear.of(part, bits) if part in turned else part)
+    put_shifts(made, set(linears(made)), bits)
     return made
+
+
+def put_shifts(model: nn.Module, turned: set[nn.Linear], bits: int) -> None:
+    """Linear layers of shifts in place of these, where they stand."""
+    _replace(model, lambda part: ShiftLinear.of(part, bits) if part in turned else part)
 
 
 @torch.no_grad()

@@ -80,11 +80,16 @@ def near_far_read(
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
         part = slice(start, stop + before)
-        mixed = _chunk(q[:, :, start:stop], keys[:, :, part], values[:, :, part], real[:, part], mixer, memory)
+        more = keep or stop < n
+        features = mixer.kernel.key(widen(keys[:, :, start:stop])) if more or stop - start > 1 else None
+        mixed = _chunk(
+            q[:, :, start:stop], keys[:, :, part], values[:, :, part], real[:, part], mixer, features, memory
+        )
         outs.append(mixed)
-        if keep or stop < n:
+        if more:
+            assert features is not None
             gone = slice(start, stop)
-            memory = _remembered(memory, keys[:, :, gone], values[:, :, gone], real[:, gone], mixer.kernel)
+            memory = _remembered(memory, features, values[:, :, gone], real[:, gone], mixer.kernel)
     mixed = torch.cat(outs, 2)
     if order is not None:
         assert padding is not None
@@ -118,29 +123,42 @@ def _joined(
     return k, v, real
 
 
-def _chunk(q: Tensor, k: Tensor, v: Tensor, real: Tensor, mixer: Mixer, memory: Tensor | None) -> Tensor:
-    """c queries, the c + w keys that end with theirs (query r: near are r .. r + w), and the memory of those before."""
+def _chunk(
+    q: Tensor, k: Tensor, v: Tensor, real: Tensor, mixer: Mixer, features: Tensor | None, memory: Tensor | None
+) -> Tensor:
+    """c queries, the c + w keys that end with theirs (query r: near are r .. r + w), the mapped first c of these keys
+    where c > 1, and the memory of those before. Masks are added and multiplied: to fill in is slower than exp."""
     c, before = q.shape[2], k.shape[2] - q.shape[2]
     q, k, v = widen(q), widen(k), widen(v)
     lag = torch.arange(c + before, device=q.device) - torch.arange(c, device=q.device)[:, None]
     there = real[:, None, None, :]
-    near = _near(q @ k.mT * mixer.scale, (lag >= 0) & (lag <= before) & there, mixer.share)
-    total, sums = near.sum(-1, keepdim=True), near @ v
+    hidden = torch.zeros((), dtype=q.dtype, device=q.device).where((lag >= 0) & (lag <= before) & there, -torch.inf)
+    scores = q @ k.mT * mixer.scale + hidden
+    near = (scores - _largest(scores)).exp()
+    # The share multiplies what was summed, not every weight.
+    share = mixer.share.to(q.dtype)[:, None, None]
+    total, sums = share * near.sum(-1, keepdim=True), share * (near @ v)
+    query = mixer.kernel.query(q)
     if c > 1:
-        far = _far(q, k[:, :, :c], mixer.kernel).masked_fill(~((lag < 0)[:, :c] & there[..., :c]), 0.0)
+        assert features is not None
+        far = mixer.kernel.value(query @ features.mT) * ((lag < 0)[:, :c] & there[..., :c]).to(q.dtype)
         total, sums = total + far.sum(-1, keepdim=True), sums + far @ v[:, :, :c]
     if memory is not None:
-        past = mixer.kernel.features(mixer.kernel.query(q)) @ memory
+        past = mixer.kernel.features(query) @ memory
         total, sums = total + past[..., -1:], sums + past[..., :-1]
     return sums / _divisor(total)
+
+
+def _largest(scores: Tensor) -> Tensor:
+    """Of each row, zero where nothing is allowed."""
+    largest = scores.amax(-1, keepdim=True)
+    return torch.where(largest.isneginf(), torch.zeros_like(largest), largest)
 
 
 def _near(scores: Tensor, allowed: Tensor, share: Tensor) -> Tensor:
     """g e^(s - m) where allowed, else zero."""
     scores = scores.masked_fill(~allowed, -torch.inf)
-    largest = scores.amax(-1, keepdim=True)
-    largest = torch.where(largest.isneginf(), torch.zeros_like(largest), largest)
-    return share.to(scores.dtype)[:, None, None] * (scores - largest).exp()
+    return share.to(scores.dtype)[:, None, None] * (scores - _largest(scores)).exp()
 
 
 def _far(q: Tensor, k: Tensor, kernel: Kernel) -> Tensor:
@@ -148,9 +166,10 @@ def _far(q: Tensor, k: Tensor, kernel: Kernel) -> Tensor:
 
 
 def _remembered(memory: Tensor | None, k: Tensor, v: Tensor, real: Tensor, kernel: Kernel) -> Tensor:
+    """k: mapped keys."""
     values = widen(v)
     values = hide(torch.cat((values, torch.ones_like(values[..., :1])), -1), real)
-    new = kernel.features(kernel.key(widen(k))).mT @ values
+    new = kernel.features(k).mT @ values
     return new if memory is None else memory + new
 
 

@@ -25,21 +25,13 @@ from typing import Any
 from manyheads.hosts.gguf_checks import check_config, check_splits, check_weights
 from manyheads.hosts.gguf_header import Header, read_header
 from manyheads.hosts.quiet import quiet
+from manyheads.runs.files import cache_folder
 
 # Counts up when what is written changes, so that folders of older releases are made anew.
 _LAYOUT = 1
 # Seconds after which a person wonders what is going on.
 PATIENCE = 2.0
 INSTALL = "pip install gguf"
-
-
-def cache_folder() -> Path:
-    """manyheads' folder in the user's cache directory. A relative XDG_CACHE_HOME is ignored, as its standard asks."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "manyheads"
-    except RuntimeError as error:
-        raise ValueError("there is no home directory to cache models in: set XDG_CACHE_HOME to a folder") from error
 
 
 def gguf_folder(path: Path) -> Path:

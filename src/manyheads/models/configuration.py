@@ -42,6 +42,8 @@ class ManyheadsConfig(PreTrainedConfig):
     short_conv: width of a depthwise convolution before each self mixer (causal, or centred where the layer is not
     causal); 0 leaves it out. dropout: on what each sublayer adds. pooling, of the classifiers: "mean", or the spec of a
     mechanism that pools. router_loss_weight: of the mechanisms' auxiliary losses, summed, in the loss.
+    stages: of an image classifier, a hierarchy in place of patches and layers: {"stem": [...], "stages": [...], "head":
+    {...}}, see manyheads.models.stages; images of any size and a pixel_mask then.
     host: the configuration of the checkpoint whose weights these were; it says how they go back, and nothing else.
     """
 
@@ -75,6 +77,7 @@ class ManyheadsConfig(PreTrainedConfig):
     image_size: Any = 224
     patch_size: int = 16
     num_channels: int = 3
+    stages: Any = None
     tie_word_embeddings: bool = True
     dropout: float = 0.0
     router_loss_weight: float = 0.01
@@ -97,6 +100,8 @@ class ManyheadsConfig(PreTrainedConfig):
             self.image_size = list(self.image_size)
         if self.pooling != "mean":
             self.pooling = _checked_spec("pooling", self.pooling)
+        if self.stages is not None:
+            self.stages = import_module("manyheads.models.layouts").checked_layout(self.stages)
         self._check_values()
         super().__post_init__(**kwargs)
         self._check_patterns()

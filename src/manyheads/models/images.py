@@ -17,6 +17,7 @@ from manyheads.models.configuration import ManyheadsConfig
 from manyheads.models.heads import Pooling, sum_losses
 from manyheads.models.layers import build_stack
 from manyheads.models.modeling import ManyheadsPreTrainedModel
+from manyheads.models.stages import Hierarchy, HierarchyHead, HierarchyPixels, StagedTrace
 
 
 @dataclass
@@ -29,18 +30,50 @@ class ManyheadsSemanticSegmenterOutput(SemanticSegmenterOutput):
     aux_loss: Tensor | None = None
 
 
-class ManyheadsOverPatches(ManyheadsPreTrainedModel):
+class ManyheadsOverImages(ManyheadsPreTrainedModel):
     """Images cut into patches that stand in a grid: a mechanism for grids sees it, others the sequence of its rows.
-    is_causal as in ManyheadsForSequenceClassification."""
+    is_causal as in ManyheadsForSequenceClassification. Where the configuration has `stages`, a hierarchy of maps."""
 
     main_input_name = "pixel_values"
-    _input_embed_layer = "embed_patches"
     input_modalities = ("image",)
 
     def __init__(self, config: ManyheadsConfig) -> None:
         super().__init__(config)
+        self.hierarchy: Hierarchy | None = None
+        if config.stages is not None:
+            self.hierarchy = Hierarchy(config.stages, config.num_channels)
+            return
         self.embed_patches = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
         self.stack = build_stack(config, config.is_causal, images=True)
+
+    def get_input_embeddings(self) -> nn.Module:
+        if self.hierarchy is None:
+            return self.embed_patches
+        conv: nn.Module = self.hierarchy.stem[0].conv  # type: ignore[assignment]
+        return conv
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        if self.hierarchy is None:
+            self.embed_patches = value  # type: ignore[assignment]
+        else:
+            self.hierarchy.stem[0].conv = value
+
+    def _staged(self, pixel_values: Tensor, pixel_mask: Tensor | None, wants: dict[str, bool]) -> StagedTrace:
+        """Of a hierarchy, and the sum of its auxiliary losses in place of the list."""
+        channels = self.config.num_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"pixel_values have shape {tuple(pixel_values.shape)}; want [batch, {channels}, height, width]"
+            )
+        assert self.hierarchy is not None
+        return self.hierarchy(pixel_values.to(self.dtype), pixel_mask, wants["output_attentions"])
+
+    def _no_pixel_mask(self, pixel_mask: Tensor | None) -> None:
+        if pixel_mask is not None:
+            raise ValueError(
+                f"{type(self).__name__}: a pixel_mask, where patches stand at places of a fixed grid; leave it out, or "
+                "build the model with `stages`"
+            )
 
     def _patches(self, pixel_values: Tensor) -> Tensor:
         """[b, c, height, width] -> [b, rows, columns, c * patch * patch]."""
@@ -54,13 +87,16 @@ class ManyheadsOverPatches(ManyheadsPreTrainedModel):
         return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).to(self.dtype)
 
 
-class ManyheadsForImageClassification(ManyheadsOverPatches):
-    """Labels for whole images: the patches' pooled states, classified."""
+class ManyheadsForImageClassification(ManyheadsOverImages):
+    """Labels for whole images: pooled states, classified."""
 
     def __init__(self, config: ManyheadsConfig) -> None:
         super().__init__(config)
-        self.pooling = Pooling(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        if self.hierarchy is None:
+            self.pooling = Pooling(config)
+            self.classifier: nn.Module = nn.Linear(config.hidden_size, config.num_labels)
+        else:
+            self.classifier = HierarchyHead(self.hierarchy.features, config.num_labels, config.stages["head"])
         self.post_init()
 
     @can_return_tuple
@@ -71,9 +107,20 @@ class ManyheadsForImageClassification(ManyheadsOverPatches):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Any = None,
+        pixel_mask: Tensor | None = None,
     ) -> ManyheadsImageClassifierOutput:
-        """pixel_values: [b, channels, height, width]. labels: as in ManyheadsForSequenceClassification."""
+        """pixel_values: [b, channels, height, width]. labels: as in ManyheadsForSequenceClassification. pixel_mask: [b,
+        height, width], nonzero = real, of a hierarchy, whose hidden states are the maps after each stage."""
         wants = self._wants(output_attentions, output_hidden_states)
+        if self.hierarchy is not None:
+            staged = self._staged(pixel_values, pixel_mask, wants)
+            logits, aux_loss = self.classifier(staged.last, staged.real), staged.aux_loss
+            loss, share = self._label_loss(labels, logits, num_items_in_batch)
+            hidden = staged.maps if wants["output_hidden_states"] else None
+            weights = staged.weights if wants["output_attentions"] else None
+            loss = self._with_router_loss(loss, aux_loss, share)
+            return ManyheadsImageClassifierOutput(loss, logits, hidden, weights, aux_loss)
+        self._no_pixel_mask(pixel_mask)
         trace = self.stack(self.embed_patches(self._patches(pixel_values)).flatten(1, 2), **wants)
         pooled = self.pooling(trace.last, None)
         logits, aux_loss = self.classifier(pooled.output), sum_losses(trace.aux_loss, pooled)
@@ -83,12 +130,16 @@ class ManyheadsForImageClassification(ManyheadsOverPatches):
         )
 
 
-class ManyheadsForSemanticSegmentation(ManyheadsOverPatches):
-    """Labels for pixels: each patch's state gives the logits of all of its pixels."""
+class ManyheadsForSemanticSegmentation(ManyheadsOverImages):
+    """Labels for pixels: each patch's state gives the logits of all of its pixels; in a hierarchy, the maps of all
+    stages at the size of the first, added up."""
 
     def __init__(self, config: ManyheadsConfig) -> None:
         super().__init__(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels * config.patch_size**2)
+        if self.hierarchy is None:
+            self.classifier: nn.Module = nn.Linear(config.hidden_size, config.num_labels * config.patch_size**2)
+        else:
+            self.classifier = HierarchyPixels(self.hierarchy.widths, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -99,23 +150,32 @@ class ManyheadsForSemanticSegmentation(ManyheadsOverPatches):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Any = None,
+        pixel_mask: Tensor | None = None,
     ) -> ManyheadsSemanticSegmenterOutput:
         """pixel_values: [b, channels, height, width]. labels: [b, height, width], -100 where nothing is asked. logits:
-        [b, labels, height, width]."""
+        [b, labels, height, width]. pixel_mask: of a hierarchy; what is padded has logits of no meaning."""
         wants = self._wants(output_attentions, output_hidden_states)
-        trace = self.stack(self.embed_patches(self._patches(pixel_values)).flatten(1, 2), **wants)
-        side = self.config.patch_size
-        each = self.classifier(trace.last).unflatten(1, self.config.patch_grid).unflatten(-1, (-1, side, side))
-        logits = each.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-        loss, share = None, 1.0
+        hidden: Any
+        if self.hierarchy is not None:
+            staged = self._staged(pixel_values, pixel_mask, wants)
+            logits = self.classifier(staged.maps, staged.reals, pixel_values.shape[2:], pixel_mask)
+            hidden, weights, aux_loss = staged.maps, staged.weights, staged.aux_loss
+        else:
+            self._no_pixel_mask(pixel_mask)
+            trace = self.stack(self.embed_patches(self._patches(pixel_values)).flatten(1, 2), **wants)
+            side = self.config.patch_size
+            each = self.classifier(trace.last).unflatten(1, self.config.patch_grid).unflatten(-1, (-1, side, side))
+            logits = each.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+            hidden, weights, aux_loss = trace.hidden_states, trace.attentions, trace.aux_loss
+        loss = None
         if labels is not None:
             summed = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
             asked = (labels != -100).sum().clamp(min=1)
             loss = summed / (asked if num_items_in_batch is None else num_items_in_batch)
         return ManyheadsSemanticSegmenterOutput(
-            self._with_router_loss(loss, trace.aux_loss, share),
+            self._with_router_loss(loss, aux_loss),
             logits,
-            trace.hidden_states,
-            trace.attentions,
-            trace.aux_loss,
+            hidden if wants["output_hidden_states"] else None,
+            weights if wants["output_attentions"] else None,
+            aux_loss,
         )

@@ -22,6 +22,15 @@ _swept: set[tuple[Path, int]] = set()  # with the process: a fork sweeps for its
 _open: set[Path] = set()
 
 
+def cache_folder() -> Path:
+    """manyheads' folder in the user's cache directory. A relative XDG_CACHE_HOME is ignored, as its standard asks."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "manyheads"
+    except RuntimeError as error:
+        raise ValueError("there is no home directory to cache in: set XDG_CACHE_HOME to a folder") from error
+
+
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
     """The whole file or the old one: written beside the target, then put in its place."""
     path = Path(path)

@@ -11,14 +11,19 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from manyheads.runs.files import write_atomically
+from manyheads.runs.files import cache_folder, write_atomically, write_durably
 from manyheads.runs.results import Cell, Results, cells_of, done, failures_of, number
 from manyheads.runs.tables import Column, Entry, where
+
+_BUNDLE = 1  # counts up when what is made of the libraries changes, so that those kept by older releases are left
 
 
 def write_page(
@@ -49,14 +54,25 @@ def script_json(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
+@cache
 def _libraries() -> str:
-    """vega-embed with all that it needs, as one script."""
-    import vl_convert
-
+    """vega-embed with all that it needs, as one script. It takes three seconds to put together and is the same for the
+    same versions: kept in the user's cache directory, where that can be written."""
     from .charts import vega_lite_version
 
-    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vega_lite_version())
-    return re.sub("</(?=script)", r"<\\/", bundle, flags=re.IGNORECASE)
+    lite = vega_lite_version()
+    name = f"vega-embed-{_BUNDLE}-{version('vl-convert-python')}-{lite}.js"
+    with suppress(OSError, ValueError):
+        return (cache_folder() / "pages" / name).read_bytes().decode()
+    import vl_convert
+
+    made: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", lite)
+    bundle = re.sub("</(?=script)", r"<\\/", made, flags=re.IGNORECASE)
+    with suppress(OSError, ValueError):
+        folder = cache_folder() / "pages"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / name, bundle.encode())
+    return bundle
 
 
 def _safe(value: Any) -> str:

@@ -1,0 +1,44 @@
+"""What a hierarchy for images is made of, as JSON: stem, stages, head, with every setting and its default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from manyheads.registry import suggest
+
+STEP = {"kernel": 2, "stride": 2, "padding": 0, "features": None, "before": "none", "after": "none", "act": "none"}
+STAGE = {"dim": None, "depth": 1, "heads": 1, "mixers": None, "whole": False, "norm": "layer", "norm_eps": 1e-6}
+STAGE |= {"mlp": "plain", "mlp_ratio": 4.0, "layer_scale": None, "down": None, "between": None, "norm_end": "none"}
+HEAD = {"norm": "layer", "norm_eps": 1e-6, "hidden": 0, "act": "gelu", "norm_hidden": False}
+LAYOUT: dict[str, Any] = {"stem": [], "stages": [], "head": {}}
+
+
+def checked_layout(stages: Any) -> dict[str, Any]:
+    """What `stages` says of a hierarchy, defaults filled in. Raises ValueError, naming the place, for what no
+    hierarchy has."""
+    layout = _filled("stages", stages, LAYOUT)
+    layout["stem"] = [_filled(f"stem[{i}]", step, STEP) for i, step in enumerate(layout["stem"])]
+    layout["head"] = _filled("head", layout["head"], HEAD)
+    if not layout["stages"] or not layout["stem"]:
+        raise ValueError("stages: want a stem of at least one step and at least one stage")
+    layout["stages"] = [_filled(f"stages[{i}]", stage, STAGE) for i, stage in enumerate(layout["stages"])]
+    for i, stage in enumerate(layout["stages"]):
+        place = f"stages[{i}]"
+        if stage["down"] is not None:
+            stage["down"] = _filled(f"{place}.down", stage["down"], STEP)
+        if not isinstance(stage["mixers"], Sequence) or isinstance(stage["mixers"], str) or not stage["mixers"]:
+            raise ValueError(f"{place}.mixers is {stage['mixers']!r}; want a list of specs, taken in turn")
+        for what, known in (("norm", ("layer", "batch")), ("mlp", ("plain", "convolved"))):
+            if stage[what] not in known:
+                raise ValueError(f"{place}.{what}={stage[what]!r}; want one of {list(known)}")
+    return layout
+
+
+def _filled(place: str, given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{place} is {given!r}; want a mapping with some of {list(defaults)}")
+    for name in given:
+        if name not in defaults:
+            raise ValueError(f"{place} has no {name!r}{suggest(str(name), list(defaults))}; want {list(defaults)}")
+    return {**defaults, **given}

@@ -1,0 +1,108 @@
+"""Published image models, by the names that people know them by, as layouts of our parts.
+
+Each is the published model to the last parameter for 1,000 labels. Pooling is the mean and then the norm; published
+models that norm every cell first (FocalNet, DaViT's last norm comes behind the mean, VAN's at the end of each stage)
+are laid out so where it matters to the parameters; stochastic depth is left out.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from manyheads.models.configuration import ManyheadsConfig
+from manyheads.registry import suggest
+
+
+def _step(features: int | None, kernel: int, stride: int, padding: int = 0, **more: Any) -> dict[str, Any]:
+    return {"features": features, "kernel": kernel, "stride": stride, "padding": padding, **more}
+
+
+def _mambaout_femto() -> dict[str, Any]:
+    stem = [_step(24, 3, 2, 1, after="layer", act="gelu"), _step(48, 3, 2, 1, after="layer")]
+    stages = [
+        {"dim": dim, "depth": depth, "mixers": ["mambaout"], "whole": True}
+        | ({"down": _step(dim, 3, 2, 1, after="layer")} if i else {})
+        for i, (dim, depth) in enumerate(zip((48, 96, 192, 288), (3, 3, 9, 3), strict=True))
+    ]
+    return {"stem": stem, "stages": stages, "head": {"hidden": 4 * 288, "act": "gelu", "norm_hidden": True}}
+
+
+def _van_b0() -> dict[str, Any]:
+    stages = [
+        {
+            "dim": dim,
+            "depth": depth,
+            "mixers": ["large-kernel-attention"],
+            "norm": "batch",
+            "mlp": "convolved",
+            "mlp_ratio": ratio,
+            "layer_scale": 0.01,
+            "norm_end": "layer",
+        }
+        | ({"down": _step(dim, 3, 2, 1, after="batch")} if i else {})
+        for i, (dim, depth, ratio) in enumerate(zip((32, 64, 160, 256), (3, 3, 5, 2), (8, 8, 4, 4), strict=True))
+    ]
+    return {"stem": [_step(32, 7, 4, 3, after="batch")], "stages": stages, "head": {"norm": "none"}}
+
+
+def _focalnet_tiny_srf() -> dict[str, Any]:
+    stages = [
+        {"dim": dim, "depth": depth, "mixers": [{"name": "focal-modulation", "levels": 2, "window": 3}]}
+        | {"norm_eps": 1e-5}
+        | ({"down": _step(dim, 2, 2, after="layer")} if i else {})
+        for i, (dim, depth) in enumerate(zip((96, 192, 384, 768), (2, 2, 6, 2), strict=True))
+    ]
+    return {"stem": [_step(96, 4, 4, after="layer")], "stages": stages, "head": {"norm_eps": 1e-5}}
+
+
+def _davit_tiny() -> dict[str, Any]:
+    stages = [
+        {"dim": dim, "depth": 2 * pairs, "heads": heads, "mixers": ["davit-spatial", "davit-channel"], "whole": True}
+        | ({"down": _step(dim, 2, 2, before="layer")} if i else {})
+        for i, (dim, pairs, heads) in enumerate(zip((96, 192, 384, 768), (1, 1, 3, 1), (3, 6, 12, 24), strict=True))
+    ]
+    return {"stem": [_step(96, 7, 4, 3, after="layer")], "stages": stages, "head": {}}
+
+
+def _twins_svt_small() -> dict[str, Any]:
+    sizes = zip((64, 128, 256, 512), (2, 2, 10, 4), (2, 4, 8, 16), (8, 4, 2, 1), strict=True)
+    stages = [
+        {"dim": dim, "depth": depth, "heads": heads, "between": "twins-position"}
+        | {"mixers": ["twins-local", {"name": "twins-global", "reduce": reduce}]}
+        | ({"down": _step(dim, 2, 2, after="layer")} if i else {})
+        for i, (dim, depth, heads, reduce) in enumerate(sizes)
+    ]
+    return {"stem": [_step(64, 4, 4, after="layer")], "stages": stages, "head": {}}
+
+
+def _maxvit_tiny() -> dict[str, Any]:
+    stem = [_step(64, 3, 2, 1, after="batch", act="gelu"), _step(64, 3, 1, 1)]
+    stages = [
+        {"dim": dim, "depth": depth, "heads": dim // 32, "whole": True}
+        | {"mixers": [{"name": "maxvit", "stride": 2, "features": dim}, *["maxvit"] * (depth - 1)]}
+        for dim, depth in zip((64, 128, 256, 512), (2, 2, 5, 2), strict=True)
+    ]
+    return {"stem": stem, "stages": stages, "head": {"hidden": 512, "act": "tanh", "norm_eps": 1e-5}}
+
+
+PRESETS = {
+    "davit_tiny": _davit_tiny,
+    "focalnet_tiny_srf": _focalnet_tiny_srf,
+    "mambaout_femto": _mambaout_femto,
+    "maxvit_tiny": _maxvit_tiny,
+    "twins_svt_small": _twins_svt_small,
+    "van_b0": _van_b0,
+}
+
+
+def preset_config(name: str, **settings: Any) -> ManyheadsConfig:
+    """The configuration of a published image model, for ManyheadsForImageClassification.
+
+    settings: of ManyheadsConfig, such as num_labels (1,000 by default) or image_size. Raises ValueError for a name that
+    is not in PRESETS.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}{suggest(name, list(PRESETS))}; want one of {sorted(PRESETS)}")
+    given = {"num_labels": 1000, **settings}
+    return ManyheadsConfig(stages=copy.deepcopy(PRESETS[name]()), **given)

@@ -1,0 +1,258 @@
+"""Hierarchies for images: a stem of convolutions, then stages of blocks at one size each, a step down between them.
+
+    block: x + s1 mixer(norm(x)), then x + s2 mlp(norm(x)); or the mechanism alone, where it is a whole block
+
+Maps are [b, height, width, e]. With a pixel mask every size is that of what is real, as if the image ended there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from manyheads.card import Pattern
+from manyheads.functional.cells import CellNorm, cell_mean, convolve, depthwise, shown
+from manyheads.functional.feature_maps import extent, rectangle, resized
+from manyheads.models.configuration import Spec, spec_arguments, spec_name
+from manyheads.models.layouts import STAGE
+from manyheads.registry import create_attention
+
+ACTIVATIONS = {"none": nn.Identity, "gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+
+def _norm(kind: str, dim: int, eps: float = 1e-6) -> nn.Module | None:
+    if kind == "none":
+        return None
+    return CellNorm(dim) if kind == "batch" else nn.LayerNorm(dim, eps=eps)
+
+
+def _normed(norm: nn.Module | None, x: Tensor, real: Tensor | None) -> Tensor:
+    if norm is None:
+        return x
+    normed: Tensor = norm(x, real) if isinstance(norm, CellNorm) else norm(x)
+    return normed
+
+
+class Step(nn.Module):
+    """norm -> convolution -> norm -> activation, to another size."""
+
+    def __init__(self, dim: int, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.sizes = settings["kernel"], settings["stride"], settings["padding"]
+        self.before = _norm(settings["before"], dim)
+        self.conv = nn.Conv2d(dim, settings["features"], self.sizes[0], self.sizes[1], self.sizes[2])
+        self.after, self.act = _norm(settings["after"], settings["features"]), ACTIVATIONS[settings["act"]]()
+
+    def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        kernel, stride, padding = self.sizes
+        if min(x.shape[1:3]) + 2 * padding < kernel:
+            raise ValueError(
+                f"a map of {x.shape[1]} x {x.shape[2]} is smaller than the kernel of {kernel}; want a larger image"
+            )
+        x = convolve(self.conv, _normed(self.before, x, real), real)
+        if real is not None:
+            reach = (extent(real) + 2 * padding - kernel).clamp(min=0) // stride + 1
+            real = rectangle(reach, x.shape[1:3])
+        return self.act(_normed(self.after, x, real)), real
+
+
+class CellMLP(nn.Module):
+    """Two layers with GELU; convolved: with a 3 x 3 convolution of each feature in front of it."""
+
+    def __init__(self, dim: int, hidden: int, convolved: bool) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.conv = depthwise(hidden, 3) if convolved else None
+
+    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
+        hidden = self.up_proj(x)
+        hidden = hidden if self.conv is None else convolve(self.conv, hidden, real)
+        output: Tensor = self.down_proj(F.gelu(hidden))
+        return output
+
+
+class StageBlock(GradientCheckpointingLayer):
+    """One mechanism, and what stands around it unless it is a whole block. dim: the features of x."""
+
+    def __init__(self, dim: int, stage: Mapping[str, Any], spec: Spec) -> None:
+        super().__init__()
+        arguments = {"heads": stage["heads"], **spec_arguments(spec)}
+        self.mechanism = create_attention(spec_name(spec), dim, arguments.pop("heads"), causal=False, **arguments)
+        if Pattern.GRID not in self.mechanism.card.patterns:
+            declared = sorted(self.mechanism.card.patterns)
+            raise ValueError(f"stages: {spec_name(spec)!r} declares {declared}; a stage wants mechanisms for a grid")
+        self.features = self.mechanism.result_dim or dim
+        self.mlp: CellMLP | None = None
+        if stage["whole"]:
+            return
+        self.norm, self.norm_mlp = (_norm(stage["norm"], dim, stage["norm_eps"]) for _ in range(2))
+        if stage["mlp_ratio"]:
+            self.mlp = CellMLP(dim, int(dim * stage["mlp_ratio"]), stage["mlp"] == "convolved")
+        scale = stage["layer_scale"]
+        self.scale, self.scale_mlp = (
+            (nn.Parameter(torch.full((dim,), float(scale))) if scale is not None else None) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor, real: Tensor | None, need_weights: bool = False) -> tuple[Any, ...]:
+        """The map, what of it is real, weights where asked for, and auxiliary losses."""
+        if not hasattr(self, "norm"):
+            result = self.mechanism(x, mask=real, need_weights=need_weights)
+            return result.output, self._reached(real, x, result.output), result.weights, list(result.losses.values())
+        result = self.mechanism(_normed(self.norm, x, real), mask=real, need_weights=need_weights)
+        x = x + (result.output if self.scale is None else self.scale * result.output)
+        if self.mlp is not None:
+            added = self.mlp(_normed(self.norm_mlp, x, real), real)
+            x = x + (added if self.scale_mlp is None else self.scale_mlp * added)
+        return x, real, result.weights, list(result.losses.values())
+
+    def _reached(self, real: Tensor | None, before: Tensor, after: Tensor) -> Tensor | None:
+        """What is real of a result of another size."""
+        if real is None or before.shape[1:3] == after.shape[1:3]:
+            return real
+        reach = [self.mechanism.result_size(*map(int, size)) for size in extent(real)]
+        return rectangle(torch.tensor(reach, device=real.device), after.shape[1:3])
+
+
+class Stage(nn.Module):
+    """A step down, blocks, and what stands between the first and the others (a residual of its own)."""
+
+    def __init__(self, dim: int, stage: Mapping[str, Any]) -> None:
+        super().__init__()
+        down, mixers = stage["down"], stage["mixers"]
+        self.down = None if down is None else Step(dim, {**down, "features": down["features"] or stage["dim"]})
+        dim = dim if down is None else stage["dim"]
+        self.blocks = nn.ModuleList()
+        for i in range(stage["depth"]):
+            block = StageBlock(dim, stage, mixers[i % len(mixers)])
+            self.blocks.append(block)
+            dim = block.features
+        between = stage["between"]
+        self.between = None if between is None else StageBlock(dim, {**STAGE, "whole": True}, between)
+        self.norm, self.features = _norm(stage["norm_end"], dim, stage["norm_eps"]), dim
+
+    def forward(self, x: Tensor, real: Tensor | None, need_weights: bool) -> tuple[Any, ...]:
+        weights, losses = [], []
+        if self.down is not None:
+            x, real = self.down(x, real)
+        for i, block in enumerate(self.blocks):
+            x, real, matrix, more = block(x, real, need_weights)
+            weights.append(matrix)
+            losses += more
+            if i == 0 and self.between is not None:
+                added, _, _, more = self.between(x, real)
+                x, losses = x + added, losses + more
+        return _normed(self.norm, x, real), real, weights, losses
+
+
+class StagedTrace(NamedTuple):
+    """maps, reals: [b, height, width, e] after each stage, and what of it is real, [b, height, width] or None. weights:
+    per block. aux_loss: the sum of all, None without any."""
+
+    maps: tuple[Tensor, ...]
+    reals: tuple[Tensor | None, ...]
+    weights: tuple[Tensor | None, ...]
+    aux_loss: Tensor | None
+
+    @property
+    def last(self) -> Tensor:
+        return self.maps[-1]
+
+    @property
+    def real(self) -> Tensor | None:
+        return self.reals[-1]
+
+
+class Hierarchy(nn.Module):
+    """Stem and stages."""
+
+    def __init__(self, layout: Mapping[str, Any], channels: int) -> None:
+        super().__init__()
+        dim, self.stem, self.stages = channels, nn.ModuleList(), nn.ModuleList()
+        for step in layout["stem"]:
+            self.stem.append(Step(dim, step))
+            dim = step["features"]
+        self.widths: list[int] = []
+        for settings in layout["stages"]:
+            stage = Stage(dim, settings)
+            self.stages.append(stage)
+            dim = stage.features
+            self.widths.append(dim)
+        self.features = dim
+
+    def forward(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, need_weights: bool = False
+    ) -> StagedTrace:
+        """pixel_values: [b, channels, height, width]; pixel_mask: [b, height, width], nonzero = real."""
+        x, real = pixel_values.movedim(1, -1), None
+        if pixel_mask is not None:
+            if pixel_mask.shape != x.shape[:3]:
+                raise ValueError(f"pixel_mask has shape {list(pixel_mask.shape)}; want {list(x.shape[:3])}")
+            real = pixel_mask.bool()
+            x = shown(x, real)
+        for step in self.stem:
+            x, real = step(x, real)
+        maps: list[Tensor] = []
+        reals, weights, losses = [], [], []
+        for stage in self.stages:
+            x, real, matrices, more = stage(x, real, need_weights)
+            maps.append(x)
+            reals.append(real)
+            weights += matrices
+            losses += more
+        return StagedTrace(tuple(maps), tuple(reals), tuple(weights), torch.stack(losses).sum() if losses else None)
+
+
+class HierarchyHead(nn.Module):
+    """The mean over real cells, a norm before it (of a norm over cells) or behind it, and one or two layers."""
+
+    def __init__(self, dim: int, labels: int, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        hidden = settings["hidden"]
+        self.norm = _norm(settings["norm"], dim, settings["norm_eps"])
+        self.up_proj = nn.Linear(dim, hidden) if hidden else None
+        self.act = ACTIVATIONS[settings["act"]]()
+        self.norm_hidden = (
+            nn.LayerNorm(hidden, eps=settings["norm_eps"]) if hidden and settings["norm_hidden"] else None
+        )
+        self.classifier = nn.Linear(hidden or dim, labels)
+
+    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
+        if isinstance(self.norm, CellNorm):
+            x = self.norm(x, real)
+        pooled = cell_mean(x, real)[:, 0, 0]
+        if isinstance(self.norm, nn.LayerNorm):
+            pooled = self.norm(pooled)
+        if self.up_proj is not None:
+            pooled = self.act(self.up_proj(pooled))
+            pooled = pooled if self.norm_hidden is None else self.norm_hidden(pooled)
+        logits: Tensor = self.classifier(pooled)
+        return logits
+
+
+class HierarchyPixels(nn.Module):
+    """Each stage's map through a layer of its own, resized to the first stage's size, added up, normed, classified, and
+    the logits resized to the image: the plainest dense head that every hierarchy can have."""
+
+    def __init__(self, features: Sequence[int], labels: int) -> None:
+        super().__init__()
+        wide = features[0]
+        self.projections = nn.ModuleList(nn.Linear(own, wide) for own in features)
+        self.norm, self.classifier = nn.LayerNorm(wide), nn.Linear(wide, labels)
+
+    def forward(
+        self, maps: Sequence[Tensor], reals: Sequence[Tensor | None], size: Sequence[int], pixel_mask: Tensor | None
+    ) -> Tensor:
+        """-> [b, labels, *size]"""
+        reaches = [None if real is None else extent(real) for real in reals]
+        total = torch.zeros(())
+        for x, reach, layer in zip(maps, reaches, self.projections, strict=True):
+            part: Tensor = resized(layer(x), maps[0].shape[1:3], reach, reaches[0])
+            total = part if total.ndim == 0 else total + part
+        logits = self.classifier(F.gelu(self.norm(total)))
+        whole = None if pixel_mask is None else extent(pixel_mask.bool())
+        return resized(logits, tuple(size), reaches[0], whole).movedim(-1, 1)

@@ -1,0 +1,163 @@
+"""Hierarchies: published models to the last parameter, padding as if the image ended there, refusals by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageClassification
+
+from manyheads.models import ManyheadsConfig, ManyheadsForImageClassification, ManyheadsForSemanticSegmentation
+from manyheads.models.presets import PRESETS, preset_config
+
+# The numbers of the released code or of timm's, for 1,000 labels.
+PUBLISHED = {
+    "davit_tiny": 28_360_168,
+    "focalnet_tiny_srf": 28_427_116,
+    "mambaout_femto": 7_304_536,
+    "maxvit_tiny": 30_916_528,
+    "twins_svt_small": 24_060_776,
+    "van_b0": 4_105_800,
+}
+
+
+def small(name: str) -> ManyheadsConfig:
+    """The preset with an eighth of the features and blocks of its first two stages."""
+    layout = PRESETS[name]()
+    layout["stages"] = layout["stages"][:2]
+    heads = {"davit_tiny": 1, "twins_svt_small": 2, "maxvit_tiny": 2}.get(name, 1)
+
+    def narrow(wide: int) -> int:
+        return max(wide // 8 // 4 * 4, 4)
+
+    for step in layout["stem"]:
+        step["features"] = narrow(step["features"])
+    for stage in layout["stages"]:
+        stage["dim"], stage["depth"], stage["heads"] = narrow(stage["dim"]), 2, heads
+        if stage.get("down"):
+            stage["down"]["features"] = stage["dim"]
+        stage["mixers"] = [
+            {**spec, "features": narrow(spec["features"])} if isinstance(spec, dict) and "features" in spec else spec
+            for spec in stage["mixers"]
+        ]
+    layout["head"]["hidden"] = layout["head"].get("hidden", 0) and 8
+    return ManyheadsConfig(stages=layout, num_labels=5)
+
+
+def built(cls: Any, config: ManyheadsConfig) -> Any:
+    torch.manual_seed(0)
+    model = cls(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_as_many_parameters_as_published(name: str) -> None:
+    with torch.device("meta"):
+        model = ManyheadsForImageClassification(preset_config(name))
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("cls", [ManyheadsForImageClassification, ManyheadsForSemanticSegmentation])
+@torch.no_grad()
+def test_a_padded_image_is_the_smaller_image(name: str, cls: Any) -> None:
+    model = built(cls, small(name))
+    image = torch.randn(2, 3, 44, 52).double()
+    mask = torch.ones(2, 44, 52, dtype=torch.long)
+    mask[1, 32:], mask[1, :, 40:] = 0, 0
+    dirty = torch.where(mask[:, None] == 1, image, 100.0)
+    together = model(dirty, pixel_mask=mask).logits
+    torch.testing.assert_close(together[:1], model(image[:1]).logits)
+    alone = model(image[1:, :, :32, :40]).logits
+    found = together[1:] if cls is ManyheadsForImageClassification else together[1:, :, :32, :40]
+    torch.testing.assert_close(found, alone)
+
+
+@pytest.mark.parametrize("name", ["van_b0", "twins_svt_small"])
+def test_learns_checkpointed_as_without(name: str) -> None:
+    found: list[list[Tensor]] = []
+    for checkpointed in (False, True):
+        model = built(ManyheadsForImageClassification, small(name)).train()
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(1)
+        model(torch.randn(2, 3, 32, 32).double(), labels=torch.tensor([1, 3])).loss.backward()
+        grads = [p.grad for p in model.parameters()]
+        assert all(g is not None and g.isfinite().all() for g in grads)
+        found.append([*grads, *model.buffers()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_hidden_states_are_the_maps_of_stages_and_weights_those_of_blocks() -> None:
+    model = built(ManyheadsForImageClassification, small("twins_svt_small"))
+    out = model(torch.randn(1, 3, 32, 32).double(), output_hidden_states=True, output_attentions=True)
+    assert [tuple(h.shape) for h in out.hidden_states] == [(1, 8, 8, 8), (1, 4, 4, 16)]
+    assert [w.shape[-1] for w in out.attentions] == [64, 64, 16, 16]
+    plain = model(torch.randn(1, 3, 32, 32).double())
+    assert plain.hidden_states is None
+    assert plain.attentions is None
+
+
+def test_it_is_saved_and_opens_again(tmp_path: Path) -> None:
+    model = built(ManyheadsForImageClassification, small("mambaout_femto"))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    image = torch.randn(1, 3, 32, 32).double()
+    torch.testing.assert_close(again(image).logits, model(image).logits)
+    assert again.get_input_embeddings() is again.hierarchy.stem[0].conv
+
+
+def test_segmentation_learns_to_copy_brightness() -> None:
+    torch.manual_seed(0)
+    layout = {"stem": [{"features": 8, "kernel": 2, "stride": 2}], "stages": [{"dim": 8, "mixers": ["hilo"]}]}
+    model = ManyheadsForSemanticSegmentation(ManyheadsConfig(stages=layout, num_labels=2, num_channels=1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        image = torch.rand(4, 1, 4, 4).round().repeat_interleave(4, 2).repeat_interleave(4, 3)
+        out = model(image, labels=image[:, 0].long())
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+    assert float((out.logits.argmax(1) == image[:, 0]).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ({}, "at least one stage"),
+        ([], "stages is"),
+        ({"stem": [{"features": 4}], "stages": [{"dim": 4, "mixers": []}]}, r"stages\[0\].mixers"),
+        ({"stem": [{"features": 4}], "stages": [{"dim": 4, "mixers": ["hilo"], "norm": "group"}]}, "norm='group'"),
+        ({"stem": [{"features": 4, "kernal": 3}], "stages": [{"dim": 4, "mixers": ["hilo"]}]}, "kernal.*kernel"),
+    ],
+)
+def test_a_layout_that_is_none_is_refused(layout: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ManyheadsConfig(stages=layout)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    layout = {"stem": [{"features": 8}], "stages": [{"dim": 8, "mixers": ["gqa"]}]}
+    with pytest.raises(ValueError, match="declares"):
+        ManyheadsForImageClassification(ManyheadsConfig(stages=layout))
+    model = built(ManyheadsForImageClassification, small("van_b0"))
+    with pytest.raises(ValueError, match="want a larger image"):
+        built(ManyheadsForImageClassification, small("focalnet_tiny_srf"))(torch.zeros(1, 3, 2, 2).double())
+    with pytest.raises(ValueError, match="pixel_values have shape"):
+        model(torch.zeros(1, 1, 32, 32).double())
+    with pytest.raises(ValueError, match="pixel_mask has shape"):
+        model(torch.zeros(1, 3, 32, 32).double(), pixel_mask=torch.ones(1, 8, 8))
+    patches = ManyheadsForImageClassification(
+        ManyheadsConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4)
+    )
+    with pytest.raises(ValueError, match="leave it out"):
+        patches(torch.zeros(1, 3, 8, 8), pixel_mask=torch.ones(1, 8, 8))
+    with pytest.raises(ValueError, match="van_b0"):
+        preset_config("van_b1")
