@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.card import Pattern
 from manyheads.mechanism import Mechanism
 from manyheads.testing.case import Case, each
+from manyheads.testing.properties.prop import is_plane
 
 Arguments = dict[str, Any]
 # What the arguments of a good call become.
@@ -51,7 +51,7 @@ def refused(case: Case, module: Mechanism, call: Arguments, rng: random.Random) 
     """By what they are. Each must be a ValueError that names the mechanism, or be right."""
     x, context = call["x"], call["context"]
     n, batch = x.shape[1], x.shape[0]
-    flat = case.pattern is not Pattern.GRID
+    flat = not is_plane(case)
     found: dict[str, Change] = {f"x: {what}": _x(change) for what, change in _shapes(x).items()}
     found |= {f"x: {None}": _x(lambda t: None), "x: a thing": _things("x", rng, None)}
     if context is None:
@@ -99,7 +99,7 @@ def good(case: Case, call: Arguments) -> dict[str, Change]:
         "x: a subclass": _x(lambda t: torch.nn.Parameter(t)),
         "x: every second": _x(lambda t: t.repeat_interleave(2, -1)[..., ::2]),
     }
-    if case.pattern is not Pattern.GRID and call.get("state") is None:
+    if not is_plane(case) and call.get("state") is None:
         positions = _put("positions", lambda t: torch.arange(n, dtype=torch.int32))
         found |= {
             "positions: int32": positions,
