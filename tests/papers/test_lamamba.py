@@ -65,7 +65,7 @@ def test_equation(config):
 @torch.no_grad()
 def test_it_begins_as_the_identity_and_goes_without_a_condition():
     x = torch.randn(2, 4, 4, 8)
-    torch.testing.assert_close(LaMamba(8, 2)(x).output, x)
+    torch.testing.assert_close(LaMamba(8, 2)(x, condition=torch.randn(2, 8)).output, x)
     module, x = build(condition_dim=5), x.double()
     zeros = torch.zeros(2, 5).double()
     torch.testing.assert_close(module(x).output, module(x, condition=zeros).output)

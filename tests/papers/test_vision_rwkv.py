@@ -68,7 +68,8 @@ def test_steep_decays_and_large_keys_stay_exact(decay):
 
 def test_the_first_values_are_those_released():
     module = VisionRWKV(8, 1, layer=3, depth=12)
-    torch.testing.assert_close(module.spatial_decay[[0, 7]], torch.tensor([-5.0, 3.0]))
+    middle = -5 + 8 * (3 / 7) ** (0.7 + 1.3 * 3 / 11)
+    torch.testing.assert_close(module.spatial_decay[[0, 3, 7]], torch.tensor([-5.0, middle, 3.0]))
     torch.testing.assert_close(module.spatial_mix_k[4], torch.tensor(0.5**0.75))
     torch.testing.assert_close(module.spatial_mix_v[4], torch.tensor(0.5**0.75 + 0.3 * 3 / 11))
     assert sum(p.numel() for p in module.parameters()) == 4 * 64 + 5 * 8

@@ -61,7 +61,7 @@ class SubsampledAttention(nn.Module):
             drawn = tuple(self._draw(*each) for each in zip(context or (), paddings, strict=True))
             return self.mechanism(x, context, mask=drawn, **options)
         kept = self._draw(x if context is None else context, padding)
-        alone = self.as_padding or context is not None or pattern in (Pattern.POOL, Pattern.GRID)
+        alone = self.as_padding or context is not None or pattern in (Pattern.POOL, Pattern.GRID, Pattern.VOLUME)
         if dense is None and alone:
             return self.mechanism(x, context, mask=kept, **options)
         allowed = kept[:, None, None]

@@ -93,8 +93,7 @@ class LaMamba(Mechanism):
         if window < 1 or not 0 <= shift < window or min(state, expansion, hidden, condition_dim or 1) < 1:
             raise ValueError(
                 f"lamamba: window={window}, shift={shift}, state={state}, expansion={expansion}, "
-                f"mlp_ratio={mlp_ratio}, condition_dim={condition_dim}; want a shift below the window and at least 1 "
-                "of the others"
+                f"mlp_ratio={mlp_ratio}, condition_dim={condition_dim}; want shift < window and 1 or more of the rest"
             )
         self.window, self.shift, self.condition_dim = window, shift, condition_dim or dim
         same = self.condition_dim == dim
@@ -120,7 +119,7 @@ class LaMamba(Mechanism):
             raise ValueError(
                 f"lamamba: condition has shape {tuple(condition.shape)}; want [{len(x)}, {self.condition_dim}]"
             )
-        made = self.modulation(F.silu(self.condition_projection(condition)))[:, None, None]
+        made = self.modulation(F.silu(self.condition_projection(condition.to(x.dtype))))[:, None, None]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2, shift_3, scale_3, gate_3 = made.chunk(9, -1)
         x = shown(x, real)
         x = x + gate_1 * self.scan(self.norm(x) * (1 + scale_1) + shift_1, real)
