@@ -34,7 +34,7 @@ def called(cls: type[Mechanism], odd: Mapping[str, Any]) -> str | None:
         json.dumps(module.config)
         pattern = next(p for p in sorted(cls.card.patterns) if p.causal == module.causal)
         case = Case(cls, pattern, {k: v for k, v in settings.items() if k != "causal"})
-        x = torch.zeros(1, 5, module.dim) if x_is_flat(case) else torch.zeros(1, 5, 6, module.dim)
+        x = nothing(case, module)
         context = case.context(5, 1, dtype=torch.float32) if pattern.cross else None
         output = module(x, context).output
     except ValueError as error:
@@ -43,11 +43,18 @@ def called(cls: type[Mechanism], odd: Mapping[str, Any]) -> str | None:
         return None if named else f"refused in other words: {text}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return None if output.shape[-1] == module.dim else "another width comes out"
+    if isinstance(output, tuple):  # several maps, each of features of its own
+        return None
+    return None if output.shape[-1] == (module.result_dim or module.dim) else "another width comes out"
 
 
-def x_is_flat(case: Case) -> bool:
-    return case.pattern != "grid"
+def nothing(case: Case, module: Mechanism) -> Any:
+    """Zeros in the form that the pattern wants."""
+    sizes = {"grid": (5, 6), "grid-cross": (5, 6), "volume": (3, 4, 2)}.get(case.pattern, (5,))
+    if case.pattern != "maps":
+        return torch.zeros(1, *sizes, module.dim)
+    widths = module.map_dims or (module.dim,)
+    return tuple(torch.zeros(1, *size, wide) for size, wide in zip(module.map_sizes(5, 6), widths, strict=True))
 
 
 @pytest.mark.parametrize("name", list_attentions())

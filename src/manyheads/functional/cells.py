@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.functional.deferred import recomputing
@@ -44,12 +45,27 @@ def cell_mean(grid: Tensor, real: Tensor | None) -> Tensor:
     return (total / cell_counts(grid, real)).to(grid.dtype)
 
 
-class FeedForward(nn.Module):
-    """down(gelu(up(x))), each cell by itself."""
+def square_means(x: Tensor, real: Tensor | None, step: int) -> tuple[Tensor, Tensor | None]:
+    """x [b, height, width, e], real [b, height, width] -> means of the real cells of each step x step square, those at
+    the rim having fewer, and which squares have one (None where all cells are real)."""
+    if step == 1:
+        return shown(x, real), real
+    short = (0, -x.shape[2] % step, 0, -x.shape[1] % step)
+    count = x.new_ones(1, *x.shape[1:3]) if real is None else real.to(x.dtype)
+    squares, count = (
+        t.unflatten(2, (-1, step)).unflatten(1, (-1, step)).sum((2, 4))
+        for t in (F.pad(shown(x, real), (0, 0, *short)), F.pad(count, short)[..., None])
+    )
+    return squares / count.clamp(min=1), None if real is None else count[..., 0] > 0
 
-    def __init__(self, dim: int, hidden: int, *, approximate: str = "none") -> None:
+
+class FeedForward(nn.Module):
+    """down(act(up(x))), each cell by itself; act is GELU where none is given."""
+
+    def __init__(self, dim: int, hidden: int, act: nn.Module | None = None) -> None:
         super().__init__()
-        self.up, self.act, self.down = nn.Linear(dim, hidden), nn.GELU(approximate), nn.Linear(hidden, dim)
+        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.act = nn.GELU() if act is None else act
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.down(self.act(self.up(x)))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.cells import CellNorm, FeedForward, convolve, shown
+from manyheads.functional.cells import CellNorm, FeedForward, cell_mean, convolve, shown, square_means
 from manyheads.functional.grid_bias import OffsetBias
 from manyheads.functional.grid_windows import attend_cells, blocks, over_extents, spread, windows_of
 from manyheads.functional.multihead import Heads
@@ -132,30 +132,14 @@ class _Convolutions(nn.Module):
         z = self._gelu(self.norm_up(self.up(self.norm_in(x, real)), real))
         after = [-size % 2 + 1 if self.stride == 2 else 1 for size in x.shape[1:3]]
         before = 0 if self.stride == 2 else 1
-        kept, seen = self._pooled(x, real)
+        kept, seen = square_means(x, real, self.stride)
         z = convolve(self.deep, F.pad(shown(z, real), (0, 0, before, after[1], before, after[0])))
         z = self._gelu(self.norm_deep(z, seen))
-        if seen is None:
-            mean = z.mean((1, 2), keepdim=True)
-        else:
-            mean = shown(z, seen).sum((1, 2), keepdim=True) / seen.sum((1, 2)).clamp(min=1)[:, None, None, None]
-        gate = self.excite(F.silu(self.squeeze(mean.to(z.dtype)))).sigmoid()
+        gate = self.excite(F.silu(self.squeeze(cell_mean(z, seen)))).sigmoid()
         return self.shortcut(kept) + self.down(z * gate), seen
 
     def _gelu(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh")
-
-    def _pooled(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Means of the real cells of squares, and which squares have one."""
-        if self.stride == 1:
-            return x, real
-        short = (0, x.shape[2] % 2, 0, x.shape[1] % 2)
-        count = x.new_ones(1, *x.shape[1:3]) if real is None else real.to(x.dtype)
-        squares, count = (
-            t.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).sum((2, 4))
-            for t in (F.pad(shown(x, real), (0, 0, *short)), F.pad(count, short)[..., None])
-        )
-        return squares / count.clamp(min=1), None if real is None else count[..., 0] > 0
 
 
 @register
@@ -215,7 +199,7 @@ class MaxViT(Mechanism):
         self.convolution = _Convolutions(dim, size, stride)
         self.block, self.grid = (_Partition(size, heads, window, apart) for apart in (False, True))
         self.norms = nn.ModuleList(nn.LayerNorm(size, eps=1e-5) for _ in range(4))
-        self.mlps = nn.ModuleList(FeedForward(size, int(mlp_ratio * size), approximate="tanh") for _ in range(2))
+        self.mlps = nn.ModuleList(FeedForward(size, int(mlp_ratio * size), nn.GELU("tanh")) for _ in range(2))
 
     def result_size(self, *size: Any) -> Any:
         return tuple(-(-side // self.stride) for side in size)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.cells import shown
+from manyheads.functional.cells import shown, square_means
 from manyheads.functional.grid_windows import added_up, gathered, taps, whole_weights, windows_of
 from manyheads.functional.grouped import masked_softmax
 from manyheads.mechanism import Call, Mechanism, Result
@@ -64,7 +63,7 @@ class Volo(Mechanism):
         n, area = sizes[0] * sizes[1], self.kernel**2
         axes = [taps(size, self.kernel, stride=self.stride, device=x.device) for size in sizes]
         windows = windows_of(axes, sizes)
-        means, there = self._means(shown(x, real), real)
+        means, there = square_means(x, real, self.stride)
         scores = self.attention(means).flatten(1, 2).unflatten(-1, (self.heads, area, area)).transpose(1, 2)
         weights = masked_softmax(scores * self.head_dim**-0.5, None)
         if there is not None:
@@ -76,16 +75,3 @@ class Volo(Mechanism):
             return Result(output)
         whole = whole_weights(weights, windows, n, n)
         return Result(output, whole if real is None else whole * real.flatten(1)[:, None, None])
-
-    def _means(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Of the real cells of each square, and which squares have one."""
-        step = self.stride
-        if step == 1:
-            return x, real
-        short = (0, -x.shape[2] % step, 0, -x.shape[1] % step)
-        count = x.new_ones(1, *x.shape[1:3]) if real is None else real.to(x.dtype)
-        squares, count = (
-            t.unflatten(2, (-1, step)).unflatten(1, (-1, step)).sum((2, 4))
-            for t in (F.pad(x, (0, 0, *short)), F.pad(count, short)[..., None])
-        )
-        return squares / count.clamp(min=1), None if real is None else count[..., 0] > 0
