@@ -16,34 +16,52 @@ from manyheads.models.presets import PRESETS, preset_config
 # The numbers of the released code or of timm's, for 1,000 labels.
 PUBLISHED = {
     "davit_tiny": 28_360_168,
+    "focalnet_tiny_lrf": 28_647_928,
     "focalnet_tiny_srf": 28_427_116,
     "mambaout_femto": 7_304_536,
+    "mambaout_kobe": 9_141_208,
     "maxvit_tiny": 30_916_528,
+    "twins_pcpvt_small": 24_106_216,
     "twins_svt_small": 24_060_776,
     "van_b0": 4_105_800,
 }
 
 
+# What heads a sixteenth of the features can have, and which two of the stages are tried: those that differ most.
+HEADS = {"twins_svt_small": 2, "twins_pcpvt_small": 2, "maxvit_tiny": 2}
+TRIED: dict[str, slice] = {}
+
+
 def small(name: str) -> ManyheadsConfig:
-    """The preset with an eighth of the features and blocks of its first two stages."""
+    """The preset with an eighth of the features, two of its stages, and their first and last block."""
     layout = PRESETS[name]()
-    layout["stages"] = layout["stages"][:2]
-    heads = {"davit_tiny": 1, "twins_svt_small": 2, "maxvit_tiny": 2}.get(name, 1)
+    layout["stages"] = layout["stages"][TRIED.get(name, slice(2))]
+    heads = HEADS.get(name, 1)
 
     def narrow(wide: int) -> int:
         return max(wide // 8 // 4 * 4, 4)
 
+    def less(spec: Any) -> Any:
+        if isinstance(spec, str):
+            return spec
+        sizes = {"features": narrow, "heads": lambda _: heads, "height": lambda _: 5, "width": lambda _: 6}
+        return {key: sizes[key](value) if key in sizes else value for key, value in spec.items()}
+
     for step in layout["stem"]:
+        step["groups"] = narrow(step["features"]) if step.get("groups", 1) > 1 else 1
         step["features"] = narrow(step["features"])
     for stage in layout["stages"]:
-        stage["dim"], stage["depth"], stage["heads"] = narrow(stage["dim"]), 2, heads
+        stage["dim"], stage["heads"] = narrow(stage["dim"]), heads
+        stage["mixers"] = [less(stage["mixers"][0]), less(stage["mixers"][-1])]
+        stage["depth"] = 2
         if stage.get("down"):
             stage["down"]["features"] = stage["dim"]
-        stage["mixers"] = [
-            {**spec, "features": narrow(spec["features"])} if isinstance(spec, dict) and "features" in spec else spec
-            for spec in stage["mixers"]
-        ]
-    layout["head"]["hidden"] = layout["head"].get("hidden", 0) and 8
+        if stage.get("positions"):
+            stage["positions"] = [4, 5]
+    head = layout["head"]
+    head["hidden"] = head.get("hidden", 0) and 8
+    if head.get("token"):
+        head["token"]["heads"] = heads
     return ManyheadsConfig(stages=layout, num_labels=5)
 
 
@@ -144,7 +162,7 @@ def test_a_layout_that_is_none_is_refused(layout: Any, words: str) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    layout = {"stem": [{"features": 8}], "stages": [{"dim": 8, "mixers": ["gqa"]}]}
+    layout = {"stem": [{"features": 8}], "stages": [{"dim": 8, "mixers": ["aaren"]}]}
     with pytest.raises(ValueError, match="declares"):
         ManyheadsForImageClassification(ManyheadsConfig(stages=layout))
     model = built(ManyheadsForImageClassification, small("van_b0"))

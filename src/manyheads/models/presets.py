@@ -1,13 +1,14 @@
 """Published image models, by the names that people know them by, as layouts of our parts.
 
-Each is the published model to the last parameter for 1,000 labels. Pooling is the mean and then the norm; published
-models that norm every cell first (FocalNet, DaViT's last norm comes behind the mean, VAN's at the end of each stage)
-are laid out so where it matters to the parameters; stochastic depth is left out.
+Each is the published model to the last parameter for 1,000 labels. Where every cell is normed before the mean
+(FocalNet, Twins, VAN), the norm stands at the end of the last stage; stochastic depth is left out.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from manyheads.models.configuration import ManyheadsConfig
@@ -18,12 +19,12 @@ def _step(features: int | None, kernel: int, stride: int, padding: int = 0, **mo
     return {"features": features, "kernel": kernel, "stride": stride, "padding": padding, **more}
 
 
-def _mambaout_femto() -> dict[str, Any]:
+def _mambaout(depths: tuple[int, ...]) -> dict[str, Any]:
     stem = [_step(24, 3, 2, 1, after="layer", act="gelu"), _step(48, 3, 2, 1, after="layer")]
     stages = [
         {"dim": dim, "depth": depth, "mixers": ["mambaout"], "whole": True}
         | ({"down": _step(dim, 3, 2, 1, after="layer")} if i else {})
-        for i, (dim, depth) in enumerate(zip((48, 96, 192, 288), (3, 3, 9, 3), strict=True))
+        for i, (dim, depth) in enumerate(zip((48, 96, 192, 288), depths, strict=True))
     ]
     return {"stem": stem, "stages": stages, "head": {"hidden": 4 * 288, "act": "gelu", "norm_hidden": True}}
 
@@ -46,14 +47,15 @@ def _van_b0() -> dict[str, Any]:
     return {"stem": [_step(32, 7, 4, 3, after="batch")], "stages": stages, "head": {"norm": "none"}}
 
 
-def _focalnet_tiny_srf() -> dict[str, Any]:
+def _focalnet_tiny(levels: int) -> dict[str, Any]:
     stages = [
-        {"dim": dim, "depth": depth, "mixers": [{"name": "focal-modulation", "levels": 2, "window": 3}]}
+        {"dim": dim, "depth": depth, "mixers": [{"name": "focal-modulation", "levels": levels, "window": 3}]}
         | {"norm_eps": 1e-5}
         | ({"down": _step(dim, 2, 2, after="layer")} if i else {})
         for i, (dim, depth) in enumerate(zip((96, 192, 384, 768), (2, 2, 6, 2), strict=True))
     ]
-    return {"stem": [_step(96, 4, 4, after="layer")], "stages": stages, "head": {"norm_eps": 1e-5}}
+    stages[-1]["norm_end"] = "layer"
+    return {"stem": [_step(96, 4, 4, after="layer")], "stages": stages, "head": {"norm": "none"}}
 
 
 def _davit_tiny() -> dict[str, Any]:
@@ -68,12 +70,30 @@ def _davit_tiny() -> dict[str, Any]:
 def _twins_svt_small() -> dict[str, Any]:
     sizes = zip((64, 128, 256, 512), (2, 2, 10, 4), (2, 4, 8, 16), (8, 4, 2, 1), strict=True)
     stages = [
-        {"dim": dim, "depth": depth, "heads": heads, "between": "twins-position"}
+        {"dim": dim, "depth": depth, "heads": heads}
         | {"mixers": ["twins-local", {"name": "twins-global", "reduce": reduce}]}
-        | ({"down": _step(dim, 2, 2, after="layer")} if i else {})
-        for i, (dim, depth, heads, reduce) in enumerate(sizes)
+        for dim, depth, heads, reduce in sizes
     ]
-    return {"stem": [_step(64, 4, 4, after="layer")], "stages": stages, "head": {}}
+    return _twins(stages)
+
+
+def _twins_pcpvt_small() -> dict[str, Any]:
+    sizes = zip((64, 128, 320, 512), (3, 4, 6, 3), (1, 2, 5, 8), (8, 4, 2, 1), (8, 8, 4, 4), strict=True)
+    stages = [
+        {"dim": dim, "depth": depth, "heads": heads, "mlp_ratio": ratio}
+        | {"mixers": [{"name": "twins-global", "reduce": reduce}]}
+        for dim, depth, heads, reduce, ratio in sizes
+    ]
+    return _twins(stages)
+
+
+def _twins(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    for i, stage in enumerate(stages):
+        stage["between"] = "twins-position"
+        if i:
+            stage["down"] = _step(stage["dim"], 2, 2, after="layer")
+    stages[-1]["norm_end"] = "layer"
+    return {"stem": [_step(64, 4, 4, after="layer")], "stages": stages, "head": {"norm": "none"}}
 
 
 def _maxvit_tiny() -> dict[str, Any]:
@@ -86,11 +106,14 @@ def _maxvit_tiny() -> dict[str, Any]:
     return {"stem": stem, "stages": stages, "head": {"hidden": 512, "act": "tanh", "norm_eps": 1e-5}}
 
 
-PRESETS = {
+PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
     "davit_tiny": _davit_tiny,
-    "focalnet_tiny_srf": _focalnet_tiny_srf,
-    "mambaout_femto": _mambaout_femto,
+    "focalnet_tiny_lrf": partial(_focalnet_tiny, 3),
+    "focalnet_tiny_srf": partial(_focalnet_tiny, 2),
+    "mambaout_femto": partial(_mambaout, (3, 3, 9, 3)),
+    "mambaout_kobe": partial(_mambaout, (3, 3, 15, 3)),
     "maxvit_tiny": _maxvit_tiny,
+    "twins_pcpvt_small": _twins_pcpvt_small,
     "twins_svt_small": _twins_svt_small,
     "van_b0": _van_b0,
 }
