@@ -96,6 +96,84 @@ def _twins(stages: list[dict[str, Any]]) -> dict[str, Any]:
     return {"stem": [_step(64, 4, 4, after="layer")], "stages": stages, "head": {"norm": "none"}}
 
 
+# Attention whose output alone has a bias, as in the vision transformers that were written without one in q, k and v.
+_PLAIN = {"name": "softmax", "shell": {"bias": {"o": True}}}
+
+
+def _convit_tiny() -> dict[str, Any]:
+    stage = {"dim": 192, "depth": 10, "heads": 4, "mixers": ["convit"], "positions": [14, 14]}
+    head = {"token": {"depth": 2, "heads": 4, "moves": "all"}}
+    return {"stem": [_step(192, 16, 16)], "stages": [stage], "head": head}
+
+
+def _volo_d1() -> dict[str, Any]:
+    stem = [_step(64, 7, 2, 3, after="batch", act="relu", bias=False)]
+    stem += [_step(64, 3, 1, 1, after="batch", act="relu", bias=False) for _ in range(2)] + [_step(192, 4, 4)]
+    outlook = {"dim": 192, "depth": 4, "heads": 6, "mixers": [{"name": "volo", "stride": 2}]}
+    plain = {"dim": 384, "depth": 14, "heads": 12, "mixers": [_PLAIN], "down": _step(384, 2, 2), "positions": [14, 14]}
+    token = {"depth": 2, "heads": 12, "mlp_ratio": 3.0, "dense": True}
+    return {
+        "stem": stem,
+        "stages": [{**stage, "mlp_ratio": 3.0, "norm_eps": 1e-5} for stage in (outlook, plain)],
+        "head": {"norm_eps": 1e-5, "token": token},
+    }
+
+
+def _spectformer_h_s() -> dict[str, Any]:
+    stem = [_step(32, 7, 2, 3, after="batch", act="relu", bias=False)]
+    stem += [_step(32, 3, 1, 1, after="batch", act="relu", bias=False) for _ in range(2)]
+    stem += [_step(64, 3, 2, 1, after="layer")]
+    gates = [{"name": "spectformer", "alpha": 1, "height": side, "width": side} for side in (56, 28)]
+    sizes = zip((64, 128, 320, 448), (3, 4, 6, 3), (2, 4, 10, 14), (8, 8, 4, 4), strict=True)
+    stages = [
+        {"dim": dim, "depth": depth, "heads": heads, "mlp": "convolved", "mlp_ratio": ratio}
+        | {"mixers": [gates[i] if i < 2 else {"name": "softmax", "bias": True}]}
+        | {"norm_end": "layer" if i < 3 else "none"}
+        | ({"down": _step(dim, 3, 2, 1, after="layer")} if i else {})
+        for i, (dim, depth, heads, ratio) in enumerate(sizes)
+    ]
+    token = {"heads": 14, "mlp_ratio": 4.0, "bias": True, "begins": "mean", "dense": True}
+    return {"stem": stem, "stages": stages, "head": {"token": token}}
+
+
+def _nextvit_small() -> dict[str, Any]:
+    def blocks(stride: int, reduce: int, features: int, plain: int, last: int = 0) -> list[dict[str, Any]]:
+        found = [{"name": "next-vit-convolution", "heads": features // 32, "features": features} for _ in range(plain)]
+        if last:
+            found.append({"name": "next-vit", "heads": last // 32, "features": last, "reduce": reduce})
+        found[0]["stride"] = stride
+        return found
+
+    third = blocks(2, 2, 384, 4, 512)
+    mixers = [blocks(1, 8, 96, 3), blocks(2, 4, 192, 3, 256), third + blocks(1, 2, 384, 4, 512)]
+    mixers.append(blocks(2, 1, 768, 2, 1024))
+    stem = [
+        _step(width, 3, stride, 1, after="batch", act="relu", bias=False)
+        for width, stride in zip((64, 32, 64, 64), (2, 1, 1, 2), strict=True)
+    ]
+    stages = [{"dim": own[-1]["features"], "depth": len(own), "mixers": own, "whole": True} for own in mixers]
+    return {"stem": stem, "stages": stages, "head": {"norm": "batch"}}
+
+
+def _emo2(
+    depths: tuple[int, ...], dims: tuple[int, ...], ratios: tuple[float, ...], head_dims: tuple[int, ...]
+) -> dict[str, Any]:
+    before = dims[0] // 2
+    stem = [
+        _step(before, 3, 2, 1, after="batch", act="silu"),
+        _step(before, 3, 1, 1, after="batch", act="silu", bias=False, groups=before),
+        _step(before, 1, 1, bias=False),
+    ]
+    stages = []
+    for i, (depth, dim, ratio, head_dim) in enumerate(zip(depths, dims, ratios, head_dims, strict=True)):
+        shared: dict[str, Any] = {"name": "emov2", "early": i < 2}
+        first = {**shared, "heads": 1, "features": dim, "stride": 2, "operator": "none", "expansion": 2 * ratio}
+        later = {**shared, "heads": dim // head_dim, "operator": "none" if i < 2 else "both", "expansion": ratio}
+        stages.append({"dim": dim, "depth": depth, "whole": True, "mixers": [first, *[later] * (depth - 1)]})
+    stages[-1]["norm_end"] = "layer"
+    return {"stem": stem, "stages": stages, "head": {"norm": "none"}}
+
+
 def _maxvit_tiny() -> dict[str, Any]:
     stem = [_step(64, 3, 2, 1, after="batch", act="gelu"), _step(64, 3, 1, 1)]
     stages = [
@@ -107,15 +185,22 @@ def _maxvit_tiny() -> dict[str, Any]:
 
 
 PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
+    "convit_tiny": _convit_tiny,
     "davit_tiny": _davit_tiny,
+    "emo2_1m": partial(_emo2, (2, 2, 8, 3), (32, 48, 80, 180), (2.0, 2.5, 3.0, 3.5), (16, 16, 20, 20)),
+    "emo2_2m": partial(_emo2, (3, 3, 9, 3), (32, 48, 120, 200), (2.0, 2.5, 3.0, 3.5), (16, 16, 20, 20)),
+    "emo2_5m": partial(_emo2, (3, 3, 9, 3), (48, 72, 160, 288), (2.0, 3.0, 4.0, 4.0), (16, 24, 32, 32)),
     "focalnet_tiny_lrf": partial(_focalnet_tiny, 3),
     "focalnet_tiny_srf": partial(_focalnet_tiny, 2),
     "mambaout_femto": partial(_mambaout, (3, 3, 9, 3)),
     "mambaout_kobe": partial(_mambaout, (3, 3, 15, 3)),
     "maxvit_tiny": _maxvit_tiny,
+    "nextvit_small": _nextvit_small,
+    "spectformer_h_s": _spectformer_h_s,
     "twins_pcpvt_small": _twins_pcpvt_small,
     "twins_svt_small": _twins_svt_small,
     "van_b0": _van_b0,
+    "volo_d1": _volo_d1,
 }
 
 
