@@ -96,7 +96,7 @@ def stepped(block: Any, rows: list[Tensor], everyone: bool) -> list[Tensor]:
 @torch.no_grad()
 def test_cells_vote_beside_a_dense_token() -> None:
     torch.manual_seed(0)
-    head = shaken(HierarchyHead(8, 3, {**HEAD, "token": {**TOKEN, "dense": True}}))
+    head = shaken(HierarchyHead(8, 200, {**HEAD, "token": {**TOKEN, "dense": True}}))
     x = torch.randn(2, 4, 5, 8).double()
     token, cells = head.token(x, REAL)
     most = torch.stack([head.cell_classifier(head.norm(cells[row][REAL[row]])).amax(0) for row in range(2)])

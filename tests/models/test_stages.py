@@ -13,8 +13,8 @@ from transformers import AutoModelForImageClassification
 from manyheads.models import ManyheadsConfig, ManyheadsForImageClassification, ManyheadsForSemanticSegmentation
 from manyheads.models.presets import PRESETS, preset_config
 
-# The numbers of the released code or of timm's, for 1,000 labels; of focalnet_tiny_lrf and spectformer_h_s the tables
-# say 28.6M and 22.2M, and the digits are added up by hand from the released code.
+# The numbers of the released code or of timm's, for 1,000 labels; spectformer_h_s is 22.2M in the paper,
+# its digits are added up from the released code.
 PUBLISHED = {
     "convit_tiny": 5_710_512,
     "davit_tiny": 28_360_168,

@@ -8,7 +8,7 @@ from typing import Any
 from manyheads.registry import suggest
 
 STEP = {"kernel": 2, "stride": 2, "padding": 0, "features": None, "before": "none", "after": "none", "act": "none"}
-STEP |= {"bias": True, "groups": 1}
+STEP |= {"bias": True, "groups": 1, "norm_eps": None}
 STAGE = {"dim": None, "depth": 1, "heads": 1, "mixers": None, "whole": False, "norm": "layer", "norm_eps": 1e-6}
 STAGE |= {"mlp": "plain", "mlp_ratio": 4.0, "layer_scale": None, "down": None, "between": None, "norm_end": "none"}
 STAGE |= {"positions": None}

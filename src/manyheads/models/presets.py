@@ -51,20 +51,20 @@ def _focalnet_tiny(levels: int) -> dict[str, Any]:
     stages = [
         {"dim": dim, "depth": depth, "mixers": [{"name": "focal-modulation", "levels": levels, "window": 3}]}
         | {"norm_eps": 1e-5}
-        | ({"down": _step(dim, 2, 2, after="layer")} if i else {})
+        | ({"down": _step(dim, 2, 2, after="layer", norm_eps=1e-5)} if i else {})
         for i, (dim, depth) in enumerate(zip((96, 192, 384, 768), (2, 2, 6, 2), strict=True))
     ]
     stages[-1]["norm_end"] = "layer"
-    return {"stem": [_step(96, 4, 4, after="layer")], "stages": stages, "head": {"norm": "none"}}
+    return {"stem": [_step(96, 4, 4, after="layer", norm_eps=1e-5)], "stages": stages, "head": {"norm": "none"}}
 
 
 def _davit_tiny() -> dict[str, Any]:
     stages = [
         {"dim": dim, "depth": 2 * pairs, "heads": heads, "mixers": ["davit-spatial", "davit-channel"], "whole": True}
-        | ({"down": _step(dim, 2, 2, before="layer")} if i else {})
+        | ({"down": _step(dim, 2, 2, before="layer", norm_eps=1e-5)} if i else {})
         for i, (dim, pairs, heads) in enumerate(zip((96, 192, 384, 768), (1, 1, 3, 1), (3, 6, 12, 24), strict=True))
     ]
-    return {"stem": [_step(96, 7, 4, 3, after="layer")], "stages": stages, "head": {}}
+    return {"stem": [_step(96, 7, 4, 3, after="layer", norm_eps=1e-5)], "stages": stages, "head": {"norm_eps": 1e-5}}
 
 
 def _twins_svt_small() -> dict[str, Any]:
@@ -91,9 +91,9 @@ def _twins(stages: list[dict[str, Any]]) -> dict[str, Any]:
     for i, stage in enumerate(stages):
         stage["between"] = "twins-position"
         if i:
-            stage["down"] = _step(stage["dim"], 2, 2, after="layer")
+            stage["down"] = _step(stage["dim"], 2, 2, after="layer", norm_eps=1e-5)
     stages[-1]["norm_end"] = "layer"
-    return {"stem": [_step(64, 4, 4, after="layer")], "stages": stages, "head": {"norm": "none"}}
+    return {"stem": [_step(64, 4, 4, after="layer", norm_eps=1e-5)], "stages": stages, "head": {"norm": "none"}}
 
 
 # Attention whose output alone has a bias, as in the vision transformers that were written without one in q, k and v.
@@ -122,14 +122,14 @@ def _volo_d1() -> dict[str, Any]:
 def _spectformer_h_s() -> dict[str, Any]:
     stem = [_step(32, 7, 2, 3, after="batch", act="relu", bias=False)]
     stem += [_step(32, 3, 1, 1, after="batch", act="relu", bias=False) for _ in range(2)]
-    stem += [_step(64, 3, 2, 1, after="layer")]
+    stem += [_step(64, 3, 2, 1, after="layer", norm_eps=1e-5)]
     gates = [{"name": "spectformer", "alpha": 1, "height": side, "width": side} for side in (56, 28)]
     sizes = zip((64, 128, 320, 448), (3, 4, 6, 3), (2, 4, 10, 14), (8, 8, 4, 4), strict=True)
     stages = [
         {"dim": dim, "depth": depth, "heads": heads, "mlp": "convolved", "mlp_ratio": ratio}
         | {"mixers": [gates[i] if i < 2 else {"name": "softmax", "bias": True}]}
         | {"norm_end": "layer" if i < 3 else "none"}
-        | ({"down": _step(dim, 3, 2, 1, after="layer")} if i else {})
+        | ({"down": _step(dim, 3, 2, 1, after="layer", norm_eps=1e-5)} if i else {})
         for i, (dim, depth, heads, ratio) in enumerate(sizes)
     ]
     token = {"heads": 14, "mlp_ratio": 4.0, "bias": True, "begins": "mean", "dense": True}
@@ -160,8 +160,8 @@ def _emo2(
 ) -> dict[str, Any]:
     before = dims[0] // 2
     stem = [
-        _step(before, 3, 2, 1, after="batch", act="silu"),
-        _step(before, 3, 1, 1, after="batch", act="silu", bias=False, groups=before),
+        _step(before, 3, 2, 1, after="batch", norm_eps=1e-6, act="silu"),
+        _step(before, 3, 1, 1, after="batch", norm_eps=1e-6, act="silu", bias=False, groups=before),
         _step(before, 1, 1, bias=False),
     ]
     stages = []

@@ -27,10 +27,10 @@ from manyheads.models.layouts import STAGE
 ACTIVATIONS = {"none": nn.Identity, "gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
-def _norm(kind: str, dim: int, eps: float = 1e-6) -> nn.Module | None:
+def _norm(kind: str, dim: int, eps: float = 1e-6, batch_eps: float = 1e-5) -> nn.Module | None:
     if kind == "none":
         return None
-    return CellNorm(dim) if kind == "batch" else nn.LayerNorm(dim, eps=eps)
+    return CellNorm(dim, eps=batch_eps) if kind == "batch" else nn.LayerNorm(dim, eps=eps)
 
 
 def _normed(norm: nn.Module | None, x: Tensor, real: Tensor | None) -> Tensor:
@@ -46,7 +46,8 @@ class Step(nn.Module):
     def __init__(self, dim: int, settings: Mapping[str, Any]) -> None:
         super().__init__()
         self.sizes = settings["kernel"], settings["stride"], settings["padding"]
-        self.before = _norm(settings["before"], dim)
+        eps = () if settings["norm_eps"] is None else (settings["norm_eps"],) * 2
+        self.before = _norm(settings["before"], dim, *eps)
         more = {name: settings[name] for name in ("bias", "groups")}
         if more["groups"] < 1 or dim % more["groups"] or settings["features"] % more["groups"]:
             raise ValueError(
@@ -54,7 +55,7 @@ class Step(nn.Module):
                 "divisor of both"
             )
         self.conv = nn.Conv2d(dim, settings["features"], *self.sizes, **more)
-        self.after, self.act = _norm(settings["after"], settings["features"]), ACTIVATIONS[settings["act"]]()
+        self.after, self.act = _norm(settings["after"], settings["features"], *eps), ACTIVATIONS[settings["act"]]()
 
     def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
         kernel, stride, padding = self.sizes
