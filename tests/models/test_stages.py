@@ -113,7 +113,7 @@ def test_a_padded_image_is_the_smaller_image(name: str, cls: Any) -> None:
     torch.testing.assert_close(found, alone)
 
 
-@pytest.mark.parametrize("name", ["van_b0", "twins_svt_small"])
+@pytest.mark.parametrize("name", ["van_b0", "twins_svt_small", "volo_d1", "nextvit_small", "convit_tiny"])
 def test_learns_checkpointed_as_without(name: str) -> None:
     found: list[list[Tensor]] = []
     for checkpointed in (False, True):
@@ -139,8 +139,9 @@ def test_hidden_states_are_the_maps_of_stages_and_weights_those_of_blocks() -> N
     assert plain.attentions is None
 
 
-def test_it_is_saved_and_opens_again(tmp_path: Path) -> None:
-    model = built(ManyheadsForImageClassification, small("mambaout_femto"))
+@pytest.mark.parametrize("name", ["mambaout_femto", "convit_tiny", "spectformer_h_s"])
+def test_it_is_saved_and_opens_again(tmp_path: Path, name: str) -> None:
+    model = built(ManyheadsForImageClassification, small(name))
     model.save_pretrained(tmp_path)
     again = AutoModelForImageClassification.from_pretrained(tmp_path, dtype=torch.float64).eval()
     image = torch.randn(1, 3, 32, 32).double()

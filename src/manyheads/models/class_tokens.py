@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from manyheads.functional.cells import FeedForward, cell_mean, shown
 from manyheads.functional.multihead import Heads, key_mask
 
 
-class TokenBlock(nn.Module):
+class TokenBlock(GradientCheckpointingLayer):
     """rows [b, 1 + n, e], the token first -> the same, only the token changed unless all move."""
 
     def __init__(self, dim: int, eps: float, settings: Mapping[str, Any]) -> None:
