@@ -196,3 +196,9 @@ def test_what_does_not_fit_is_refused() -> None:
         patches(torch.zeros(1, 3, 8, 8), pixel_mask=torch.ones(1, 8, 8))
     with pytest.raises(ValueError, match="van_b0"):
         preset_config("van_b1")
+
+
+def test_the_docs_name_every_preset() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "contract.md").read_text()
+    assert all(name in page for name in PRESETS)
+    assert sorted(PRESETS) == sorted(PUBLISHED)

@@ -1,7 +1,11 @@
 """Published image models, by the names that people know them by, as layouts of our parts.
 
 Each is the published model to the last parameter for 1,000 labels. Where every cell is normed before the mean
-(FocalNet, Twins, VAN), the norm stands at the end of the last stage; stochastic depth is left out.
+(FocalNet, Twins, VAN, EMO), the norm stands at the end of the last stage; stochastic depth is left out, and so are the
+extra losses of token labelling in training (VOLO, SpectFormer), whose logits are those of evaluation in any case.
+
+Left out: litv2_small, whose steps between stages are deformable convolutions; halonet26t, whose bottlenecks around a
+strided halo attention, and the maximum behind its stem, no layout has.
 """
 
 from __future__ import annotations
