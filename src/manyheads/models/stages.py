@@ -95,12 +95,12 @@ def in_reading_order(mechanism: Mechanism, x: Tensor, real: Tensor | None, need_
     rows = x.flatten(1, 2)
     if real is None:
         result = mechanism(rows, need_weights=need_weights)
-        return result._replace(output=result.output.view(x.shape))
+        return result._replace(output=result.output.unflatten(1, tuple(x.shape[1:3])))
     there = real.flatten(1)
     order = (~there).to(torch.uint8).argsort(dim=1, stable=True)
     back = order.argsort(1)
     result = mechanism(_moved(rows, order), mask=there.gather(1, order), need_weights=need_weights)
-    output, weights = _moved(result.output, back).view(x.shape), result.weights
+    output, weights = _moved(result.output, back).unflatten(1, tuple(x.shape[1:3])), result.weights
     if weights is not None:
         places = back[:, None, :, None].expand(weights.shape)
         weights = weights.gather(2, places).gather(3, places.mT)
