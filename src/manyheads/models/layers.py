@@ -37,8 +37,13 @@ def build_mechanism(config: ManyheadsConfig, place: str, spec: Spec, pattern: Pa
     rotates = "rotary" in inspect.signature(mechanism_class(name)).parameters
     if config.positions == "rotary" and rotates and pattern in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
         arguments.setdefault("rotary", {"base": config.rotary_base})
+    return housed_mechanism(place, name, config.hidden_size, heads, arguments)
+
+
+def housed_mechanism(place: str, name: str, dim: int, heads: int, arguments: dict[str, Any]) -> Mechanism:
+    """A mechanism as part of a Hugging Face model, which leaves its parameters alone. place: named in errors."""
     try:
-        mechanism = _materialised(name, config.hidden_size, heads, arguments)
+        mechanism = _materialised(name, dim, heads, arguments)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     if mechanism.sources != 1:

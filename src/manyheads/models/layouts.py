@@ -8,9 +8,12 @@ from typing import Any
 from manyheads.registry import suggest
 
 STEP = {"kernel": 2, "stride": 2, "padding": 0, "features": None, "before": "none", "after": "none", "act": "none"}
+STEP |= {"bias": True, "groups": 1, "norm_eps": None}
 STAGE = {"dim": None, "depth": 1, "heads": 1, "mixers": None, "whole": False, "norm": "layer", "norm_eps": 1e-6}
 STAGE |= {"mlp": "plain", "mlp_ratio": 4.0, "layer_scale": None, "down": None, "between": None, "norm_end": "none"}
-HEAD = {"norm": "layer", "norm_eps": 1e-6, "hidden": 0, "act": "gelu", "norm_hidden": False}
+STAGE |= {"positions": None}
+HEAD = {"norm": "layer", "norm_eps": 1e-6, "hidden": 0, "act": "gelu", "norm_hidden": False, "token": None}
+TOKEN = {"depth": 1, "heads": 1, "mlp_ratio": 4.0, "bias": False, "begins": "learnt", "moves": "token", "dense": False}
 LAYOUT: dict[str, Any] = {"stem": [], "stages": [], "head": {}}
 
 
@@ -20,6 +23,9 @@ def checked_layout(stages: Any) -> dict[str, Any]:
     layout = _filled("stages", stages, LAYOUT)
     layout["stem"] = [_filled(f"stem[{i}]", step, STEP) for i, step in enumerate(layout["stem"])]
     layout["head"] = _filled("head", layout["head"], HEAD)
+    if layout["head"]["token"] is not None:
+        layout["head"]["token"] = _filled("head.token", layout["head"]["token"], TOKEN)
+        _one_of("head.token", layout["head"]["token"], begins=("learnt", "mean"), moves=("token", "all"))
     if not layout["stages"] or not layout["stem"]:
         raise ValueError("stages: want a stem of at least one step and at least one stage")
     layout["stages"] = [_filled(f"stages[{i}]", stage, STAGE) for i, stage in enumerate(layout["stages"])]
@@ -29,10 +35,19 @@ def checked_layout(stages: Any) -> dict[str, Any]:
             stage["down"] = _filled(f"{place}.down", stage["down"], STEP)
         if not isinstance(stage["mixers"], Sequence) or isinstance(stage["mixers"], str) or not stage["mixers"]:
             raise ValueError(f"{place}.mixers is {stage['mixers']!r}; want a list of specs, taken in turn")
-        for what, known in (("norm", ("layer", "batch")), ("mlp", ("plain", "convolved"))):
-            if stage[what] not in known:
-                raise ValueError(f"{place}.{what}={stage[what]!r}; want one of {list(known)}")
+        _one_of(place, stage, norm=("layer", "batch"), mlp=("plain", "convolved"))
+        sides = stage["positions"]
+        if sides is not None and not (
+            isinstance(sides, list | tuple) and len(sides) == 2 and all(isinstance(s, int) and s > 0 for s in sides)
+        ):
+            raise ValueError(f"{place}.positions={sides!r}; want [height, width] of the map that has a vector per cell")
     return layout
+
+
+def _one_of(place: str, given: Mapping[str, Any], **known: Sequence[str]) -> None:
+    for what, values in known.items():
+        if given[what] not in values:
+            raise ValueError(f"{place}.{what}={given[what]!r}; want one of {list(values)}")
 
 
 def _filled(place: str, given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:

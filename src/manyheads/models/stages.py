@@ -18,17 +18,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from manyheads.card import Pattern
 from manyheads.functional.cells import CellNorm, cell_mean, convolve, depthwise, shown
 from manyheads.functional.feature_maps import extent, rectangle, resized
+from manyheads.mechanism import Mechanism, Result
+from manyheads.models.class_tokens import ClassToken
 from manyheads.models.configuration import Spec, spec_arguments, spec_name
+from manyheads.models.layers import housed_mechanism
 from manyheads.models.layouts import STAGE
-from manyheads.registry import create_attention
 
 ACTIVATIONS = {"none": nn.Identity, "gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
-def _norm(kind: str, dim: int, eps: float = 1e-6) -> nn.Module | None:
+def _norm(kind: str, dim: int, eps: float = 1e-6, batch_eps: float = 1e-5) -> nn.Module | None:
     if kind == "none":
         return None
-    return CellNorm(dim) if kind == "batch" else nn.LayerNorm(dim, eps=eps)
+    return CellNorm(dim, eps=batch_eps) if kind == "batch" else nn.LayerNorm(dim, eps=eps)
 
 
 def _normed(norm: nn.Module | None, x: Tensor, real: Tensor | None) -> Tensor:
@@ -44,9 +46,16 @@ class Step(nn.Module):
     def __init__(self, dim: int, settings: Mapping[str, Any]) -> None:
         super().__init__()
         self.sizes = settings["kernel"], settings["stride"], settings["padding"]
-        self.before = _norm(settings["before"], dim)
-        self.conv = nn.Conv2d(dim, settings["features"], self.sizes[0], self.sizes[1], self.sizes[2])
-        self.after, self.act = _norm(settings["after"], settings["features"]), ACTIVATIONS[settings["act"]]()
+        eps = () if settings["norm_eps"] is None else (settings["norm_eps"],) * 2
+        self.before = _norm(settings["before"], dim, *eps)
+        more = {name: settings[name] for name in ("bias", "groups")}
+        if more["groups"] < 1 or dim % more["groups"] or settings["features"] % more["groups"]:
+            raise ValueError(
+                f"a step of {dim} to {settings['features']} features with groups={more['groups']}; want a "
+                "divisor of both"
+            )
+        self.conv = nn.Conv2d(dim, settings["features"], *self.sizes, **more)
+        self.after, self.act = _norm(settings["after"], settings["features"], *eps), ACTIVATIONS[settings["act"]]()
 
     def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
         kernel, stride, padding = self.sizes
@@ -76,16 +85,46 @@ class CellMLP(nn.Module):
         return output
 
 
+def _as_grid(mechanism: Mechanism, x: Tensor, real: Tensor | None, need_weights: bool) -> Result:
+    return mechanism(x, mask=real, need_weights=need_weights)
+
+
+def in_reading_order(mechanism: Mechanism, x: Tensor, real: Tensor | None, need_weights: bool) -> Result:
+    """A mechanism for sequences over the cells of a map, row by row; real ones stand next to each other, as in the map
+    that ends where they do, and all padding behind them."""
+    rows = x.flatten(1, 2)
+    if real is None:
+        result = mechanism(rows, need_weights=need_weights)
+        return result._replace(output=result.output.unflatten(1, tuple(x.shape[1:3])))
+    there = real.flatten(1)
+    order = (~there).to(torch.uint8).argsort(dim=1, stable=True)
+    back = order.argsort(1)
+    result = mechanism(_moved(rows, order), mask=there.gather(1, order), need_weights=need_weights)
+    output, weights = _moved(result.output, back).unflatten(1, tuple(x.shape[1:3])), result.weights
+    if weights is not None:
+        places = back[:, None, :, None].expand(weights.shape)
+        weights = weights.gather(2, places).gather(3, places.mT)
+    return result._replace(output=output, weights=weights)
+
+
+def _moved(rows: Tensor, places: Tensor) -> Tensor:
+    return rows.gather(1, places[..., None].expand_as(rows))
+
+
 class StageBlock(GradientCheckpointingLayer):
     """One mechanism, and what stands around it unless it is a whole block. dim: the features of x."""
 
     def __init__(self, dim: int, stage: Mapping[str, Any], spec: Spec) -> None:
         super().__init__()
-        arguments = {"heads": stage["heads"], **spec_arguments(spec)}
-        self.mechanism = create_attention(spec_name(spec), dim, arguments.pop("heads"), causal=False, **arguments)
-        if Pattern.GRID not in self.mechanism.card.patterns:
-            declared = sorted(self.mechanism.card.patterns)
-            raise ValueError(f"stages: {spec_name(spec)!r} declares {declared}; a stage wants mechanisms for a grid")
+        arguments = {"heads": stage["heads"], "causal": False, **spec_arguments(spec)}
+        self.mechanism = housed_mechanism("stages", spec_name(spec), dim, arguments.pop("heads"), arguments)
+        declared = self.mechanism.card.patterns
+        self.by_row = Pattern.GRID not in declared
+        if self.by_row and Pattern.NONCAUSAL_SELF not in declared:
+            raise ValueError(
+                f"stages: {spec_name(spec)!r} declares {sorted(declared)}; a stage wants mechanisms for a grid, or "
+                "noncausal ones, to which its cells are a sequence"
+            )
         self.features = self.mechanism.result_dim or dim
         self.mlp: CellMLP | None = None
         if stage["whole"]:
@@ -101,14 +140,17 @@ class StageBlock(GradientCheckpointingLayer):
     def forward(self, x: Tensor, real: Tensor | None, need_weights: bool = False) -> tuple[Any, ...]:
         """The map, what of it is real, weights where asked for, and auxiliary losses."""
         if not hasattr(self, "norm"):
-            result = self.mechanism(x, mask=real, need_weights=need_weights)
+            result = self._mixed(x, real, need_weights)
             return result.output, self._reached(real, x, result.output), result.weights, list(result.losses.values())
-        result = self.mechanism(_normed(self.norm, x, real), mask=real, need_weights=need_weights)
+        result = self._mixed(_normed(self.norm, x, real), real, need_weights)
         x = x + (result.output if self.scale is None else self.scale * result.output)
         if self.mlp is not None:
             added = self.mlp(_normed(self.norm_mlp, x, real), real)
             x = x + (added if self.scale_mlp is None else self.scale_mlp * added)
         return x, real, result.weights, list(result.losses.values())
+
+    def _mixed(self, x: Tensor, real: Tensor | None, need_weights: bool) -> Result:
+        return (in_reading_order if self.by_row else _as_grid)(self.mechanism, x, real, need_weights)
 
     def _reached(self, real: Tensor | None, before: Tensor, after: Tensor) -> Tensor | None:
         """What is real of a result of another size."""
@@ -118,14 +160,30 @@ class StageBlock(GradientCheckpointingLayer):
         return rectangle(torch.tensor(reach, device=real.device), after.shape[1:3])
 
 
+class Positions(nn.Module):
+    """x + a vector learnt for each cell of a map of height x width, interpolated for maps of other sizes."""
+
+    def __init__(self, dim: int, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(*sizes, dim))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
+        table = self.table.to(x.dtype)[None]
+        if real is None:
+            return x + resized(table, x.shape[1:3])
+        return x + resized(table.expand(len(x), -1, -1, -1), x.shape[1:3], None, extent(real))
+
+
 class Stage(nn.Module):
-    """A step down, blocks, and what stands between the first and the others (a residual of its own)."""
+    """A step down, positions, blocks, and what stands between the first and the others (a residual of its own)."""
 
     def __init__(self, dim: int, stage: Mapping[str, Any]) -> None:
         super().__init__()
         down, mixers = stage["down"], stage["mixers"]
         self.down = None if down is None else Step(dim, {**down, "features": down["features"] or stage["dim"]})
         dim = dim if down is None else stage["dim"]
+        self.positions = None if stage["positions"] is None else Positions(dim, stage["positions"])
         self.blocks = nn.ModuleList()
         for i in range(stage["depth"]):
             block = StageBlock(dim, stage, mixers[i % len(mixers)])
@@ -139,6 +197,8 @@ class Stage(nn.Module):
         weights, losses = [], []
         if self.down is not None:
             x, real = self.down(x, real)
+        if self.positions is not None:
+            x = self.positions(x, real)
         for i, block in enumerate(self.blocks):
             x, real, matrix, more = block(x, real, need_weights)
             weights.append(matrix)
@@ -208,30 +268,36 @@ class Hierarchy(nn.Module):
 
 
 class HierarchyHead(nn.Module):
-    """The mean over real cells, a norm before it (of a norm over cells) or behind it, and one or two layers."""
+    """The mean over real cells, or a class token that has read them, a norm before it (of a norm over cells) or behind
+    it, and one or two layers. A dense token's logits are raised by half of the most that a cell gives each label."""
 
     def __init__(self, dim: int, labels: int, settings: Mapping[str, Any]) -> None:
         super().__init__()
-        hidden = settings["hidden"]
-        self.norm = _norm(settings["norm"], dim, settings["norm_eps"])
+        hidden, eps, token = settings["hidden"], settings["norm_eps"], settings["token"]
+        self.token = None if token is None else ClassToken(dim, eps, token)
+        self.norm = _norm(settings["norm"], dim, eps)
         self.up_proj = nn.Linear(dim, hidden) if hidden else None
         self.act = ACTIVATIONS[settings["act"]]()
-        self.norm_hidden = (
-            nn.LayerNorm(hidden, eps=settings["norm_eps"]) if hidden and settings["norm_hidden"] else None
-        )
+        self.norm_hidden = nn.LayerNorm(hidden, eps=eps) if hidden and settings["norm_hidden"] else None
         self.classifier = nn.Linear(hidden or dim, labels)
+        self.cell_classifier = nn.Linear(dim, labels) if token is not None and token["dense"] else None
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         if isinstance(self.norm, CellNorm):
             x = self.norm(x, real)
-        pooled = cell_mean(x, real)[:, 0, 0]
+        pooled, cells = (cell_mean(x, real)[:, 0, 0], x) if self.token is None else self.token(x, real)
         if isinstance(self.norm, nn.LayerNorm):
             pooled = self.norm(pooled)
         if self.up_proj is not None:
             pooled = self.act(self.up_proj(pooled))
             pooled = pooled if self.norm_hidden is None else self.norm_hidden(pooled)
         logits: Tensor = self.classifier(pooled)
-        return logits
+        if self.cell_classifier is None:
+            return logits
+        each = self.cell_classifier(self.norm(cells) if isinstance(self.norm, nn.LayerNorm) else cells)
+        if real is not None:
+            each = each.masked_fill(~real[..., None], -torch.inf)
+        return logits + 0.5 * each.amax((1, 2))
 
 
 class HierarchyPixels(nn.Module):
