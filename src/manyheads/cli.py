@@ -131,7 +131,7 @@ def _example_x(module: Mechanism, pattern: str) -> str:
         sizes = module.map_sizes(8, 8)
         widths = module.map_dims or (module.dim,) * len(sizes)
         parts = (f"torch.randn(2, {h}, {w}, {wide})" for (h, w), wide in zip(sizes, widths, strict=True))
-        return f"({', '.join(parts)})"
+        return f"({', '.join(parts)},)"
     sides = {"grid": "6, 8", "grid-cross": "6, 8", "volume": "4, 6, 8"}.get(pattern, "16")
     return f"torch.randn({1 if module.card.takes else 2}, {sides}, {module.dim})"
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from manyheads.mechanisms.grid.twins import TwinsGlobal, TwinsLocal, TwinsPosition
+from manyheads.mechanisms.convolution.twins_position import TwinsPosition
+from manyheads.mechanisms.grid.twins import TwinsGlobal, TwinsLocal
 
 
 def build(cls, **config):

@@ -156,8 +156,8 @@ def test_what_is_held_for_taking_back_is_counted() -> None:
     cache.activate_past_recording()
     model(tokens[:, 20:24], past_key_values=cache)
     assert cache.lengths() == [[8, 8]] * 3
-    # How every layer stood, and four tokens: a key, a value and a note for each head.
-    assert cache.nbytes == 2 * alone + 4 * 3 * 2 * (8 + 8 + 1) * 4
+    # How every layer stood, and four tokens: a key and a value for each head; their notes begin at zero again.
+    assert cache.nbytes == 2 * alone + 4 * 3 * 2 * (8 + 8) * 4
     cache.crop(-3)
     assert cache.nbytes == alone
     assert cache.get_seq_length() == 21

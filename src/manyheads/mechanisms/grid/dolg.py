@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class DOLG(Mechanism):
         causal: bool = False,
         global_dim: int | None = None,
         out: int | None = None,
-        atrous: list[int] | tuple[int, ...] = (6, 12, 18),
+        atrous: Sequence[int] = (6, 12, 18),
         power: float = 3.0,
     ) -> None:
         super().__init__(dim, heads, causal=causal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -162,7 +163,7 @@ class GuidedMSA(Mechanism):
         notes="Gives as many maps as it is given, all of the first one's size.",
     )
 
-    def __init__(self, dim: int, heads: int = 1, *, causal: bool = False, widths: list[int] | None = None) -> None:
+    def __init__(self, dim: int, heads: int = 1, *, causal: bool = False, widths: Sequence[int] | None = None) -> None:
         super().__init__(dim, heads, causal=causal)
         self._split_heads()
         self.map_dims = tuple([dim] * 4 if widths is None else widths)

@@ -87,10 +87,11 @@ class _Attention(nn.Module):
 def _checked(name: str, features: int, heads: int, least: int, **values: float) -> int:
     """The width of a head."""
     wrong = {key: value for key, value in values.items() if value <= 0}
-    if wrong or features < 1 or features % heads or heads < least or values["stride"] > 2:
+    slim = int(features * values["mlp_ratio"]) < 1
+    if wrong or slim or features < 1 or features % heads or heads < least or values["stride"] > 2:
         raise ValueError(
             f"{name}: features={features}, heads={heads}, {values}; want features divisible by heads, heads >= {least},"
-            " a stride of 1 or 2, and the others positive"
+            " a stride of 1 or 2, at least one feature in the MLP, and the others positive"
         )
     return features // heads
 
@@ -116,7 +117,7 @@ class NextViTConvolution(Mechanism):
         name="next-vit-convolution",
         title=_TITLE,
         reference=_REFERENCE,
-        family=Family.CONVOLUTION,
+        family=Family.GRID,
         patterns={"grid"},
         time="n",
         state="",

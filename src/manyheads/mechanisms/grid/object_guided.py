@@ -44,7 +44,9 @@ class ObjectGuided(Mechanism):
 
     def __init__(self, dim: int, heads: int = 1, *, causal: bool = False, source_dim: int | None = None) -> None:
         super().__init__(dim, heads, causal=causal)
-        self.source_dim = source_dim or dim
+        self.source_dim = dim if source_dim is None else source_dim
+        if self.source_dim < 1:
+            raise ValueError(f"object-guided: source_dim={source_dim}; want an integer >= 1")
         hidden = self.source_dim + dim // 16
         self.wide, self.narrow = nn.Linear(self.source_dim + dim, hidden), nn.Linear(hidden, dim)
         self.conv, self.norm = nn.Conv2d(2, 1, 3, padding=1, bias=False), CellNorm(1, momentum=0.01)

@@ -68,8 +68,8 @@ class PLVL(Mechanism):
         bias: bool = True,
     ) -> None:
         super().__init__(dim, heads, causal=causal)
-        self.head_dim, cross_heads = self._split_heads(), cross_heads or heads
-        if dim % cross_heads or adapter < 1 or side < 0:
+        self.head_dim, cross_heads = self._split_heads(), heads if cross_heads is None else cross_heads
+        if cross_heads < 1 or dim % cross_heads or adapter < 1 or side < 0:
             raise ValueError(
                 f"plvl: cross_heads={cross_heads}, adapter={adapter}, side={side}; want heads that divide dim={dim}, "
                 "an adapter of at least 1 feature and a side of at least 0"

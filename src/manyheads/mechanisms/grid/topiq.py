@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class TOPIQ(Mechanism):
         heads: int,
         *,
         causal: bool = False,
-        widths: list[int] | None = None,
+        widths: Sequence[int] | None = None,
         gate: int = 64,
         reference: bool = False,
     ) -> None:
