@@ -242,7 +242,8 @@ class Mechanism(Checks, ABC):
 
     def example_inputs(self, n: int, edges: Tensor | None = None) -> Mapping[str, Tensor]:
         """What the card takes by name, small and always the same, for tests: for a batch of one of n tokens, of which
-        the first k get what k tokens would; for a graph, what goes with these edges [2, e]."""
+        the first k get what k tokens would (and where the card says [b, n ...], any token may get any of it); for a
+        graph, what goes with these edges [2, e]."""
         return {}
 
     @abstractmethod

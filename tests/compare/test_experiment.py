@@ -273,7 +273,7 @@ def test_a_mechanism_of_one_head_keeps_it_in_every_section() -> None:
 
 def test_all_names_every_mechanism_that_a_task_has_a_place_for() -> None:
     def of(*patterns: str) -> list[str]:
-        return sorted({n for p in patterns for n in list_attentions(pattern=p) if not card(n).inputs})
+        return sorted({n for p in patterns for n in list_attentions(pattern=p) if not unpassed(n)})
 
     assert _all_names({}, None, tasks=["digits-patches"]) == of("noncausal-self", "pool")
     assert _all_names({"tasks": [{"name": "lookup"}]}, None) == of("noncausal-cross")

@@ -150,8 +150,7 @@ class MechanismEntry(Entry):
         if "causal" in self.args:
             raise ValueError(f"{self.name}: 'causal' follows from the task and the section; leave it out")
         cls = mechanism_class(self.name)
-        missing = unpassed(self.name)
-        if missing:
+        if cls.card.inputs and (missing := unpassed(self.name)):
             raise ValueError(f"{missing}. Leave it out of the comparison; it can be built and called by itself")
         if self.args:  # a small instance: names and values of arguments are wrong before hours of work, not after
             example = {k: v for k, v in cls.card.example.items() if k in ("dim", "heads")}

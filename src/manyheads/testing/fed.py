@@ -52,13 +52,21 @@ def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
     if edges is not None and not (isinstance(edges, Tensor) and edges.dtype == torch.int64 and edges.ndim == 2):
         return None
     given = {} if edges is None else {"edges": edges}
-    for name, value in module.example_inputs(n, edges).items():
+    for name, value in module.example_inputs(max(n, 16) if edges is None else n, edges).items():
         value = value.to(x.device, x.dtype) if value.is_floating_point() else value.to(x.device)
-        if value.shape[0] == 1 and (edges is None or value.ndim > 2):  # not what each edge has
-            value = value[:, seen:] if seen and value.ndim > 1 and value.shape[1] == n else value
+        if module.card.takes[name].startswith("[b, n") and edges is None:
+            value = value[0, _places(x)]
+        elif value.shape[0] == 1 and (edges is None or value.ndim > 2):  # not what each edge has
             value = value.expand(x.shape[0], *value.shape[1:])
         given[name] = value
     return args, {**given, **kwargs}
+
+
+def _places(x: Tensor) -> Tensor:
+    """[b, n] of 0 to 15, of which the token's own first features tell, so that what goes with it is the same wherever
+    it stands: behind padding, in another row, in a second pass."""
+    bits = (x[..., :4] > 0).long()
+    return (bits * torch.tensor([1, 2, 4, 8], device=x.device)[: bits.shape[-1]]).sum(-1)
 
 
 def map_sizes(module: Any, cells: int) -> Any:
