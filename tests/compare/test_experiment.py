@@ -12,6 +12,7 @@ from manyheads.compare import cells as cells_module
 from manyheads.compare.cells import cells_of_experiment
 from manyheads.compare.command import _all_names, as_on_card, changes_of, parse_seeds
 from manyheads.compare.experiment import PRESETS, create_experiment, preset, read_experiment
+from manyheads.compare.train import unpassed
 from manyheads.compare.worker import run_cell
 from manyheads.registry import card
 from manyheads.runs.cells import Cell
