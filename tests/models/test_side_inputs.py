@@ -158,3 +158,21 @@ def test_what_is_missing_or_too_much_is_refused(model: Any) -> None:
 def test_a_place_where_nothing_is_passed_is_refused_when_the_model_is_built() -> None:
     with pytest.raises(ValueError, match=r"layers\[0\]: back-attention takes higher"):
         ManyheadsForCausalLM(tiny("back-attention"))
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@torch.no_grad()
+def test_boxes_reach_the_layers_that_read_pages(top_k: int | None) -> None:
+    skim = {"name": "skim", "side_dim": 6, "places": 20, "top_k": top_k}
+    model = randomised(ManyheadsForSequenceClassification(tiny("softmax", layers=[skim, "softmax"])))
+    ids, mask = tokens(2, 7), torch.ones(2, 7, dtype=torch.long)
+    boxes = torch.randint(10, (2, 7, 4), generator=torch.Generator().manual_seed(0))
+    boxes[..., 2:] += 9  # the right and the lower end
+    mask[1, 5:], boxes[1, 5:] = 0, -1
+    out = model(ids, mask, boxes=boxes).logits
+    assert_close(out[1:], model(ids[1:, :5], boxes=boxes[1:, :5]).logits)
+    assert (out[:1] - model(ids[:1], boxes=boxes[:1] // 2).logits).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="layer 0, skim, takes boxes"):
+        model(ids, mask)
+    with pytest.raises(ValueError, match=r"boxes: got \[1, 7, 4\] on cpu; want a tensor \[2, 7\] and more"):
+        model(ids, boxes=boxes[:1])
