@@ -136,6 +136,59 @@ def test_classifiers_pass_them_too() -> None:
     assert (out - model(ids, mask, token_kinds=of * 0).logits).abs().max() > 1e-4
 
 
+def shortcut(**settings: Any) -> Any:
+    return causal_lm(
+        layers=["softmax", "softmax", {"name": "layer-shortcuts", "layers": 2}], num_hidden_layers=3, **settings
+    )
+
+
+@torch.no_grad()
+def test_the_last_layer_is_given_the_outputs_of_those_below() -> None:
+    model, ids = shortcut(), tokens(2, 8)
+    states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    last, x = model.model.stack.layers[2], states[2]
+    earlier = torch.stack(states[1:3], 2)
+    x = x + last.self_attn.mechanism(last.self_attn.norm(x), earlier=earlier).output
+    assert_close(model.model.stack.norm(x + last.mlp(x)), states[3])
+
+
+@torch.no_grad()
+def test_the_layers_below_are_remembered_over_passes_padding_and_documents() -> None:
+    model, ids, mask = shortcut(), tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
+    whole = model(ids).logits
+    first = model(ids[:, :5], use_cache=True)
+    assert_close(model(ids[:, 5:], past_key_values=first.past_key_values).logits, whole[:, 5:])
+    mask[1, :3] = 0
+    assert_close(model(ids, mask).logits[1, 3:], model(ids[1:, 3:]).logits[0])
+    places = torch.cat([torch.arange(5), torch.arange(3)])[None]
+    packed = model(ids[:1], position_ids=places, use_cache=False).logits
+    assert_close(packed, torch.cat([whole[:1, :5], model(ids[:1, 5:]).logits], 1))
+    how = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "attention_mask": mask}
+    assert model.generate(ids, **how).equal(model.generate(ids, use_cache=False, **how))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_reach_the_layers_below_through_checkpoints(reentrant: bool) -> None:
+    ids, found, model = tokens(2, 7), [], shortcut()
+    for again in (False, True):
+        one = shortcut()
+        one.load_state_dict(model.state_dict())
+        if again:
+            one.activation_checkpointing_enable({"use_reentrant": reentrant})
+            one.enable_input_require_grads()
+        one.train()
+        one(ids, labels=ids).loss.backward()
+        found.append([p.grad for p in one.parameters()])
+    assert_close(found[0], found[1])
+
+
+def test_another_number_of_layers_below_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"layer-shortcuts: earlier is \[2, 4, 1, 16\].*want \[2, 4, 2, 16\]"):
+        causal_lm(layers=["softmax", {"name": "layer-shortcuts", "layers": 2}])(tokens(2, 4))
+    with pytest.raises(ValueError, match="layer 0, layer-shortcuts, takes the outputs of the layers below"):
+        causal_lm(layers=["layer-shortcuts"])(tokens(2, 4))
+
+
 def test_what_is_missing_or_too_much_is_refused(model: Any) -> None:
     ids, of = tokens(2, 7), kinds(2, 7)
     with pytest.raises(ValueError, match=r"layer 0, mixture-of-transformers, takes token_kinds \(\[b, n\] integers"):

@@ -46,9 +46,18 @@ def check_beside(given: Beside, cards: Iterable[Card]) -> None:
         raise ValueError(f"{strange[0]} was given, and no layer takes it; leave it out")
 
 
+def below(i: int, card: Card, outputs: list[Tensor]) -> Tensor | None:
+    """The outputs of the layers below layer i, [b, n, i, e], where its card takes them as `earlier`."""
+    if "earlier" not in card.takes:
+        return None
+    if not outputs:
+        raise ValueError(f"layer {i}, {card.name}, takes the outputs of the layers below it, and there are none")
+    return torch.stack(outputs, 2)
+
+
 def without_place(card: Card, pattern: Pattern) -> str | None:
     """What a mechanism must be given that a model has not got at a place called so; None where it has all."""
-    had: tuple[str, ...] = () if pattern.cross else GIVEN
+    had = {Pattern.CAUSAL_SELF: (*GIVEN, "earlier"), Pattern.NONCAUSAL_SELF: (*GIVEN, "earlier")}.get(pattern, ())
     for name, what in card.takes.items():
         if name not in had and not what.startswith("optional"):
             return f"{card.name} takes {name} ({what}), which no model passes to a layer that is {pattern.value}"

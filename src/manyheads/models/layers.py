@@ -21,7 +21,7 @@ from manyheads.card import Pattern
 from manyheads.functional.layers import rms_norm
 from manyheads.functional.routing import balance_loss, top_k_mask
 from manyheads.mechanism import Mechanism, Result
-from manyheads.models.beside import NOTHING, Beside, check_beside, without_place
+from manyheads.models.beside import NOTHING, Beside, below, check_beside, without_place
 from manyheads.models.cache import ManyheadsCache, ManyheadsCacheLayer, Memory
 from manyheads.models.configuration import ManyheadsConfig, Spec, layer_pattern, spec_arguments, spec_name
 from manyheads.models.masks import Masks
@@ -254,14 +254,17 @@ class ManyheadsBlock(GradientCheckpointingLayer):
         x: Tensor,
         context: Tensor | None = None,
         masks: Masks | None = None,
+        earlier: Tensor | None = None,
         past_key_values: ManyheadsCacheLayer | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Hidden states, self and cross weights where asked for, and the sum of auxiliary losses, None without any."""
+        """Hidden states, self and cross weights where asked for, and the sum of auxiliary losses, None without any.
+        earlier: outputs of layers below, by position, as a checkpointed layer may else lose their gradient."""
         masks, layer = masks or Masks(), past_key_values
         memory, cross_memory = (None, None) if layer is None else layer.memories
         takes: Any = self.self_attn.mechanism.card.takes
         inputs = {name: value for name, value in masks.beside.items() if name in takes}
+        inputs |= {} if earlier is None else {"earlier": earlier}
         mixed = self.self_attn(x, None, masks.self_mask, masks.positions, memory, need_weights, inputs)
         x = x + self.dropout(mixed.output)
         losses, cross_weights = list(mixed.losses.values()), None
@@ -313,8 +316,9 @@ class Stack(nn.Module):
         hidden, weights, cross_weights, losses = [x], [], [], []
         for i, block in enumerate(blocks):
             layer = None if past_key_values is None else past_key_values.layers[i]
+            earlier = below(i, block.self_attn.mechanism.card, hidden[1:])
             x, weight, cross_weight, loss = block(
-                x, context, masks, past_key_values=layer, need_weights=output_attentions
+                x, context, masks, earlier, past_key_values=layer, need_weights=output_attentions
             )
             hidden.append(x)
             weights.append(weight)
