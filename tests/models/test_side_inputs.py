@@ -229,3 +229,19 @@ def test_boxes_reach_the_layers_that_read_pages(top_k: int | None) -> None:
         model(ids, mask)
     with pytest.raises(ValueError, match=r"boxes: got \[1, 7, 4\] on cpu; want a tensor \[2, 7\] and more"):
         model(ids, boxes=boxes[:1])
+
+
+@pytest.mark.parametrize("over", ["last", "mean"])
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_a_pooling_is_given_the_outputs_of_all_layers(over: str, causal: bool) -> None:
+    pooling = {"name": "multi-layer-pooling", "layers": 3, "latents": 2, "over": over}
+    model = randomised(ManyheadsForSequenceClassification(tiny(num_hidden_layers=3, pooling=pooling, is_causal=causal)))
+    ids, mask = tokens(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    out = model(ids, mask, output_hidden_states=True)
+    assert model(ids, mask).hidden_states is None
+    below = torch.stack(out.hidden_states[1:3], 2)
+    wanted = model.pooling.mechanism(out.hidden_states[3], mask=mask.bool(), earlier=below).output
+    assert_close(out.logits, model.classifier(wanted))
+    assert_close(out.logits[1:], model(ids[1:, 3:]).logits)

@@ -13,7 +13,8 @@ from manyheads.card import Card, Pattern
 
 Beside = Mapping[str, Tensor]
 NOTHING: Beside = MappingProxyType({})
-GIVEN = ("token_kinds", "boxes")  # what models are given; `earlier` is what a stack has itself
+GIVEN = ("token_kinds", "boxes")  # what models are given
+HAD = (*GIVEN, "earlier")  # and what a stack has itself, the outputs of the layers below
 
 
 def read_beside(x: Tensor, **given: Tensor | None) -> Beside:
@@ -57,7 +58,8 @@ def below(i: int, card: Card, outputs: list[Tensor]) -> Tensor | None:
 
 def without_place(card: Card, pattern: Pattern) -> str | None:
     """What a mechanism must be given that a model has not got at a place called so; None where it has all."""
-    had = {Pattern.CAUSAL_SELF: (*GIVEN, "earlier"), Pattern.NONCAUSAL_SELF: (*GIVEN, "earlier")}.get(pattern, ())
+    each = {Pattern.POOL: ("earlier",)} | dict.fromkeys((Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF), HAD)
+    had = each.get(pattern, ())
     for name, what in card.takes.items():
         if name not in had and not what.startswith("optional"):
             return f"{card.name} takes {name} ({what}), which no model passes to a layer that is {pattern.value}"

@@ -5,6 +5,7 @@ Shapes: b batch, n tokens, e hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict, Unpack
 
@@ -283,9 +284,17 @@ class Pooling(nn.Module):
         learned = config.pooling != "mean"
         self.mechanism = build_mechanism(config, "pooling", config.pooling, Pattern.POOL) if learned else None
 
-    def forward(self, x: Tensor, real: Tensor | None) -> Result:
+    @property
+    def reads_below(self) -> bool:
+        """Whether it reads the outputs of the layers below the last."""
+        return self.mechanism is not None and "earlier" in self.mechanism.card.takes
+
+    def forward(self, x: Tensor, real: Tensor | None, hidden_states: Sequence[Tensor] | None = None) -> Result:
+        """hidden_states: the embeddings, and the outputs of all layers, which it is given where it `reads_below`."""
         if self.mechanism is not None:
-            return self.mechanism(x, mask=real)
+            below = hidden_states[1:-1] if hidden_states is not None and self.reads_below else None
+            earlier = {"earlier": torch.stack([*below], 2) if below else x[:, :, None][:, :, :0]}
+            return self.mechanism(x, mask=real, **(earlier if self.reads_below else {}))
         if real is None:
             return Result(x.mean(1))
         return Result(x.masked_fill(~real[..., None], 0.0).sum(1) / real.sum(1, keepdim=True).clamp(min=1).to(x.dtype))
@@ -340,14 +349,15 @@ class ManyheadsForSequenceClassification(ManyheadsPreTrainedModel):
             position_ids,
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            output_hidden_states=self.pooling.reads_below or output_hidden_states,
             token_kinds=token_kinds,
             boxes=boxes,
             return_dict=True,
         )
-        pooled = self.pooling(out.last_hidden_state, real_tokens(attention_mask))
+        pooled = self.pooling(out.last_hidden_state, real_tokens(attention_mask), out.hidden_states)
         logits, aux_loss = self.classifier(pooled.output), sum_losses(out.aux_loss, pooled)
         loss, share = self._label_loss(labels, logits, num_items_in_batch)
+        hidden = out.hidden_states if self._wants(None, output_hidden_states)["output_hidden_states"] else None
         return ManyheadsSequenceClassifierOutput(
-            self._with_router_loss(loss, aux_loss, share), logits, out.hidden_states, out.attentions, aux_loss
+            self._with_router_loss(loss, aux_loss, share), logits, hidden, out.attentions, aux_loss
         )
