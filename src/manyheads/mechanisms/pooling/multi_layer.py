@@ -46,7 +46,7 @@ class MultiLayerPooling(Mechanism):
         time="n",
         state="",
         decodes=False,
-        example={"layers": 3, "latents": 3},
+        example={"layers": 3, "latents": 3, "over": "mean"},
         takes={"earlier": "[b, n, layers, dim], the outputs of all layers below"},
         notes="`layers` is the most layers of a model that it can read",
     )
