@@ -14,7 +14,6 @@ from manyheads.compare.command import _all_names, as_on_card, changes_of, parse_
 from manyheads.compare.experiment import PRESETS, create_experiment, preset, read_experiment
 from manyheads.compare.train import unpassed
 from manyheads.compare.worker import run_cell
-from manyheads.registry import card
 from manyheads.runs.cells import Cell
 from manyheads.runs.names import parse_name
 from manyheads.tasks import list_tasks
