@@ -18,7 +18,7 @@ from manyheads.compare.train import has_place, placed
 from manyheads.registry import card, list_attentions, mechanism_class
 from manyheads.tasks import create_task, list_tasks, task_class
 
-SMUGGLE = ["conditional-attention", "dare"]
+SMUGGLE = ["dare"]
 READ_MORE = [
     "back-attention", "conditional-attention", "dare", "largegt", "layer-shortcuts", "mixture-of-transformers",
     "modality-gate", "modality-mutual", "multi-layer-pooling", "relation-aware", "skim", "theme-transformer",
@@ -70,4 +70,4 @@ def test_all_leaves_them_out_and_says_so(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_show_tells_what_is_read() -> None:
     shown = CliRunner().invoke(app, ["show", "skim"]).stdout
-    assert re.search(r"^ +reads  layout: the embedded boxes", shown, re.MULTILINE)
+    assert re.search(r"^ +takes  boxes: \[b, n, 4\] integers", shown, re.MULTILINE)
