@@ -152,7 +152,8 @@ def example_code(cls: type[Mechanism]) -> str:
     ]
     call = "x"
     if pattern.cross:
-        sources, one = module.sources, f"torch.randn(2, 12, {module.source_dim or dim})"
+        size = "1, 16" if module.card.takes else "2, 12"
+        sources, one = module.sources, f"torch.randn({size}, {module.source_dim or dim})"
         lines.append(f"context = {one}" if sources == 1 else f"context = ({', '.join([one] * sources)})")
         call = "x, context"
     if pattern == "graph":

@@ -43,7 +43,7 @@ def feed(module: Mechanism, pattern: Pattern) -> Mechanism:
 
 
 def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
-    x, state = args[0], kwargs.get("state")
+    x, state = args[0] if args else kwargs.get("x"), kwargs.get("state")
     if not isinstance(x, Tensor) or x.ndim not in (3, 4, 5):
         return None
     seen = getattr(state, "length", 0)
@@ -54,8 +54,11 @@ def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
     given = {} if edges is None else {"edges": edges}
     for name, value in module.example_inputs(max(n, 16) if edges is None else n, edges).items():
         value = value.to(x.device, x.dtype) if value.is_floating_point() else value.to(x.device)
+        context = args[1] if len(args) > 1 else kwargs.get("context")
         if module.card.takes[name].startswith("[b, n") and edges is None:
             value = value[0, _places(x)]
+        elif module.card.takes[name].startswith("[b, m"):
+            value = value[0, _places(context)] if isinstance(context, Tensor) else value
         elif value.shape[0] == 1 and (edges is None or value.ndim > 2):  # not what each edge has
             value = value.expand(x.shape[0], *value.shape[1:])
         given[name] = value
