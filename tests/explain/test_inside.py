@@ -16,6 +16,7 @@ from manyheads.explain.attributions import METHODS, LogitFlow
 from manyheads.explain.interventions import boost, scaled, steer
 from manyheads.hosts.calls import MechanismCall
 from manyheads.hosts.taps import AttentionCall, record, tap
+from manyheads.testing.fed import feed
 
 INSIDE = [
     "back-attention", "bam", "calm", "coca", "complexformer", "dgqa", "efficient-slices", "eit", "entmax",
@@ -34,7 +35,7 @@ def passes(name: str) -> list[tuple[Any, Tensor, dict[str, Any]]]:
     for pattern in sorted(card(name).patterns):
         if pattern is Pattern.GRID:
             continue
-        module = built(name, pattern.causal)
+        module = feed(built(name, pattern.causal), pattern)
         x, more = torch.randn(2, 9, module.dim, dtype=torch.float64), {}
         if pattern.cross:
             source = torch.randn(2, 7, module.source_dim or module.dim, dtype=torch.float64)
