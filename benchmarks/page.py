@@ -31,7 +31,7 @@ def measured_page() -> str:
 
 def _unpassed() -> str:
     """Whose figures would be of something else."""
-    names = [name for name in list_attentions() if card(name).inputs]
+    names = [name for name in list_attentions() if unpassed(name)]
     return f" Not measured, as they read more than their tokens and the models pass none of it: {', '.join(names)}."
 
 

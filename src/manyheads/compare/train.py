@@ -198,7 +198,7 @@ def unpassed(name: str) -> str:
     """'' where a task's tokens are all that the mechanism must have; else what it reads beside them and no task has, as
     a reason to train nothing."""
     card = mechanism_class(name).card
-    read = {**card.inputs, **{key: what for key, what in card.takes.items() if not what.startswith("optional")}}
+    read = {key: what for key, what in card.takes.items() if not what.startswith("optional")}
     words = "; ".join(f"{key} ({what})" for key, what in read.items())
     return f"{name} reads more than its tokens, and no task has it: {words}" if read else ""
 

@@ -44,7 +44,7 @@ def feed(module: Mechanism, pattern: Pattern) -> Mechanism:
 
 def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
     x, state = args[0] if args else kwargs.get("x"), kwargs.get("state")
-    if not isinstance(x, Tensor) or x.ndim not in (3, 4, 5) or x.layout is not torch.strided:
+    if not isinstance(x, Tensor) or not _is_plain(x, x.device) or x.ndim not in (3, 4, 5):
         return None
     seen = getattr(state, "length", 0)
     n = seen + x.shape[1:-1].numel()
@@ -58,14 +58,19 @@ def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
         if module.card.takes[name].startswith("[b, n") and edges is None:
             value = value[0, _places(x)]
         elif module.card.takes[name].startswith("[b, m"):
-            if (
-                isinstance(context, Tensor) and context.layout is torch.strided and context.ndim == 3
-            ):  # no two alike, which a choice of the best could tell apart by chance only
+            # No two alike, which a choice of the best could tell apart by chance only.
+            if _is_plain(context, x.device) and context.ndim == 3:
                 value = value[0, _places(context)] * (1 + context.nan_to_num(0.0, 0.0, 0.0).mean(-1, True).tanh() / 4)
         elif value.shape[0] == 1 and (edges is None or value.ndim > 2):  # not what each edge has
             value = value.expand(x.shape[0], *value.shape[1:])
         given[name] = value
     return args, {**given, **kwargs}
+
+
+def _is_plain(x: Any, device: torch.device) -> bool:
+    """Whether a mechanism computes with it; what it does not is left for it to refuse."""
+    kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return isinstance(x, Tensor) and x.layout is torch.strided and x.dtype in kinds and x.device == device
 
 
 def _places(x: Tensor) -> Tensor:
