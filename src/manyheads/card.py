@@ -65,7 +65,8 @@ class Card:
     length n, as formulas (`n^2`, `n w`, `1`). decodes: a pass with a state continues the one before. example: extra
     constructor arguments that make a small instance for tests. takes: what a call is given by name beside x, with its
     shape: labels, boxes on a page, edge features; what begins with "optional" may be left out. resizes: the
-    factor from the height and width of x to those of the result (`1 / stride`), empty where they stay. notes: what a user should know before choosing it.
+    factor from the height and width of x to those of the result (`1 / stride`), empty where they stay. notes: what
+    a user should know before choosing it.
     """
 
     name: str
