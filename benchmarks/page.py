@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from manyheads.registry import card, list_attentions
+from manyheads.compare.train import unpassed
+from manyheads.registry import list_attentions
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -31,8 +32,8 @@ def measured_page() -> str:
 
 def _unpassed() -> str:
     """Whose figures would be of something else."""
-    names = [name for name in list_attentions() if card(name).inputs]
-    return f" Not measured, as they read more than their tokens and the models pass none of it: {', '.join(names)}."
+    names = [name for name in list_attentions() if unpassed(name)]
+    return f" Not measured, as they read more than their tokens and no task has it: {', '.join(names)}."
 
 
 def _lead() -> list[str]:

@@ -64,10 +64,9 @@ class Card:
     """name: lower case with hyphens. reference: `arXiv:2502.13189`, a DOI or a citation. time, state: growth in the
     length n, as formulas (`n^2`, `n w`, `1`). decodes: a pass with a state continues the one before. example: extra
     constructor arguments that make a small instance for tests. takes: what a call is given by name beside x, with its
-    shape: labels, boxes on a page, edge features; what begins with "optional" may be left out. inputs: the same where
-    the mechanism finds it among the features of x, which no model puts there: what it does with other features is no
-    measure of it. resizes: the factor from the height and width of x to those of the result (`1 / stride`), empty
-    where they stay. notes: what a user should know before choosing it.
+    shape: labels, boxes on a page, edge features; what begins with "optional" may be left out. resizes: the
+    factor from the height and width of x to those of the result (`1 / stride`), empty where they stay. notes: what
+    a user should know before choosing it.
     """
 
     name: str
@@ -80,7 +79,6 @@ class Card:
     decodes: bool = True
     example: Mapping[str, Any] = field(default_factory=dict)
     takes: Mapping[str, str] = field(default_factory=dict)
-    inputs: Mapping[str, str] = field(default_factory=dict)
     resizes: str = ""
     notes: str = ""
 
@@ -97,7 +95,6 @@ class Card:
         object.__setattr__(self, "patterns", frozenset(Pattern(p) for p in self.patterns))
         object.__setattr__(self, "example", MappingProxyType(dict(self.example)))
         object.__setattr__(self, "takes", MappingProxyType(dict(self.takes)))
-        object.__setattr__(self, "inputs", MappingProxyType(dict(self.inputs)))
 
     def __hash__(self) -> int:
         return hash(self.name)

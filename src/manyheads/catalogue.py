@@ -38,7 +38,7 @@ def catalogue_page() -> str:
 def _entry(name: str) -> list[str]:
     cls = mechanism_class(name)
     lines = [f"*{cls.card.title}*, {cls.card.reference}", "", "```text", inspect.getdoc(cls) or "", "```"]
-    for key, what in cls.card.inputs.items():
+    for key, what in cls.card.takes.items():
         lines += ["", f"Reads `{key}` beside its tokens: {what}."]
     return [*lines, "", cls.card.notes] if cls.card.notes else lines
 

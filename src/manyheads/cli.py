@@ -51,7 +51,6 @@ def _facts(name: str) -> dict[str, Any]:
         "state": card.state,
         "decodes": card.decodes,
         "takes": dict(card.takes),
-        "inputs": dict(card.inputs),
         "resizes": card.resizes,
         "stages": changed_stages(cls),
         "notes": card.notes,
@@ -108,10 +107,9 @@ def show(
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{name}[/bold]  {facts['title']}, {facts['reference']}\n")
     console.print(facts["description"] + "\n", markup=False)
-    for key in ("takes", "inputs"):
-        facts[key] = [f"{name}: {what}" for name, what in facts[key].items()]
-    for key in ("family", "patterns", "time", "state", "resizes", "decodes", "stages", "takes", "inputs", "notes"):
-        value = "; ".join(facts[key]) if key in ("takes", "inputs") else facts[key]
+    facts["takes"] = [f"{name}: {what}" for name, what in facts["takes"].items()]
+    for key in ("family", "patterns", "time", "state", "resizes", "decodes", "stages", "takes", "notes"):
+        value = "; ".join(facts[key]) if key == "takes" else facts[key]
         value = ", ".join(value) if isinstance(value, list) else value
         if value != "":
             console.print(f"{key:>9}  {value}", markup=False)
@@ -152,7 +150,8 @@ def example_code(cls: type[Mechanism]) -> str:
     ]
     call = "x"
     if pattern.cross:
-        sources, one = module.sources, f"torch.randn({1 if cls.card.takes else 2}, 12, {module.source_dim or dim})"
+        size = "1, 16" if module.card.takes else "2, 12"
+        sources, one = module.sources, f"torch.randn({size}, {module.source_dim or dim})"
         lines.append(f"context = {one}" if sources == 1 else f"context = ({', '.join([one] * sources)})")
         call = "x, context"
     if pattern == "graph":

@@ -157,6 +157,9 @@ class Mechanism(Checks, ABC):
             positions = self._check_positions(x, positions)
         call = Call(pattern, padding, dense, positions, state, need_weights, inputs)
         broken = broken_tokens(x)
+        for value in self._beside(x, inputs).values():  # NaN in a later token's is no less to be kept from earlier ones
+            strange = broken_tokens(value.flatten(2))
+            broken = strange if broken is None else broken if strange is None else broken | strange
         if context is not None and padding is not None:
             context = _without_broken_padding(context, padding)
         try:
@@ -205,9 +208,12 @@ class Mechanism(Checks, ABC):
         if padding is not None and padding.shape[1:] != broken.shape[1:]:
             padding = padding[:, seen:]
         real = broken if padding is None else broken & padding
+        dropped = broken if call.pattern.causal else broken & ~real
+        zeros = {k: blanked(v.flatten(2), dropped).view_as(v) for k, v in self._beside(x, call.inputs).items()}
+        call = replace(call, inputs={**call.inputs, **zeros})
+        result = self._pass(blanked(x, dropped), context, call)
         if not call.pattern.causal:
-            return self._pass(blanked(x, broken & ~real), context, call)
-        result = self._pass(blanked(x, broken), context, call)
+            return result
         reached = real.cumsum(1) > 0
         if state is not None:
             if state.broken is not None:
@@ -219,6 +225,12 @@ class Mechanism(Checks, ABC):
             weights = weights.masked_fill(reached[:, None, :, None], torch.nan)
         losses = {k: torch.where(reached.any(), torch.nan, v) for k, v in result.losses.items()}
         return Result(output, weights, losses)
+
+    def _beside(self, x: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What a call gives by name of features [b, n, ...] for the tokens of x."""
+        named = {k: inputs[k] for k, what in self.card.takes.items() if what.startswith("[b, n, ") and k in inputs}
+        tensors = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 2}
+        return {k: v for k, v in tensors.items() if v.shape[:2] == x.shape[:2] and v.device == x.device}
 
     def _continue(self, x: Tensor, context: Context | None, call: Call, state: State) -> Result:
         """A pass behind those that the state has seen; told what of them is real from now on, it counts on."""
@@ -248,7 +260,8 @@ class Mechanism(Checks, ABC):
 
     def example_inputs(self, n: int, edges: Tensor | None = None) -> Mapping[str, Tensor]:
         """What the card takes by name, small and always the same, for tests: for a batch of one of n tokens, of which
-        the first k get what k tokens would; for a graph, what goes with these edges [2, e]."""
+        the first k get what k tokens would (and where the card says [b, n ...], any token may get any of it); for a
+        graph, what goes with these edges [2, e]."""
         return {}
 
     @abstractmethod

@@ -55,7 +55,7 @@ class SoftmaxAttention(Mechanism):
 
     @classmethod
     def shared_arguments(cls) -> Mapping[str, inspect.Parameter]:
-        hosts = cls.project.__module__ == __name__  # the shell's own
+        hosts = cls.project.__module__ == cls.projected.__module__ == __name__  # the shell's own
         return {"shell": inspect.Parameter("shell", inspect.Parameter.KEYWORD_ONLY, default=None)} if hosts else {}
 
     def take_shared(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -128,6 +128,10 @@ class SoftmaxAttention(Mechanism):
         if self.shell.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def projected(self, x: Tensor, source: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """`project`, in the place of which stands what projects by something that the call was given by name."""
+        return self.project(x, source)
 
     def position(self, q: Tensor, k: Tensor, query_positions: Tensor, key_positions: Tensor) -> tuple[Tensor, Tensor]:
         """Tells q and the new keys where they stand, before keys enter the state."""
@@ -231,7 +235,7 @@ class SoftmaxAttention(Mechanism):
         positions = i[None] if call.positions is None else call.positions
         if context is not None:
             return self._read_context(x, context, call, positions, i)
-        q, k, v = self.project(x, x)
+        q, k, v = self.projected(x, x, call)
         q, k = self.position(q, k, positions, positions)
         if state is None:
             counted = call.positions is None
@@ -282,4 +286,6 @@ def changed_stages(cls: type[Mechanism]) -> list[str]:
     """The stages, and index rules, in which a mechanism differs from the shell; ['attend'] for its own forward."""
     if not issubclass(cls, SoftmaxAttention) or cls.attend is not SoftmaxAttention.attend:
         return ["attend"]
-    return [s for s in (*STAGES, "score_mod", "mask_mod") if getattr(cls, s) is not getattr(SoftmaxAttention, s)]
+    changed = [s for s in (*STAGES, "score_mod", "mask_mod") if getattr(cls, s) is not getattr(SoftmaxAttention, s)]
+    by_name = cls.projected is not SoftmaxAttention.projected and "project" not in changed
+    return ["project", *changed] if by_name else changed

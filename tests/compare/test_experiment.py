@@ -12,8 +12,8 @@ from manyheads.compare import cells as cells_module
 from manyheads.compare.cells import cells_of_experiment
 from manyheads.compare.command import _all_names, as_on_card, changes_of, parse_seeds
 from manyheads.compare.experiment import PRESETS, create_experiment, preset, read_experiment
+from manyheads.compare.train import unpassed
 from manyheads.compare.worker import run_cell
-from manyheads.registry import card
 from manyheads.runs.cells import Cell
 from manyheads.runs.names import parse_name
 from manyheads.tasks import list_tasks
@@ -273,8 +273,7 @@ def test_a_mechanism_of_one_head_keeps_it_in_every_section() -> None:
 
 def test_all_names_every_mechanism_that_a_task_has_a_place_for() -> None:
     def of(*patterns: str) -> list[str]:
-        names = {n for p in patterns for n in list_attentions(pattern=p) if not card(n).inputs}
-        return sorted(n for n in names if all(what.startswith("optional") for what in card(n).takes.values()))
+        return sorted({n for p in patterns for n in list_attentions(pattern=p) if not unpassed(n)})
 
     assert _all_names({}, None, tasks=["digits-patches"]) == of("noncausal-self", "pool")
     assert _all_names({"tasks": [{"name": "lookup"}]}, None) == of("noncausal-cross")

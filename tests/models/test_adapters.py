@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import causal_lm, randomised, tiny, tokens
+from tiny_models import causal_lm, of_tokens, randomised, tiny, tokens
 from torch.testing import assert_close
 
-from manyheads import list_attentions
 from manyheads.models import ManyheadsForImageClassification
 
-CAUSAL = list_attentions(pattern="causal-self")
+CAUSAL = of_tokens("causal-self")
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import causal_lm, seq2seq, single_source, spec, tokens
+from tiny_models import causal_lm, of_tokens, seq2seq, single_source, spec, tokens
 from torch import Tensor
 from torch.testing import assert_close
 
 from manyheads import card, list_attentions
 from manyheads.models import ManyheadsCache
 
-CAUSAL = list_attentions(pattern="causal-self")
+CAUSAL = of_tokens("causal-self")
 DECODING = [name for name in CAUSAL if card(name).decodes]
 CROSS = [name for name in list_attentions(pattern="causal-cross") if single_source(name)]
 NEW = 7

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import VOCAB, causal_lm, randomised, seq2seq, single_source, spec, tiny, tokens
+from tiny_models import VOCAB, causal_lm, of_tokens, randomised, seq2seq, single_source, spec, tiny, tokens
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import (
@@ -37,18 +37,11 @@ from manyheads.models import (
     ManyheadsSeq2SeqModel,
 )
 
-CAUSAL = list_attentions(pattern="causal-self")
-
-
-def passed(names: list[str]) -> list[str]:
-    """Those that a model can give all that they take: what it cannot, a comparison refuses by name."""
-    return [name for name in names if all(what.startswith("optional") for what in card(name).takes.values())]
-
-
-SELF = passed(sorted({*CAUSAL, *list_attentions(pattern="noncausal-self")}))
-IMAGES = passed(sorted({*SELF, *list_attentions(pattern="grid")}))
+CAUSAL = of_tokens("causal-self")
+SELF = sorted({*CAUSAL, *of_tokens("noncausal-self")})
+IMAGES = sorted({*SELF, *list_attentions(pattern="grid")})
 CROSS = [name for name in list_attentions(pattern="causal-cross") if single_source(name)]
-POOLS = list_attentions(pattern="pool")
+POOLS = of_tokens("pool")
 
 
 def classifier(*names: str, **settings: Any) -> ManyheadsForSequenceClassification:

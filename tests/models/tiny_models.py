@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from manyheads import card, mechanism_class
+from manyheads import card, list_attentions, mechanism_class
 from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM, ManyheadsForSeq2SeqLM
 
 VOCAB = 29
@@ -51,6 +51,15 @@ def causal_lm(*names: str, **settings: Any) -> ManyheadsForCausalLM:
 def seq2seq(cross: str, **settings: Any) -> ManyheadsForSeq2SeqLM:
     config = tiny(cross_layers=spec(cross), hidden_size=card(cross).example.get("dim", 16), is_encoder_decoder=True)
     return randomised(ManyheadsForSeq2SeqLM(ManyheadsConfig(**{**config.to_dict(), **settings})))
+
+
+def of_tokens(pattern: str) -> list[str]:
+    """What declares the pattern and needs nothing by name beside its tokens; of the others tells test_side_inputs."""
+    return [
+        name
+        for name in list_attentions(pattern=pattern)
+        if all(what.startswith("optional") for what in card(name).takes.values())
+    ]
 
 
 def single_source(name: str) -> bool:

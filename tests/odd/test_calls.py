@@ -43,7 +43,11 @@ def fault(module: Mechanism, call: dict[str, Any]) -> str | None:
         return f"{type(error).__name__}: {error}"
     x = call["x"]
     shape = x.shape[:1] if module.card.patterns == {Pattern.POOL} else x.shape[:-1]
-    right = output.shape == (*shape, module.dim) and output.device == x.device and output.is_floating_point()
+    right = (
+        output.shape == (*shape, module.result_dim or module.dim)
+        and output.device == x.device
+        and output.is_floating_point()
+    )
     return None if right else f"{tuple(output.shape)} {output.dtype} on {output.device} comes out"
 
 

@@ -135,13 +135,15 @@ def test_every_mechanism_of_the_registry(name):
     for pattern in sorted(cls.card.patterns):
         case = Case(cls, pattern)
         x, context = case.x(7), case.context(7)
-        wanted = case.build()(x, context).output
+        plain, named = case.build(), {}
+        plain.register_forward_pre_hook(lambda _, __, given, found=named: found.update(given), with_kwargs=True)
+        wanted = plain(x, context).output
         for nothing in (False, True):
             full = each(x if context is None else context, lambda t, n=nothing: torch.full(t.shape[:-1], not n))
             for as_padding in (False, True):
                 module = SubsampledAttention(case.build(), keep=0.3, as_padding=as_padding).train()
                 try:
-                    result = module(x.requires_grad_(), context, mask=full)
+                    result = module(x.requires_grad_(), context, mask=full, **named)
                 except ValueError as error:
                     assert "as_padding=True" in str(error)  # noqa: PT017
                     assert not as_padding

@@ -8,7 +8,8 @@ from torch import nn
 
 from manyheads.mechanisms.cross.theme_transformer import ThemeTransformer
 
-LABELS = [0.0, 1.0, 2.0, 3.0, 0.0, 0.0, 1.0]
+LABELS = [0, 1, 2, 3, 0, 0, 1]
+TOLD = {"labels": torch.tensor([LABELS, LABELS])}
 
 
 def build(**config):
@@ -16,9 +17,9 @@ def build(**config):
     return ThemeTransformer(12, 3, **config).double().eval()
 
 
-def piece(labels=LABELS):
+def piece():
     torch.manual_seed(1)
-    return torch.cat([torch.randn(2, len(labels), 11), torch.tensor(labels).expand(2, -1)[..., None]], -1).double()
+    return torch.randn(2, len(LABELS), 12).double()
 
 
 def torch_attention(heads):
@@ -44,18 +45,15 @@ def place(number):
 def test_equation(exclusive):
     module, x, theme = build(exclusive=exclusive), piece(), torch.randn(2, 4, 12).double()
     own, cross = torch_attention(module.own), torch_attention(module.cross)
-    content = x.clone()
-    content[..., -1] = 0
-    placed = content + torch.stack([place(i) for i in range(7)])
-    found = module(x, theme, need_weights=True)
+    placed = x + torch.stack([place(i) for i in range(7)])
+    found = module(x, theme, need_weights=True, **TOLD)
     for i, label in enumerate(LABELS):
-        side, weights = cross(content[:, i : i + 1] + place(label), theme, theme, average_attn_weights=False)
+        side, weights = cross(x[:, i : i + 1] + place(label), theme, theme, average_attn_weights=False)
         row = torch.zeros(2, 12).double()
         if label > 0:
             row += side[:, 0] / 2
         if label == 0 or not exclusive:
             row += own(placed[:, i : i + 1], placed[:, : i + 1], placed[:, : i + 1])[0][:, 0] / 2
-        row[:, -1] = 0
         torch.testing.assert_close(found.output[:, i], row)
         torch.testing.assert_close(found.weights[:, :, i], weights[:, :, 0] / 2 if label else weights[:, :, 0] * 0)
 
@@ -63,7 +61,7 @@ def test_equation(exclusive):
 @torch.no_grad()
 def test_outside_its_regions_the_theme_is_not_read():
     module, x = build(), piece()
-    first, second = (module(x, torch.randn(2, 4, 12).double()).output for _ in range(2))
+    first, second = (module(x, torch.randn(2, 4, 12).double(), **TOLD).output for _ in range(2))
     outside = torch.tensor(LABELS) == 0
     torch.testing.assert_close(first[:, outside], second[:, outside])
     assert (first - second)[:, ~outside].abs().amax(-1).min() > 1e-3
@@ -73,11 +71,14 @@ def test_outside_its_regions_the_theme_is_not_read():
 def test_cross_attention_knows_the_place_in_the_theme_not_in_the_piece():
     module, theme = build(), torch.randn(2, 4, 12).double()
     x = piece()
-    x[:, 6, :-1] = x[:, 1, :-1]  # the same note, both times first of a region
-    output = module(x, theme).output
+    x[:, 6] = x[:, 1]  # the same note, both times first of a region
+    output = module(x, theme, **TOLD).output
     torch.testing.assert_close(output[:, 6], output[:, 1])
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="dim=1"):
-        ThemeTransformer(1, 1)
+    module, x, theme = build(), piece(), torch.randn(2, 4, 12).double()
+    with pytest.raises(ValueError, match="theme-transformer: labels go from -1 to 2; want 0 or more"):
+        module(x, theme, labels=TOLD["labels"] - 1)
+    with pytest.raises(ValueError, match=r"theme-transformer: labels are torch.float64 \[2, 7\]"):
+        module(x, theme, labels=TOLD["labels"].double())

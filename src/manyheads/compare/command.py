@@ -58,7 +58,7 @@ def compare(
     if everything:
         names = _all_names(changes, names, preset, task)
         if left_out := unpassed_names():
-            words = "left out, as they read more than their tokens and no model passes it"
+            words = "left out, as they read more than their tokens and no task has it"
             typer.echo(f"{words}: {', '.join(left_out)} (`manyheads show NAME` says what)", err=True)
     changes |= changes_of(changes, names, preset, task, seeds, section)
     if everything:
@@ -98,7 +98,7 @@ def _all_names(
 
 
 def unpassed_names() -> list[str]:
-    """Every mechanism that is refused because it reads what no model passes."""
+    """Every mechanism that has no place in any task because of what it reads beside its tokens."""
     from manyheads.registry import list_attentions
 
     from .train import unpassed

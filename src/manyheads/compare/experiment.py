@@ -21,8 +21,6 @@ from manyheads.registry import create_attention, mechanism_class, suggest
 from manyheads.runs.given import MOST_YAML, parse_yaml, read_text, shown
 from manyheads.tasks import create_task, list_tasks
 
-from .train import unpassed
-
 PRESETS = ("quick", "standard", "full")
 Kind = Literal["quality", "speed", "memory", "decode"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -150,9 +148,6 @@ class MechanismEntry(Entry):
         if "causal" in self.args:
             raise ValueError(f"{self.name}: 'causal' follows from the task and the section; leave it out")
         cls = mechanism_class(self.name)
-        missing = unpassed(self.name)
-        if missing:
-            raise ValueError(f"{missing}. Leave it out of the comparison; it can be built and called by itself")
         if self.args:  # a small instance: names and values of arguments are wrong before hours of work, not after
             example = {k: v for k, v in cls.card.example.items() if k in ("dim", "heads")}
             causal = min(cls.card.patterns, key=lambda p: (not p.causal, p)).causal

@@ -195,12 +195,12 @@ def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unpassed(name: str) -> str:
-    """'' where a model can give the mechanism all that it reads; else what it cannot, as a reason to measure nothing:
-    the figures would be those of the same rule over arbitrary features."""
+    """'' where a task's tokens are all that the mechanism must have; else what it reads beside them and no task has, as
+    a reason to train nothing."""
     card = mechanism_class(name).card
-    inputs = {**card.inputs, **{key: what for key, what in card.takes.items() if not what.startswith("optional")}}
-    words = "; ".join(f"{key} ({what})" for key, what in inputs.items())
-    return f"{name} reads more than its tokens, and the models pass none of it yet: {words}" if inputs else ""
+    read = {key: what for key, what in card.takes.items() if not what.startswith("optional")}
+    words = "; ".join(f"{key} ({what})" for key, what in read.items())
+    return f"{name} reads more than its tokens, and no task has it: {words}" if read else ""
 
 
 def has_place(task: Task | type[Task], name: str) -> bool:

@@ -73,6 +73,8 @@ def _holds_more(mixer: Mixer) -> str | None:
     cls = type(mixer.mechanism)
     if mixer.convolution is not None:
         return "the inputs of a short convolution"
+    if cls.card.takes:
+        return f"what it is told of tokens beside them ({', '.join(cls.card.takes)})"
     bounded = getattr(mixer.mechanism, "span", None) is not None
     if not issubclass(cls, SoftmaxAttention) or not set(changed_stages(cls)) <= SEE_NO_PAST or bounded:
         return f"more, or other, than keys and values ({cls.card.name})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ class Pass:
     context: Tensor | None
     mask: Tensor | None
     positions: Tensor | None
+    inputs: Mapping[str, Tensor]
 
     def repeat(self, memory: Memory, tokens: int) -> None:
         """The pass again, over its first tokens only."""
@@ -35,7 +36,8 @@ class Pass:
             mask = mask[:, :tokens] if mask.ndim == 2 else mask[:, :, :tokens, : self.seen + tokens]
         positions = None if self.positions is None else self.positions[:, :tokens]
         with torch.no_grad():
-            mixer(self.x[:, :tokens], self.context, mask, positions, memory)
+            inputs = {name: value[:, :tokens] for name, value in self.inputs.items()}
+            mixer(self.x[:, :tokens], self.context, mask, positions, memory, inputs=inputs)
 
 
 class Memory:
@@ -63,10 +65,11 @@ class Memory:
             self.states[name] = make()
         return self.states[name]
 
-    def record(self, mixer: nn.Module, x: Tensor, context: Any, mask: Tensor | None, positions: Tensor | None) -> None:
+    def record(self, mixer: nn.Module, *called_with: Any) -> None:
+        """called_with: x, context, mask, positions and inputs of a pass that is about to begin."""
         if self.recording:
             before = {name: _snapshot(state) for name, state in self.states.items()}
-            self.recorded.append(Pass(self.length, before, weakref.ref(mixer), x, context, mask, positions))
+            self.recorded.append(Pass(self.length, before, weakref.ref(mixer), *called_with))
 
     def crop(self, tokens: int) -> None:
         """Takes back the last tokens."""

@@ -5,6 +5,7 @@ Shapes: b batch, n tokens, e hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict, Unpack
 
@@ -22,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from manyheads.card import Pattern
 from manyheads.mechanism import Result
+from manyheads.models.beside import GIVEN, continued, of_last
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
 from manyheads.models.layers import build_mechanism
@@ -79,6 +81,22 @@ class ManyheadsGenerationMixin(GenerationMixin):
             cache._is_user_defined = True
         if generation_config.is_assistant:
             cache.activate_past_recording()
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().prepare_inputs_for_generation(*args, **kwargs)
+        for name in GIVEN:
+            if (given := made.get(name)) is not None:
+                tokens = made["inputs_embeds"] if made.get("input_ids") is None else made["input_ids"]
+                past = made.get("past_key_values")
+                made[name] = of_last(name, given, 0 if past is None else past.get_seq_length(), tokens)
+        return made
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: Any, is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ) -> Any:
+        told = super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
+        longer = {name: continued(told[name], num_new_tokens) for name in GIVEN if told.get(name) is not None}
+        return {**told, **longer}
 
 
 class Shifted(TypedDict, total=False):
@@ -144,11 +162,13 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
         max_length_k: int | None = None,
         token_type_ids: Any = None,
         cache_position: Any = None,
+        token_kinds: Tensor | None = None,
         **beside: Unpack[Shifted],
     ) -> ManyheadsCausalLMOutput:
         """labels: [b, n] as input_ids (they are shifted here), -100 = not predicted: in packed rows the first token of
         each document, which the one before it would else predict. shift_labels: [b, n], shifted already, and taken
-        before labels, as by transformers. All else as in ManyheadsModel."""
+        before labels, as by transformers. All else as in ManyheadsModel; in generate, token_kinds are those of the
+        prompt, and what is generated is of the kind of its last token."""
         wanted = shifted(labels, beside)
         out = self.model(
             input_ids,
@@ -164,6 +184,7 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
             cu_seq_lens_k,
             max_length_q,
             max_length_k,
+            token_kinds=token_kinds,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -270,9 +291,17 @@ class Pooling(nn.Module):
         learned = config.pooling != "mean"
         self.mechanism = build_mechanism(config, "pooling", config.pooling, Pattern.POOL) if learned else None
 
-    def forward(self, x: Tensor, real: Tensor | None) -> Result:
+    @property
+    def reads_below(self) -> bool:
+        """Whether it reads the outputs of the layers below the last."""
+        return self.mechanism is not None and "earlier" in self.mechanism.card.takes
+
+    def forward(self, x: Tensor, real: Tensor | None, hidden_states: Sequence[Tensor] | None = None) -> Result:
+        """hidden_states: the embeddings, and the outputs of all layers, which it is given where it `reads_below`."""
         if self.mechanism is not None:
-            return self.mechanism(x, mask=real)
+            below = hidden_states[1:-1] if hidden_states is not None and self.reads_below else None
+            earlier = {"earlier": torch.stack([*below], 2) if below else x[:, :, None][:, :, :0]}
+            return self.mechanism(x, mask=real, **(earlier if self.reads_below else {}))
         if real is None:
             return Result(x.mean(1))
         return Result(x.masked_fill(~real[..., None], 0.0).sum(1) / real.sum(1, keepdim=True).clamp(min=1).to(x.dtype))
@@ -309,9 +338,12 @@ class ManyheadsForSequenceClassification(ManyheadsPreTrainedModel):
         num_items_in_batch: Any = None,
         token_type_ids: Any = None,
         cache_position: Any = None,
+        token_kinds: Tensor | None = None,
+        boxes: Tensor | None = None,
     ) -> ManyheadsSequenceClassifierOutput:
         """labels: [b] classes, or [b, num_labels] targets (config.problem_type, as in transformers).
-        num_items_in_batch: of how many classes the loss is the mean, where several batches make a step."""
+        num_items_in_batch: of how many classes the loss is the mean, where several batches make a step. token_kinds,
+        boxes: as in ManyheadsModel."""
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is not None and find_documents(position_ids, attention_mask, tokens, Packing()):
             raise ValueError(
@@ -324,12 +356,15 @@ class ManyheadsForSequenceClassification(ManyheadsPreTrainedModel):
             position_ids,
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            output_hidden_states=self.pooling.reads_below or output_hidden_states,
+            token_kinds=token_kinds,
+            boxes=boxes,
             return_dict=True,
         )
-        pooled = self.pooling(out.last_hidden_state, real_tokens(attention_mask))
+        pooled = self.pooling(out.last_hidden_state, real_tokens(attention_mask), out.hidden_states)
         logits, aux_loss = self.classifier(pooled.output), sum_losses(out.aux_loss, pooled)
         loss, share = self._label_loss(labels, logits, num_items_in_batch)
+        hidden = out.hidden_states if self._wants(None, output_hidden_states)["output_hidden_states"] else None
         return ManyheadsSequenceClassifierOutput(
-            self._with_router_loss(loss, aux_loss, share), logits, out.hidden_states, out.attentions, aux_loss
+            self._with_router_loss(loss, aux_loss, share), logits, hidden, out.attentions, aux_loss
         )

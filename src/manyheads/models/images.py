@@ -121,12 +121,14 @@ class ManyheadsForImageClassification(ManyheadsOverImages):
             loss = self._with_router_loss(loss, aux_loss, share)
             return ManyheadsImageClassifierOutput(loss, logits, hidden, weights, aux_loss)
         self._no_pixel_mask(pixel_mask)
+        asked = wants["output_hidden_states"]
+        wants["output_hidden_states"] = asked or self.pooling.reads_below
         trace = self.stack(self.embed_patches(self._patches(pixel_values)).flatten(1, 2), **wants)
-        pooled = self.pooling(trace.last, None)
+        pooled, hidden = self.pooling(trace.last, None, trace.hidden_states), trace.hidden_states if asked else None
         logits, aux_loss = self.classifier(pooled.output), sum_losses(trace.aux_loss, pooled)
         loss, share = self._label_loss(labels, logits, num_items_in_batch)
         return ManyheadsImageClassifierOutput(
-            self._with_router_loss(loss, aux_loss, share), logits, trace.hidden_states, trace.attentions, aux_loss
+            self._with_router_loss(loss, aux_loss, share), logits, hidden, trace.attentions, aux_loss
         )
 
 

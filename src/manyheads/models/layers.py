@@ -21,6 +21,7 @@ from manyheads.card import Pattern
 from manyheads.functional.layers import rms_norm
 from manyheads.functional.routing import balance_loss, top_k_mask
 from manyheads.mechanism import Mechanism, Result
+from manyheads.models.beside import NOTHING, Beside, below, check_beside, without_place
 from manyheads.models.cache import ManyheadsCache, ManyheadsCacheLayer, Memory
 from manyheads.models.configuration import ManyheadsConfig, Spec, layer_pattern, spec_arguments, spec_name
 from manyheads.models.masks import Masks
@@ -33,6 +34,8 @@ from manyheads.state import State
 def build_mechanism(config: ManyheadsConfig, place: str, spec: Spec, pattern: Pattern) -> Mechanism:
     """The mechanism of one layer. It initialises itself; nothing here touches its parameters afterwards."""
     name, arguments = spec_name(spec), {"causal": pattern.causal, **spec_arguments(spec)}
+    if missing := without_place(mechanism_class(name).card, pattern):
+        raise ValueError(f"{place}: {missing}")
     heads = arguments.pop("heads", config.num_attention_heads)
     rotates = "rotary" in inspect.signature(mechanism_class(name)).parameters
     if config.positions == "rotary" and rotates and pattern in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
@@ -159,11 +162,13 @@ class Mixer(nn.Module):
         positions: Tensor | None = None,
         memory: Memory | None = None,
         need_weights: bool = False,
+        inputs: Beside = NOTHING,
     ) -> Result:
-        """x: [b, n, e], of images row by row, which a mechanism for grids sees as [b, rows, columns, e]."""
+        """x: [b, n, e], of images row by row, which a mechanism for grids sees as [b, rows, columns, e]. inputs: what
+        the mechanism takes by name."""
         state = None
         if memory is not None:
-            memory.record(self, x, context, mask, positions)
+            memory.record(self, x, context, mask, positions, inputs)
             state = memory.state("mechanism", lambda: self.mechanism.init_state(x.shape[0]))
         x = self.norm(x)
         if self.grid is not None:
@@ -171,7 +176,9 @@ class Mixer(nn.Module):
             return result._replace(output=self.norm_after(result.output.flatten(1, 2)))
         if self.convolution is not None:
             x = self.convolution(x, mask if mask is not None and mask.ndim == 2 else None, memory)
-        result = self.mechanism(x, context, mask=mask, positions=positions, state=state, need_weights=need_weights)
+        result = self.mechanism(
+            x, context, mask=mask, positions=positions, state=state, need_weights=need_weights, **inputs
+        )
         return result._replace(output=self.norm_after(result.output))
 
 
@@ -252,13 +259,18 @@ class ManyheadsBlock(GradientCheckpointingLayer):
         x: Tensor,
         context: Tensor | None = None,
         masks: Masks | None = None,
+        earlier: Tensor | None = None,
         past_key_values: ManyheadsCacheLayer | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Hidden states, self and cross weights where asked for, and the sum of auxiliary losses, None without any."""
+        """Hidden states, self and cross weights where asked for, and the sum of auxiliary losses, None without any.
+        earlier: outputs of layers below, by position, as a checkpointed layer may else lose their gradient."""
         masks, layer = masks or Masks(), past_key_values
         memory, cross_memory = (None, None) if layer is None else layer.memories
-        mixed = self.self_attn(x, None, masks.self_mask, masks.positions, memory, need_weights)
+        takes: Any = self.self_attn.mechanism.card.takes
+        inputs = {name: value for name, value in masks.beside.items() if name in takes}
+        inputs |= {} if earlier is None else {"earlier": earlier}
+        mixed = self.self_attn(x, None, masks.self_mask, masks.positions, memory, need_weights, inputs)
         x = x + self.dropout(mixed.output)
         losses, cross_weights = list(mixed.losses.values()), None
         if self.cross_attn is not None:
@@ -303,12 +315,15 @@ class Stack(nn.Module):
         output_hidden_states: bool = False,
     ) -> Trace:
         masks = masks or Masks()
+        blocks: Any = self.layers
+        check_beside(masks.beside, [block.self_attn.mechanism.card for block in blocks])
         x = self.dropout(self._positioned(x, masks.positions, past_key_values))
         hidden, weights, cross_weights, losses = [x], [], [], []
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(blocks):
             layer = None if past_key_values is None else past_key_values.layers[i]
+            earlier = below(i, block.self_attn.mechanism.card, hidden[1:])
             x, weight, cross_weight, loss = block(
-                x, context, masks, past_key_values=layer, need_weights=output_attentions
+                x, context, masks, earlier, past_key_values=layer, need_weights=output_attentions
             )
             hidden.append(x)
             weights.append(weight)
@@ -359,11 +374,12 @@ class Stack(nn.Module):
             for mixer in (mixer for mixer in mixers if mixer is not None):
                 token = self.norm.weight.new_zeros(1, 1, self.norm.weight.shape[0])
                 context = token if mixer is block.cross_attn else None
-                state = mixer.mechanism.init_state(1)
+                state, inputs = mixer.mechanism.init_state(1), mixer.mechanism.example_inputs(1)
+                inputs = {k: v.to(token if v.is_floating_point() else token.device) for k, v in inputs.items()}
                 try:
                     with torch.random.fork_rng(devices=[]):
                         for _ in range(2):
-                            mixer.mechanism(token, context, state=state, need_weights=True)
+                            mixer.mechanism(token, context, state=state, need_weights=True, **inputs)
                 except ValueError as error:
                     return f"layer {i}, {error}"
         return None

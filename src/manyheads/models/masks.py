@@ -7,16 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from manyheads.models.beside import NOTHING, Beside
 from manyheads.models.cache import ManyheadsCache
 
 
 class Masks(NamedTuple):
     """self_mask: [b, n] padding of this pass, or dense [b, 1 or h, n, total]. context_mask: [b, m]. positions: [b, n],
-    None where they are as usual."""
+    None where they are as usual. beside: what else is said of the tokens of this pass, by name, [b, n, ...]."""
 
     self_mask: Tensor | None = None
     context_mask: Tensor | None = None
     positions: Tensor | None = None
+    beside: Beside = NOTHING
 
 
 def read_masks(

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, Seq2SeqModelO
 from transformers.utils.generic import can_return_tuple
 
 from manyheads.mechanism import Mechanism
+from manyheads.models.beside import read_beside
 from manyheads.models.borrowed import BorrowedCache, obstacle, refused, shape_of_rows
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
@@ -149,19 +150,24 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         max_length_k: int | None = None,
         token_type_ids: Any = None,
         cache_position: Any = None,
+        token_kinds: Tensor | None = None,
+        boxes: Tensor | None = None,
     ) -> ManyheadsModelOutput:
         """attention_mask: [b, seen + n], 1 = real, or [b, 1 or heads, n, seen + n] boolean. Without one, positions that
         do not count up by one begin another document, which sees nothing of those before; seq_idx, cu_seq_lens_* and
-        max_length_* say the same. token_type_ids and cache_position say nothing here, as to transformers' decoders."""
+        max_length_* say the same. token_type_ids and cache_position say nothing here, as to transformers' decoders.
+        token_kinds: [b, n] integers, what kind each token of this pass is of; boxes: [b, n, 4], where it stands on its
+        page; to be given where a layer's card takes them, and nowhere else."""
         x = _embedded(self.embed_tokens, input_ids, inputs_embeds, "input_ids, inputs_embeds")
+        beside = read_beside(x, token_kinds=token_kinds, boxes=boxes)
         packing = Packing(seq_idx, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         documents = find_documents(position_ids, attention_mask, x, packing)
         if documents is not None:
             documents.refuse_cache(past_key_values, use_cache)
-            trace = documents.through(self.stack, x, **self._wants(output_attentions, output_hidden_states))
+            trace = documents.through(self.stack, x, beside, **self._wants(output_attentions, output_hidden_states))
             return ManyheadsModelOutput(trace.last, None, trace.hidden_states, trace.attentions, trace.aux_loss)
         cache = self._cache(past_key_values, use_cache, x) if self.decodes else None
-        masks = read_masks(attention_mask, position_ids, x, cache)
+        masks = read_masks(attention_mask, position_ids, x, cache)._replace(beside=beside)
         wants = self._wants(output_attentions, output_hidden_states)
         trace = self.stack(x, None, masks, past_key_values=cache, **wants)
         past = None if cache is None else cache.after(x.shape[1])

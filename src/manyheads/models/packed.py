@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyheads.models.beside import Beside
 from manyheads.models.layers import Stack, Trace
 from manyheads.models.masks import Masks, worth_saying
 
@@ -50,13 +51,16 @@ class Documents:
                 "row; call with use_cache=False and no past_key_values, or give each document a row of its own"
             )
 
-    def through(self, stack: Stack, x: Tensor, *, output_attentions: bool, output_hidden_states: bool) -> Trace:
-        """The stack over each document alone, put back to where it was: x [b, n, e]. Weights between documents are
-        zero; auxiliary losses are those of a batch of documents."""
+    def through(
+        self, stack: Stack, x: Tensor, beside: Beside, *, output_attentions: bool, output_hidden_states: bool
+    ) -> Trace:
+        """The stack over each document alone, put back to where it was: x [b, n, e], beside [b, n, ...]. Weights
+        between documents are zero; auxiliary losses are those of a batch of documents."""
         traces, order = [], []
         for group in self._groups():
             index, real = self._rows(group)
-            masks = Masks(real, positions=None if self.positions is None else self.positions.flatten()[index])
+            positions = None if self.positions is None else self.positions.flatten()[index]
+            masks = Masks(real, None, positions, {k: v.flatten(0, 1)[index] for k, v in beside.items()})
             wants = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
             traces.append(stack(x.flatten(0, 1)[index], None, worth_saying(masks, index.shape[1]), **wants))
             order.append(index.masked_fill(~real, -1).flatten())

@@ -42,13 +42,9 @@ def feed(module: Mechanism, pattern: Pattern) -> Mechanism:
     return module
 
 
-def _x_of(args: Any, kwargs: Any) -> Any:
-    return args[0] if args else kwargs.get("x")
-
-
 def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
-    x, state = _x_of(args, kwargs), kwargs.get("state")
-    if not isinstance(x, Tensor) or x.ndim not in (3, 4, 5):
+    x, state = args[0] if args else kwargs.get("x"), kwargs.get("state")
+    if not isinstance(x, Tensor) or not _is_plain(x, x.device) or x.ndim not in (3, 4, 5):
         return None
     seen = getattr(state, "length", 0)
     n = seen + x.shape[1:-1].numel()
@@ -56,13 +52,32 @@ def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
     if edges is not None and not (isinstance(edges, Tensor) and edges.dtype == torch.int64 and edges.ndim == 2):
         return None
     given = {} if edges is None else {"edges": edges}
-    for name, value in module.example_inputs(n, edges).items():
+    for name, value in module.example_inputs(max(n, 16) if edges is None else n, edges).items():
         value = value.to(x.device, x.dtype) if value.is_floating_point() else value.to(x.device)
-        if value.shape[0] == 1 and (edges is None or value.ndim > 2):  # not what each edge has
-            value = value[:, seen:] if seen and value.ndim > 1 and value.shape[1] == n else value
+        context = args[1] if len(args) > 1 else kwargs.get("context")
+        if module.card.takes[name].startswith("[b, n") and edges is None:
+            value = value[0, _places(x)]
+        elif module.card.takes[name].startswith("[b, m"):
+            # No two alike, which a choice of the best could tell apart by chance only.
+            if _is_plain(context, x.device) and context.ndim == 3:
+                value = value[0, _places(context)] * (1 + context.nan_to_num(0.0, 0.0, 0.0).mean(-1, True).tanh() / 4)
+        elif value.shape[0] == 1 and (edges is None or value.ndim > 2):  # not what each edge has
             value = value.expand(x.shape[0], *value.shape[1:])
         given[name] = value
     return args, {**given, **kwargs}
+
+
+def _is_plain(x: Any, device: torch.device) -> bool:
+    """Whether a mechanism computes with it; what it does not is left for it to refuse."""
+    kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return isinstance(x, Tensor) and x.layout is torch.strided and x.dtype in kinds and x.device == device
+
+
+def _places(x: Tensor) -> Tensor:
+    """[b, n] of 0 to 15, of which the token's own first features tell, so that what goes with it is the same wherever
+    it stands: behind padding, in another row, in a second pass."""
+    bits = (x[..., :4] > 0).long()
+    return (bits * torch.tensor([1, 2, 4, 8], device=x.device)[: bits.shape[-1]]).sum(-1)
 
 
 def map_sizes(module: Any, cells: int) -> Any:
@@ -75,7 +90,7 @@ def map_sizes(module: Any, cells: int) -> Any:
 
 
 def _take_apart(module: Any, args: Any, kwargs: Any) -> Any:
-    x, mask = _x_of(args, kwargs), kwargs.get("mask")
+    x, mask = args[0] if args else kwargs.get("x"), kwargs.get("mask")
     whole = isinstance(x, Tensor) and x.ndim == 3 and x.layout is torch.strided
     sizes = map_sizes(module, x.shape[1]) if whole else None
     if sizes is None:

@@ -48,13 +48,14 @@ class SubsampledAttention(nn.Module):
         positions: Tensor | None = None,
         state: State | None = None,
         need_weights: bool = False,
+        **inputs: Any,
     ) -> Result:
-        options: dict[str, Any] = {"positions": positions, "need_weights": need_weights}
+        options: dict[str, Any] = {"positions": positions, "need_weights": need_weights, **inputs}
         if not (self.training if self.forced is None else self.forced):
             return self.mechanism(x, context, mask=mask, state=state, **options)
         if state is not None:
             raise ValueError("SubsampledAttention: keys are not drawn while decoding; call eval() before using a state")
-        pattern = self.mechanism._check_inputs(x, context)
+        pattern = self.mechanism._check_inputs(x, context, inputs)
         padding, dense = self.mechanism._check_mask(pattern, x, context, mask, None)
         if self.mechanism.sources > 1:
             paddings = [None] * self.mechanism.sources if padding is None else padding

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
-from manyheads.functional.marked import content_width, split_kinds, unmarked
+from manyheads.functional.kinds import checked_kinds
 from manyheads.functional.rotary import Rotary
 from manyheads.mechanism import Call
 from manyheads.registry import register
@@ -22,9 +22,9 @@ class ModalityGate(SoftmaxAttention):
 
         v_j^h = tanh(W_g x_j)_h W_v^h x_j for a token that is not text, else W_v^h x_j;  W_g is 0 at first
 
-    At first a language model reads its text as if the other tokens had values of zero: they still take weight.
-    x: the last `kinds` features of a token say what it is, the largest wins, the first stands for text. They are not
-    attended with, and the output is zero there. Heads share the dim - kinds others, rounded down to a multiple.
+    token_kinds [b, n]: what each token of this pass is, 0 for text and any other number for something else; of padding
+    it may be anything. At first a language model reads its text as if the other tokens had values of zero: they still
+    take weight.
 
     Source: Zhang et al., PILL: Plug Into LLM with Adapter Expert and Attention Gate, arXiv:2311.02126. The equation is
     that of the released code, which has one gate for all modalities; its adapters are layers of the surrounding block.
@@ -38,8 +38,7 @@ class ModalityGate(SoftmaxAttention):
         patterns={"noncausal-self", "causal-self"},
         time="n^2",
         state="n",
-        inputs={"kinds": "what each token is, text or another modality, [b, n]"},
-        notes="the last `kinds` features of x mark what each token is",
+        takes={"token_kinds": "[b, n] integers, what each token is: 0 for text"},
     )
 
     def __init__(
@@ -48,25 +47,18 @@ class ModalityGate(SoftmaxAttention):
         heads: int,
         *,
         causal: bool = False,
-        kinds: int = 2,
         bias: bool = False,
         rotary: Rotary | Mapping[str, Any] | None = None,
     ) -> None:
-        if kinds < 2:
-            raise ValueError(f"modality-gate: kinds={kinds}; want at least 2, text and one modality")
-        width, inner = content_width("modality-gate", dim, heads, kinds, "the kind of a token")
-        super().__init__(inner, heads, causal=causal, bias=bias, rotary=rotary)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, inner, bias=bias) for _ in range(3))
-        self.o_proj = nn.Linear(inner, width, bias=bias)
-        self.dim, self.kinds = dim, kinds
-        self.gate = nn.Linear(width, heads, bias=False)
+        super().__init__(dim, heads, causal=causal, bias=bias, rotary=rotary)
+        self.gate = nn.Linear(dim, heads, bias=False)
         nn.init.zeros_(self.gate.weight)
 
-    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        content, kind = split_kinds(x, self.kinds)
-        q, k, v = super().project(content, content)
-        open_to = torch.where((kind == 0)[..., None], 1.0, self.gate(content).tanh())
-        return q, k, v * open_to.transpose(1, 2)[..., None]
+    def example_inputs(self, n: int, edges: Tensor | None = None) -> Mapping[str, Tensor]:
+        return {"token_kinds": torch.arange(n)[None] % 3}
 
-    def output(self, mixed: Tensor, x: Tensor, call: Call) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return unmarked(self.o_proj(mixed.transpose(1, 2).flatten(-2)), self.kinds), {}
+    def projected(self, x: Tensor, source: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        kind = checked_kinds(self.card.name, call.inputs["token_kinds"], x, call.padding)
+        q, k, v = self.project(x, source)
+        open_to = torch.where((kind == 0)[..., None], 1.0, self.gate(x).tanh())
+        return q, k, v * open_to.transpose(1, 2)[..., None]

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import attend_rows, grouped_mix, grouped_scores, masked_softmax
-from manyheads.functional.marked import content_width, split_kinds, unmarked
+from manyheads.functional.kinds import checked_kinds
 from manyheads.functional.rotary import Rotary
 from manyheads.mechanism import Call, Result
 from manyheads.registry import register
 from manyheads.softmax import SoftmaxAttention
 
 KINDS = 3
-IMAGE, QUESTION = 0, 1
+IMAGE, QUESTION = 1, 2
 
 
 @register
@@ -25,9 +26,8 @@ class ModalityMutual(SoftmaxAttention):
 
         softmax over j <= i, or j a question token where i is an image token, of (q_i . k_j / sqrt(d)), times v_j
 
-    No parameter is added. Image tokens stay causal among themselves, and the answer is causal. x: the last three
-    features of a token say what it is, the largest wins: (image, question, other). They are not attended with, and the
-    output is zero there. Heads share the dim - 3 others, rounded down to a multiple of heads.
+    No parameter is added. Image tokens stay causal among themselves, and the answer is causal. token_kinds [b, n]: 1
+    for a token of the image, 2 for one of the question, 0 for any other; of padding it may be anything.
 
     An image token is changed by a later question, so that the pattern is noncausal, and one pass must hold image and
     question. Where the answer follows in a causal model, the image and question are its prefix.
@@ -44,8 +44,7 @@ class ModalityMutual(SoftmaxAttention):
         time="n^2",
         state="",
         decodes=False,
-        inputs={"kinds": "whether a token is of the image, of the question or of neither, [b, n]"},
-        notes="the last three features of x mark what each token is",
+        takes={"token_kinds": "[b, n] integers, 1 for a token of the image, 2 of the question, 0 for any other"},
     )
 
     def __init__(
@@ -58,20 +57,14 @@ class ModalityMutual(SoftmaxAttention):
         bias: bool = False,
         rotary: Rotary | Mapping[str, Any] | None = None,
     ) -> None:
-        width, inner = content_width("modality-mutual", dim, heads, KINDS, "(image, question, other)")
-        super().__init__(inner, heads, causal=causal, kv_heads=kv_heads, bias=bias, rotary=rotary)
-        shared = self.kv_heads * self.head_dim
-        self.q_proj, self.o_proj = nn.Linear(width, inner, bias=bias), nn.Linear(inner, width, bias=bias)
-        self.k_proj, self.v_proj = (nn.Linear(width, shared, bias=bias) for _ in range(2))
-        self.dim = dim
+        super().__init__(dim, heads, causal=causal, kv_heads=kv_heads, bias=bias, rotary=rotary)
 
-    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        content, _ = split_kinds(x, KINDS)
-        return super().project(content, content)
+    def example_inputs(self, n: int, edges: Tensor | None = None) -> Mapping[str, Tensor]:
+        return {"token_kinds": 2 - torch.arange(n)[None] % 5 % KINDS}
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         q, k, v, where = self._read(x, context, call)
-        _, kind = split_kinds(x, KINDS)
+        kind = checked_kinds(self.card.name, call.inputs["token_kinds"], x, call.padding, KINDS)
         image, question = kind == IMAGE, kind == QUESTION
 
         def allowed(rows: slice) -> Tensor:
@@ -88,4 +81,4 @@ class ModalityMutual(SoftmaxAttention):
             mixed = attend_rows(q, k, v, allowed, scale=self.scale, causal=False)
         if weights is not None:
             mixed = self.offered(q, k, v, mixed, weights, allowed(slice(None)))
-        return Result(unmarked(self.o_proj(mixed.transpose(1, 2).flatten(-2)), KINDS), weights)
+        return Result(self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.card import Card, Family
 from manyheads.functional.grouped import attend_rows
+from manyheads.functional.kinds import checked_kinds
 from manyheads.functional.multihead import Heads, key_mask
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
@@ -21,9 +23,9 @@ class ThemeTransformer(Mechanism):
         out_i = (g_i cross(x_i + P(label_i), theme) + (1 - g_i) self(x_i + P(i), x_j + P(j), j <= i)) / 2,
         g_i = 1 where label_i > 0
 
-    P: sinusoids. x: the last feature is the label, 0 outside the regions where the theme is played and 1, 2, .. along
-    each of them, so that cross attention knows the place in the theme and not in the piece. It is not attended with,
-    and the output is zero there. exclusive=False: self-attention is on everywhere, as in every second layer.
+    P: sinusoids. labels [b, n]: 0 outside the regions where the theme is played and 1, 2, .. along each of them, so
+    that cross attention knows the place in the theme and not in the piece. exclusive=False: self-attention is on
+    everywhere, as in every second layer.
     A mask speaks of the theme: x must hold no padding. Matrix: on the theme, g_i / 2 in sum.
 
     Source: Shih et al., Theme Transformer, arXiv:2111.04093, and its released decoder layer, whose halving it follows;
@@ -39,25 +41,26 @@ class ThemeTransformer(Mechanism):
         patterns={"causal-cross"},
         time="n (n + m)",
         state="n",
-        inputs={"labels": "where in the theme a token is, [b, n], 0 outside of it"},
-        notes="the last feature of x says where in the theme a token is; x must hold no padding",
+        takes={"labels": "[b, n] integers, where in the theme a token is, 0 outside of it"},
+        notes="x must hold no padding",
     )
 
     def __init__(self, dim: int, heads: int, *, causal: bool = True, exclusive: bool = True, bias: bool = True) -> None:
         super().__init__(dim, heads, causal=causal)
         self._split_heads()
-        if dim < 2:
-            raise ValueError(f"theme-transformer: dim={dim}; want at least 2: the last feature of x is the label")
         self.exclusive = exclusive
         self.own, self.cross = Heads(dim, heads, bias), Heads(dim, heads, bias)
 
+    def example_inputs(self, n: int, edges: Tensor | None = None) -> Mapping[str, Tensor]:
+        return {"labels": torch.arange(n)[None] % 3}
+
     def attend(self, x: Tensor, context: Tensor, call: Call) -> Result:
-        label, content = x[..., -1], F.pad(x[..., :-1], (0, 1))
+        label = checked_kinds(self.card.name, call.inputs["labels"], x, None, what="labels")
         gate = (label > 0)[..., None]
-        own = self._own(content + _sinusoids(call.query_positions(x), x), call.state)
+        own = self._own(x + _sinusoids(call.query_positions(x), x), call.state)
         keys, values = self._theme(context, call.state)
         allowed = call.dense if call.padding is None else key_mask(call.padding)
-        asking = content + _sinusoids(label.clamp(min=0), x)
+        asking = x + _sinusoids(label, x)
         cross, weights = self.cross(asking, keys, values, allowed, call.need_weights)
         if self.exclusive:
             own = torch.where(gate, 0.0, own)
@@ -66,7 +69,7 @@ class ThemeTransformer(Mechanism):
             weights = torch.where(gate[:, None], weights, 0.0) / 2
         if call.state is not None:
             call.state.advance(x.shape[1])
-        return Result(F.pad(output[..., :-1], (0, 1)), weights)
+        return Result(output, weights)
 
     def _own(self, x: Tensor, state: State | None) -> Tensor:
         q, (k, v) = self.own.split(self.own.q_proj(x)), self.own.read(x)

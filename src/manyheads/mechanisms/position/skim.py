@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,14 +19,15 @@ from manyheads.registry import register
 class Skim(Mechanism):
     """Tokens attend by where they stand on the page alone; what they say is only what is read.
 
-        l = LayerNorm(layout),  A = softmax(l W_q (l W_k)^T / sqrt(d)),  output = A (text W_v) W_o
+        l = LayerNorm(X[x0] + X[x1] + Y[y0] + Y[y1] + H[y1 - y0] + W[x1 - x0])
+        A = softmax(l W_q (l W_k)^T / sqrt(d)),  output = A (x W_v) W_o
 
-    The last `side_dim` features of x are the layout: the sum of the embeddings of a token's box (x0, y0, x1, y1, height
-    and width), made before they come here. The features before are the text; A is the same in every layer that gets
-    the same layout and weights.
+    boxes [b, n, 4]: x0, y0, x1, y1 of each token on its page, integers from 0 to places - 1; of padding they may be
+    anything. X, Y, H and W are tables of `side_dim` features per place. A is the same in every layer that has the same
+    tables and weights.
     top_k: the mask form (SkimmingMask). The k largest A of each query and head are the keys it may attend to with
-    ordinary attention of the text. W_q, W_k and the norm get no gradient there: they come from a trained Skimformer.
-    Fewer than k real tokens: all of them.
+    ordinary attention of the text. W_q, W_k, the tables and the norm get no gradient there: they come from a trained
+    Skimformer. Fewer than k real tokens: all of them.
     Padding takes no place among the k, as in the code, which masks before it chooses.
     Source: Nguyen et al., arXiv:2109.01078, and its code, whose layers add residuals and norms around this one, and
     which can pass the layout through an encoder of its own first.
@@ -40,41 +42,70 @@ class Skim(Mechanism):
         time="n^2",
         state="",
         decodes=False,
-        example={"side_dim": 6},
-        inputs={"layout": "the embedded boxes of the tokens on their page, [b, n, side_dim]"},
+        example={"side_dim": 6, "places": 32},
+        takes={"boxes": "[b, n, 4] integers, x0, y0, x1, y1 of each token on its page"},
         notes="a document is read as a whole: no causal form",
     )
 
     def __init__(
-        self, dim: int, heads: int, *, causal: bool = False, side_dim: int = 4, top_k: int | None = None
+        self,
+        dim: int,
+        heads: int,
+        *,
+        causal: bool = False,
+        side_dim: int = 64,
+        places: int = 1024,
+        top_k: int | None = None,
     ) -> None:
         super().__init__(dim, heads, causal=causal)
         self.scale = self._split_heads() ** -0.5
-        if not 1 <= side_dim < dim:
-            raise ValueError(f"skim: side_dim={side_dim}, dim={dim}; want 1 <= side_dim < dim, as the rest is the text")
+        if side_dim < 1 or places < 1:
+            raise ValueError(f"skim: side_dim={side_dim}, places={places}; want at least 1 of each")
         if top_k is not None and top_k < 1:
             raise ValueError(f"skim: top_k={top_k} must be positive (None: no mask form)")
-        self.side_dim, self.top_k = side_dim, top_k
+        self.side_dim, self.places, self.top_k = side_dim, places, top_k
+        self.tables = nn.Parameter(torch.randn(4, places, side_dim))  # by x, y, height, width
         self.layout_norm = nn.LayerNorm(side_dim)
         self.layout_q_proj = nn.Linear(side_dim, dim)
         self.layout_k_proj = nn.Linear(side_dim, dim)
-        text = dim - side_dim
-        self.v_proj = nn.Linear(text, dim)
+        self.v_proj = nn.Linear(dim, dim)
         self.o_proj = nn.Linear(dim, dim)
         if top_k is not None:
-            self.q_proj, self.k_proj = nn.Linear(text, dim), nn.Linear(text, dim)
+            self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def example_inputs(self, n: int, edges: Tensor | None = None) -> Mapping[str, Tensor]:
+        i = torch.arange(n)
+        left, top = 5 * i % self.places, 3 * i % self.places
+        right, bottom = ((t + i % 4).clamp(max=self.places - 1) for t in (left, top))
+        return {"boxes": torch.stack([left, top, right, bottom], -1)[None]}
+
+    def layout(self, x: Tensor, boxes: Any, padding: Tensor | None) -> Tensor:
+        """l [b, n, side_dim] of x [b, n, e]. ValueError for boxes of another shape or type, or off the page."""
+        whole = isinstance(boxes, Tensor) and not boxes.is_floating_point() and boxes.device == x.device
+        if not whole or boxes.shape != (*x.shape[:2], 4):
+            what = f"{boxes.dtype} {list(boxes.shape)} on {boxes.device}" if isinstance(boxes, Tensor) else repr(boxes)
+            raise ValueError(f"skim: boxes are {what[:80]}; want integers {[*x.shape[:2], 4]} on {x.device}")
+        boxes = boxes.long() if padding is None else boxes.long().masked_fill(~padding[..., None], 0)
+        x0, y0, x1, y1 = boxes.unbind(-1)
+        rows = torch.stack([x0, y0, x1, y1, y1 - y0, x1 - x0])
+        if not (torch.compiler.is_compiling() or rows.is_meta) and bool(((rows < 0) | (rows >= self.places)).any()):
+            raise ValueError(
+                f"skim: boxes go from {int(boxes.min())} to {int(boxes.max())}; want x0 <= x1, y0 <= y1, and all of 0 "
+                f"to {self.places - 1}: scale them to the page, or build it with more places"
+            )
+        table = torch.tensor([0, 1, 0, 1, 2, 3], device=x.device)[:, None, None]
+        return self.layout_norm(self.tables[table, rows].sum(0))
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
-        text, layout = x.split([self.dim - self.side_dim, self.side_dim], -1)
-        layout = self.layout_norm(layout)
-        q, k, v = (self._split(t) for t in (self.layout_q_proj(layout), self.layout_k_proj(layout), self.v_proj(text)))
+        layout = self.layout(x, call.inputs["boxes"], call.padding)
+        q, k, v = (self._split(t) for t in (self.layout_q_proj(layout), self.layout_k_proj(layout), self.v_proj(x)))
         allowed = call.dense if call.padding is None else call.padding[:, None, None]
         if self.top_k is None:
             mixed, weights = attend_weighted(q, k, v, allowed, scale=self.scale, need_weights=call.need_weights)
         else:
             chosen = self._chosen(grouped_scores(q * self.scale, k), allowed, self.top_k)
             weights = masked_softmax(
-                grouped_scores(self._split(self.q_proj(text)) * self.scale, self._split(self.k_proj(text))), chosen
+                grouped_scores(self._split(self.q_proj(x)) * self.scale, self._split(self.k_proj(x))), chosen
             )
             mixed = grouped_mix(weights, v)
         mixed = self.offered(q, k, v, mixed, weights, allowed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
@@ -22,9 +22,8 @@ class BackAttention(SoftmaxAttention):
 
         softmax over j <= i of (W_q low_i) . (W_k high_j) / sqrt(d), times W_v high_j, then W_o
 
-    x [b, n, dim] holds both: the last `side_dim` features are the higher layer's hidden states, of a pass made before,
-    and the dim - side_dim first are the lower layer's. The output is to be added to x: it is W_o's in the lower part,
-    and zero in the higher. d = (dim - side_dim) / heads. Then the layers above the lower one are computed again.
+    x [b, n, dim]: the lower layer's hidden states. higher [b, n, side_dim]: the higher layer's, for the tokens of this
+    pass, of a pass made before. The output is to be added to x; then the layers above the lower one are computed again.
     Source: Yu, Belinkov, Ananiadou, arXiv:2502.10835: queries of the lower layer, keys and values of the higher one at
     all positions, added back to the lower. Read from its abstract and summaries, as the code that it names was not at
     hand; heads, scale and causality are those of the attention that it stands beside. rotary: of queries and keys, off
@@ -40,7 +39,7 @@ class BackAttention(SoftmaxAttention):
         time="n^2",
         state="n",
         example={"side_dim": 8},
-        inputs={"higher": "the higher layer's hidden states, [b, n, side_dim], of a pass made before"},
+        takes={"higher": "[b, n, side_dim], the higher layer's hidden states, of a pass made before"},
         notes="Needs the higher layer's hidden states beside the lower layer's, and so a first pass through both.",
     )
 
@@ -54,25 +53,18 @@ class BackAttention(SoftmaxAttention):
         bias: bool = False,
         rotary: Rotary | Mapping[str, Any] | None = None,
     ) -> None:
-        side = dim // 2 if side_dim is None else side_dim
-        low = dim - side
-        if side < 1 or low < 1 or low % heads:
-            raise ValueError(
-                f"back-attention: dim={dim}, side_dim={side_dim}, heads={heads}; want side_dim >= 1 (None: dim // 2) "
-                f"and dim - side_dim = {low}, the lower layer's width, to be a positive multiple of heads"
-            )
-        # The shell's own sizes are the lower layer's.
-        super().__init__(low, heads, causal=causal, bias=bias, rotary=rotary)
-        self.dim, self.side_dim = dim, side
-        self.k_proj, self.v_proj = (nn.Linear(side, low, bias=bias) for _ in range(2))
+        self.side_dim = dim if side_dim is None else side_dim
+        if self.side_dim < 1:
+            raise ValueError(f"back-attention: side_dim={side_dim}; want at least 1 (None: dim, {dim})")
+        super().__init__(dim, heads, causal=causal, bias=bias, rotary=rotary)
+        self.k_proj, self.v_proj = (nn.Linear(self.side_dim, dim, bias=bias) for _ in range(2))
 
-    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        low, high = x[..., : -self.side_dim], source[..., -self.side_dim :]
-        q, k, v = (
-            t.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-            for t in (self.q_proj(low), self.k_proj(high), self.v_proj(high))
-        )
-        return q, k, v
+    def example_inputs(self, n: int, edges: Tensor | None = None) -> Mapping[str, Tensor]:
+        return {"higher": torch.sin(torch.arange(n * self.side_dim) * 0.7).view(1, n, self.side_dim)}
 
-    def output(self, mixed: Tensor, x: Tensor, call: Call) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return F.pad(self.o_proj(mixed.transpose(1, 2).flatten(-2)), (0, self.side_dim)), {}
+    def projected(self, x: Tensor, source: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        higher, wanted = call.inputs["higher"], (*x.shape[:2], self.side_dim)
+        if not isinstance(higher, Tensor) or higher.shape != wanted or higher.device != x.device:
+            what = f"{list(higher.shape)} on {higher.device}" if isinstance(higher, Tensor) else repr(higher)[:80]
+            raise ValueError(f"back-attention: higher is {what}; want {list(wanted)} on {x.device}")
+        return self.project(x, higher)

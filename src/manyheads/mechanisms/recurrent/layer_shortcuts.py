@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
@@ -20,10 +20,10 @@ class LayerShortcuts(Mechanism):
 
         softmax over j <= i and l of (W_q last_i) . (W_k f_l(h_lj)) / sqrt(d), times W_v f_l(h_lj),  f_l = W gelu(W h)
 
-    x [b, n, dim] holds layers + 1 streams of width dim / (layers + 1): the last layer's first, then h_1 .. h_layers.
-    The output is to be added to x: W_o's in the last layer's part, and zero in the others. f_l: a map of its own for
-    each layer. Weights are summed over the layers; `depth_weights` gives them apart, [b, heads, n, n, layers]. State:
-    layers keys and values per token.
+    earlier [b, n, layers, dim]: h_1 .. h_layers, the outputs of all layers below this one, for the tokens of this pass;
+    a model's last layer, under it `layers` others, is given them by the model. x is that layer's own input. f_l: a map
+    of its own for each layer. Weights are summed over the layers; `depth_weights` gives them apart, [b, heads, n, n,
+    layers]. State: layers keys and values per token.
     Source: Verma, Pilanci, arXiv:2409.10870: the final layer attends to MLP features of all intermediate layers,
     concatenated, under a causal mask. Read from its abstract and summaries, as no code was at hand; that the features
     are joined as keys and not as one wider vector, GELU, and one hidden layer of the same width are choices made here.
@@ -38,26 +38,22 @@ class LayerShortcuts(Mechanism):
         time="n^2 layers",
         state="n layers",
         example={"layers": 3},
-        inputs={"earlier": "the outputs of all layers before, [b, n, layers, width]"},
-        notes="Needs the outputs of all layers before, beside the last one's.",
+        takes={"earlier": "[b, n, layers, dim], the outputs of all layers below"},
+        notes="`layers` is how many layers stand below it: in a model of 12, the last has 11.",
     )
 
     def __init__(self, dim: int, heads: int, *, causal: bool = True, layers: int = 1, bias: bool = False) -> None:
         super().__init__(dim, heads, causal=causal)
-        if layers < 1 or dim % (heads * (layers + 1)):
-            raise ValueError(
-                f"{self.card.name}: dim={dim}, layers={layers}, heads={heads}; want layers >= 1 and dim a multiple of "
-                f"heads * (layers + 1) = {heads * (layers + 1)}: the last layer and {layers} before it, side by side"
-            )
-        self.layers, self.width = layers, dim // (layers + 1)
-        self.head_dim = self.width // heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(self.width, self.width, bias=bias) for _ in range(4)
-        )
+        if layers < 1:
+            raise ValueError(f"{self.card.name}: layers={layers}; want at least 1, as many as stand below")
+        self.layers, self.head_dim = layers, self._split_heads()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(4))
         self.features = nn.ModuleList(
-            nn.Sequential(nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, self.width))
-            for _ in range(layers)
+            nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)) for _ in range(layers)
         )
+
+    def example_inputs(self, n: int, edges: Tensor | None = None) -> Mapping[str, Tensor]:
+        return {"earlier": torch.sin(torch.arange(n * self.layers * self.dim) * 0.7).view(1, n, self.layers, self.dim)}
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         q, k, v, padding = self._read(x, call)
@@ -78,12 +74,11 @@ class LayerShortcuts(Mechanism):
             mixed, weights = apart @ v, apart.unflatten(-1, (m, self.layers)).sum(-1)
         else:
             mixed = attend_rows(q, k, v, allowed, scale=scale, causal=False)
-        output = self.o_proj(mixed.transpose(1, 2).flatten(-2))
-        return Result(F.pad(output, (0, self.dim - self.width)), weights)
+        return Result(self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights)
 
-    def depth_weights(self, x: Tensor) -> Tensor:
+    def depth_weights(self, x: Tensor, earlier: Tensor) -> Tensor:
         """How much each token takes from each layer of each token: [b, heads, n, n, layers]."""
-        q, k, _ = self._project(x)
+        q, k, _ = self._project(x, earlier)
         n = x.shape[1]
         past = torch.ones(n, n, dtype=torch.bool, device=x.device).tril().repeat_interleave(self.layers, -1)
         keys = k.unflatten(-1, (self.layers, self.head_dim)).flatten(2, 3)
@@ -91,7 +86,7 @@ class LayerShortcuts(Mechanism):
 
     def _read(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q [b, h, n, d], k and v [b, h, m layers, d], layers of a token side by side, and the padding [b, m]."""
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, call.inputs["earlier"])
         padding, state = call.padding, call.state
         if state is not None:
             usual = torch.ones(1, call.seen + x.shape[1], dtype=torch.bool, device=x.device)
@@ -101,12 +96,18 @@ class LayerShortcuts(Mechanism):
         k, v = (t.unflatten(-1, (self.layers, self.head_dim)).flatten(2, 3) for t in (k, v))
         return q, k, v, padding
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, earlier: Any) -> tuple[Tensor, Tensor, Tensor]:
         """q [b, h, n, d]; k, v [b, h, n, layers d]: one row per token, as a state grows."""
-        last, *streams = x.split(self.width, -1)
-        deep = torch.stack([f(h) for f, h in zip(self.features, streams, strict=True)], 2)
+        wanted = (*x.shape[:2], self.layers, self.dim)
+        if not isinstance(earlier, Tensor) or earlier.shape != wanted or earlier.device != x.device:
+            what = f"{list(earlier.shape)} on {earlier.device}" if isinstance(earlier, Tensor) else repr(earlier)[:80]
+            raise ValueError(
+                f"{self.card.name}: earlier is {what}; want {list(wanted)} on {x.device}: as many layers below it as "
+                f"it was built for, layers={self.layers}"
+            )
+        deep = torch.stack([f(h) for f, h in zip(self.features, earlier.unbind(2), strict=True)], 2)
         k, v = (
             p(deep).unflatten(-1, (self.heads, -1)).permute(0, 3, 1, 2, 4).flatten(3)
             for p in (self.k_proj, self.v_proj)
         )
-        return self.q_proj(last).unflatten(-1, (self.heads, -1)).transpose(1, 2), k, v
+        return self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), k, v

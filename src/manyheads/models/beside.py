@@ -1,0 +1,84 @@
+"""What a model is given beside its tokens, one entry for each, for the layers whose mechanism takes it by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.card import Card, Pattern
+
+Beside = Mapping[str, Tensor]
+NOTHING: Beside = MappingProxyType({})
+GIVEN = ("token_kinds", "boxes")  # what models are given
+HAD = (*GIVEN, "earlier")  # and what a stack has itself, the outputs of the layers below
+
+
+def read_beside(x: Tensor, **given: Tensor | None) -> Beside:
+    """What of it was given, each [b, n, ...] for x [b, n, e], the tokens of this pass."""
+    found = {name: value for name, value in given.items() if value is not None}
+    for name, value in found.items():
+        if not isinstance(value, Tensor) or value.shape[:2] != x.shape[:2] or value.device != x.device:
+            what = f"{list(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{name}: got {what}; want a tensor {list(x.shape[:2])} and more on {x.device}, one entry for each "
+                "token of this pass, without those that a cache has seen"
+            )
+    return found
+
+
+def check_beside(given: Beside, cards: Iterable[Card]) -> None:
+    """Raises ValueError, naming the layer, where one takes what was not given, or none takes what was."""
+    taken = set()
+    for i, card in enumerate(cards):
+        wanted = [name for name in GIVEN if name in card.takes]
+        for name in wanted:
+            if name not in given and not card.takes[name].startswith("optional"):
+                raise ValueError(
+                    f"layer {i}, {card.name}, takes {name} ({card.takes[name]}); the model was not given any: call it "
+                    f"with {name}=, where it has this argument"
+                )
+        taken |= set(wanted)
+    strange = sorted(given.keys() - taken)
+    if strange:
+        raise ValueError(f"{strange[0]} was given, and no layer takes it; leave it out")
+
+
+def below(i: int, card: Card, outputs: list[Tensor]) -> Tensor | None:
+    """The outputs of the layers below layer i, [b, n, i, e], where its card takes them as `earlier`."""
+    if "earlier" not in card.takes:
+        return None
+    if not outputs:
+        raise ValueError(f"layer {i}, {card.name}, takes the outputs of the layers below it, and there are none")
+    return torch.stack(outputs, 2)
+
+
+def without_place(card: Card, pattern: Pattern) -> str | None:
+    """What a mechanism must be given that a model has not got at a place called so; None where it has all."""
+    each = {Pattern.POOL: ("earlier",)} | dict.fromkeys((Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF), HAD)
+    had = each.get(pattern, ())
+    for name, what in card.takes.items():
+        if name not in had and not what.startswith("optional"):
+            return f"{card.name} takes {name} ({what}), which no model passes to a layer that is {pattern.value}"
+    return None
+
+
+def continued(values: Tensor, tokens: int) -> Tensor:
+    """values [b, n, ...] and as many more, like the last of each row."""
+    last = values[:, -1:]
+    return torch.cat([values, *[last] * tokens], 1)
+
+
+def of_last(name: str, values: Any, seen: int, tokens: Tensor) -> Tensor:
+    """For tokens [b, n, ...] behind those that a cache has seen, of values for all of them."""
+    total = seen + tokens.shape[1]
+    if not isinstance(values, Tensor) or values.ndim < 2 or values.shape[1] != total:
+        what = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"generate: {name} is {what}; want one for each of the {total} tokens so far (with an assistant, or a "
+            "prompt in chunks, there is no saying what belongs to the tokens tried)"
+        )
+    return values[:, total - tokens.shape[1] :]
