@@ -22,7 +22,12 @@ SETTINGS = {
     "num_channels",
     "decoder_causal",
 }
-METRICS = {("accuracy", True), ("pixel accuracy on digits", True), ("bits_per_byte", False)}
+METRICS = {
+    ("accuracy", True),
+    ("pixel accuracy on digits", True),
+    ("whole answers right", True),
+    ("bits_per_byte", False),
+}
 every_task = pytest.mark.parametrize("name", list_tasks())
 
 
@@ -56,6 +61,8 @@ def test_names() -> None:
         "gcog",
         "induction",
         "lookup",
+        "maze",
+        "maze-masked",
         "pointed",
         "recall",
         "segmented",
@@ -178,7 +185,7 @@ def test_scores(name: str) -> None:
     certain.scatter_(-1, batch.targets.clamp(min=0)[..., None], 50.0)
     certain[~asked] = math.nan
     total, count = task.score(certain, batch.targets)
-    assert count == int(asked.sum())
+    assert count == (len(asked) if task.metric == "whole answers right" else int(asked.sum()))
     assert total == (count if task.higher_is_better else pytest.approx(0.0))
     nothing = task.score(certain, torch.full_like(batch.targets, IGNORED))
     assert nothing == (0.0, 0)
