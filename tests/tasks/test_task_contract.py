@@ -58,6 +58,7 @@ def test_names() -> None:
         "digits-grid",
         "digits-patches",
         "digits-pixels",
+        "functions",
         "gcog",
         "induction",
         "lookup",
