@@ -55,6 +55,7 @@ def test_names() -> None:
     assert list_tasks() == [
         "cluttered",
         "counted",
+        "counting",
         "digits-grid",
         "digits-patches",
         "digits-pixels",

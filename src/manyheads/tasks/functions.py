@@ -107,8 +107,8 @@ class Functions(Generated):
     nothing is 1 and a disjunction of nothing -1. In 30 to 35% of the points a clause is made to hold (or, in
     disjunctions, to fail), so that labels balance. teaching (conjunctions, and monotone disjunctive forms): first come
     the points that tell the function from all others of its class, in their order, then the random ones; 40% of those
-    of a conjunction are positive then. The best constant answer is right in 0.5 to 0.75, but in 0.88 for dnf and cnf of
-    8 bits, where a clause is often empty: take the 28 bits of the paper for these.
+    of a conjunction are positive then. The best constant answer is right in 0.5 to 0.75, but in 0.88 for dnf and cnf
+    of 8 bits, where a clause is often empty: take the 28 bits of the paper for these.
     Source: arXiv:2310.03016, satwik77/incontext-bool `src/bool_tasks.py` (read at 8726c19): same classes and shares.
     Different: there a point is one vector at one position, here a token a bit, asked for at its last one; `anchors` is
     a setting without a default there; its monotone conjunction without teaching, which cannot run there, is left out.
@@ -179,8 +179,8 @@ class Functions(Generated):
             points[:] = torch.where(forced, kind.sign * clause, points)
         if self.teaching:
             for row, clauses in enumerate(weights):
-                lessons = [taught(clauses)] if self.kind == "conjunction" else [_broken(each) for each in clauses]
-                lesson = torch.cat(lessons)
+                conjunction = self.kind == "conjunction"
+                lesson = taught(clauses) if conjunction else torch.cat([_broken(each) for each in clauses])
                 points[row, : len(lesson)] = lesson
         return kind.label(points, weights)
 

@@ -120,9 +120,14 @@ class Maze(_Mazes):
 
     def score(self, logits: Tensor, targets: Tensor) -> tuple[float, int]:
         self.asked(logits, targets)
-        rows = [correct(*self.asked(a, b)) for a, b in zip(logits, targets, strict=True)]
-        asked = [(good, count) for good, count in rows if count]
-        return sum(math.nan if math.isnan(good) else float(good == count) for good, count in asked), len(asked)
+        return whole_answers(logits, targets)
+
+
+def whole_answers(logits: Tensor, targets: Tensor) -> tuple[float, int]:
+    """How many of the rows that ask for something have all of it right, and how many ask."""
+    rows = [(row, asked != IGNORED, asked) for row, asked in zip(logits, targets, strict=True)]
+    found = [correct(row[where], asked[where]) for row, where, asked in rows if where.any()]
+    return sum(math.nan if math.isnan(good) else float(good == count) for good, count in found), len(found)
 
 
 @register_task
