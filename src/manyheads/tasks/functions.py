@@ -186,7 +186,7 @@ class Functions(Generated):
 
 
 def _broken(clause: Tensor) -> Tensor:
-    """The clause [n] with everything free at -1, then again with each of its literals wrong, the positive ones first."""
+    """The clause [n] with all that is free at -1, then again with each of its literals wrong, positive ones first."""
     base = torch.where(clause == 0, -1, clause)
     order = [*(clause == 1).nonzero()[:, 0].tolist(), *(clause == -1).nonzero()[:, 0].tolist()]
     rows = base.repeat(1 + len(order), 1)
