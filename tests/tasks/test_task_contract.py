@@ -24,9 +24,10 @@ SETTINGS = {
 }
 METRICS = {
     ("accuracy", True),
-    ("pixel accuracy on digits", True),
     ("whole answers right", True),
+    ("pixel accuracy on digits", True),
     ("bits_per_byte", False),
+    ("bits_per_base", False),
 }
 every_task = pytest.mark.parametrize("name", list_tasks())
 
@@ -65,6 +66,7 @@ def test_names() -> None:
         "lookup",
         "maze",
         "maze-masked",
+        "nucleotides",
         "pointed",
         "recall",
         "segmented",
