@@ -28,6 +28,7 @@ METRICS = {
     ("pixel accuracy on digits", True),
     ("bits_per_byte", False),
     ("bits_per_base", False),
+    ("squared error", False),
 }
 every_task = pytest.mark.parametrize("name", list_tasks())
 
@@ -60,6 +61,7 @@ def test_names() -> None:
         "digits-grid",
         "digits-patches",
         "digits-pixels",
+        "forecast",
         "functions",
         "gcog",
         "induction",
@@ -71,6 +73,7 @@ def test_names() -> None:
         "recall",
         "segmented",
         "selective-copy",
+        "super-resolution",
         "text",
         "transduce",
     ]
@@ -183,7 +186,7 @@ def test_scores(name: str) -> None:
     settings = task.model_settings()
     classes = settings.get("num_labels", settings.get("vocab_size"))
     asked = batch.targets != IGNORED
-    if task.head == "semantic-segmentation":
+    if task.metric == "pixel accuracy on digits":
         asked &= batch.targets != classes - 1  # the background
     certain = torch.full((*batch.targets.shape, classes), -50.0)
     certain.scatter_(-1, batch.targets.clamp(min=0)[..., None], 50.0)
