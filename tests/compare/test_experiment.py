@@ -290,3 +290,18 @@ def test_all_names_every_mechanism_that_a_task_has_a_place_for() -> None:
         _all_names({}, ["softmax"])
     with pytest.raises(ValueError, match="leave names"):
         _all_names({"mechanisms": ["softmax"]}, None)
+
+
+def test_one_task_is_compared_at_several_widths() -> None:
+    """Width is an axis of its own, as in the published sweeps of recall. What is the same twice is still refused."""
+    task = {"name": "recall", "model": {"hidden_size": 64}}
+    wide = {"name": "recall", "model": {"hidden_size": 128}}
+    swept = create_experiment({"mechanisms": ["gqa"], "sections": ["quality"], "tasks": [task, wide]})
+    cells = cells_of_experiment(swept)
+    assert [cell.place["task"] for cell in cells] == ["recall[hidden_size=64]", "recall[hidden_size=128]"]
+    assert [cell.settings["model"]["hidden_size"] for cell in cells] == [64, 128]
+    assert len({cell.key for cell in cells}) == 2
+    longer = create_experiment({"mechanisms": ["gqa"], "sections": ["quality"], "tasks": [task, wide | {"n": 128}]})
+    assert [cell.place["task"] for cell in cells_of_experiment(longer)] == ["recall", "recall"]
+    with pytest.raises(ValueError, match=r"the task recall\[.*\] is there twice"):
+        create_experiment({"mechanisms": ["gqa"], "tasks": [task, dict(task)]})

@@ -12,7 +12,7 @@ from manyheads.card import Pattern
 from manyheads.tasks import IGNORED, Batch, Task, create_task, list_tasks, register_task, task_class
 from manyheads.tasks.task import regrouped
 
-HEADS = {"causal-lm", "seq2seq-lm", "sequence-classification", "image-classification"}
+HEADS = {"causal-lm", "seq2seq-lm", "sequence-classification", "image-classification", "semantic-segmentation"}
 SETTINGS = {
     "vocab_size",
     "num_labels",
@@ -22,11 +22,23 @@ SETTINGS = {
     "num_channels",
     "decoder_causal",
 }
+METRICS = {
+    ("accuracy", True),
+    ("whole answers right", True),
+    ("pixel accuracy on digits", True),
+    ("bits_per_byte", False),
+    ("bits_per_base", False),
+    ("squared error", False),
+}
 every_task = pytest.mark.parametrize("name", list_tasks())
 
 
 def small(name: str) -> Task:
-    config = {"recall": {"n": 32, "vocabulary": 64, "pairs": 4}, "induction": {"n": 16, "vocabulary": 32, "queries": 4}}
+    config: dict[str, dict[str, object]] = {
+        "recall": {"n": 32, "vocabulary": 64, "pairs": 4},
+        "induction": {"n": 16, "vocabulary": 32, "queries": 4},
+        "gcog": {"split": "distractors"},
+    }
     return create_task(name, **config.get(name, {}))
 
 
@@ -43,13 +55,25 @@ def rows(batch: Batch) -> list[tuple[float, ...]]:
 
 def test_names() -> None:
     assert list_tasks() == [
+        "cluttered",
+        "counted",
+        "counting",
         "digits-grid",
         "digits-patches",
         "digits-pixels",
+        "forecast",
+        "functions",
+        "gcog",
         "induction",
         "lookup",
+        "maze",
+        "maze-masked",
+        "nucleotides",
+        "pointed",
         "recall",
+        "segmented",
         "selective-copy",
+        "super-resolution",
         "text",
         "transduce",
     ]
@@ -64,7 +88,7 @@ def test_describes_itself(name: str) -> None:
     assert task.title
     assert task.pattern in set(Pattern)
     assert task.head in HEADS
-    assert (task.metric, task.higher_is_better) in {("accuracy", True), ("bits_per_byte", False)}
+    assert (task.metric, task.higher_is_better) in METRICS
     assert set(task.model_settings()) <= SETTINGS
     assert task.n >= 1
     assert task.__doc__
@@ -97,7 +121,10 @@ def test_inputs_fit_the_model_settings(name: str) -> None:
         assert asked.min() >= 0
         assert asked.max() < classes
         answering = {"causal-lm": "input_ids", "seq2seq-lm": "decoder_input_ids"}.get(task.head)
-        assert batch.targets.shape == ((5,) if answering is None else batch.inputs[answering].shape)
+        expected = (5,) if answering is None else batch.inputs[answering].shape
+        if task.head == "semantic-segmentation":
+            expected = (5, settings["image_size"], settings["image_size"])
+        assert batch.targets.shape == expected
         assert (
             set(batch.inputs)
             == {
@@ -105,6 +132,7 @@ def test_inputs_fit_the_model_settings(name: str) -> None:
                 "seq2seq-lm": {"input_ids", "decoder_input_ids"},
                 "sequence-classification": {"input_ids"},
                 "image-classification": {"pixel_values"},
+                "semantic-segmentation": {"pixel_values"},
             }[task.head]
         )
         assert ("decoder_causal" in settings) == (task.head == "seq2seq-lm")
@@ -158,12 +186,14 @@ def test_scores(name: str) -> None:
     settings = task.model_settings()
     classes = settings.get("num_labels", settings.get("vocab_size"))
     asked = batch.targets != IGNORED
+    if task.metric == "pixel accuracy on digits":
+        asked &= batch.targets != classes - 1  # the background
     certain = torch.full((*batch.targets.shape, classes), -50.0)
     certain.scatter_(-1, batch.targets.clamp(min=0)[..., None], 50.0)
     certain[~asked] = math.nan
     total, count = task.score(certain, batch.targets)
-    assert count == int(asked.sum())
-    assert total == (count if task.metric == "accuracy" else pytest.approx(0.0))
+    assert count == (len(asked) if task.metric == "whole answers right" else int(asked.sum()))
+    assert total == (count if task.higher_is_better else pytest.approx(0.0))
     nothing = task.score(certain, torch.full_like(batch.targets, IGNORED))
     assert nothing == (0.0, 0)
 

@@ -40,11 +40,15 @@ def source_hash(name: str) -> str:
 
 def _quality(experiment: Experiment) -> Iterator[Cell]:
     tasks = [create_task(entry.name, **entry.args) for entry in experiment.tasks]
-    for entry, task in zip(experiment.tasks, tasks, strict=True):
+    models = [entry.model.model_dump(mode="json") for entry in experiment.tasks]
+    for entry, task, model in zip(experiment.tasks, tasks, models, strict=True):
+        sizes = [other for same, other in zip(tasks, models, strict=True) if same == task]
+        configs = [other.config for other in tasks if other.name == task.name]
+        title = _named(task, _differing(task.config, configs) | _differing(model, sizes))
         for seed in experiment.seeds:
             for rate in entry.training.learning_rates:
                 for label, shared in _mechanisms(experiment):
-                    yield _quality_cell(label, shared, entry, _task_label(task, tasks), task, seed, rate)
+                    yield _quality_cell(label, shared, entry, title, task, seed, rate)
 
 
 def _quality_cell(
@@ -67,10 +71,13 @@ def _quality_cell(
     return Cell("quality", label, place, settings, "", missing)
 
 
-def _task_label(task: Task, tasks: list[Task]) -> str:
-    """The name, with whatever besides the length tells tasks of one name apart."""
-    others = [other.config for other in tasks if other.name == task.name]
-    differs = {k: v for k, v in task.config.items() if k != "n" and any(config[k] != v for config in others)}
+def _differing(settings: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """What tells these settings from the others, besides the length."""
+    return {k: v for k, v in settings.items() if k != "n" and any(other[k] != v for other in others)}
+
+
+def _named(task: Task, differs: dict[str, Any]) -> str:
+    """The name, with whatever besides the length tells tasks of one name apart: arguments, and the model around it."""
     inner = ",".join(f"{key}={value}" for key, value in sorted(differs.items()))
     return f"{task.name}[{inner}]" if inner else task.name
 

@@ -188,9 +188,10 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
-        for what, entries in (("mechanism", self.mechanisms), ("task", self.tasks)):
-            labels = [entry.label for entry in entries]
-            twice = sorted(label for label, count in Counter(labels).items() if count > 1)
+        named = [(entry.label, "") for entry in self.mechanisms]
+        sized = [(entry.label, entry.model.model_dump_json()) for entry in self.tasks]  # one task at several widths
+        for what, labels in (("mechanism", named), ("task", sized)):
+            twice = sorted(label for (label, _), count in Counter(labels).items() if count > 1)
             if twice:
                 raise ValueError(f"the {what} {twice[0]} is there twice; leave one out, or give them other arguments")
         if "quality" in self.sections and not self.tasks:

@@ -1,0 +1,84 @@
+"""The stand-ins of CAB: what is asked follows from what is read, and errors are those of the expected value."""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from manyheads.compare.train import build_model, evaluate, loss_of
+from manyheads.tasks import create_task
+
+SIZE = {"hidden_size": 16, "heads": 2, "layers": 1, "intermediate_size": 0, "short_conv": 0, "positions": "learned"}
+
+
+def test_what_follows_obeys_the_recurrence_of_what_was_read() -> None:
+    """A sum of three sinusoids is a linear recurrence of order six, which the input alone tells."""
+    task = create_task("forecast", noise=0, levels=65_536, n=96, horizon=24)
+    batch = next(task.train_batches(20, 0))
+    for read, asked in zip(batch.inputs["input_ids"].double(), batch.targets.double(), strict=True):
+        series = (torch.cat([read, asked]) + 0.5) * task.step - 2.5
+        windows = series.unfold(0, 7, 1)
+        known = windows[:90]
+        rule = torch.linalg.lstsq(known[:, :6], known[:, 6:]).solution
+        missed = (windows[90:, :6] @ rule)[:, 0] - windows[90:, 6]
+        assert float(missed.abs().max()) < 0.02 * float(series.std())
+
+
+def test_the_error_is_that_of_the_expected_value() -> None:
+    task = create_task("forecast", levels=4, n=4, horizon=2)
+    logits = torch.zeros(1, 2, 5)
+    logits[0, 0, 3] = 200
+    total, count = task.score(logits, torch.tensor([[1, 1]]))
+    assert count == 2
+    assert_close(total, (2 * 1.25) ** 2 + (0.5 * 1.25) ** 2)
+
+
+def test_small_images_are_the_means_of_the_large_ones() -> None:
+    for batch in (next(create_task("super-resolution").train_batches(9, 0)),):
+        seen = (batch.inputs["pixel_values"][:, 0] + 1) * 8
+        for row in range(0, 8, 2):
+            for column in range(0, 8, 2):
+                block = batch.targets[:, row : row + 2, column : column + 2].float().mean((1, 2))
+                shown = seen[:, row : row + 2, column : column + 2]
+                assert_close(shown, block[:, None, None].expand(-1, 2, 2))
+
+
+def test_trivial_answers_have_the_errors_that_the_docs_say() -> None:
+    task = create_task("super-resolution")
+    batch = next(task.eval_batches(4096))
+    seen = (batch.inputs["pixel_values"][:, 0] + 1) / 2
+    assert abs(float((seen - batch.targets / 16).square().mean()) - 0.05) < 0.005
+    series = create_task("forecast")
+    values = (next(series.eval_batches(4096)).targets + 0.5) * series.step - 2.5
+    assert abs(float(values.square().mean()) - 0.41) < 0.03
+
+
+@pytest.mark.parametrize("name", ["forecast", "super-resolution"])
+def test_a_model_takes_the_stand_ins(name: str) -> None:
+    task = create_task(name)
+    model = build_model(task, {"name": "softmax"}, SIZE)
+    batch = next(task.train_batches(2, 0))
+    loss_of(task.aligned(model(**batch.inputs).logits), batch.targets).backward()
+    assert 0 < evaluate(task, model, torch.device("cpu")).value < 3
+
+
+@pytest.mark.parametrize("name", ["forecast", "super-resolution"])
+def test_stand_ins_are_drawn_fast_enough(name: str) -> None:
+    batches = create_task(name).train_batches(64, 0)
+    next(batches)
+    began = time.process_time()
+    tokens = sum(sum(part.numel() for part in batch.inputs.values()) for batch in islice(batches, 5))
+    assert tokens / (time.process_time() - began) > 1e5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"horizon": 97}, "horizon=97"), ({"levels": 3}, "levels=3"), ({"noise": -1}, "noise=-1"), ({"n": 1}, "n=1")],
+)
+def test_forecasts_that_are_none_are_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_task("forecast", **given)
