@@ -59,7 +59,7 @@ class Lamb(Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what the closure, called with gradients on, returned."""
         loss = None
         if closure is not None:
@@ -96,7 +96,7 @@ def trust_ratio(w: Tensor, u: Tensor, bounds: tuple[float, float] | None = None)
     long, step = torch.linalg.vector_norm(w), torch.linalg.vector_norm(u)
     size = long if bounds is None else long.clamp(*bounds)
     moves = (long > 0) & (step > 0)
-    return torch.where(moves, size / torch.where(moves, step, 1.0), 1.0)
+    return torch.where(moves, size / step, 1.0)
 
 
 def lamb_groups(model: torch.nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
