@@ -14,22 +14,28 @@ import torch
 import torch.distributed as dist
 
 
-def run_all(folder: Path, rank: int, size: int, module: str, patience: float = 20.0) -> None:
-    """In a process of its own: every function named in the module's CASES, and what each raised, in a file."""
+def run_all(folder: Path, rank: int, size: int, modules: tuple[str, ...]) -> None:
+    """In a process of its own: every function named in the modules' CASES, and what each raised, in a file."""
+    begin(folder, rank, size)
+    found = {}
+    for module in modules:
+        for name, case in importlib.import_module(module).CASES.items():
+            try:
+                case()
+                found[f"{module}: {name}"] = ""
+            except Exception:
+                found[f"{module}: {name}"] = traceback.format_exc()
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    with contextlib.suppress(Exception):
+        dist.destroy_process_group()
+
+
+def begin(folder: Path, rank: int, size: int, patience: float = 20.0) -> None:
+    """Joins the group of all processes."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=patience))
-    found = {}
-    for name, case in importlib.import_module(module).CASES.items():
-        try:
-            case()
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc()
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    with contextlib.suppress(Exception):
-        dist.destroy_process_group()
 
 
 def processes(target, folder: Path, size: int, *args, seconds: float = 60.0) -> list[int]:
@@ -49,7 +55,7 @@ def processes(target, folder: Path, size: int, *args, seconds: float = 60.0) -> 
     return [process.exitcode for process in started]
 
 
-def reports(folder: Path, size: int, module: str) -> list[dict[str, str]]:
-    codes = processes(run_all, folder, size, module)
+def reports(folder: Path, size: int, *modules: str) -> list[dict[str, str]]:
+    codes = processes(run_all, folder, size, modules)
     assert codes == [0] * size, f"exit codes {codes}"
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]

@@ -51,6 +51,7 @@ def equal(
     heads: tuple[int, int] = (4, 2),
     stretch: float = 1.0,
     again: bool = False,
+    scheme=ring_attention,
 ) -> None:
     draw, b, d, width = random.Random(seed), 2, 6, 4
     q, k = stretch * drawn(seed, b, heads[0], n, d), stretch * drawn(seed + 1, b, heads[1], n, d)
@@ -70,7 +71,7 @@ def equal(
     options = {"causal": causal, "window": window, "scale": scale}
     options |= {"padding": None if padding is None else layout.shard(padding)}
     options |= {"documents": None if documents is None else layout.shard(documents)}
-    call = functools.partial(ring_attention, layout=layout, **options)
+    call = functools.partial(scheme, layout=layout, **options)
     out = checkpoint(call, *mine, use_reentrant=False) if again else call(*mine)
     assert_close(out, layout.shard(wanted, 2).detach())
     out.backward(layout.shard(gradient, 2))

@@ -46,7 +46,7 @@ def tiles(queries: Side, keys: Side, rule: Rule, device: torch.device) -> Iterat
     """The pairs of parts in which some query may see some key; all else is not computed."""
     for q in _cut(queries.pieces):
         for k in _cut(keys.pieces):
-            nearest, farthest = q.first - (k.first + k.count - 1), q.first + q.count - 1 - k.first
+            nearest, farthest = q.first - (k.first + k.size - 1), q.first + q.size - 1 - k.first
             if (rule.causal and farthest < 0) or (rule.window is not None and nearest >= rule.window):
                 continue
             allowed = None
@@ -54,7 +54,7 @@ def tiles(queries: Side, keys: Side, rule: Rule, device: torch.device) -> Iterat
                 behind = _numbers(q, device)[:, None] - _numbers(k, device)
                 allowed = behind >= 0 if rule.causal else torch.ones_like(behind, dtype=torch.bool)
                 allowed = allowed if rule.window is None else allowed & (behind < rule.window)
-            rows, columns = slice(q.start, q.start + q.count), slice(k.start, k.start + k.count)
+            rows, columns = slice(q.start, q.start + q.size), slice(k.start, k.start + k.size)
             if queries.documents is not None and keys.documents is not None:
                 theirs = keys.documents[:, None, columns]
                 same = (queries.documents[:, rows, None] == theirs) & (theirs >= 0)
@@ -67,12 +67,12 @@ def tiles(queries: Side, keys: Side, rule: Rule, device: torch.device) -> Iterat
 
 def _cut(pieces: list[Piece]) -> Iterator[Piece]:
     for piece in pieces:
-        for start in range(0, piece.count, TILE):
-            yield Piece(piece.start + start, piece.first + start, min(TILE, piece.count - start))
+        for start in range(0, piece.size, TILE):
+            yield Piece(piece.start + start, piece.first + start, min(TILE, piece.size - start))
 
 
 def _numbers(piece: Piece, device: torch.device) -> Tensor:
-    return torch.arange(piece.first, piece.first + piece.count, device=device)
+    return torch.arange(piece.first, piece.first + piece.size, device=device)
 
 
 class Sums:

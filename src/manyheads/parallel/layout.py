@@ -19,7 +19,7 @@ class Piece(NamedTuple):
 
     start: int
     first: int
-    count: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Layout:
 
     def count(self, rank: int | None = None) -> int:
         """How many tokens a process holds."""
-        return sum(piece.count for piece in self.pieces(rank))
+        return sum(piece.size for piece in self.pieces(rank))
 
     def index(self, rank: int | None = None) -> Tensor:
         """[count] the numbers of a process's tokens in the sequence."""
-        parts = [torch.arange(piece.first, piece.first + piece.count) for piece in self.pieces(rank)]
+        parts = [torch.arange(piece.first, piece.first + piece.size) for piece in self.pieces(rank)]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -102,3 +102,11 @@ class Layout:
                 f"{name}: {count} tokens were given to process {self.place.rank} of {self.place.size}; want its "
                 f"{self.count()} of {self.length} in a {self.kind} layout: layout.shard(x) takes them"
             )
+
+
+class Alone(Layout):
+    """A sequence that this process holds whole, whoever else there is."""
+
+    @property
+    def place(self) -> Place:
+        return Place(0, 1, None)

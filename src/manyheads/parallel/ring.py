@@ -45,15 +45,22 @@ def ring_attention(
     and sum and has no zigzag, which is from the unofficial ring-flash-attention.
     """
     check("ring_attention", q, k, v, layout)
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(
-            f"ring_attention: window={window}, causal={causal} was given; want window >= 1 and causal=True"
-        )
-    rule = Rule(q.shape[-1] ** -0.5 if scale is None else scale, causal, window)
     read, shown = numbered(q, padding, documents)
-    grouped = q.unflatten(1, (k.shape[1], -1))
-    out: Tensor = _Ring.apply(grouped, k, v, read, shown, layout, rule)
+    return attend(q, k, v, read, shown, layout, ruled("ring_attention", q, scale, causal, window))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, read: Tensor | None, shown: Tensor | None, layout: Layout, rule: Rule
+) -> Tensor:
+    """The same with all that was asked for in the forms of `numbered` and `ruled`."""
+    out: Tensor = _Ring.apply(q.unflatten(1, (k.shape[1], -1)), k, v, read, shown, layout, rule)
     return out.flatten(1, 2)
+
+
+def ruled(name: str, q: Tensor, scale: float | None, causal: bool, window: int | None) -> Rule:
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"{name}: window={window}, causal={causal} was given; want window >= 1 and causal=True")
+    return Rule(q.shape[-1] ** -0.5 if scale is None else scale, causal, window)
 
 
 def check(name: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:

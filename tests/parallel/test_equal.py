@@ -1,21 +1,25 @@
-"""Ring attention in 1, 2 and 3 processes is that of one; see ring_cases.py."""
+"""Every scheme in 1, 2 and 3 processes is what one process computes: see the modules of cases."""
 
-
+import heads_cases
 import pytest
+import ring_cases
+import state_cases
 import torch
 from processes import reports
-from ring_cases import CASES
 from torch.testing import assert_close
 
 from manyheads.parallel import Layout, ring_attention
 
+MODULES = (ring_cases, state_cases, heads_cases)
+NAMES = [f"{module.__name__}: {name}" for module in MODULES for name in module.CASES]
+
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return reports(tmp_path_factory.mktemp("ring"), request.param, "ring_cases")
+    return reports(tmp_path_factory.mktemp("equal"), request.param, *(module.__name__ for module in MODULES))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_one_process(found: list[dict[str, str]], name: str) -> None:
     assert [report[name] for report in found] == [""] * len(found)
 
