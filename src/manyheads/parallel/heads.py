@@ -43,8 +43,8 @@ def heads_attention(
     read, shown = numbered(q, padding, documents)
     if read is not None and shown is not None:
         read, shown = layout.whole(read), layout.whole(shown)
-    whole = [_exchanged(x, layout, to_heads=True) for x in (q, k, v)]
-    out = attend(*whole, read, shown, Alone(layout.length, "contiguous"), rule)
+    q, k, v = (_exchanged(x, layout, to_heads=True) for x in (q, k, v))
+    out = attend(q, k, v, read, shown, Alone(layout.length, "contiguous"), rule)
     return _exchanged(out, layout, to_heads=False)
 
 
