@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+# The last two are what the first backward pass and the first checkpoint import.
+PRELOADED = ["manyheads.parallel", "torch.fx.experimental.symbolic_shapes", "torch._dynamo"]
+
 
 def run_all(folder: Path, rank: int, size: int, modules: tuple[str, ...]) -> None:
     """In a process of its own: every function named in the modules' CASES, and what each raised, in a file."""
@@ -42,7 +45,7 @@ def processes(target, folder: Path, size: int, *args, seconds: float = 60.0) -> 
     """Exit codes of `size` processes that run target(folder, rank, size, *args); none outlives this call."""
     # Forked from one that has torch already: an import in each would take longer than all they do.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["manyheads.parallel", "torch.distributed"])
+    context.set_forkserver_preload(PRELOADED)
     started = [context.Process(target=target, args=(folder, rank, size, *args), daemon=True) for rank in range(size)]
     for process in started:
         process.start()

@@ -17,7 +17,7 @@ from manyheads.parallel.heads import heads_attention
 from manyheads.parallel.layout import Alone, Layout
 from manyheads.parallel.ring import ring_attention
 from manyheads.parallel.states import state_attention
-from manyheads.parallel.wire import traffic
+from manyheads.parallel.wire import all_gather, place, traffic
 
 # Not a multiple of anything, and more than a tile for each of two processes.
 LENGTH, BATCH, WIDTH = 1537, 1, 32
@@ -65,12 +65,12 @@ def measure(scheme: Scheme, heads: int, device: torch.device) -> Found:
     drawn = torch.Generator().manual_seed(0)
     q, k, v, gradient = (torch.randn(BATCH, heads, LENGTH, WIDTH, generator=drawn).to(device) for _ in range(4))
     layout = Layout(LENGTH, "zigzag" if scheme.kind == "zigzag" else "contiguous")
-    alone = [x.clone().requires_grad_() for x in (q, k, v)]
-    wanted = scheme.attend(*alone, Alone(LENGTH, "contiguous"))
+    alone = q, k, v = [x.requires_grad_() for x in (q, k, v)]
+    wanted = scheme.attend(q, k, v, Alone(LENGTH, "contiguous"))
     wanted.backward(gradient)
-    mine = [layout.shard(x, 2).requires_grad_() for x in (q, k, v)]
+    mine = q, k, v = [layout.shard(x.detach(), 2).requires_grad_() for x in alone]
     with traffic() as forward:
-        out = scheme.attend(*mine, layout)
+        out = scheme.attend(q, k, v, layout)
     with traffic() as backward:
         out.backward(layout.shard(gradient, 2))
     pairs = [(_gradient(a), layout.shard(_gradient(b), 2), _gradient(b)) for a, b in zip(mine, alone, strict=True)]
@@ -96,11 +96,8 @@ def _error(found: Tensor, wanted: Tensor, whole: Tensor) -> float:
 def _begin() -> torch.device:
     gpu = torch.cuda.is_available()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    backend, patience = "nccl" if gpu else "gloo", timedelta(seconds=60)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
-    else:  # on its own, without torchrun: a group of one, and no port
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if "RANK" in os.environ:  # without torchrun a group of one, which needs no port
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=60))
     if not gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -111,23 +108,22 @@ def _begin() -> torch.device:
 def main() -> int:
     """Prints a line for each scheme in process 0, the worst of all processes; 1 where one differs from one process."""
     device = _begin()
-    size, wrong = dist.get_world_size(), []
-    heads = size * max(1, 4 // size)
-    if dist.get_rank() == 0:
-        print(f"{size} processes, {LENGTH} tokens, {heads} heads of {WIDTH}, {dist.get_backend()}, {device.type}")
+    at, wrong = place(None), []
+    heads = at.size * max(1, 4 // at.size)
+    if at.rank == 0:
+        print(f"processes: {at.size}, each on {device.type}; {LENGTH} tokens, {heads} heads of {WIDTH}")
         print(f"{'scheme':26}{'output':>10}{'gradients':>11}{'sent forward':>14}{'backward':>11}  bytes of one process")
     for scheme in schemes(heads):
         found = measure(scheme, heads, device)
-        worst = torch.tensor([found.output, found.gradients, found.forward, found.backward], dtype=torch.float64)
-        worst = worst.to(device)
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
-        output, gradients, forward, backward = worst.tolist()
+        here = torch.tensor([found.output, found.gradients, found.forward, found.backward], dtype=torch.float64)
+        output, gradients, forward, backward = all_gather(here.to(device), at).amax(0).tolist()
         right = output < TOLERANCE and gradients < TOLERANCE
         wrong += [] if right else [scheme.name]
-        if dist.get_rank() == 0:
+        if at.rank == 0:
             verdict = "equal" if right else "DIFFERS"
             print(f"{scheme.name:26}{output:10.1e}{gradients:11.1e}{forward:14,.0f}{backward:11,.0f}  {verdict}")
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 1 if wrong else 0
 
 
