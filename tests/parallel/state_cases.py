@@ -60,8 +60,9 @@ def equal(
     mine = [layout.shard(x, 2).requires_grad_() for x in (q, k, v)]
     shown = None if padding is None else layout.shard(padding)
     out = state_attention(*mine, layout, kernel, causal=causal, slopes=slopes, padding=shown)
-    assert_close(out, layout.shard(wanted, 2).detach())
     out.backward(layout.shard(gradient, 2))
+    # Only now: a process that stopped at a difference would leave the others waiting for it.
+    assert_close(out, layout.shard(wanted, 2).detach())
     for found, expected in zip(mine, whole, strict=True):
         assert_close(found.grad, layout.shard(expected.grad, 2))
 

@@ -56,8 +56,7 @@ def tiles(queries: Side, keys: Side, rule: Rule, device: torch.device) -> Iterat
                 allowed = allowed if rule.window is None else allowed & (behind < rule.window)
             rows, columns = slice(q.start, q.start + q.size), slice(k.start, k.start + k.size)
             if queries.documents is not None and keys.documents is not None:
-                theirs = keys.documents[:, None, columns]
-                same = (queries.documents[:, rows, None] == theirs) & (theirs >= 0)
+                same = queries.documents[:, rows, None] == keys.documents[:, None, columns]
                 allowed = same if allowed is None else allowed & same
                 if not allowed.any():
                     continue
