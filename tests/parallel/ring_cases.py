@@ -148,7 +148,7 @@ CASES = {
     "causal": functools.partial(equal, 0, 37),
     "contiguous": functools.partial(equal, 10, 23, kind="contiguous", heads=(2, 2)),
     "all to all": functools.partial(equal, 20, 31, causal=False, heads=(4, 1)),
-    "window": functools.partial(equal, 30, 41, window=6),
+    "window": functools.partial(equal, 30, 41, window=7),
     "contiguous window": functools.partial(equal, 40, 29, window=1, kind="contiguous"),
     "padding": functools.partial(equal, 50, 26, padded=True),
     "padding all to all": functools.partial(equal, 60, 19, padded=True, causal=False),
