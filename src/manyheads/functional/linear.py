@@ -119,12 +119,22 @@ def matrix_read(
 # -- without causality -------------------------------------------------------------------------------------------------
 
 
-def summarise(k: Tensor, v: Tensor, kernel: Kernel, *, padding: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
-    """k, v [b, h, m, .] -> the memory [b, h, f, w]: values summed under their keys' features."""
+def summarise(
+    k: Tensor,
+    v: Tensor,
+    kernel: Kernel,
+    *,
+    padding: Tensor | None = None,
+    slopes: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """k, v [b, h, m, .] -> the memory [b, h, f, w]: values summed under their keys' features. slopes [h]: each as it
+    has decayed by the last token."""
     memory: Tensor | None = None
     for keys, values, real in _chunks(chunk, k, v, padding=padding):
         keys, values = _written(keys, values, kernel, real)
-        memory = _remember(memory, kernel.features(keys), values)
+        age = None if slopes is None else _ticks(keys, real)
+        memory = _remember(memory, kernel.features(keys), values, age, slopes)
     assert memory is not None
     return memory
 

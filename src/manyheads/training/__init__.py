@@ -18,6 +18,7 @@ from manyheads.training.guided_heads import (
 )
 from manyheads.training.hard_instances import HardInstanceMining
 from manyheads.training.head_mask import HeadMask
+from manyheads.training.lamb import Lamb, lamb_groups
 from manyheads.training.multi_route import MultiRoute, one_to_many
 from manyheads.training.relations import minilm_loss, relation_loss
 from manyheads.training.subsampled import LocallySubsampled, SubsampledAttention, locally_subsampled, sampling
@@ -31,6 +32,7 @@ __all__ = [
     "EntropyMaximised",
     "HardInstanceMining",
     "HeadMask",
+    "Lamb",
     "LocallySubsampled",
     "MultiRoute",
     "SubsampledAttention",
@@ -48,6 +50,7 @@ __all__ = [
     "generator_reward",
     "guided_heads",
     "image_numbers",
+    "lamb_groups",
     "locally_subsampled",
     "minilm_loss",
     "monotone_alignment",

@@ -1,0 +1,120 @@
+"""What goes over the wire, and how much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Traffic:
+    """Bytes that this process sent to others since counting began, and in how many calls."""
+
+    bytes: int = 0
+    calls: int = 0
+
+
+# Not a context variable: the backward pass of a GPU runs in a thread of its own.
+_open: list[Traffic] = []
+
+
+@contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Counts what the schemes of this package send while it is open."""
+    count = Traffic()
+    _open.append(count)
+    try:
+        yield count
+    finally:
+        _open[:] = [other for other in _open if other is not count]
+
+
+def sent(size: int) -> None:
+    for count in _open:
+        count.bytes += size
+        count.calls += 1
+
+
+class Place(NamedTuple):
+    """rank of this process among size in a group."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+
+
+def place(group: dist.ProcessGroup | None) -> Place:
+    if not dist.is_initialized():
+        if group is not None:
+            raise ValueError("parallel: a group was given without torch.distributed; call init_process_group first")
+        return Place(0, 1, None)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError("parallel: this process is not in the group that was given; only its members may call")
+    return Place(rank, size, group)
+
+
+class Hop:
+    """Tensors on their way to the next process of the ring, and those of the one before on their way here."""
+
+    def __init__(self, tensors: list[Tensor], wanted: list[Tensor], at: Place, *, tag: int) -> None:
+        self.received, self._at = wanted, at
+        # What has no elements is not sent: both ends know the lengths.
+        going = [(dist.isend, x.contiguous(), 1, i) for i, x in enumerate(tensors) if x.numel()]
+        coming = [(dist.irecv, x, -1, i) for i, x in enumerate(wanted) if x.numel()]
+        self._held = [x for _, x, _, _ in going]  # until it has gone
+        operations = [
+            dist.P2POp(how, x, group=at.group, tag=tag + i, group_peer=(at.rank + step) % at.size)
+            for how, x, step, i in going + coming
+        ]
+        sent(sum(x.nbytes for x in self._held))
+        with _named(at):
+            self._works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
+
+    def wait(self) -> list[Tensor]:
+        with _named(self._at):
+            for work in self._works:
+                work.wait()
+        self._held = []
+        return self.received
+
+
+def all_gather(x: Tensor, at: Place) -> Tensor:
+    """x of every process: [size, *x.shape]."""
+    if at.size == 1:
+        return x[None]
+    found = x.new_empty((at.size, *x.shape))
+    sent(x.nbytes * (at.size - 1))
+    with _named(at):
+        dist.all_gather([*found], x.contiguous(), group=at.group)
+    return found
+
+
+def all_to_all(parts: list[Tensor], wanted: list[int], at: Place) -> list[Tensor]:
+    """parts: one flat tensor for each process; wanted: how many elements come from each."""
+    if at.size == 1:
+        return parts
+    received = parts[0].new_empty(sum(wanted))
+    sent(sum(part.nbytes for rank, part in enumerate(parts) if rank != at.rank))
+    with _named(at):
+        dist.all_to_all_single(received, torch.cat(parts), wanted, [p.numel() for p in parts], group=at.group)
+    return list(received.split(wanted))
+
+
+@contextmanager
+def _named(at: Place) -> Iterator[None]:
+    """Says who waited for whom: what the backends raise names an address."""
+    try:
+        yield
+    except RuntimeError as error:
+        before, after = (at.rank - 1) % at.size, (at.rank + 1) % at.size
+        raise RuntimeError(
+            f"parallel: process {at.rank} of {at.size} lost another one, or waited for it too long (its neighbours are "
+            f"{before} and {after}); the first error of all processes says why: {error}"
+        ) from error
