@@ -18,8 +18,9 @@ from manyheads.registry import list_attentions, mechanism_class
 from manyheads.tasks import create_task, list_tasks, task_class
 
 READ_MORE = [
-    "back-attention", "conditional-attention", "dare", "largegt", "layer-shortcuts", "mixture-of-transformers",
-    "modality-gate", "modality-mutual", "multi-layer-pooling", "relation-aware", "skim", "theme-transformer",
+    "back-attention", "conditional-attention", "dare", "global-local", "largegt",
+    "layer-shortcuts", "mixture-of-transformers", "modality-gate", "modality-mutual",
+    "multi-layer-pooling", "relation-aware", "scale-adaptive", "skim", "theme-transformer", "vitgaze",
 ]  # fmt: skip
 # How docstrings speak of features, or rows, of x that are no states of its tokens.
 SMUGGLED = re.compile(r"\blast (`\w+`\s+|three\s+)?features?\b|\bx \[b, n, dim\] holds\b|x: \[b, layers, dim\]")

@@ -11,12 +11,12 @@ from tiny_models import causal_lm, of_tokens, seq2seq, single_source, spec, toke
 from torch import Tensor
 from torch.testing import assert_close
 
-from manyheads import card, list_attentions
+from manyheads import card
 from manyheads.models import ManyheadsCache
 
 CAUSAL = of_tokens("causal-self")
 DECODING = [name for name in CAUSAL if card(name).decodes]
-CROSS = [name for name in list_attentions(pattern="causal-cross") if single_source(name)]
+CROSS = [name for name in of_tokens("causal-cross") if single_source(name)]
 NEW = 7
 
 

@@ -40,7 +40,7 @@ from manyheads.models import (
 CAUSAL = of_tokens("causal-self")
 SELF = sorted({*CAUSAL, *of_tokens("noncausal-self")})
 IMAGES = sorted({*SELF, *list_attentions(pattern="grid")})
-CROSS = [name for name in list_attentions(pattern="causal-cross") if single_source(name)]
+CROSS = [name for name in of_tokens("causal-cross") if single_source(name)]
 POOLS = of_tokens("pool")
 
 

@@ -52,12 +52,16 @@ def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
     if edges is not None and not (isinstance(edges, Tensor) and edges.dtype == torch.int64 and edges.ndim == 2):
         return None
     given = {} if edges is None else {"edges": edges}
-    for name, value in module.example_inputs(max(n, 16) if edges is None else n, edges).items():
+    context = args[1] if len(args) > 1 else kwargs.get("context")
+    own, more = (module.example_inputs(size, edges) for size in (n, max(n, 16) if edges is None else n))
+    for name in own:
+        each = module.card.takes[name].startswith("[b, n")
+        of_context = module.card.takes[name].startswith("[b, m")
+        value = more[name] if each or of_context else own[name]
         value = value.to(x.device, x.dtype) if value.is_floating_point() else value.to(x.device)
-        context = args[1] if len(args) > 1 else kwargs.get("context")
-        if module.card.takes[name].startswith("[b, n") and edges is None:
+        if each and edges is None:
             value = value[0, _places(x)]
-        elif module.card.takes[name].startswith("[b, m"):
+        elif of_context:
             # No two alike, which a choice of the best could tell apart by chance only.
             if _is_plain(context, x.device) and context.ndim == 3:
                 value = value[0, _places(context)] * (1 + context.nan_to_num(0.0, 0.0, 0.0).mean(-1, True).tanh() / 4)
