@@ -199,6 +199,6 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_the_docs_name_every_preset() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "contract.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "images.md").read_text()
     assert all(name in page for name in PRESETS)
     assert sorted(PRESETS) == sorted(PUBLISHED)
