@@ -118,7 +118,7 @@ def test_its_attention_is_our_mixture_of_transformers() -> None:
     made = fused(num_key_value_heads=4)
     layer = made.model.model.layers[0].self_attn
     ours = create_attention(
-        "mixture-of-transformers", 26, 4, causal=True, norm=False, rotary={"base": 10000.0}
+        "mixture-of-transformers", 24, 4, causal=True, norm=False, rotary={"base": 10000.0}
     ).double()
     with torch.no_grad():
         for m, part in enumerate(("text", "other")):
@@ -126,12 +126,11 @@ def test_its_attention_is_our_mixture_of_transformers() -> None:
             ours.qkv[m] = torch.cat(weights[:3], 1)
             ours.out[m] = weights[3]
         x, others = torch.randn(2, 9, 24, dtype=torch.float64), torch.rand(2, 9) < 0.5
-        marks = torch.nn.functional.one_hot(others.long(), 2).double()
         made.route.others = others
         places = made.model.model.rotary_emb(x, torch.arange(9)[None])
         mask = torch.full((1, 1, 9, 9), -torch.inf, dtype=torch.float64).triu(1)
         got = layer(x, position_embeddings=places, attention_mask=mask)[0]
-        want = ours(torch.cat([x, marks], -1)).output[..., :24]
+        want = ours(x, token_kinds=others.long()).output
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)  # the host's angles are in float32
 
 

@@ -114,7 +114,8 @@ def test_refusals():
 def masked_share(module, case, head):
     """The gradient of the output by the weights of each head, with one of them masked; None where it cannot be read."""
     with HeadMask(module, count=0) as heads:
-        heads._mask(torch.tensor([head]))
+        # A block with two attentions has the head twice; the weights are of one of them.
+        heads._mask(torch.arange(head, len(heads.kept), module.heads))
         result = module(case.x(5), case.context(5), need_weights=True)
         weights = result.weights
         if weights is None or not weights.requires_grad:

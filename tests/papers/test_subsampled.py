@@ -135,6 +135,14 @@ def test_every_mechanism_of_the_registry(name):
     for pattern in sorted(cls.card.patterns):
         case = Case(cls, pattern)
         x, context = case.x(7), case.context(7)
+        if pattern == "maps":
+            module = case.build()
+            maps = tuple(
+                torch.randn(1, *size, wide) for size, wide in zip(module.map_sizes(4, 4), module.map_dims, strict=True)
+            )
+            with pytest.raises(ValueError, match="reads several maps"):
+                SubsampledAttention(module, keep=0.5).train()(maps)
+            continue
         plain, named = case.build(), {}
         plain.register_forward_pre_hook(lambda _, __, given, found=named: found.update(given), with_kwargs=True)
         wanted = plain(x, context).output

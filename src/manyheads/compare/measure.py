@@ -62,7 +62,7 @@ class Subject:
     def _x(self, n: int) -> Tensor:
         height = max(side for side in range(1, math.isqrt(n) + 1) if n % side == 0)
         if self.pattern is Pattern.MAPS:  # the first of about n cells; one tensor, which `feed` takes apart
-            side = max(1, math.isqrt(n))
+            side = math.isqrt(n) + (math.isqrt(n) * (math.isqrt(n) + 1) < n)
             cells = sum(h * w for h, w in self.module.map_sizes(side, side + 1))
             return self._noise(cells, max(self.module.map_dims or (self.dim,)))
         sides: dict[Pattern, tuple[int, ...]] = {Pattern.VOLUME: (1, height, n // height)}

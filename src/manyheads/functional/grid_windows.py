@@ -286,8 +286,11 @@ def over_extents(
         cut: Any = (rows, *(slice(first, last) for first, last in box))
         seen = real[cut]
         parts.append((box, rows, *run(x[cut], None if bool(seen.all()) else seen)))
-    if not parts:
-        return x.masked_fill(~real[..., None], 0.0), None
+    if not parts:  # nothing is real: zeros, of the width that a run gives
+        one, inner = run(x.new_zeros(1, *[1] * len(sizes), x.shape[-1]), None)
+        empty = x[..., :1].masked_fill(~real[..., None], 0.0).expand(*x.shape[:-1], one.shape[-1])
+        n = math.prod(sizes)
+        return empty, None if inner is None else inner.new_zeros(x.shape[0], inner.shape[1], n, n)
     _, _, first, inner = parts[0]
     output = first.new_zeros(x.shape[0], *sizes, first.shape[-1])
     n = math.prod(sizes)

@@ -56,6 +56,11 @@ class SubsampledAttention(nn.Module):
         if state is not None:
             raise ValueError("SubsampledAttention: keys are not drawn while decoding; call eval() before using a state")
         pattern = self.mechanism._check_inputs(x, context, inputs)
+        if pattern is Pattern.MAPS:
+            raise ValueError(
+                f"SubsampledAttention: {self.mechanism.card.name} reads several maps, whose cells are not keys "
+                "alone; want a mechanism for tokens, a grid or a graph"
+            )
         padding, dense = self.mechanism._check_mask(pattern, x, context, mask, None)
         if self.mechanism.sources > 1:
             paddings = [None] * self.mechanism.sources if padding is None else padding
