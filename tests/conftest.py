@@ -1,6 +1,9 @@
 """Every test starts from the same seed, so that one that fails fails again."""
 
 import gc
+import shutil
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,3 +20,17 @@ def _seeded() -> None:
     # The CPU's generator alone: torch.manual_seed also notes the call stack for three devices that are not there, which
     # over thousands of tests takes longer than many of them.
     torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """One Chromium for all tests of a process: its driver can be started once."""
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.fail("the pages are tested in a real browser: install Chromium (Debian: apt-get install chromium)")
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

@@ -1,25 +1,12 @@
-"""One Chromium for all tests, with no network, and pages that must stay quiet."""
+"""Pages that must stay quiet, with no network."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.fail("the pages are tested in a real browser: install Chromium (Debian: apt-get install chromium)")
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+from playwright.sync_api import Browser, Page
 
 
 @pytest.fixture

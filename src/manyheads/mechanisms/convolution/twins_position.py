@@ -22,7 +22,8 @@ class TwinsPosition(Mechanism):
     the first block, without a norm before it. There are no heads.
 
     Source: Chu et al., Conditional Positional Encodings for Vision Transformers, arXiv:2102.10882, as in
-    arXiv:2104.13840. Weights: conv is pos_block's proj.0.
+    arXiv:2104.13840.
+    Weights: conv is pos_block's proj.0.
     """
 
     card = Card(

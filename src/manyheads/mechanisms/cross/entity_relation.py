@@ -24,7 +24,7 @@ class EntityRelation(Mechanism):
 
     x: objects o [b, n, dim]; context: words w [b, m, dim], whose padding the mask hides. objects: [b, n] booleans,
     which objects are real: others are in no maximum (in the released code they are). Dense masks are of the first
-    attention alone, and so refused. The result is y, residuals and norms included. Weights: those of MHA_1. Time
+    attention alone, and so refused. The result is y, residuals and norms included. Matrix: those of MHA_1. Time
     n^2 m, memory too where gradients are wanted.
 
     Source: He et al., TransRefer3D, arXiv:2108.02388, and its released ObjEdgeGaModule, without dropout; `hidden` is

@@ -38,7 +38,7 @@ class AGUNet(Mechanism):
         y = norm(W (f_P(gamma_P P + x) + f_C(gamma_C C + x)) + b),  f = conv3 - norm - relu - dropout - conv3
 
     x: [b, depth, height, width, dim]; X is x as cells x dim. gammas begin at 0. heads: of the position attention, 1 in
-    the paper. dropout: of whole features, in f and on the sum. Norms: batch norm, over real cells. Weights: P's, [b,
+    the paper. dropout: of whole features, in f and on the sum. Norms: batch norm, over real cells. Matrix: P's, [b,
     heads, cells, cells]; without asking for them no such matrix is made.
 
     Source: Bouget et al., Meningioma Segmentation in T1-Weighted MRI Leveraging Global Context and Attention

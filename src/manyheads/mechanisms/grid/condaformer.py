@@ -45,7 +45,7 @@ class ConDaFormer(Mechanism):
     window earlier, as in every second block. x: [b, depth, height, width, dim], a voxel to a cell; mask says which of
     them hold points: empty ones are no keys, enter no statistics, and are zeros for the convolution. Windows are
     counted from the first occupied cell of each row of the batch (in the released code, of the whole batch). The
-    mechanism is the whole block. Weights: of the attention.
+    mechanism is the whole block. Matrix: of the attention.
 
     Source: Duan et al., ConDaFormer: Disassembled Transformer with Local Structure Enhancement for 3D Point Cloud
     Understanding, arXiv:2312.11112. The paper has one depthwise convolution for S, the released code, followed here,

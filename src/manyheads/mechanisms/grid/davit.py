@@ -47,7 +47,7 @@ class DaViTSpatial(Mechanism):
         W: softmax(q k^T / sqrt(d)) v among the cells of each window x window square, without shift and positions
 
     The mechanism is the whole block, residuals, norms and MLP included. x: [b, height, width, dim]; squares at the rim
-    attend to the real cells that they have. Weights: of the attention.
+    attend to the real cells that they have. Matrix: of the attention.
 
     Source: Ding et al., DaViT: Dual Attention Vision Transformers, arXiv:2204.03645. The released code fills the rim up
     with zeros behind the norm, which are keys (of its biases) there.

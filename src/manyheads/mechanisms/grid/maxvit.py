@@ -90,7 +90,8 @@ class MaxViTGrid(Mechanism):
     Sparse and global, linear in the cells. x: [b, height, width, dim]; height and width are those of the box of real
     cells, and a group has fewer cells where they are no multiple of the window (the released code wants one).
 
-    Source: arXiv:2204.01697. Weights: as of maxvit.
+    Source: arXiv:2204.01697.
+    Weights: as of maxvit.
     """
 
     card = Card(

@@ -69,7 +69,7 @@ class TwinsGlobal(Mechanism):
         r = LN(conv(x)), kernel and stride `reduce`;  y = softmax(q(x) k(r)^T / sqrt(d)) v(r)
 
     reduce=1: plain attention, without conv and norm. x: [b, height, width, dim]; squares at the rim are filled up with
-    zeros (the released code drops them), and one without a real cell is no key. Weights: a square's are spread evenly
+    zeros (the released code drops them), and one without a real cell is no key. Matrix: a square's are spread evenly
     over its real cells, though the convolution need not read them so. Norms, residual and MLP stand around it.
 
     Source: arXiv:2104.13840.

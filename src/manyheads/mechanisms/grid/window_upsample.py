@@ -21,7 +21,7 @@ class WindowUpsample(Mechanism):
         the window / 2 x window / 2 coarse cells below them
 
     x: two maps, s [b, height, width, dim] and z [b, ceil(height / 2), ceil(width / 2), coarse]; -> [b, height, width,
-    dim]. Padded coarse cells are no keys, and bilinear leaves them out of its means. Weights: [b, heads, fine cells,
+    dim]. Padded coarse cells are no keys, and bilinear leaves them out of its means. Matrix: [b, heads, fine cells,
     coarse cells].
 
     Source: Li, Cai, Gao, Li, Hu, More than Encoder: Introducing Transformer Decoder to Upsample, arXiv:2106.10637. Only
