@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import subprocess
@@ -59,11 +60,13 @@ class Subject:
         parts = tuple(self._noise(n, self.module.source_dim or self.dim) for _ in range(self.module.sources))
         return x, parts[0] if self.module.sources == 1 else parts
 
+    def _cells(self, side: int) -> int:
+        return sum(height * width for height, width in self.module.map_sizes(side, side + 1))
+
     def _x(self, n: int) -> Tensor:
         height = max(side for side in range(1, math.isqrt(n) + 1) if n % side == 0)
-        if self.pattern is Pattern.MAPS:  # the first of about n cells; one tensor, which `feed` takes apart
-            side = math.isqrt(n) + (math.isqrt(n) * (math.isqrt(n) + 1) < n)
-            cells = sum(h * w for h, w in self.module.map_sizes(side, side + 1))
+        if self.pattern is Pattern.MAPS:  # n cells or a few more in all; one tensor, which `feed` takes apart
+            cells = next(total for side in itertools.count(1) if (total := self._cells(side)) >= n)
             return self._noise(cells, max(self.module.map_dims or (self.dim,)))
         sides: dict[Pattern, tuple[int, ...]] = {Pattern.VOLUME: (1, height, n // height)}
         sides |= dict.fromkeys((Pattern.GRID, Pattern.GRID_CROSS), (height, n // height))
