@@ -180,6 +180,14 @@ def test_generate_with_attentions(name: str) -> None:
             assert_close(layer[:, :, -1], wanted[:, :, 4 + step, : 5 + step])
 
 
+@pytest.mark.parametrize("name", ["softmax", "aaren", "hyena"])
+def test_generates_from_embeddings(name: str) -> None:
+    model, ids = causal_lm(name), tokens(2, 5)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(ids, **options)[:, 5:]
+    assert model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options).equal(wanted)
+
+
 @pytest.mark.parametrize("name", ["softmax", "hilo"])
 def test_an_image_classifiers_hidden_states_keep_their_graph(name: str) -> None:
     model = image_classifier(name)

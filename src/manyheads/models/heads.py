@@ -5,6 +5,7 @@ Shapes: b batch, n tokens, e hidden size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict, Unpack
@@ -82,6 +83,7 @@ class ManyheadsGenerationMixin(GenerationMixin):
         if generation_config.is_assistant:
             cache.activate_past_recording()
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate reads its arguments' names
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         made = super().prepare_inputs_for_generation(*args, **kwargs)
         for name in GIVEN:
