@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from manyheads.explain.interventions.common import Heads, changed, check_share
 from manyheads.hosts.taps import AttentionCall
+from manyheads.steer.common import Heads, changed, check_share
 
 
 def real_keys(call: AttentionCall) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
-from manyheads.explain.interventions.common import Heads, changed, normalised, positions
 from manyheads.hosts.taps import AttentionCall
+from manyheads.steer.common import Heads, changed, normalised, positions
+from manyheads.steer.method import Prompt, steering
 
 
 @contextmanager
@@ -45,3 +46,15 @@ def boost(
 
     with changed(model, heads, change, stack, of_text=True):
         yield
+
+
+@steering(
+    "boost",
+    title="more attention to a span of the prompt",
+    source="arXiv 2506.13734",
+    kinds=("language", "vision-language"),
+    neutral={"factor": 1.0},
+    strength="factor",
+)
+def _open(model: nn.Module, prompt: Prompt, *, span: str = "text", factor: float = 3.0) -> AbstractContextManager[None]:
+    return boost(model, prompt.places(span), factor)

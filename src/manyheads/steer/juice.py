@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.explain.interventions.common import companions, heads_by_layer
 from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import choose, only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
+from manyheads.steer.common import companions, heads_by_layer
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.explain.interventions.common import check_share, positions
 from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import choose, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
+from manyheads.steer.common import check_share, positions
 
 
 @contextmanager

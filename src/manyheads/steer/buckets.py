@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.explain.interventions.common import companions
+from manyheads.steer.common import companions
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.explain.interventions.common import Heads, changed
 from manyheads.hosts.positions import placed
 from manyheads.hosts.sites import only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall
+from manyheads.steer.common import Heads, changed
 
 Offsets = Mapping[tuple[int, int], Tensor]
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from manyheads.explain.interventions.common import Heads, changed, check_share
 from manyheads.hosts.taps import AttentionCall
+from manyheads.steer.common import Heads, changed, check_share
 
 
 @contextmanager
