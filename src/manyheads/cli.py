@@ -52,6 +52,7 @@ def _facts(name: str) -> dict[str, Any]:
         "decodes": card.decodes,
         "takes": dict(card.takes),
         "resizes": card.resizes,
+        "parallel": card.parallel or "",
         "stages": changed_stages(cls),
         "notes": card.notes,
     }
@@ -108,7 +109,7 @@ def show(
     console.print(f"[bold]{name}[/bold]  {facts['title']}, {facts['reference']}\n")
     console.print(facts["description"] + "\n", markup=False)
     facts["takes"] = [f"{name}: {what}" for name, what in facts["takes"].items()]
-    for key in ("family", "patterns", "time", "state", "resizes", "decodes", "stages", "takes", "notes"):
+    for key in ("family", "patterns", "time", "state", "resizes", "parallel", "decodes", "stages", "takes", "notes"):
         value = "; ".join(facts[key]) if key == "takes" else facts[key]
         value = ", ".join(value) if isinstance(value, list) else value
         if value != "":

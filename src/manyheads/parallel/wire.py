@@ -85,6 +85,29 @@ class Hop:
         return self.received
 
 
+def swap(going: dict[int, Tensor], coming: dict[int, Tensor], at: Place) -> None:
+    """Sends each of `going` to the process of that number, and fills each of `coming` from there."""
+    if not going and not coming:
+        return
+    held = {other: x.contiguous() for other, x in going.items()}
+    operations = [dist.P2POp(dist.isend, x, group=at.group, group_peer=other) for other, x in held.items()]
+    operations += [dist.P2POp(dist.irecv, x, group=at.group, group_peer=other) for other, x in coming.items()]
+    sent(sum(x.nbytes for x in held.values()))
+    with _named(at):
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+
+
+def add_up(x: Tensor, at: Place) -> Tensor:
+    """The sum of x over all processes, in every one. Counted as what a ring of processes sends for it."""
+    if at.size == 1:
+        return x
+    sent(2 * x.nbytes * (at.size - 1) // at.size)
+    with _named(at):
+        dist.all_reduce(x, group=at.group)
+    return x
+
+
 def all_gather(x: Tensor, at: Place) -> Tensor:
     """x of every process: [size, *x.shape]."""
     if at.size == 1:
