@@ -30,8 +30,8 @@ def check(model: Any) -> Kind:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
         raise ValueError(
-            f"sequence_parallel: {name} ({kind}) is not among the models whose tokens meet in attention alone, as far as "
-            f"is known here; want a ManyheadsForCausalLM or a causal language model of {', '.join(FAMILIES)}"
+            f"sequence_parallel: {name} ({kind}) is not among the models whose tokens meet in attention alone, as "
+            f"far as is known here; want a ManyheadsForCausalLM or a causal language model of {', '.join(FAMILIES)}"
         )
     try:
         plans = layer_plans(model)

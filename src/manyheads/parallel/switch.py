@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from manyheads.mechanism import Mechanism
 from manyheads.parallel import hosted
+from manyheads.parallel.decoding import Memory, greedy
 from manyheads.parallel.halo import tokens_before, windowed_attention
 from manyheads.parallel.heads import heads_attention
 from manyheads.parallel.layout import Kind, Layout
@@ -43,9 +44,11 @@ class Part:
 class Spread:
     """An open `sequence_parallel`: cuts batches, gathers results, and reads other processes' tokens for the layers."""
 
-    def __init__(self, group: dist.ProcessGroup | None, kind: Kind, softmax: Softmax) -> None:
-        self.group, self.kind, self.softmax = group, kind, softmax
+    def __init__(self, model: Any, group: dist.ProcessGroup | None, kind: Kind, softmax: Softmax) -> None:
+        self.model, self.group, self.kind, self.softmax = model, group, kind, softmax
         self.part: Part | None = None
+        self._memory: Memory | None = None
+        self._remember = self._one_token = False
 
     # -- for who holds it --
 
@@ -65,9 +68,58 @@ class Spread:
         """`reduce_gradients` in this group."""
         reduce_gradients(parameters, self.group)
 
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+    ) -> Tensor:
+        """Greedy decoding, [b, n + new]: what `generate(do_sample=False)` of one process gives.
+
+        input_ids, attention_mask [b, n]: the whole prompts, in every process, padded on the left. Each process reads
+        its shard and keeps the keys and values of that alone (`decoding.Memory`); new tokens are kept in turn. A row
+        that has come to eos_token_id goes on with pad_token_id, or that itself.
+        """
+        given = (input_ids, attention_mask, max_new_tokens, eos_token_id, pad_token_id)
+        try:
+            return greedy(self, self.model, *given)
+        finally:
+            self._memory, self._one_token = None, False
+
+    def first_pass(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """Logits of this process's last token, after which the layers remember all of the batch."""
+        self._remember = True
+        try:
+            logits: Tensor = model(**self.shard(batch), logits_to_keep=1).logits
+        finally:
+            self._remember = False
+        return logits
+
+    def next_pass(self, model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Logits [b, 1, v] of tokens [b, 1] behind those that the layers remember, the same in every process."""
+        assert self._memory is not None
+        self._memory.begin_token()
+        self._one_token = True
+        mask = torch.ones_like(tokens)
+        logits: Tensor = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        return logits
+
+    def agreed(self, chosen: Tensor, *, first: bool) -> Tensor:
+        """Tokens [b] as the process has chosen them that holds the last one, or at later tokens the first process."""
+        at, layout = place(self.group), self._now().layout
+        holds = [rank for rank in range(at.size) if layout.length - 1 in layout.index(rank)[-1:]]
+        return all_gather(chosen, at)[holds[0] if first else 0]
+
     # -- for the layers: see `inner.Across` --
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, windows: Sequence[int] | None) -> Tensor:
+        if self._memory is not None and self._one_token:
+            return self._memory.read_pairs(q, k, v, scale, windows)
+        if self._memory is not None:
+            self._memory.keep_pairs(k, v)
         part = self._now()
         layout, padding, documents = part.layout, part.padding, part.documents
         if windows is not None and layout.kind == "contiguous" and documents is None:
@@ -81,10 +133,18 @@ class Spread:
         return attention(q, k, v, layout, causal=True, window=window, padding=padding, documents=documents, scale=scale)
 
     def recall(self, q: Tensor, k: Tensor, v: Tensor, kernel: Any, *, causal: bool, slopes: Tensor | None) -> Tensor:
+        if self._memory is not None and self._one_token:
+            return self._memory.read_sums(q, k, v, kernel, slopes)
         part = self._alone("a memory that is summed up")
+        if self._memory is not None:
+            self._memory.keep_sums(k, v, kernel, slopes)
         return state_attention(q, k, v, part.layout, kernel, causal=causal, padding=part.padding, slopes=slopes)
 
     def before(self, x: Tensor, count: int) -> Tensor:
+        if self._memory is not None and self._one_token:
+            return self._memory.read_rows(x)
+        if self._memory is not None:
+            self._memory.keep_rows(x, count)
         return tokens_before(x, count, self._alone("a convolution").layout)
 
     def _alone(self, what: str) -> Part:
@@ -107,6 +167,8 @@ class Spread:
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the model's forward: reads off what was given whose part it is."""
+        if self._one_token:
+            return args, kwargs
         named = {**kwargs, **dict(zip(("input_ids",), args, strict=False))}
         _check_call(model, args, named)
         length, number = (int(x) for x in named.pop("shard_of"))
@@ -126,6 +188,7 @@ class Spread:
         if bool(everyone[:, 4].any()) and documents is None:
             raise ValueError("sequence_parallel: seq_idx was given in some processes only; want shards of one batch")
         self.part = Part(layout, real, documents)
+        self._memory = Memory(layout, real) if self._remember else None
         if named.get("position_ids") is None:
             named["position_ids"] = self._positions(model, b, device)
         # A mask, be it of ones, says that positions which do not count up are no documents.
@@ -141,8 +204,8 @@ class Spread:
             )
         if layout.kind != self.kind and self.kind == "contiguous":
             raise ValueError(
-                f"sequence_parallel: a {layout.kind} shard was given, and layers that want a {self.kind} one: cut it by "
-                "the context's own shard()"
+                f"sequence_parallel: a {layout.kind} shard was given, and layers that want a {self.kind} one: cut it "
+                "by the context's own shard()"
             )
         layout.check("sequence_parallel", n)
 
@@ -186,7 +249,7 @@ def sequence_parallel(
     place(group)
     _check_device(model, group)
     ours = _ours(model)
-    spread = Spread(group, _check_mechanisms(model) if ours else hosted.check(model), softmax)
+    spread = Spread(model, group, _check_mechanisms(model) if ours else hosted.check(model), softmax)
     with ExitStack() as stack:
         from manyheads.hosts.switching import uncompiled
 
@@ -253,8 +316,8 @@ def _check_device(model: Any, group: dist.ProcessGroup | None) -> None:
     reached = {"gloo": "cpu", "nccl": "cuda"}.get(backend, device.type)
     if device.type != reached:
         raise ValueError(
-            f"sequence_parallel: the model lies on {device}, and {backend} sends what lies on {reached}; move the model, "
-            "or give a group of another backend"
+            f"sequence_parallel: the model lies on {device}, and {backend} sends what lies on {reached}; move the "
+            "model, or give a group of another backend"
         )
 
 
