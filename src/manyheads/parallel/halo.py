@@ -80,7 +80,7 @@ class _Before(torch.autograd.Function):
         ctx.count, ctx.layout, ctx.shape = count, layout, x.shape
         rank = layout.place.rank
         out = x.new_zeros((count, *x.shape[1:]))
-        going, coming = _parts(rank, count, layout)
+        going, coming = parts_before(rank, count, layout)
         wanted = {other: out.new_empty((part.stop - part.start, *x.shape[1:])) for other, part in coming.items()}
         swap({other: x[part] for other, part in going.items()}, wanted, layout.place)
         for other, part in coming.items():
@@ -92,7 +92,7 @@ class _Before(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         layout = ctx.layout
         back = gradient.new_zeros(ctx.shape)
-        coming, going = _parts(layout.place.rank, ctx.count, layout)
+        coming, going = parts_before(layout.place.rank, ctx.count, layout)
         wanted = {other: back[part].clone() for other, part in coming.items()}
         swap({other: gradient[part] for other, part in going.items()}, wanted, layout.place)
         for other, part in coming.items():
@@ -100,7 +100,7 @@ class _Before(torch.autograd.Function):
         return back, None, None
 
 
-def _parts(rank: int, count: int, layout: Layout) -> tuple[dict[int, slice], dict[int, slice]]:
+def parts_before(rank: int, count: int, layout: Layout) -> tuple[dict[int, slice], dict[int, slice]]:
     """By process: which of this one's tokens it needs, and where among the `count` rows before this one's those stand
     that it holds."""
     spans = []
