@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -10,9 +11,19 @@ import pytest
 import torch
 from processes import begin, processes
 
-from manyheads.parallel import Layout, heads_attention, ring_attention, state_attention
+from manyheads.parallel import Layout, heads_attention, ring_attention, state_attention, windowed_attention
 
-SCHEMES = {"ring": ring_attention, "states": state_attention, "heads": heads_attention}
+
+def window_attention(q, k, v, layout):
+    return windowed_attention(q, k, v, layout, [3] * q.shape[1])
+
+
+SCHEMES = {
+    "ring": ring_attention,
+    "states": state_attention,
+    "heads": heads_attention,
+    "halo": window_attention,
+}
 
 
 def dies(folder: Path, rank: int, size: int, scheme: str) -> None:
@@ -56,7 +67,9 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path, scheme: str) -> Non
     assert time.monotonic() - begun < 30
     ports = []
     for rank in range(2):
-        assert f"process {rank} of 3 lost another one" in (tmp_path / f"{rank}.txt").read_text()
+        told = (tmp_path / f"{rank}.txt").read_text()
+        assert f"process {rank} of 3 lost another one" in told
+        assert re.search(r"process (\d, )?2 has ended", told)
         ports += json.loads((tmp_path / f"{rank}.json").read_text())
     assert ports
     for address, port in ports:

@@ -2,6 +2,7 @@
 
 import decoding_cases
 import heads_cases
+import plan_cases
 import pytest
 import ring_cases
 import state_cases
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 
 from manyheads.parallel import Layout, ring_attention
 
-MODULES = (ring_cases, state_cases, heads_cases, switch_cases, decoding_cases)
+MODULES = (ring_cases, state_cases, heads_cases, switch_cases, decoding_cases, plan_cases)
 NAMES = [f"{module.__name__}: {name}" for module in MODULES for name in module.CASES]
 
 

@@ -82,7 +82,7 @@ class _Before(torch.autograd.Function):
         out = x.new_zeros((count, *x.shape[1:]))
         going, coming = parts_before(rank, count, layout)
         wanted = {other: out.new_empty((part.stop - part.start, *x.shape[1:])) for other, part in coming.items()}
-        swap({other: x[part] for other, part in going.items()}, wanted, layout.place)
+        swap({other: x[part] for other, part in going.items()}, wanted, layout.place, x.device)
         for other, part in coming.items():
             out[part] = wanted[other]
         return out
@@ -94,7 +94,7 @@ class _Before(torch.autograd.Function):
         back = gradient.new_zeros(ctx.shape)
         coming, going = parts_before(layout.place.rank, ctx.count, layout)
         wanted = {other: back[part].clone() for other, part in coming.items()}
-        swap({other: gradient[part] for other, part in going.items()}, wanted, layout.place)
+        swap({other: gradient[part] for other, part in going.items()}, wanted, layout.place, back.device)
         for other, part in coming.items():
             back[part] += wanted[other]
         return back, None, None
