@@ -1,7 +1,7 @@
 """One sequence over processes on this machine: bytes against the formula, memory, time, balance, and rounding.
 
-`python benchmarks/parallel.py` takes about twelve minutes of two cores; `--short` shorter sequences, for a busy machine.
-With a GPU for each of two processes the same is measured with NCCL (`--device cuda`).
+`python benchmarks/parallel.py` takes about twelve minutes of two cores; `--short`: shorter sequences, for a busy
+machine. With a GPU for each process the same is measured with NCCL (`--device cuda`).
 """
 
 from __future__ import annotations
