@@ -1,4 +1,4 @@
-"""Run by `accelerate launch`: two steps of training on shards of one sequence, beside the same in this process alone."""
+"""Run by `accelerate launch`: two steps of training on shards of one sequence, beside the same in one process."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""Training under `accelerate launch` on two processes of a CPU: DistributedDataParallel around a model that is spread."""
+"""Training under `accelerate launch` on two processes of a CPU: DistributedDataParallel around a spread model."""
 
 import os
 import subprocess

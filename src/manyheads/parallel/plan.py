@@ -160,27 +160,34 @@ def _parts(shape: Shape, tokens: int) -> tuple[int, int, int, int]:
 
 
 def held_ring(shape: Shape, tokens: int, processes: int) -> tuple[int, int]:
+    # A zigzag shard is two pieces, of which no tile has more than one.
+    piece = tokens if processes == 1 else -(-tokens // 2)
+    return _held_pairs(shape, tokens, processes, _tiles(shape.batch * shape.heads, piece, shape.wide))
+
+
+def _tiles(rows: int, piece: int, wide: int) -> int:
+    """Scores, weights, their gradient, and what it is made of."""
+    return int(4 * rows * min(TILE, piece) ** 2 * wide)
+
+
+def _held_pairs(shape: Shape, tokens: int, processes: int, tiles: int) -> tuple[int, int]:
     q, kv, out, each = _parts(shape, tokens)
     s, w = shape.item, shape.wide
-    tile = shape.batch * shape.heads * min(TILE, tokens) ** 2 * w
     kept = (q + kv + out) * s + (out + each) * w
     travelling = kv * s * min(2, processes - 1)
     homing = kv * w * (1 if processes == 1 else 3)
     widened = 0 if s == w else (out + q) * w
-    backward = out * s + widened + q * w + 2 * each * w + travelling + homing + 4 * tile
+    backward = out * s + widened + q * w + 2 * each * w + travelling + homing + tiles
     return kept, kept + backward
 
 
 def held_heads(shape: Shape, tokens: int, processes: int) -> tuple[int, int]:
-    """As many numbers as a process's tokens have, of all tokens of some heads; and the exchanges."""
+    """As many numbers as a process's tokens have, of all tokens of some heads; and the copies of an exchange."""
     q, kv, out, _ = _parts(shape, tokens)
-    alone = Shape(**{**vars(shape), "heads": 1, "kv_heads": 1})
-    share = shape.heads // processes
-    tile = alone.batch * share * min(TILE, shape.length) ** 2 * shape.wide
-    kept, peak = held_ring(shape, tokens, 1)
-    whole = 4 * shape.batch * shape.heads * min(TILE, tokens) ** 2 * shape.wide
+    tiles = _tiles(shape.batch * shape.heads // processes, shape.length, shape.wide)
+    kept, peak = _held_pairs(shape, tokens, 1, tiles)
     copied = (q + kv + out) * shape.item if processes > 1 else 0
-    return kept + copied, peak - whole + 4 * tile + copied
+    return kept + copied, peak + copied
 
 
 def held_state(shape: Shape, tokens: int, processes: int) -> tuple[int, int]:
