@@ -195,6 +195,7 @@ class Mechanism(Checks, ABC):
             "a dense mask": dense is not None,
             "a state": state is not None,
             "need_weights=True": need_weights,
+            "a listener": self.listener is not None,  # it would take this process's keys for all
         }
         strange = [what for what, there in given.items() if there]
         if strange:

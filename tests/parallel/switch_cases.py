@@ -82,6 +82,16 @@ def refused(model, message: str, *, before=lambda model: None, **options) -> Non
         model(**spread.shard(batch))
 
 
+def listened() -> None:
+    """Taps would take one process's keys for all."""
+    from manyheads.hosts.taps import tap
+
+    for model in (ours("softmax"), hosted("llama")):
+        with sequence_parallel(model) as spread, pytest.raises(ValueError, match=r"a listener|manyheads_spread"):
+            with tap(model, lambda call: None):
+                model(**spread.shard(batch_of(17)))
+
+
 def too_short() -> None:
     size = dist.get_world_size()
     if size > 1:
@@ -198,6 +208,7 @@ CASES = {
     "attention dropout": lambda: refused(
         hosted("llama", attention_dropout=0.1), "attention dropout 0.1", before=lambda m: m.train()
     ),
+    "listened": listened,
     "too short": too_short,
     "unlike": unlike,
     "two groups": two_groups,
