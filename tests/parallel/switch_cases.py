@@ -87,9 +87,12 @@ def listened() -> None:
     from manyheads.hosts.taps import tap
 
     for model in (ours("softmax"), hosted("llama")):
-        with sequence_parallel(model) as spread, pytest.raises(ValueError, match=r"a listener|manyheads_spread"):
-            with tap(model, lambda call: None):
-                model(**spread.shard(batch_of(17)))
+        with (
+            sequence_parallel(model) as spread,
+            pytest.raises(ValueError, match=r"a listener|manyheads_spread"),
+            tap(model, lambda call: None),
+        ):
+            model(**spread.shard(batch_of(17)))
 
 
 def too_short() -> None:
