@@ -35,7 +35,8 @@ class Imagined(Layout):
 
     @property
     def place(self) -> Place:
-        return self.__dict__["at"]  # type: ignore[no-any-return]
+        at: Place = self.__dict__["at"]
+        return at
 
 
 @dataclass(frozen=True)
@@ -195,11 +196,13 @@ def held_state(shape: Shape, tokens: int, processes: int) -> tuple[int, int]:
     assert shape.memory is not None
     features, width = shape.memory
     q, kv, out, each = _parts(shape, tokens)
+    # Features that are made, and what becomes of scores of a kernel other than their own product.
     made = features if features > shape.key_dim else 0
-    chunks = -(-tokens // CHUNK)
-    memories = shape.batch * shape.heads * features * width * (2 * chunks + 2 * processes)
-    kept = (q + kv + out) * shape.item + (each * (2 * CHUNK + 2 * made + 3 * width) + memories) * shape.wide
-    return kept, kept + (out + q + kv) * shape.item + (out + q + kv) * shape.wide
+    matrices = CHUNK * (2 if made else 1)
+    values = width if width > shape.value_dim else 0
+    memories = shape.batch * shape.heads * features * width * (-(-tokens // CHUNK) + 2 * processes)
+    kept = (q + kv + out) * shape.item + (each * (matrices + 2 * made + values) + memories) * shape.wide
+    return kept, kept + (q + kv) * shape.wide
 
 
 def held_halo(shape: Shape, tokens: int, processes: int) -> tuple[int, int]:
@@ -212,7 +215,7 @@ def held_halo(shape: Shape, tokens: int, processes: int) -> tuple[int, int]:
     # The matrix of each block of queries, as wide as its window and itself.
     reach = sum(min(w, tokens + count) + min(max(w, 16), 64) for w in shape.windows) // len(shape.windows)
     kept = inputs + (kv + joined) * shape.item + each * reach * shape.item
-    return kept, kept + 2 * each * reach * shape.item + inputs + 2 * (kv + joined) * shape.item
+    return kept, kept + (q + kv) * shape.item
 
 
 HELD = {"ring": held_ring, "heads": held_heads, "state": held_state, "halo": held_halo}

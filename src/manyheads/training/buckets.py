@@ -35,7 +35,8 @@ def length_buckets(pairs: Sequence[Pair], inputs: int, outputs: int = 1) -> list
     for what, value in (("inputs", inputs), ("outputs", outputs)):
         if value < 1:
             raise ValueError(f"length_buckets: {what}={value} was given; want 1 or more")
-    found, left = [], sorted(pairs)
+    found: list[Bucket] = []
+    left = sorted(pairs)
     for bound in _bounds([n for n, _ in left], inputs):
         here = [pair for pair in left if pair[0] <= bound]
         left = left[len(here) :]
@@ -53,7 +54,8 @@ def _check(pairs: Sequence[Pair]) -> None:
 
 def _bounds(lengths: list[int], count: int) -> list[int]:
     """Lengths that cut the sum of all into equal parts, each once, the longest among them."""
-    lengths, total, done, found = sorted(lengths), sum(lengths), 0, []
+    lengths, total, done = sorted(lengths), sum(lengths), 0
+    found: list[int] = []
     for length in lengths:
         done += length
         if done * count >= total * (len(found) + 1):
@@ -76,7 +78,7 @@ def bucket_of(pair: Pair, buckets: Sequence[Bucket]) -> Bucket:
 def measured_peak(step: Callable[[int, Bucket], object], device: torch.device | str = "cpu") -> Callable[..., int]:
     """(batch, bucket) -> bytes above what is held before that step(batch, bucket) takes, of its second run: the first
     one makes the optimizer's state."""
-    device, begun = torch.device(device), []
+    device, begun = torch.device(device), list[bool]()
 
     def peak(batch: int, bucket: Bucket) -> int:
         if not begun:
