@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from manyheads import list_attentions
-from manyheads.cli import app, example_code, main
+from manyheads.catalogue import example_code
+from manyheads.cli import app, main
 from manyheads.registry import mechanism_class
 
 

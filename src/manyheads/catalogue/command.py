@@ -1,0 +1,109 @@
+"""The commands `manyheads list` and `manyheads show`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from manyheads.catalogue.columns import COLUMNS, Row, sort_rows, where_rows, written
+from manyheads.catalogue.facts import arguments, example_code, facts
+from manyheads.registry import list_attentions, mechanism_class
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+_IN_A_PIPE = 260  # columns: nothing there wraps lines, and what is read by a program should not be wrapped
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def console(**options: Any) -> Console:
+    """A console that in a pipe is wide enough for a table."""
+    made = Console(**options)
+    return made if made.is_terminal else Console(width=max(made.width, _IN_A_PIPE), **options)
+
+
+def list_(
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Only those that declare this pattern.")] = None,
+    where: Annotated[
+        str | None, typer.Option(help="Only those for which all of it holds: 'state=1 recall>.9'.")
+    ] = None,
+    sort: Annotated[
+        str, typer.Option(help="By this column, the best first: recall; the worst first: -recall.")
+    ] = "name",
+    as_json: AsJson = False,
+) -> None:
+    """Name every mechanism, with its patterns, cost and measured figures (blank where there is none)."""
+    rows = sort_rows([facts(name) for name in list_attentions(family=family, pattern=pattern)], sort)
+    rows = where_rows(rows, where) if where is not None else rows
+    if as_json:
+        return print_json(rows)
+    return console().print(_table(rows, console().width))
+
+
+def _table(rows: list[Row], width: int) -> Table:
+    """As many columns as the width has place for: names, growth and figures first, then patterns, then the paper."""
+    wide, wider = width >= 130, width >= 170
+    words = ["name", *(["family"] if wide else [])]
+    numbers = [key for key, kept in COLUMNS.items() if kept.write and (wide or key != "ms")]
+    table = Table(title=f"{len(rows)} mechanisms", box=SIMPLE_HEAD, padding=(0, 1) if wide else (0, 1, 0, 0))
+    for header in (*words, *(["self", "cross", "other"] if wide else [])):
+        table.add_column(header, no_wrap=True)
+    table.add_column("time", no_wrap=wider)
+    table.add_column("state", no_wrap=wider)
+    for header in numbers:
+        table.add_column(header, justify="right", no_wrap=True)
+    if wider:
+        table.add_column("paper", no_wrap=True)
+    for row in rows:
+        patterns = _pattern_columns(row["patterns"]) if wide else ()
+        cells = [written(row, key) for key in ("time", "state", *numbers)]
+        table.add_row(*(row[key] for key in words), *patterns, *cells, *([row["reference"]] if wider else []))
+    return table
+
+
+def _pattern_columns(patterns: list[str]) -> tuple[str, str, str]:
+    """Self, cross and other patterns in a word each."""
+
+    def forms(kind: str) -> str:
+        found = [p.removesuffix(kind) for p in patterns if p.endswith(kind) and p != "grid-cross"]
+        return "both" if len(found) == 2 else "".join(found)
+
+    other = [p for p in patterns if p == "grid-cross" or not p.endswith(("-self", "-cross"))]
+    return forms("-self"), forms("-cross"), ", ".join(other)
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="A name from `manyheads list`.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show one mechanism: card, equation, stages, cost, arguments and an example that runs."""
+    cls, told = mechanism_class(name), facts(name)
+    told["description"] = inspect.getdoc(cls) or ""
+    told["arguments"] = arguments(cls)
+    told["example"] = example_code(cls)
+    if as_json:
+        return print_json(told)
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(f"[bold]{name}[/bold]  {told['title']}, {told['reference']}\n")
+    out.print(told["description"] + "\n", markup=False)
+    told["takes"] = [f"{name}: {what}" for name, what in told["takes"].items()]
+    for key in ("family", "patterns", "time", "state", "resizes", "decodes", "stages", "takes", "notes"):
+        value = "; ".join(told[key]) if key == "takes" else told[key]
+        value = ", ".join(value) if isinstance(value, list) else value
+        if value != "":
+            out.print(f"{key:>9}  {value}", markup=False)
+    for key, kept in COLUMNS.items():
+        if kept.write and told[key] is not None:
+            out.print(f"{key:>9}  {written(told, key)} ({kept.what})", markup=False)
+    out.print("\narguments")
+    for argument, default in told["arguments"].items():
+        out.print(f"  {argument} = {default}", markup=False)
+    return out.print("\n" + told["example"], markup=False)
