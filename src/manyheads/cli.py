@@ -1,4 +1,4 @@
-"""The command line: list, show, find, check, compare, heads, shrink, convert, explain, serve, info."""
+"""The command line: list, show, find, board, check, compare, heads, shrink, convert, explain, serve, info."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 import manyheads
-from manyheads.catalogue.command import AsJson, find, list_, print_json, show
+from manyheads.catalogue.command import AsJson, board, find, list_, print_json, show
 from manyheads.compare.command import compare
 from manyheads.convert.command import convert
 from manyheads.explain.command import explain
@@ -30,6 +30,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command("list")(list_)
 app.command()(show)
 app.command()(find)
+app.command()(board)
 
 
 @app.command()

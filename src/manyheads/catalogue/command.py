@@ -1,15 +1,17 @@
-"""The commands `manyheads list`, `manyheads show` and `manyheads find`."""
+"""The commands `manyheads list`, `manyheads show`, `manyheads find` and `manyheads board`."""
 
 from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
 from rich.table import Table
 
 from manyheads.catalogue.columns import COLUMNS, Row, sort_rows, where_rows, written
@@ -153,3 +155,21 @@ def find(
     for note in filter(None, [answer.note, f"searched by {answer.way}"]):
         out.print(note, markup=False)
     return None
+
+
+def board(
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("board.html"),
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="Only those that declare this pattern.")] = None,
+) -> None:
+    """Write one offline page of every mechanism: figures, quality against cost, card, equation, who sees whom."""
+    from manyheads.catalogue.board import write_board
+
+    names = list_attentions(family=family, pattern=pattern)
+    if not names:
+        raise ValueError(
+            f"no mechanism of family {family!r} declares {pattern}; see `manyheads list --family {family}`"
+        )
+    shown = track(names, "drawing", console=Console(stderr=True), transient=True)
+    path = write_board(out, shown)
+    typer.echo(f"{path}: {len(names)} mechanisms, {path.stat().st_size / 1e6:.2f} MB")

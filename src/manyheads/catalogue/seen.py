@@ -7,6 +7,7 @@ alone does not show. Float64, random weights; small instances, as the card's exa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +53,10 @@ def _drawn(cls: type[Mechanism], pattern: Pattern) -> Iterator[Picture]:
     assert total is not None
     shares = total / _DRAWS
     if spatial and not pattern.cross:
-        size = _first_size(case, module, n)
-        middle = shares[_middle(module, size, len(shares))]
-        yield Picture(pattern.value, "the cells that one in the middle sees", middle[: size[0] * size[1]].view(size))
+        sizes = module.map_sizes(n, n + 1)[0] if pattern is Pattern.MAPS else (n, n + 1)
+        sizes = (*sizes, 2) if pattern is Pattern.VOLUME else sizes
+        view = shares[_middle(sizes, len(shares))][: math.prod(sizes)].view(sizes)
+        yield Picture(pattern.value, "the cells that one in the middle sees", view[..., 1] if view.ndim > 2 else view)
     elif pattern is Pattern.POOL:
         yield Picture(pattern.value, "the tokens that the result sees", shares)
     else:
@@ -62,15 +64,12 @@ def _drawn(cls: type[Mechanism], pattern: Pattern) -> Iterator[Picture]:
         yield Picture(pattern.value, f"down: queries; across: {keys} that they see", shares)
 
 
-def _first_size(case: Case, module: Mechanism, n: int) -> tuple[int, int]:
-    return module.map_sizes(n, n + 1)[0] if case.pattern is Pattern.MAPS else (n, n + 1)
-
-
-def _middle(module: Mechanism, size: tuple[int, int], outputs: int) -> int:
-    """The place of the output in the middle: of the same grid, or of the whole where it has another size."""
-    height, width = size
-    same = outputs >= height * width
-    return height // 2 * width + width // 2 if same else outputs // 2
+def _middle(sizes: tuple[int, ...], outputs: int) -> int:
+    """The place of the output in the middle: of the first map, or of all where the result has another size."""
+    place = 0
+    for size in sizes:
+        place = place * size + size // 2
+    return place if outputs >= math.prod(sizes) else outputs // 2
 
 
 def _dependence(module: Mechanism, x: Tensor, context: Any) -> Tensor:
