@@ -44,7 +44,7 @@ class SoftmaxAttention(Mechanism):
     without its naming it.
     """
 
-    windows: Sequence[int] | None = None  # of each head, where the newest tokens are all that it selects
+    head_windows: Sequence[int] | None = None  # of each head, where the newest tokens are all that it selects
     span: int | None = None  # no query looks further back than this many tokens, itself included: bounds the state
     eager: ClassVar[bool] = False  # a stage that needs the score matrix is overridden
     shares_kv: ClassVar[bool] = True  # the stages take fewer key/value heads than query heads
@@ -258,7 +258,7 @@ class SoftmaxAttention(Mechanism):
                 f"{self.card.name}: a sequence over several processes, and softcap={self.shell.softcap}, which no "
                 "scheme has; run it in one process"
             )
-        windows = self.windows if self.shell.window is None else [self.shell.window] * self.heads
+        windows = self.head_windows if self.shell.window is None else [self.shell.window] * self.heads
         return across.attend(q, k, v, scale=self.scale, windows=windows)
 
     def _read(self, x: Tensor, context: Any, call: Call) -> tuple[Tensor, Tensor, Tensor, Where]:
