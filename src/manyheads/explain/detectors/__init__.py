@@ -7,6 +7,7 @@ massive_values(model, "key"), Maps.of(model), Importance.of(model), path_patchin
 
 from __future__ import annotations
 
+from manyheads.explain.detectors.circuit_tasks import CircuitTask, coloured_objects, indirect_object
 from manyheads.explain.detectors.detect import DETECTORS, QUICK, detect, detector_notes
 from manyheads.explain.detectors.importance import Importance, Pruning
 from manyheads.explain.detectors.maps import Maps
@@ -26,6 +27,7 @@ __all__ = [
     "DETECTORS",
     "QUICK",
     "Channels",
+    "CircuitTask",
     "Detector",
     "HeadTable",
     "Importance",
@@ -36,8 +38,10 @@ __all__ = [
     "Pruning",
     "circuit",
     "circuit_overlap",
+    "coloured_objects",
     "detect",
     "detector_notes",
+    "indirect_object",
     "logit_difference",
     "massive_values",
     "path_patching",

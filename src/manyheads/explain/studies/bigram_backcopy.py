@@ -116,7 +116,6 @@ class BigramBackcopy(Study):
         "copy_loss": "copy loss",
         "excess_loss": "excess loss",
     }
-    seeds = 1
 
     vocab: int = 32
     triggers: int = 3

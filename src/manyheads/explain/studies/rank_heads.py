@@ -77,7 +77,6 @@ class RankHeads(Study):
         "hits": "nearest found",
         "parameters": "parameters",
     }
-    seeds = 1
 
     dim: int = 16
     count: int = 8

@@ -72,7 +72,6 @@ class SinkEmergence(Study):
         "applied": "weight on first",
         "bits": "bits per token",
     }
-    seeds = 1
 
     vocab: int = 32
     length: int = 32
