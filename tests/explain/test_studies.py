@@ -36,7 +36,14 @@ from manyheads.explain.studies.study import (
     seeded,
     study_class,
 )
-from manyheads.explain.studies.tiny import Look, ReluAttention, SigmoidAttention, TinyTransformer, shares
+from manyheads.explain.studies.tiny import (
+    KeyBiasAttention,
+    Look,
+    ReluAttention,
+    SigmoidAttention,
+    TinyTransformer,
+    shares,
+)
 from manyheads.tasks.draw import generator
 
 # Small enough for a second or two each. Whether the claim shows at this size is said beside it: True, or None where
@@ -326,6 +333,33 @@ def test_memorised_linear_share_and_rises() -> None:
 
 
 @torch.no_grad()
+def test_a_key_bias_takes_its_share() -> None:
+    module = KeyBiasAttention(6, 2, causal=True)
+    module.extra.copy_(torch.randn(2, 3, 1, generator=SEED))
+    x = torch.randn(1, 4, 6, generator=SEED)
+    found = module(x, need_weights=True)
+    weights, (q, k) = found.weights, (module.q_proj(x)[0], module.k_proj(x)[0])
+    for h in range(2):
+        span = slice(3 * h, 3 * h + 3)
+        for i in range(4):
+            scores = [math.exp(float(q[i, span] @ k[j, span]) / 3**0.5) for j in range(i + 1)]
+            spare = math.exp(float(q[i, span] @ module.extra[h, :, 0]) / 3**0.5)
+            for j in range(4):
+                assert abs(float(weights[0, h, i, j]) - (scores[j] / (sum(scores) + spare) if j <= i else 0)) < 1e-5
+    torch.testing.assert_close(module(x).output, found.output)
+
+
+@torch.no_grad()
+def test_stacked_layers_by_hand() -> None:
+    model = rank_heads.Stacked(3, 2, 2, 2)
+    query, points = rank_heads.draw_sphere(5, 4, 3, generator("stacked"))
+    first, second = model.layers
+    torch.testing.assert_close(model(query, points), second(query + first(query, points), points))
+    one = rank_heads.Stacked(3, 2, 2, 1)
+    torch.testing.assert_close(one(query, points), one.layers[0](query, points))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("kind", "rule"), [(ReluAttention, lambda s: max(s, 0.0)),
                                             (SigmoidAttention, lambda s: 1 / (1 + math.exp(-s)))])  # fmt: skip
 def test_attention_without_softmax(kind: Any, rule: Any) -> None:
@@ -527,10 +561,40 @@ def test_pairs_of_seeds_and_what_they_say() -> None:
 def test_verdicts_of_made_up_cells() -> None:
     """A verdict turns when the figure that it rests on does."""
     study = create_study("rank-heads", dim=8, ranks=(8, 1))
-    made = [{**point, "squared_error": 0.1 if point["rank"] == 8 else 0.7} for point in study.points()]
+    made = [{**point, "seed": 0, "squared_error": 0.1 if point["rank"] == 8 else 0.7} for point in study.points()]
     assert study.verdict(made).seen is True
     assert study.verdict([own | {"squared_error": 0.6} for own in made]).seen is False
+    deeper = [own | {"squared_error": 0.05} if own["depth"] == 3 else own for own in made]
+    assert study.verdict(deeper).seen is False
     assert study.verdict(made[1:]) == Verdict(None, {}, ("Not every condition was measured.",))
+    copies = create_study("bigram-backcopy")
+    deep = [
+        {
+            **point,
+            "seed": seed,
+            "dormant_sink": 0.8,
+            "active_sink": 0.1,
+            "drain": 0.3 + (point["attention"] == "relu"),
+            "peak": 2.0 if point["optimiser"] == "adam" else 1.0,
+        }
+        for seed in range(3)
+        for point in copies.points()
+    ]
+    assert copies.verdict(deep).seen is True
+    assert copies.verdict([own | {"peak": 1.0} for own in deep]).seen is False
+    assert copies.verdict([own | {"active_sink": 0.9} for own in deep]).seen is False
+    assert copies.verdict(deep[:2]).seen is None
+    sinks = create_study("sink-emergence")
+    usual = {"first": 0.1, "applied": 0.1, "bits": 3.0, "curve": [{"step": 0, "sinks": 0.0}]}
+    plain = {"attention": "softmax", "optimiser": "adam"}
+    some = [
+        {**point, "seed": seed, **usual, "sinks": 0.5 if plain.items() <= point.items() else 0.1}
+        for seed in range(3)
+        for point in sinks.points()
+    ]
+    assert sinks.verdict(some).seen is True
+    biased = [own | {"sinks": 0.6} if own["attention"] == "key-bias" else own for own in some]
+    assert sinks.verdict(biased).seen is False
     capacity = create_study("memorisation")
     whole = [{**point, "mechanism": point["label"], "memorised": 10.0 * point["heads"] + point["context"]
               + point["head_dim"]} for point in capacity.points()]  # fmt: skip
@@ -543,7 +607,7 @@ def test_verdicts_of_made_up_cells() -> None:
 def test_claims_that_need_some_training() -> None:
     """Sinks, patterns and capacity show after hundreds of steps only, which together take half a minute."""
     sinks = create_study("bigram-backcopy", steps=600, depths=(1,))
-    soft, relu = (sinks.measure(point, 0) for point in sinks.points())
+    soft, relu = (sinks.measure(point, 0) for point in sinks.points()[:2])
     assert soft["dormant_sink"] > 0.3 > 0.1 > soft["active_sink"]
     assert soft["drain"] < 0.6 < relu["drain"]
     assert soft["copy_loss"] < 0.3

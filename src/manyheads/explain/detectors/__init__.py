@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from manyheads.explain.detectors.circuit_tasks import CircuitTask, coloured_objects, indirect_object
 from manyheads.explain.detectors.detect import DETECTORS, QUICK, detect, detector_notes
+from manyheads.explain.detectors.hops import Clusters, cluster_heads, hop_strengths
 from manyheads.explain.detectors.importance import Importance, Pruning
 from manyheads.explain.detectors.maps import Maps
 from manyheads.explain.detectors.massive import Channels, massive_values
@@ -28,6 +29,7 @@ __all__ = [
     "QUICK",
     "Channels",
     "CircuitTask",
+    "Clusters",
     "Detector",
     "HeadTable",
     "Importance",
@@ -38,9 +40,11 @@ __all__ = [
     "Pruning",
     "circuit",
     "circuit_overlap",
+    "cluster_heads",
     "coloured_objects",
     "detect",
     "detector_notes",
+    "hop_strengths",
     "indirect_object",
     "logit_difference",
     "massive_values",
