@@ -5,7 +5,7 @@
     awareness                   cosine of the segments' masses (mean over layers and heads) and their importance
 Strategy-relevant attention, tracked over the turns of a talk: arXiv 2402.10453. Contextual awareness and the gap of two
 homologous models' perplexities: GATEAU, arXiv 2410.15633 (S1s-Z/GATEAU), whose cosine is from the paper, as the
-released code lacks it; there the importance is the softmax of minus the perplexity, here (`scale="perplexity"`) the same.
+released code lacks it; importance there is the softmax of minus the perplexity, as is `scale="perplexity"` here.
 """
 
 from __future__ import annotations

@@ -12,15 +12,19 @@ from manyheads.explain.interventions.perturb import guided, perturb
 from manyheads.explain.interventions.pine import position_invariant
 from manyheads.explain.interventions.redistribute import redistribute
 from manyheads.explain.interventions.steer import fit_offsets, pick_heads, scaled, steer
+from manyheads.explain.interventions.task_vector import TaskVector, head_means, learn_task_vector
 
 __all__ = [
+    "TaskVector",
     "boost",
     "buckets",
     "calibrate",
     "fit_offsets",
     "guided",
     "head_effects",
+    "head_means",
     "juice",
+    "learn_task_vector",
     "perturb",
     "pick_heads",
     "position_invariant",
