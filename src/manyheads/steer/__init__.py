@@ -12,15 +12,19 @@ from manyheads.steer.offsets import fit_offsets, pick_heads, scaled, steer
 from manyheads.steer.perturb import guided, perturb
 from manyheads.steer.pine import position_invariant
 from manyheads.steer.redistribute import redistribute
+from manyheads.steer.task_vector import TaskVector, head_means, learn_task_vector
 
 __all__ = [
+    "TaskVector",
     "boost",
     "buckets",
     "calibrate",
     "fit_offsets",
     "guided",
     "head_effects",
+    "head_means",
     "juice",
+    "learn_task_vector",
     "perturb",
     "pick_heads",
     "position_invariant",
