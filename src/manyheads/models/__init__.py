@@ -13,6 +13,7 @@ from manyheads.models.configuration import ManyheadsConfig
 if TYPE_CHECKING:
     from manyheads.models.auto import ManyheadsBody
     from manyheads.models.cache import ManyheadsCache
+    from manyheads.models.detection import ManyheadsForObjectDetection
     from manyheads.models.heads import (
         ManyheadsForCausalLM,
         ManyheadsForSeq2SeqLM,
@@ -27,6 +28,7 @@ __all__ = [
     "ManyheadsConfig",
     "ManyheadsForCausalLM",
     "ManyheadsForImageClassification",
+    "ManyheadsForObjectDetection",
     "ManyheadsForSemanticSegmentation",
     "ManyheadsForSeq2SeqLM",
     "ManyheadsForSequenceClassification",

@@ -9,6 +9,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -16,6 +17,7 @@ from transformers import (
 
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
+from manyheads.models.detection import ManyheadsForObjectDetection
 from manyheads.models.heads import (
     ManyheadsForCausalLM,
     ManyheadsForSeq2SeqLM,
@@ -29,6 +31,7 @@ __all__ = [
     "ManyheadsCache",
     "ManyheadsForCausalLM",
     "ManyheadsForImageClassification",
+    "ManyheadsForObjectDetection",
     "ManyheadsForSemanticSegmentation",
     "ManyheadsForSeq2SeqLM",
     "ManyheadsForSequenceClassification",
@@ -36,6 +39,9 @@ __all__ = [
     "ManyheadsPreTrainedModel",
     "ManyheadsSeq2SeqModel",
 ]
+
+
+_OVER_IMAGES = (ManyheadsForImageClassification, ManyheadsForObjectDetection, ManyheadsForSemanticSegmentation)
 
 
 class ManyheadsBody(ManyheadsPreTrainedModel):
@@ -56,9 +62,9 @@ class ManyheadsBody(ManyheadsPreTrainedModel):
 
 def _body(config: ManyheadsConfig) -> tuple[type[ManyheadsPreTrainedModel], dict[str, Any]]:
     saved = (config.architectures or [""])[0]
-    if saved in (ManyheadsForImageClassification.__name__, ManyheadsForSemanticSegmentation.__name__):
+    if saved in {model.__name__ for model in _OVER_IMAGES}:
         raise ValueError(
-            "AutoModel: an image classifier's body reads patches, and has no class of its own; use "
+            "AutoModel: an image model's body reads patches, and has no class of its own; use "
             f"AutoModel{saved.removeprefix('Manyheads')} (with "
             "output_hidden_states=True for what is below the classifier)"
         )
@@ -75,3 +81,4 @@ AutoModelForSeq2SeqLM.register(ManyheadsConfig, ManyheadsForSeq2SeqLM, exist_ok=
 AutoModelForSequenceClassification.register(ManyheadsConfig, ManyheadsForSequenceClassification, exist_ok=True)
 AutoModelForSemanticSegmentation.register(ManyheadsConfig, ManyheadsForSemanticSegmentation, exist_ok=True)
 AutoModelForImageClassification.register(ManyheadsConfig, ManyheadsForImageClassification, exist_ok=True)
+AutoModelForObjectDetection.register(ManyheadsConfig, ManyheadsForObjectDetection, exist_ok=True)
