@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from manyheads.card import Pattern
 from manyheads.registry import mechanism_class
-from manyheads.tasks import Batch, Task, create_task
+from manyheads.tasks import Batch, Task, create_task, list_tasks, task_class
 
 _EVAL_BATCH = 128
+_SHAPED = (Pattern.GRID, Pattern.GRAPH)  # noncausal mechanisms see these as a sequence, or a set
 
 
 def train_cell(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,23 +168,24 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
         "image-classification": models.ManyheadsForImageClassification,
         "semantic-segmentation": models.ManyheadsForSemanticSegmentation,
         "object-detection": models.ManyheadsForObjectDetection,
+        "node-classification": models.ManyheadsForNodeClassification,
     }[task.head]
     return cls(models.ManyheadsConfig(**settings, **placed(task, spec)))
 
 
 def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
     """Where the mechanism goes in the model. Raises ValueError where the task has no place for it."""
-    missing = unpassed(spec["name"])
+    missing = unpassed(spec["name"], task)
     if missing:
         raise ValueError(missing)
     patterns = mechanism_class(spec["name"]).card.patterns
     if task.pattern in patterns:
         if Pattern(task.pattern).cross:
             return {"layers": ["softmax"], "cross_layers": [dict(spec)]}
-        causal = None if task.pattern == Pattern.GRID else task.pattern == Pattern.CAUSAL_SELF
+        causal = None if task.pattern in _SHAPED else task.pattern == Pattern.CAUSAL_SELF
         return {"layers": [dict(spec)], "is_causal": causal}
     classifies = task.head.endswith("classification")
-    if task.pattern == Pattern.GRID and Pattern.NONCAUSAL_SELF in patterns:
+    if task.pattern in _SHAPED and Pattern.NONCAUSAL_SELF in patterns:
         return {"layers": [dict(spec)], "is_causal": False}
     if task.head == "object-detection" and Pattern.NONCAUSAL_CROSS in patterns:
         return {"layers": ["softmax"], "cross_layers": [dict(spec)]}
@@ -193,13 +195,15 @@ def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
     raise ValueError(f"{task.name} needs {task.pattern}; {spec['name']} declares {declared}")
 
 
-def unpassed(name: str) -> str:
-    """'' where a task's tokens are all that the mechanism must have; else what it reads beside them and no task has, as
-    a reason to train nothing."""
+def unpassed(name: str, task: Task | type[Task] | None = None) -> str:
+    """'' where the task's tokens, and what it gives beside them, are all that the mechanism must have; else what it
+    reads that the task (None: any task) has not, as a reason to train nothing."""
     card = mechanism_class(name).card
-    read = {key: what for key, what in card.takes.items() if not what.startswith("optional")}
+    given = {key for each in ([task] if task else map(task_class, list_tasks())) for key in each.beside}
+    read = {key: what for key, what in card.takes.items() if key not in given and not what.startswith("optional")}
     words = "; ".join(f"{key} ({what})" for key, what in read.items())
-    return f"{name} reads more than its tokens, and no task has it: {words}" if read else ""
+    which = f"{task.name} has it not" if task else "no task has it"
+    return f"{name} reads more than its tokens, and {which}: {words}" if read else ""
 
 
 def has_place(task: Task | type[Task], name: str) -> bool:

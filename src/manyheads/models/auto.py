@@ -18,6 +18,7 @@ from transformers import (
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
 from manyheads.models.detection import ManyheadsForObjectDetection
+from manyheads.models.graphs import ManyheadsForNodeClassification
 from manyheads.models.heads import (
     ManyheadsForCausalLM,
     ManyheadsForSeq2SeqLM,
@@ -31,6 +32,7 @@ __all__ = [
     "ManyheadsCache",
     "ManyheadsForCausalLM",
     "ManyheadsForImageClassification",
+    "ManyheadsForNodeClassification",
     "ManyheadsForObjectDetection",
     "ManyheadsForSemanticSegmentation",
     "ManyheadsForSeq2SeqLM",
@@ -62,6 +64,11 @@ class ManyheadsBody(ManyheadsPreTrainedModel):
 
 def _body(config: ManyheadsConfig) -> tuple[type[ManyheadsPreTrainedModel], dict[str, Any]]:
     saved = (config.architectures or [""])[0]
+    if saved == ManyheadsForNodeClassification.__name__:
+        raise ValueError(
+            "AutoModel: a classifier of nodes has no body of its own class, and transformers no Auto class for it; use "
+            f"manyheads.models.{saved}.from_pretrained"
+        )
     if saved in {model.__name__ for model in _OVER_IMAGES}:
         raise ValueError(
             "AutoModel: an image model's body reads patches, and has no class of its own; use "

@@ -41,7 +41,7 @@ class Task(ABC):
 
     pattern: which of the attention patterns the task needs. head: "causal-lm", "seq2seq-lm", "sequence-classification",
     "image-classification", "semantic-segmentation", "object-detection" or "node-classification". metric: what `score`
-    adds up.
+    adds up. beside: what the model passes to mechanisms whose card takes it by name.
     """
 
     name: ClassVar[str]
@@ -50,6 +50,7 @@ class Task(ABC):
     head: ClassVar[str] = "causal-lm"
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
+    beside: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
