@@ -31,24 +31,24 @@ MEASURES = (
 
 # What a cell can see in one layer, on maps of 8 x 8 cells: of 4 x 4 around it or less, or all of them.
 NAMES = {
-    "twins-local[window=4]": "windows",
-    "maxvit-block[window=4]": "windows",
-    "halonet[block=2,halo=1]": "windows",
-    "neighborhood-grid[window=3]": "windows",
-    "mambaout[kernel=3]": "convolution",
-    "large-kernel-attention": "convolution",
-    "focal-modulation[window=3,levels=2]": "convolution and a mean",
-    "agent": "all",
-    "twins-global[reduce=2]": "all",
-    "hilo[window=2]": "windows and all",
     "softmax": "all",
+    "twins-local[window=4]": "windows",
+    "mambaout[kernel=3]": "convolution",
+    "agent": "all",
+    "neighborhood-grid[window=3]": "windows",
+    "focal-modulation[window=3,levels=2]": "convolution and a mean",
+    "halonet[block=2,halo=1]": "windows",
+    "hilo[window=2]": "windows and all",
+    "large-kernel-attention": "convolution",
+    "maxvit-block[window=4]": "windows",
+    "twins-global[reduce=2]": "all",
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("runs/canvases"), help="stored cells: a stopped run goes on")
-    parser.add_argument("tasks", nargs="*", default=["cluttered", "pointed"])
+    parser.add_argument("tasks", nargs="*", default=["cluttered"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, dict[str, Any]] = {name: {"mechanism": name, "sees": NAMES[name]} for name in NAMES}
