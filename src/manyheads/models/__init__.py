@@ -13,6 +13,8 @@ from manyheads.models.configuration import ManyheadsConfig
 if TYPE_CHECKING:
     from manyheads.models.auto import ManyheadsBody
     from manyheads.models.cache import ManyheadsCache
+    from manyheads.models.detection import ManyheadsForObjectDetection
+    from manyheads.models.graphs import ManyheadsForNodeClassification
     from manyheads.models.heads import (
         ManyheadsForCausalLM,
         ManyheadsForSeq2SeqLM,
@@ -27,6 +29,8 @@ __all__ = [
     "ManyheadsConfig",
     "ManyheadsForCausalLM",
     "ManyheadsForImageClassification",
+    "ManyheadsForNodeClassification",
+    "ManyheadsForObjectDetection",
     "ManyheadsForSemanticSegmentation",
     "ManyheadsForSeq2SeqLM",
     "ManyheadsForSequenceClassification",
