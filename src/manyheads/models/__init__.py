@@ -13,6 +13,7 @@ from manyheads.models.configuration import ManyheadsConfig
 if TYPE_CHECKING:
     from manyheads.models.auto import ManyheadsBody
     from manyheads.models.cache import ManyheadsCache
+    from manyheads.models.diffusion import DiffusionConfig, DiffusionTransformer
     from manyheads.models.heads import (
         ManyheadsForCausalLM,
         ManyheadsForSeq2SeqLM,
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
 
 __all__ = [
+    "DiffusionConfig",
+    "DiffusionTransformer",
     "ManyheadsBody",
     "ManyheadsCache",
     "ManyheadsConfig",
@@ -39,6 +42,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module("manyheads.models.auto"), name)
+    where = "diffusion" if name.startswith("Diffusion") else "auto"
+    found = getattr(import_module(f"manyheads.models.{where}"), name)
     globals()[name] = found
     return found
