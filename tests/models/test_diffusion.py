@@ -85,10 +85,10 @@ def test_every_step_is_told_and_none_is_left_behind() -> None:
 
 def test_a_flow_of_one_velocity_inverts_exactly_and_held_pictures_follow_their_way() -> None:
     model, pictures = tiny().double(), torch.randn(1, 1, 16, 16, dtype=torch.double)
-    way = model.invert(pictures, CAPTIONS[:1], steps=200)
+    way = model.invert(pictures, CAPTIONS[:1], steps=30)
     assert_close(way[-1], pictures)
-    again = model.sample(CAPTIONS[:1], steps=200, guidance=1.0, noise=way[0])
-    assert (again - pictures).abs().max() < 0.1 * (way[0] - pictures).abs().max()
+    again = model.sample(CAPTIONS[:1], steps=30, guidance=1.0, noise=way[0])
+    assert (again - pictures).abs().max() < 0.2 * (way[0] - pictures).abs().max()
     straight = model.noised(pictures, steps=4, seed=1)
     assert_close(straight[1], 0.25 * pictures + 0.75 * straight[0])
     assert_close(model.sample(CAPTIONS, steps=4, held=straight)[1:], pictures)
