@@ -1,5 +1,5 @@
-"""What the packaged diffusion transformer draws: shares of samples with every subject right and in its place, by kind of
-caption and by guidance, as a support vector machine reads the cells. `python benchmarks/dit.py [captions]`."""
+"""What the packaged diffusion transformer draws: shares of samples with every subject right and in its place, by kind
+of caption and by guidance, as a support vector machine reads the cells. `python benchmarks/dit.py [captions]`."""
 
 from __future__ import annotations
 
