@@ -285,22 +285,21 @@ def words(count: int) -> list[dict[str, Any]]:
 
 CLAIMS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "isolation": isolation,
-    "regions": regions,
     "layouts": layouts,
-    "perturbed": perturbed,
     "words": words,
+    "perturbed": perturbed,
+    "regions": regions,
     "references": references,
     "alike": alike,
 }
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 40
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 24
     chosen, rows = sys.argv[2:] or list(CLAIMS), []
     for name in chosen:
         rows += CLAIMS[name](count if name not in ("references", "alike") else count // 3)
-        print(f"{name} done", flush=True)
-    save("steer_diffusion", "cpu", rows)
+        save("steer_diffusion", "cpu", rows)  # after each, so that a run cut short keeps what it has
 
 
 if __name__ == "__main__":
