@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from manyheads.cli import app
-from manyheads.explain.drawn import draws, drawn_maps, explain_drawing
+from manyheads.explain.drawn import drawn_maps, draws, explain_drawing
 from manyheads.explain.explanation import load_any
 from manyheads.explain.views import view_drawing
 from manyheads.hosts.loading import load_model

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from drawing_models import CAPTIONS, before_and_after, tiny
+from drawing_models import CAPTIONS, TinyUNet, before_and_after, tiny
 from torch import Tensor
 from torch.testing import assert_close
 
+from manyheads.hosts.taps import record
 from manyheads.steer.diffusion import (
     borrow_maps,
     box_mask,
@@ -297,8 +298,6 @@ def test_layout_guidance_goes_down_its_energy_and_is_zero_at_the_layout_itself()
         ids, mask = MODEL.encode(CAPTIONS[:1])
         maps = []
         for x in (seen[0], WAY[0]):
-            from manyheads.hosts.taps import record
-
             with torch.no_grad(), record(MODEL, kind="self") as calls:
                 MODEL.velocities(x, 1.0, ids, mask)
             maps.append([call.weights().mean(1) for call in calls])
@@ -376,3 +375,64 @@ def test_a_schedule_without_a_sampler_is_refused() -> None:
         pytest.raises(ValueError, match="none is told"),
     ):
         MODEL.velocities(MODEL.noise(3, 0), 1.0, ids, mask)
+
+
+def test_interventions_go_together_where_one_of_them_runs_the_captions_alone() -> None:
+    """Guidance away from a weak copy makes a pass of the captions without the other half; isolation acts in it too."""
+    x = MODEL.noise(1, 3)
+    (ids, mask), (none, nothing) = MODEL.encode(["a 2"]), MODEL.encode([""])
+    with torch.no_grad(), isolate(MODEL, BOTH):
+        v, v0 = MODEL.velocities(x, 1.0, ids, mask), MODEL.velocities(x, 1.0, none, nothing)
+        with perturb(MODEL, 1.0, heads=[(0, 1)]):
+            weak = MODEL.velocities(x, 1.0, ids, mask)
+    with isolate(MODEL, BOTH), perturbed_guidance(MODEL, [(0, 1)]):
+        found = MODEL.sample(["a 2"], steps=1, noise=x, guidance=3.0)
+    assert_close(found, x - (v0 + 3 * (v - v0) + v - weak))
+    with (
+        space_time(MODEL, ["a 3"], [(0.5, 0.5)], 1.0),
+        perturbed_guidance(MODEL, [(0, 1)]),
+        pytest.raises(ValueError, match="rows without captions"),
+    ):
+        MODEL.sample(["a 2"], steps=1)
+
+
+UNET = TinyUNet()
+ON_UNET: dict[str, Opened] = {
+    "perturbed": lambda: perturbed_guidance(UNET, [(1, 0)]),
+    "plug_and_play": lambda: plug_and_play(UNET, 2, active=lambda step, layer: layer == 1),
+    "isolate": lambda: isolate(UNET, BOTH),
+    "regional": lambda: regional_prompts(UNET, ["a 3", "a 7"], BOTH),
+    "space_time": lambda: space_time(UNET, ["a 3"], [(0.5, 0.5)], 0.5),
+    "edit_words": lambda: edit_words(UNET, [2], times=0, active=lambda step, layer: layer == 1),
+    "multi_reference": lambda: multi_reference(UNET, 0, {1: LEFT}),
+    "multi_view": lambda: multi_view(UNET, [0, 1]),
+    "layout": lambda: layout_guidance(UNET, WAY, layers=[1]),
+    "merge": lambda: merge_concepts(UNET, 0, {1: LEFT}),
+    "colour": lambda: colour_propagation(UNET, [0, 1]),
+}
+
+
+@pytest.mark.parametrize("name", ON_UNET)
+def test_a_model_of_two_resolutions_is_steered_too_and_comes_back(name: str) -> None:
+    plain = UNET.sample(CAPTIONS, steps=3)
+    with ON_UNET[name]():
+        assert (UNET.sample(CAPTIONS, steps=3) - plain).abs().max() > 1e-6
+    assert torch.equal(UNET.sample(CAPTIONS, steps=3), plain)
+
+
+def test_masks_are_cut_to_the_grid_of_every_layer() -> None:
+    """At 8 x 8 tokens a mask is itself, at 4 x 4 its nearest pixels."""
+    seen = {}
+    with isolate(UNET, BOTH), record(UNET, kind="self") as calls, torch.no_grad():
+        ids, mask = UNET.encode(CAPTIONS[:1])
+        UNET.velocities(UNET.noise(1, 0), 1.0, ids, mask)
+    for call in calls:
+        side = math.isqrt(call.query.shape[2])
+        grid = torch.full((side, side), -1)
+        grid[side // 4 : 3 * side // 4, : side // 2], grid[side // 4 : 3 * side // 4, side // 2 :] = 0, 1
+        of = grid.flatten()
+        allowed = (of[:, None] == -1) | (of == -1) | (of[:, None] == of)
+        scores = (call.query @ call.key.mT * call.scale).masked_fill(~allowed, -math.inf)
+        assert_close(call.output, scores.softmax(-1) @ call.value)
+        seen[side] = True
+    assert sorted(seen) == [4, 8]

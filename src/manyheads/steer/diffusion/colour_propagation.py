@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.calls import AttentionCall
-from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, halves, replaced_rows
+from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, parts, replaced_rows
 
 
 def neighbour(frame: int, frames: int, step: int) -> int:
@@ -37,7 +37,7 @@ def colour_propagation(
             raise ValueError("colour_propagation: goes by steps, and none is told: run the model by its sample()")
         rows: list[int] = []
         there: list[int] = []
-        for half in halves(call, step):
+        for half in parts(call, step):
             places = check_rows("colour_propagation", frames, len(half))
             rows += [half[place] for place in places]
             there += [half[places[neighbour(i, len(places), step.index)]] for i in range(len(places))]

@@ -80,17 +80,25 @@ def correcting(model: Any, correct: Callable[[Tensor, Tensor, Tensor, Any], Tens
         own.remove(correct)
 
 
+def halves(rows: int, step: Any) -> tuple[list[int], list[int]]:
+    """Rows of a batch that read no caption, and those that do: all of them outside of sampling, and where a pass of a
+    guided step is over its captions alone (as other interventions make it). ValueError for a batch of neither size."""
+    every = list(range(rows))
+    if step is None or rows == step.captions:
+        return [], every
+    if not step.guided or rows != 2 * step.captions:
+        raise ValueError(f"a batch of {rows} rows in a step of {step.captions} captions: which are whose is not known")
+    return every[step.unconditional], every[step.conditional]
+
+
 def conditional(call: AttentionCall, step: Any) -> list[int]:
-    """The rows that read captions: all of them outside of guided sampling."""
-    every = list(range(call.query.shape[0]))
-    return every if step is None else every[step.conditional]
+    """The rows of the call that read captions."""
+    return halves(len(call.query), step)[1]
 
 
-def halves(call: AttentionCall, step: Any) -> list[list[int]]:
-    """Rows by half of a guided batch, those without captions first; one list where the batch is not guided."""
-    every = list(range(call.query.shape[0]))
-    parts = [every] if step is None else [every[step.unconditional], every[step.conditional]]
-    return [part for part in parts if part]
+def parts(call: AttentionCall, step: Any) -> list[list[int]]:
+    """The call's rows by half of a guided batch, those without captions first; one list where it has one half."""
+    return [part for part in halves(len(call.query), step) if part]
 
 
 def check_rows(who: str, rows: Sequence[int], count: int) -> list[int]:

@@ -18,8 +18,8 @@ from manyheads.steer.diffusion.common import (
     changed,
     check_masks,
     check_rows,
-    halves,
     on_patches,
+    parts,
 )
 
 BACKGROUND = -1
@@ -85,7 +85,7 @@ def isolate(
             return None
         subjects = subjects_of(on_patches("isolate", masks, call.query.shape[2])).to(call.query.device)
         output = call.output
-        for half in halves(call, step):
+        for half in parts(call, step):
             check_rows("isolate: references", list(given.values()), len(half))
             targets = [row for row in range(len(half)) if row not in given.values()] if rows is None else rows
             own = [half[row] for row in check_rows("isolate", targets, len(half))]

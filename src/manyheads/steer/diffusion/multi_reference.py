@@ -18,8 +18,8 @@ from manyheads.steer.diffusion.common import (
     changed,
     check_masks,
     check_rows,
-    halves,
     on_patches,
+    parts,
     replaced_rows,
 )
 
@@ -55,10 +55,10 @@ def multi_reference(
     def change(call: AttentionCall, step: Any) -> Tensor | None:
         if not given:
             return None
-        parts, rows, mixed = halves(call, step), [], []
-        for number, half in enumerate(parts):
+        own_parts, rows, mixed = parts(call, step), [], []
+        for number, half in enumerate(own_parts):
             check_rows("multi_reference", [target, *given], len(half))
-            plain = style_fidelity if number < len(parts) - 1 else 0.0
+            plain = style_fidelity if number < len(own_parts) - 1 else 0.0
             if plain < 1:
                 rows.append(half[target])
                 own = _joined(call, rows[-1], {half[place]: (place, mask) for place, mask in given.items()})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.calls import AttentionCall
-from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, halves, replaced_rows
+from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, parts, replaced_rows
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def multi_view(
         if scale == 0 and (reference is None or reference_scale == 0):
             return None
         rows, mixed = [], []
-        for half in halves(call, step):
+        for half in parts(call, step):
             own = [half[place] for place in check_rows("multi_view", views, len(half))]
             rows += own
             out = call.output[own] + scale * _across(call, own)

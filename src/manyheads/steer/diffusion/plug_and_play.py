@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from manyheads.hosts.calls import AttentionCall
-from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, conditional, replaced_rows
+from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, conditional, halves, replaced_rows
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def _injected(model: Any, features: nn.Module, source: int, active: Active | Non
             raise ValueError("plug_and_play: features are of a step, and none is told: run the model by its sample()")
         if active is not None and not active(step.index, 0):
             return None
-        rows = list(range(len(output)))[step.conditional]
+        rows = halves(len(output), step)[1]
         own = rows[check_rows("plug_and_play: source", [source], len(rows))[0]]
         return output[own : own + 1].expand_as(output)
 

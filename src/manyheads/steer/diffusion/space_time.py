@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.calls import AttentionCall
-from manyheads.steer.diffusion.common import Active, attended, changed, conditional, heard_words, replaced_rows
+from manyheads.steer.diffusion.common import Active, attended, changed, halves, heard_words, replaced_rows
 
 RADIUS = 0.2
 
@@ -52,13 +52,14 @@ def space_time(
         disc(1, centre, radius)
 
     def change(call: AttentionCall, step: Any) -> Tensor | None:
-        if step is None or not step.guided:
+        plain_rows, told = ([], []) if step is None else halves(len(call.query), step)
+        if not plain_rows:
             raise ValueError("space_time: wants a guided sample(): rows without captions stand beside those with one")
         c = _row(coefficients, step, len(captions))
         if not any(c):
             return None
-        told, read, mixed = conditional(call, step), words[call.site.path], call.output[step.conditional]
-        plain, query = call.output[step.unconditional], call.query[told]
+        read, mixed = words[call.site.path], call.output[told]
+        plain, query = call.output[plain_rows], call.query[told]
         for number, (centre, share) in enumerate(zip(centres, c, strict=True)):
             inside = disc(math.isqrt(query.shape[2]), centre, radius).to(query)[:, None]
             key, value = (tensor[number : number + 1].expand(len(told), -1, -1, -1) for tensor in read[:2])
