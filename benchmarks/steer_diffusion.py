@@ -7,6 +7,7 @@ the claim shows (the difference is of the claimed sign and beyond twice its stan
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from dit import captions
 from torch import Tensor
 
-from common import save
+from common import RESULTS, save
 from manyheads.hosts.loading import load_model
 from manyheads.steer.diffusion import (
     borrow_maps,
@@ -140,36 +141,47 @@ def regions(count: int) -> list[dict[str, Any]]:
     return rows
 
 
+def ink_inside(pictures: Tensor) -> list[float]:
+    """The share of ink in the left and right cells: 1 for two digits beside each other, half for two on top of each
+    other."""
+    ink = ((pictures + 1) / 2).clamp(0, 1)[:, 0]
+    inside = ink * (mask("left") | mask("right"))
+    found: list[float] = (inside.sum((1, 2)) / ink.sum((1, 2))).tolist()
+    return found
+
+
 def layouts(count: int) -> list[dict[str, Any]]:
-    """A layout picture of other digits stands left and right; asked for: the caption's digits there, either way."""
+    """ "a 3 and a 7", which may stand beside or on top of each other, by the layout of a picture of other digits that
+    stand beside each other."""
     told = captions("and", count)
-
-    def sideways(pictures: Tensor) -> list[float]:
-        return [
-            max(a, b)
-            for a, b in zip(in_place(pictures, told), in_place(pictures, told, ("right", "left")), strict=True)
-        ]
-
     begun = torch.cat([noise(n) for n in range(count)])
-    plain = sideways(MODEL.sample(told, steps=STEPS, noise=begun))
+    plain = MODEL.sample(told, steps=STEPS, noise=begun)
     scenes = torch.cat([real("a 0 left of a 0", n) for n in range(count)])
-    way = MODEL.noised(scenes, steps=STEPS, seed=9)
-
-    def guided(strength: float) -> Tensor:
-        with layout_guidance(MODEL, way, strength=strength, active=until(0.5, STEPS)):
-            return MODEL.sample(told, steps=STEPS, noise=begun)
-
+    with layout_guidance(MODEL, MODEL.noised(scenes, steps=STEPS, seed=9), strength=3.0, active=until(0.5, STEPS)):
+        guided = MODEL.sample(told, steps=STEPS, noise=begun)
     source = "a 8 left of a 5"
     back = MODEL.invert(real(source, 0), [source], steps=STEPS)
-    with plug_and_play(MODEL, count, active=until(0.5, STEPS)):
-        injected = MODEL.sample([*told, source], steps=STEPS, noise=torch.cat([begun, back[0]]), held=back)[:-1]
+
+    def injected(share: float, feature_share: float) -> Tensor:
+        features = MODEL.layers[1].down if feature_share else None
+        with plug_and_play(
+            MODEL, count, active=until(share, STEPS), features=features, features_active=until(feature_share, STEPS)
+        ):
+            return MODEL.sample([*told, source], steps=STEPS, noise=torch.cat([begun, back[0]]), held=back)[:-1]
+
     with borrow_maps(MODEL, count, active=until(0.5, STEPS)):
         borrowed = MODEL.sample([*told, source], steps=STEPS, noise=torch.cat([begun, noise(9999)]))[:-1]
-    what = "both digits right, left and right of each other"
-    return [row(f"layout guidance, strength {s}", 73, what, plain, sideways(guided(s))) for s in (0.03, 0.3)] + [
-        row("plug-and-play: the target has the source's layout", 397, what, plain, sideways(injected)),
-        row("borrowed self-attention maps carry the layout", 376, what, plain, sideways(borrowed)),
-    ]
+    what, cost = "share of ink in the layout's cells", {"shows": None}
+    rows = []
+    for claim, number, drawn in (
+        ("layout guidance, strength 3, half of the steps", 73, guided),
+        ("plug-and-play: attention, half of the steps", 397, injected(0.5, 0)),
+        ("plug-and-play: attention and features of layer 1, 0.8 of the steps", 397, injected(0.8, 0.8)),
+        ("borrowed self-attention maps carry the layout, half of the steps", 376, borrowed),
+    ):
+        rows.append(row(claim, number, what, ink_inside(plain), ink_inside(drawn)))
+        rows.append({**row("what it costs", number, "both right", right(plain, told), right(drawn, told)), **cost})
+    return rows
 
 
 def agreement(pictures: Tensor) -> float:
@@ -293,9 +305,13 @@ CLAIMS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
 
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 24
-    chosen, rows = sys.argv[2:] or list(CLAIMS), []
+    chosen = sys.argv[2:] or list(CLAIMS)
+    results = RESULTS / "steer_diffusion.json"
+    rows = json.loads(results.read_text())["rows"] if sys.argv[2:] and results.exists() else []
     for name in chosen:
-        rows += CLAIMS[name](count if name not in ("references", "alike") else count // 3)
+        rows = [own for own in rows if own["group"] != name]
+        found = CLAIMS[name](count if name not in ("references", "alike") else count // 3)
+        rows += [{"group": name, **own} for own in found]
         save("steer_diffusion", "cpu", rows)  # after each, so that a run cut short keeps what it has
 
 

@@ -1,4 +1,4 @@
-"""A tiny diffusion transformer, a model shaped as a UNet, and what attention did before an intervention and after it."""
+"""A tiny diffusion transformer, one shaped as a UNet, and what attention did before an intervention and after it."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
