@@ -19,6 +19,7 @@ from torch import Tensor
 
 from common import RESULTS, save
 from manyheads.hosts.loading import load_model
+from manyheads.hosts.taps import record
 from manyheads.steer.diffusion import (
     borrow_maps,
     box_mask,
@@ -37,6 +38,8 @@ from manyheads.steer.diffusion import (
     space_time,
     until,
 )
+from manyheads.steer.diffusion.attencraft import concept_masks
+from manyheads.steer.diffusion.common import on_patches
 from manyheads.tasks.two_digits import CELL, CELLS, cell_of, draw_scene, read_caption, reading, shown
 
 MEASURES = ("src/manyheads/steer/diffusion", "src/manyheads/bundled/dit", "src/manyheads/models/flow.py")
@@ -292,6 +295,29 @@ def words(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def masks_found(count: int) -> list[dict[str, Any]]:
+    """Masks of the two digits of a real scene half way into noise, from word maps alone (arg max, threshold 0.1) and
+    spread by self attention; the share of a mask that lies in its digit's cell, of which a picture is a quarter."""
+    told, scores = captions("relation", count), ([], [])
+    for number, caption in enumerate(told):
+        x = MODEL.noised(real(caption, number), steps=2, seed=number)[1]
+        ids, seen = MODEL.encode([caption])
+        with torch.no_grad(), record(MODEL) as calls:
+            MODEL.velocities(x, 0.5, ids, seen)
+        cross, near = (
+            torch.stack([call.weights()[0].mean(0) for call in calls if call.site.kind == kind]).mean(0)
+            for kind in ("cross", "self")
+        )
+        words = [i for i, word in enumerate(caption.split(), 1) if word.isdigit()]
+        cells = read_caption(caption).cells
+        assert cells is not None
+        grid = on_patches("masks", torch.stack([mask(cell) for cell in cells]), near.shape[0])
+        for score, affinity in zip(scores, (torch.eye(len(near)), near), strict=True):
+            found = concept_masks(cross[:, words].T, affinity)
+            score.append(float(((found & grid).sum(1) / found.sum(1).clamp_min(1)).mean()))
+    return [row("word maps spread by self attention are masks", 202, "share of a mask in its own cell", *scores)]
+
+
 CLAIMS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "isolation": isolation,
     "layouts": layouts,
@@ -300,6 +326,7 @@ CLAIMS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "regions": regions,
     "references": references,
     "alike": alike,
+    "masks": masks_found,
 }
 
 

@@ -8,16 +8,11 @@ from drawing_models import CAPTIONS, tiny
 from torch.testing import assert_close
 
 from manyheads.hosts.taps import record
-from manyheads.steer.diffusion.concept_maps import (
-    character_loss,
-    concept_masks,
-    disendiff_loss,
-    masked_velocity_loss,
-    scaled_map,
-    smoothed,
-    soft_overlap,
-    word_maps,
-)
+from manyheads.steer.diffusion.attencraft import concept_masks
+from manyheads.steer.diffusion.disendiff import disendiff_loss, soft_overlap
+from manyheads.steer.diffusion.dreamtext import character_loss
+from manyheads.steer.diffusion.masked_loss import masked_velocity_loss, union_mask
+from manyheads.steer.diffusion.word_maps import scaled_map, smoothed, word_maps
 
 
 def blob(row: float, column: float, side: int = 8) -> torch.Tensor:
@@ -108,6 +103,12 @@ def test_the_masked_loss_counts_what_is_inside() -> None:
     assert_close(masked_velocity_loss(a, b, inside), ((a - b) ** 2)[1, :, 2, 3].mean())
     with pytest.raises(ValueError, match="holds nothing"):
         masked_velocity_loss(a, b, inside & False)
+
+
+def test_the_union_of_maps_is_where_any_is_above_its_threshold() -> None:
+    maps = torch.tensor([[[0.0, 1, 2, 4], [3.0, 0, 0, 0]]])
+    assert union_mask(maps, 0.4).tolist() == [[True, False, True, True]]
+    assert bool(union_mask(maps, -1).all())
 
 
 def test_the_character_loss_is_max_outside_less_max_inside_of_own_masks() -> None:
