@@ -40,7 +40,7 @@ from manyheads.steer.diffusion import (
 )
 from manyheads.steer.diffusion.attencraft import concept_masks
 from manyheads.steer.diffusion.common import on_patches
-from manyheads.tasks.two_digits import CELL, CELLS, cell_of, draw_scene, read_caption, reading, shown
+from manyheads.tasks.two_digits import CELL, CELLS, SIZE, cell_of, draw_scene, read_caption, reading, shown
 
 MEASURES = ("src/manyheads/steer/diffusion", "src/manyheads/bundled/dit", "src/manyheads/models/flow.py")
 MODEL: Any = load_model("dit").model
@@ -109,10 +109,17 @@ def isolation(count: int) -> list[dict[str, Any]]:
 def regions(count: int) -> list[dict[str, Any]]:
     """ "a 3 and a 7" stands in any of four arrangements; asked for: the first left, the second right."""
     told, masks = captions("and", count), torch.stack([mask(cell) for cell in LEFT_RIGHT])
+    sides = torch.stack([box_mask(MODEL, (0, 0, SIZE, CELL)), box_mask(MODEL, (0, CELL, SIZE, SIZE))])
     centres = [(0.5, 0.25), (0.5, 0.75)]
 
     def names(caption: str) -> list[str]:
         return [f"a {digit}" for digit in read_caption(caption).digits]
+
+    def placed(caption: str) -> list[str]:
+        """Each digit with its place, beside a third one."""
+        a, b = read_caption(caption).digits
+        other = next(digit for digit in range(10) if digit not in (a, b))
+        return [f"a {a} left of a {other}", f"a {b} right of a {other}"]
 
     def with_(open_: Callable[[str], Any]) -> Tensor:
         def draw(caption: str, number: int) -> Tensor:
@@ -124,9 +131,11 @@ def regions(count: int) -> list[dict[str, Any]]:
     plain = in_place(each(told, lambda caption, n: MODEL.sample([caption], steps=STEPS, noise=noise(n))), told)
     rows = []
     for claim, number, open_ in (
-        ("regional prompts: a region gets its own subject", 62, lambda c: regional_prompts(MODEL, names(c), masks)),
-        ("regional prompts in the first half", 62,
-         lambda c: regional_prompts(MODEL, names(c), masks, active=until(0.5, STEPS))),
+        ("regional prompts in halves of the picture, 'a 3 left of a 0' and 'a 7 right of a 0'", 62,
+         lambda c: regional_prompts(MODEL, placed(c), sides)),
+        ("regional prompts 'a 3' and 'a 7' in halves of the picture, weight 0.5", 62,
+         lambda c: regional_prompts(MODEL, names(c), sides, weight=0.5)),
+        ("regional prompts 'a 3' and 'a 7' in their cells", 62, lambda c: regional_prompts(MODEL, names(c), masks)),
         ("space-time: objects stand where their caption is mixed in, c = 1", 366,
          lambda c: space_time(MODEL, names(c), centres, 1.0, radius=0.3)),
         ("space-time, c = 0.5 as published radius 0.2", 366, lambda c: space_time(MODEL, names(c), centres, 0.5)),
@@ -136,10 +145,10 @@ def regions(count: int) -> list[dict[str, Any]]:
         )
 
     def merged(caption: str, n: int) -> Tensor:
-        with merge_concepts(MODEL, 0, {1: masks[0], 2: masks[1]}):
-            return MODEL.sample([caption, *names(caption)], steps=STEPS, noise=torch.cat([noise(n)] * 3))[:1]
+        with merge_concepts(MODEL, 0, {1: sides[0], 2: sides[1]}):
+            return MODEL.sample([caption, *placed(caption)], steps=STEPS, noise=torch.cat([noise(n)] * 3))[:1]
 
-    rows.append(row("merged concepts stay in their masks", 73, "first left and second right, of 'a 3 and a 7'", plain,
+    rows.append(row("merged concepts, of branches with captions as those of the first row, stay in their masks", 73, "first left and second right, of 'a 3 and a 7'", plain,
                     in_place(each(told, merged), told)))  # fmt: skip
     return rows
 
@@ -336,7 +345,7 @@ def main() -> None:
     results = RESULTS / "steer_diffusion.json"
     rows = json.loads(results.read_text())["rows"] if sys.argv[2:] and results.exists() else []
     for name in chosen:
-        rows = [own for own in rows if own["group"] != name]
+        rows = [own for own in rows if own.get("group") != name]
         found = CLAIMS[name](count if name not in ("references", "alike") else count // 3)
         rows += [{"group": name, **own} for own in found]
         save("steer_diffusion", "cpu", rows)  # after each, so that a run cut short keeps what it has

@@ -57,8 +57,8 @@ def explain_drawing(
             "words": _rounded(maps.mean((0, 1, 2))),
         },
     }
-    shown = [((own + 1) / 2).clip(0, 1) for own in (pictures, guesses)]
-    view = view_drawing(*shown, maps, words, times, title="Words over steps")
+    drawn, guessed = (((own + 1) / 2).clip(0, 1) for own in (pictures, guesses))
+    view = view_drawing(drawn, guessed, maps, words, times, title="Words over steps")
     note = f"{loaded.name} draws {caption!r} in {steps} steps, seed {seed}."
     progress("drawn", 1.0)
     return Explanation(f"{loaded.name}: {caption}", note, report, [view])
