@@ -1,4 +1,4 @@
-"""The command line: list, show, check, compare, heads, shrink, convert, explain, serve, info."""
+"""The command line: list, show, check, compare, heads, shrink, convert, plan, explain, serve, info."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from manyheads.convert.command import convert
 from manyheads.explain.command import explain
 from manyheads.heads.command import heads
 from manyheads.mechanism import Mechanism
+from manyheads.parallel.command import plan
 from manyheads.registry import list_attentions, mechanism_class
 from manyheads.runs.given import parse_json, shown
 from manyheads.serve.command import serve
@@ -52,6 +53,7 @@ def _facts(name: str) -> dict[str, Any]:
         "decodes": card.decodes,
         "takes": dict(card.takes),
         "resizes": card.resizes,
+        "parallel": card.parallel or "",
         "stages": changed_stages(cls),
         "notes": card.notes,
     }
@@ -108,7 +110,7 @@ def show(
     console.print(f"[bold]{name}[/bold]  {facts['title']}, {facts['reference']}\n")
     console.print(facts["description"] + "\n", markup=False)
     facts["takes"] = [f"{name}: {what}" for name, what in facts["takes"].items()]
-    for key in ("family", "patterns", "time", "state", "resizes", "decodes", "stages", "takes", "notes"):
+    for key in ("family", "patterns", "time", "state", "resizes", "parallel", "decodes", "stages", "takes", "notes"):
         value = "; ".join(facts[key]) if key == "takes" else facts[key]
         value = ", ".join(value) if isinstance(value, list) else value
         if value != "":
@@ -231,6 +233,7 @@ app.command()(compare)
 app.command()(heads)
 app.command()(shrink)
 app.command()(convert)
+app.command()(plan)
 app.command()(serve)
 app.add_typer(explain, name="explain")
 
