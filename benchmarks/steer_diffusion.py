@@ -148,7 +148,8 @@ def regions(count: int) -> list[dict[str, Any]]:
         with merge_concepts(MODEL, 0, {1: sides[0], 2: sides[1]}):
             return MODEL.sample([caption, *placed(caption)], steps=STEPS, noise=torch.cat([noise(n)] * 3))[:1]
 
-    rows.append(row("merged concepts stay in their masks (branches as in the first row)", 73, "first left and second right, of 'a 3 and a 7'", plain,
+    rows.append(row("merged concepts stay in their masks (branches as in the first row)", 73,
+                    "first left and second right, of 'a 3 and a 7'", plain,
                     in_place(each(told, merged), told)))  # fmt: skip
     return rows
 
