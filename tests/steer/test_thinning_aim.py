@@ -84,11 +84,7 @@ def test_a_model_prunes_by_the_schedule_what_is_ranked_least() -> None:
     model = llava(layers=6)
     with torch.no_grad(), merge_and_prune(model, 0, start=2, fall=3) as thinning:
         found = model(**GIVEN).logits
-    assert (
-        thinning.image_tokens
-        == [[count] * 2 for count in planned(6, 2, 3, 9)]
-        == [[9, 9]] * 3 + [[6, 6], [3, 3], [0, 0]]
-    )
+    assert thinning.image_tokens == [[9, 9]] * 3 + [[6, 6], [3, 3], [0, 0]]
     gone = {layer: torch.zeros(2, 15, dtype=torch.bool) for layer in range(6)}
     image, live = GIVEN["input_ids"].eq(IMAGE), GIVEN["attention_mask"].bool()
     for layer, keep in ((2, 6), (3, 3), (4, 0)):
