@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from manyheads.steer.thinning.passes import packed
+
 
 class ThinLayer(DynamicLayer):  # type: ignore[misc]
     """keys, values [b, g, m, d] of the tokens that reached the layer. places [b, m]: where each stood in all that was
@@ -51,6 +53,20 @@ class ThinLayer(DynamicLayer):  # type: ignore[misc]
         if places is None:
             places = torch.arange(self.fed, self.fed + fed, device=device).expand(batch, -1)
         return torch.cat([held, places], 1)
+
+    def retain(self, places: Tensor, start: int) -> None:
+        """Of what was fed from `start` on only the keys at these places [b, k] (-1: none) are held any longer."""
+        if self.keys is None or self.values is None:
+            return
+        held = self.columns(None, 0, len(self.keys), self.keys.device)
+        stays = ((held[:, :, None] == places[:, None]).any(-1) | (held < start)) & (held >= 0)
+        order, there = packed(stays)
+        self.places = held.gather(1, order).masked_fill(~there, -1)
+        self.uneven = not bool(there.all())
+        self.keys, self.values = (
+            own.gather(2, order[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[3]))
+            for own in (self.keys, self.values)
+        )
 
     def get_seq_length(self) -> int:
         return self.fed

@@ -14,6 +14,16 @@ from torch import Tensor
 _KNOWN = {"attention_mask", "position_embeddings", "position_ids", "cache_position"}
 
 
+def packed(stays: Tensor) -> tuple[Tensor, Tensor]:
+    """stays [b, n] bool -> the places [b, q] of those that do, in order, q being those of the fullest row; and [b, q]:
+    which are there. A shorter row is filled with its own last one."""
+    counts = stays.sum(1, keepdim=True)
+    width = int(counts.max())
+    order = stays.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    there = torch.arange(width, device=order.device) < counts
+    return torch.where(there, order, order.gather(1, (counts - 1).clamp_min(0))), there
+
+
 class Pass:
     """image, real [b, n]: image tokens, and what is no padding. start: tokens that came before. places [b, q]: of those
     still there, in what was fed; a row shorter than the longest is filled with its own last token once more, which
@@ -54,16 +64,12 @@ class Pass:
         if not bool((image & ~stays).any()):
             return states
         stays = torch.where(image, stays, self.here(self.real))
-        counts = stays.sum(1, keepdim=True)
-        if not bool(counts.all()):
+        if not bool(stays.any(1).all()):
             raise ValueError("a row of the batch would have no token left: each needs a word or an image token")
         self._whole = self.whole_again(states)
-        width = int(counts.max())
-        order = stays.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-        self._there = torch.arange(width, device=order.device) < counts
-        order = torch.where(self._there, order, order.gather(1, counts - 1))
+        order, self._there = packed(stays)
         self.places = self.places.gather(1, order)
-        self.left, self.uneven = True, bool((counts != width).any())
+        self.left, self.uneven = True, not bool(self._there.all())
         self._masks = {}
         return states.gather(1, order.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
@@ -75,12 +81,17 @@ class Pass:
         there = self._there
         return self._whole.index_put((rows[there], self.places[there]), states[there])
 
+    @property
+    def held(self) -> Tensor:
+        """[b, q]: where what is there stands in all that was fed; -1 for filling."""
+        return (self.start + self.places).masked_fill(~self._there, -1)
+
     def fitted(self, kwargs: dict[str, Any], held: Any) -> dict[str, Any]:
         """The arguments of a layer for what is there now, and for the keys that its cache, if any, holds."""
         n, coming = self.image.shape[1], None
         if self.left:
             kwargs = self._narrowed(kwargs)
-            coming = (self.start + self.places).masked_fill(~self._there, -1)
+            coming = self.held
         if coming is not None or (held is not None and held.places is not None):
             kwargs = {**kwargs, "attention_mask": self._seen(kwargs.get("attention_mask"), held, coming)}
         if held is not None:

@@ -61,19 +61,27 @@ Read = Callable[[AttentionCall, Step], None]
 
 
 @contextmanager
-def thinned(model: nn.Module, rule: Rule, *, watch: Sequence[int] = (), read: Read | None = None) -> Iterator[Thinning]:
+def thinned(
+    model: nn.Module,
+    rule: Rule,
+    *,
+    watch: Sequence[int] = (),
+    read: Read | None = None,
+    settle: int | None = None,
+) -> Iterator[Thinning]:
     """Image tokens leave the language part of a LLaVA-shaped model where the rule says so.
 
     rule(step) is asked before every layer in passes that hold image tokens, and gives None (all stay), a bool tensor
     [b, q] of those that stay, or Kept. Words stay whatever it says, and padding goes with the first that leave.
-    read(call, step): what the layers of `watch` attended to in such a pass, before the next layer's rule is asked. A
-    logit of a token that left is of the state in which it left; hidden states that the model is asked for are as long
-    as what the layer saw. Inside the block a cache is a ThinCache, which can only be fed inside of one. Refused:
-    prompts without image tokens, calls without input_ids, packed rows, masks of the caller's own, models whose layers
-    take other inputs for every token.
+    read(call, step): what the layers of `watch` attended to in such a pass, before the next layer's rule is asked.
+    settle: once such a pass is through, caches from that layer on hold of it only what the last layer saw. A logit of a
+    token that left is of the state in which it left; hidden states that the model is asked for are as long as what the
+    layer saw. Inside the block a cache is a ThinCache, which can only be fed inside of one. Refused: prompts without
+    image tokens, calls without input_ids, packed rows, masks of the caller's own, models whose layers take other inputs
+    for every token.
     """
     whole = inside(model)
-    thinning = Thinning(whole, rule, read)
+    thinning = Thinning(whole, rule, read, settle)
     if whole in _OPEN:
         raise ValueError(
             f"image tokens of this {type(whole).__name__} leave by another block already: leave that first"
@@ -112,14 +120,15 @@ def text_layers(model: Any) -> list[nn.Module]:
 class Thinning:
     """What a block knows of its passes. image_tokens: per layer, how many of each row it saw in the last prompt."""
 
-    def __init__(self, model: Any, rule: Rule, read: Read | None):
-        self._model, self._rule, self._read = model, rule, read
+    def __init__(self, model: Any, rule: Rule, read: Read | None, settle: int | None):
+        self._model, self._rule, self._read, self._settle = model, rule, read, settle
         self._layers = text_layers(model)
         config = model.config
         token = getattr(config, "image_token_id", None)
         self._token: int = config.image_token_index if token is None else token
         self._ids: Tensor | None = None
         self._now: Pass | None = None
+        self._fed: Any = None
         self._last: Any = None
         self.image_tokens: list[list[int]] = []
 
@@ -156,8 +165,13 @@ class Thinning:
         yield self._layers[-1].register_forward_hook(self._after)
 
     def reader(self, call: Any) -> None:
-        if self._read is not None and self._now is not None and self._now.has_image:
-            self._read(opened(call, "a rule of thinning"), self._step(call.layer, self._now, self._now.none))
+        step = self.step(call.layer)
+        if self._read is not None and step is not None:
+            self._read(opened(call, "a rule of thinning"), step)
+
+    def step(self, layer: int) -> Step | None:
+        """While that layer runs in a pass with image tokens: what is there, without its states."""
+        return self._step(layer, self._now, self._now.none) if self._now is not None and self._now.has_image else None
 
     def _hear(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -182,7 +196,7 @@ class Thinning:
             states, *rest = args if args else (kwargs.pop("hidden_states"),)
             if now.has_image:
                 states = self._asked(index, now, states)
-            cache = kwargs.get("past_key_values")
+            self._fed = cache = kwargs.get("past_key_values")
             return (states, *rest), now.fitted(kwargs, None if cache is None else cache.layers[index])
 
         return before
@@ -201,6 +215,10 @@ class Thinning:
     def _after(self, module: Any, args: Any, output: Any) -> Any:
         now, self._now = self._now, None
         assert now is not None
+        cache, self._fed = self._fed, None
+        if cache is not None and now.left and self._settle is not None:
+            for layer in cache.layers[self._settle :]:
+                layer.retain(now.held, now.start)
         if isinstance(output, Tensor):
             return now.whole_again(output)
         return now.whole_again(output[0]), *output[1:]
