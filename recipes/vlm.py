@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyheads.models.byte_tokenizer import byte_tokenizer
-from manyheads.tasks.scenes import CANVAS, CELL, GRID, KINDS, Asked, Scene, held_out, training_batch
+from manyheads.tasks.draw import generator
+from manyheads.tasks.scenes import CANVAS, CELL, GRID, KINDS, Asked, Scene, held_out, render, training_batch
 
 PATCH = 5
 PATCHES = (CANVAS // PATCH) ** 2
@@ -76,7 +77,7 @@ def build(recipe: Recipe) -> Any:
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.kv_heads,
         max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         initializer_range=recipe.dim**-0.5,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -95,14 +96,103 @@ def build(recipe: Recipe) -> Any:
         pad_token_id=PAD,
     )
     model = LlavaForConditionalGeneration(config)
-    language = model.model.language_model
     with torch.no_grad():
-        for layer in language.layers:
-            for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                last.weight.mul_((2 * recipe.layers) ** -0.5)
-        for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
-            linear.weight.normal_(0, linear.in_features**-0.5)
+        start_tower(model.model.vision_tower, recipe)
+        start_projector(model.model.multi_modal_projector)
+        start_language(model.model.language_model, recipe)
     return model
+
+
+# Where the Llama's vectors hold what, at the start: one number each for "constant" and "a digit is in this patch", the
+# digit of a text byte, the digit, row and column of a patch, the digit asked for, where it is, and what is left of it.
+CONSTANT, FLAG = 0, 21
+WORD, SEEN, ROW, COLUMN, ASKED, FOUND, LEFT = (
+    slice(*pair) for pair in ((1, 11), (11, 21), (22, 26), (26, 30), (30, 40), (40, 48), (48, 58))
+)
+FREE = 58
+
+
+def start_tower(tower: Any, recipe: Recipe) -> None:
+    """Layer 0 starts with every patch looking at the four patches of its cell, one with each head: position vectors
+    hold one of 16 for the cell and one of 4 for the place in it, and the heads match those. All of it is trained."""
+    dim, head = recipe.vision_dim, recipe.vision_dim // recipe.vision_heads
+    embed, side, step = tower.embeddings, CANVAS // PATCH, CELL // PATCH
+    pixels = torch.linalg.qr(torch.randn(PATCH * PATCH, PATCH * PATCH))[0][:head]
+    embed.patch_embedding.weight[:] = 0
+    embed.patch_embedding.weight[:head] = pixels.view(head, 1, PATCH, PATCH) / 3
+    places = embed.position_embedding.weight.normal_(0, 0.02)
+    for at in range(side * side):
+        i, j = divmod(at, side)
+        places[1 + at, head + (i // step) * GRID + j // step] += 2
+        places[1 + at, head + GRID * GRID + i % step * step + j % step] += 2
+    attention = tower.encoder.layers[0].self_attn
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        projection.weight.mul_(0.1)
+    cell = slice(head, head + GRID * GRID)
+    for own in range(recipe.vision_heads):
+        q, k, v = (
+            p.weight[own * head : (own + 1) * head] for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q[: GRID * GRID, cell] += torch.eye(GRID * GRID)
+        k[: GRID * GRID, cell] += torch.eye(GRID * GRID)
+        q[GRID * GRID, cell] += 1
+        k[GRID * GRID, cell.stop + own % step**2] += 1
+        v[:, :head] += torch.eye(head)
+    attention.out_proj.weight[:] = torch.linalg.qr(torch.randn(dim, dim))[0]
+
+
+def start_projector(projector: Any) -> None:
+    for linear in (projector.linear_1, projector.linear_2):
+        linear.weight.normal_(0, linear.in_features**-0.5)
+    projector.linear_2.weight.mul_(0.1)
+    projector.linear_2.bias[:] = 0
+    projector.linear_2.bias[CONSTANT] = 0.6
+
+
+def start_language(language: Any, recipe: Recipe) -> None:
+    """Layer 0 starts with a head that carries the digit that was last read in the text; layer 1 with one that looks for
+    it in the picture and fetches its row and column; layer 2 with one that fetches the digit left of there. They score
+    on the slow pairs of the rotation. What follows from that for an answer is learnt, and all of this is trained on.
+    """
+    embed = language.embed_tokens.weight.normal_(0, 0.03)
+    embed[:, FREE:].normal_(0, 0.15)
+    embed[:, CONSTANT] = 0.6
+    embed[list(b"0123456789"), WORD] = torch.eye(10)
+    for layer in language.layers:
+        for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            last.weight.mul_((2 * recipe.layers) ** -0.5)
+    half = recipe.dim // recipe.heads // 2
+    slow = [*range(half - 5, half), *range(2 * half - 5, 2 * half)]
+    q, k, v, o = heads(language.layers[0].self_attn, recipe)
+    q[slow[4], CONSTANT] = 1
+    k[slow[4], WORD] = 1
+    v[:10, WORD] = 0.4 * torch.eye(10)
+    o[ASKED, :10] = 0.4 * torch.eye(10)
+    q, k, v, o = heads(language.layers[1].self_attn, recipe)
+    q[slow, ASKED] = 1.2 * torch.eye(10)
+    k[slow, SEEN] = 1.2 * torch.eye(10)
+    v[:8, ROW.start : COLUMN.stop] = 0.4 * torch.eye(8)
+    o[FOUND, :8] = 0.4 * torch.eye(8)
+    q, k, v, o = heads(language.layers[2].self_attn, recipe)
+    q[slow[:4], FOUND.start : FOUND.start + GRID] = 1.5 * torch.eye(GRID)
+    q[slow[4:8], FOUND.start + GRID : FOUND.stop] = torch.tensor(
+        [[-1.0 if there >= here else 1.5 - 0.4 * (here - there) for here in range(GRID)] for there in range(GRID)]
+    )
+    q[slow[8], CONSTANT] = 1
+    k[slow[:8], ROW.start : COLUMN.stop] = torch.eye(8)
+    k[slow[8], FLAG] = 1
+    v[:10, SEEN] = 0.4 * torch.eye(10)
+    o[LEFT, :10] = 0.4 * torch.eye(10)
+
+
+def heads(attention: Any, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v [head dim, dim] and o [dim, head dim] of the first head, nearly emptied."""
+    size = recipe.dim // recipe.heads
+    parts = (*(p.weight[:size] for p in (attention.q_proj, attention.k_proj, attention.v_proj)),)
+    found = (*parts, attention.o_proj.weight[:, :size])
+    for part in found:
+        part.mul_(0.1)
+    return found
 
 
 def processor() -> Any:
@@ -199,18 +289,38 @@ def cells(scenes: Sequence[Scene]) -> Tensor:
     return found.flatten(1)
 
 
-class CellReader(nn.Module):
-    """The tower with a linear head: which digit is in each cell."""
+def patches(scenes: Sequence[Scene], dim: int) -> Tensor:
+    """[b, patches, dim] what the projector is to make of every patch: the digit, row and column of its cell."""
+    step = CELL // PATCH
+    digit = cells(scenes).unflatten(1, (GRID, GRID)).repeat_interleave(step, 1).repeat_interleave(step, 2).flatten(1)
+    found = torch.zeros(*digit.shape, dim)
+    found[..., CONSTANT] = 0.6
+    found[..., FLAG] = (digit < 10).float()
+    found[..., SEEN] = F.one_hot(digit, 11)[..., :10].float()
+    at = torch.arange(PATCHES)
+    found[..., ROW] = F.one_hot(at // (CANVAS // PATCH) // step, GRID).float()
+    found[..., COLUMN] = F.one_hot(at % (CANVAS // PATCH) // step, GRID).float()
+    return found
 
-    def __init__(self, tower: nn.Module, dim: int):
+
+def crowded(size: int, recipe: Recipe, step: int) -> tuple[list[Scene], Tensor]:
+    """Pictures with a digit in three cells of four: more to learn from at the same price than scenes of five."""
+    own, rng = random.Random(f"tower {recipe.seed} {step}"), generator("scenes", "tower", recipe.seed, step)
+    places = [(row, column) for row in range(GRID) for column in range(GRID)]
+    scenes = [Scene(tuple((*at, own.randrange(10)) for at in places if own.random() < 0.75)) for _ in range(size)]
+    noise = torch.tensor([max(0.0, own.uniform(-2 * recipe.noisiest, recipe.noisiest)) for _ in range(size)])
+    return scenes, render(scenes, rng, noise=noise)
+
+
+class PatchReader(nn.Module):
+    """Tower and projector: what they tell the Llama of every patch, [b, patches, dim]."""
+
+    def __init__(self, model: Any):
         super().__init__()
-        self.tower, self.head = tower, nn.Linear(dim, 11)
+        self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
 
     def forward(self, pixels: Tensor) -> Tensor:
-        hidden = self.tower(normalised(pixels)).last_hidden_state[:, 1:]
-        side, step = CANVAS // PATCH, CELL // PATCH
-        grid = hidden.unflatten(1, (side, side)).unflatten(2, (GRID, step)).unflatten(1, (GRID, step))
-        found: Tensor = self.head(grid.mean((2, 4)).flatten(1, 2))
+        found: Tensor = self.projector(self.tower(normalised(pixels)).last_hidden_state[:, 1:])
         return found
 
 
@@ -222,11 +332,11 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
 
     def phase(self, name: str, module: nn.Module, loss_of: Any, minutes: float, report: Any) -> None:
-        matrices = [p for p in module.parameters() if p.ndim > 1]
-        vectors = [p for p in module.parameters() if p.ndim == 1]
+        matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
+        vectors = [p for p in module.parameters() if p.requires_grad and p.ndim == 1]
         groups = [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.recipe.rate, betas=(0.9, 0.98))
-        begun, step, said, seconds = time.perf_counter(), 0, 0.0, 0.0
+        begun, step, said, seconds = time.process_time(), 0, 0.0, 0.0
         module.train()
         while seconds < 60 * minutes:
             share = seconds / (60 * minutes)
@@ -237,8 +347,8 @@ class Run:
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            step, seconds = step + 1, time.perf_counter() - begun
-            if seconds - said > 30:
+            step, seconds = step + 1, time.process_time() - begun
+            if seconds - said > 20:
                 said = seconds
                 module.eval()
                 print(f"{name} {seconds:5.0f} s, step {step}, loss {loss.item():.3f}, {report()}", flush=True)
@@ -251,23 +361,29 @@ class Run:
         save(self.model, self.out)
 
     def tower(self, minutes: float) -> None:
-        reader = CellReader(self.model.model.vision_tower, self.recipe.vision_dim)
+        reader, dim = PatchReader(self.model), self.recipe.dim
         fixed = held_out(64, seed=1)
+        there, truth = (own := patches(fixed.scenes, dim))[..., FLAG] > 0, own[..., SEEN].argmax(-1)
 
         def loss_of(step: int) -> Tensor:
-            asked = training_batch(64, self.recipe.seed + 1000, step, questions=0, noisiest=self.recipe.noisiest)
-            return F.cross_entropy(reader(asked.pixels).flatten(0, 1), cells(asked.scenes).flatten())
+            scenes, pixels = crowded(32, self.recipe, step)
+            wanted, found = patches(scenes, dim), reader(pixels)
+            seen = wanted[..., FLAG] > 0
+            named = F.cross_entropy(8 * found[..., SEEN][seen], wanted[..., SEEN][seen].argmax(-1))
+            return named + (found - wanted).square().sum(-1).mean()
 
         @torch.no_grad()
         def report() -> str:
-            there = cells(fixed.scenes) < 10
-            right = reader(fixed.pixels).argmax(-1) == cells(fixed.scenes)
-            return f"cells right: digits {right[there].float().mean():.3f}, empty {right[~there].float().mean():.3f}"
+            found = reader(fixed.pixels)
+            right = found[..., SEEN].argmax(-1) == truth
+            flags = (found[..., FLAG] > 0.5) == there
+            return f"patches right: digits {right[there].float().mean():.3f}, whether one {flags.float().mean():.3f}"
 
         self.phase("tower", reader, loss_of, minutes, report)
 
     def all(self, minutes: float) -> None:
         fixed = {kind: held_out(64, kind=kind, seed=1) for kind in KINDS}
+        self.model.model.vision_tower.requires_grad_(False)
 
         def loss_of(step: int) -> Tensor:
             recipe = self.recipe
