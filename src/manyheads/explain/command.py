@@ -55,7 +55,8 @@ def page(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show where a model's attention goes and what it is worth, as one page that opens offline."""
-    from manyheads.explain.explanation import explain_image, explain_text, load_any
+    from manyheads.explain.explanation import explain_image, explain_text
+    from manyheads.hosts.loading import load_any
 
     given = [name for name, own in (("--text", text), ("--file", file), ("--image", image)) if own is not None]
     if len(given) != 1:

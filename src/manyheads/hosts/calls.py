@@ -6,6 +6,8 @@ Legend: b batch, h query heads, g KV heads, n queries, m keys, d key dim, e valu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +24,21 @@ BLOCK_WEIGHTS = 2**20
 Edit = Callable[[Tensor, slice], Tensor]
 # A block of scores [b, heads, rows, m], before masks and position biases, and its rows -> those in its place.
 Rescore = Callable[[Tensor, slice], Tensor]
+
+# A call, some of its heads, rows, and the weights [b, heads, rows, m] that took the place of the layer's own.
+Hearer = Callable[["AttentionCall", list[int], slice, Tensor], None]
+_hearers: ContextVar[tuple[Hearer, ...]] = ContextVar("edits", default=())
+
+
+@contextmanager
+def edits_heard(hear: Hearer) -> Iterator[None]:
+    """While open, in this thread, `hear` gets the weights that readers of taps put in the place of a layer's own, block
+    by block: they leave nothing but another output behind."""
+    token = _hearers.set((*_hearers.get(), hear))
+    try:
+        yield
+    finally:
+        _hearers.reset(token)
 
 
 class AttentionCall:
@@ -118,10 +135,17 @@ class AttentionCall:
     def mix(self, edit: Edit, heads: Sequence[int] | None = None) -> Tensor:
         """The output [b, h, n, e] with edit(weights [b, heads, rows, m], rows) in the place of those heads' weights;
         other heads as they are. A reader may return it. Made in blocks of rows, where no gradient has to keep them."""
-        chosen = torch.tensor(self.check_heads(heads), device=self.query.device)
-        value = self.of_heads(self.value, chosen)
-        parts = [edit(self.weights(heads, rows), rows).to(value.dtype) @ value for rows in self.blocks(heads)]
-        return self.replaced(torch.cat(parts, 2), chosen)
+        own, parts = self.check_heads(heads), []
+        value = self.of_heads(self.value, own)
+        for rows in self.blocks(heads):
+            edited = self._told(edit(self.weights(heads, rows), rows), own, rows)
+            parts.append(edited.to(value.dtype) @ value)
+        return self.replaced(torch.cat(parts, 2), own)
+
+    def _told(self, weights: Tensor, heads: list[int], rows: slice) -> Tensor:
+        for hear in _hearers.get():
+            hear(self, heads, rows, weights)
+        return weights
 
     def rescored(self, change: Rescore, heads: Sequence[int] | None = None) -> Tensor:
         """The output [b, h, n, e] with change(scores, rows) in the place of those heads' scores, which are
@@ -132,7 +156,8 @@ class AttentionCall:
         for rows in self.blocks(heads):
             query, key, scoring, seen = self._select(own, rows)
             scores = change(masked_scores(query, key, scoring, None).squeeze(2), rows)
-            parts.append(self.weighted(weigh(scores, seen, scoring.sinks), own))
+            weights = self._told(weigh(scores, seen, scoring.sinks), own, rows)
+            parts.append(self.weighted(weights, own))
         return self.replaced(torch.cat(parts, 2), own)
 
     def weighted(self, weights: Tensor, heads: Sequence[int]) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from manyheads.hosts.taps import AttentionCall
-from manyheads.steer.common import Heads, changed, check_share
+from manyheads.steer.common import Heads, changed, check_share, parse_heads
+from manyheads.steer.method import Prompt, steering
 
 
 def real_keys(call: AttentionCall) -> Tensor:
@@ -75,3 +76,17 @@ def calibrate(
 
     with changed(model, heads, change, stack, of_text=True):
         yield
+
+
+@steering(
+    "calibrate",
+    title="attention sinks in the middle turned down for the words around them",
+    source="arXiv 2406.15765",
+    kinds=("language", "vision-language"),
+    neutral={"beta": 1.0},
+    strength="beta",
+)
+def _open(
+    model: nn.Module, prompt: Prompt, *, beta: float = 0.4, alpha: float = 5.0, heads: str | None = None
+) -> AbstractContextManager[None]:
+    return calibrate(model, beta, alpha=alpha, heads=parse_heads(heads))
