@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.steer.common import companions
+from manyheads.steer.beside import caches_beside
 from manyheads.steer.method import Prompt, steering
 
 
@@ -36,7 +36,7 @@ def buckets(model: Any, bases: Sequence[float]) -> Iterator[None]:
         if kwargs.get("labels") is not None:
             raise ValueError("buckets mixes probabilities after the loss: leave labels out")
         past = kwargs.get("past_key_values")
-        others = [] if past is None else _others(past, len(angles) - 1)
+        others = [] if past is None else caches_beside(past, len(angles) - 1, "buckets")
         runs = []
         try:
             for j, angle in enumerate(angles):
@@ -79,21 +79,6 @@ def mixed(logits: Sequence[Tensor]) -> Tensor:
 
 def _angles(base: float, half: int) -> Tensor:
     return base ** -(torch.arange(half, dtype=torch.float64) / half)
-
-
-def _others(past: Any, count: int) -> list[Any]:
-    """The other runs' caches, which must have seen as much as the one that was given."""
-    from transformers import DynamicCache
-
-    def make() -> list[Any]:
-        if past.get_seq_length():
-            raise ValueError("buckets: the cache was filled outside of this block; start the text inside")
-        return [DynamicCache() for _ in range(count)]
-
-    others = companions(past, make)
-    if len(others) != count or any(own.get_seq_length() != past.get_seq_length() for own in others):
-        raise ValueError("buckets: the cache was fed outside of this block; start the text inside")
-    return others
 
 
 @steering(

@@ -117,7 +117,8 @@ def _moved(
         given = torch.where(drains, (1 - share) * weights, weights + budget * weights * seen / told.clamp_min(1e-12))
         return torch.where(late[:, None, rows, None] & chosen, given, weights)
 
-    return call.mix(edit)
+    first = int(late.any(0).long().argmax())
+    return call.mix(edit, rows=slice(first, n))
 
 
 @torch.no_grad()
