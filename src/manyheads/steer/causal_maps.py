@@ -32,8 +32,8 @@ def causal_maps(
     """Claim: the modality prior is a confounder; the answer minus the answer under do(attention = another map) is what
     the attention itself brings.
 
-    z' = z + gamma sum_r (z - z_r) over the runs r that are asked for: one whose vision tower attends by a counterfactual
-    map, one whose text stack does; tokens with z < log(eps) + max z are out. With both: (1 + 2 gamma) z - gamma z_v -
+    z' = z + gamma sum_r (z - z_r) over the runs r that are asked for: one whose vision tower attends by another map,
+    one whose text stack does; tokens with z < log(eps) + max z are out. With both: (1 + 2 gamma) z - gamma z_v -
     gamma z_l. gamma 0 and eps 0 change nothing; maps are those of `counterfactual`.
     Source: arXiv 2410.04780, The-Martyr/CausalMM. This is the paper's do(A): A' V inside the layers. The released code
     runs no attention again: it resizes the map of n x n tokens to one weight per patch, and multiplies features by it.
@@ -54,9 +54,8 @@ def causal_maps(
 
     def run_of(where: str, kind: str) -> Any:
         def run(named: dict[str, Any]) -> tuple[dict[str, Any], AbstractContextManager[Any]]:
-            return named, counterfactual(
-                model, kind, stack=text_stack(model) if where == "language" else where, seed=seed
-            )
+            stack = text_stack(model) if where == "language" else where
+            return named, counterfactual(model, kind, stack=stack, seed=seed)
 
         return run
 

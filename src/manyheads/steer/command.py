@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from manyheads.runs.given import read_text
+from manyheads.runs.given import parse_json, read_text
 
 MOST_TEXT = 1_000_000
 MOST_NEW = 512
@@ -74,6 +75,9 @@ def run(
     ] = None,
     text: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     file: Annotated[Path | None, typer.Option(help="A UTF-8 text file that holds the prompt.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="The prompt's picture, for a model that reads both, such as vlm.")
+    ] = None,
     span: Annotated[list[str] | None, typer.Option(help="Words of the prompt to mark; may be repeated.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="As a user's message in the model's chat template.")] = False,
     wanted: Annotated[
@@ -87,11 +91,9 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Run a model with an intervention and without: answers, next tokens, attention, cost, side by side."""
-    from manyheads.hosts.loading import load_any
     from manyheads.runs.environment import environment
     from manyheads.runs.results import write_json
     from manyheads.steer.asked import parse, parse_sweep
-    from manyheads.steer.prompting import kind_of, text_prompt
     from manyheads.steer.report import DATA, PAGE, write_report
     from manyheads.steer.run import steered, wanted_token
 
@@ -105,19 +107,40 @@ def run(
         raise ValueError(f"--out {out} is a file: give a folder")
     method, arguments = parse(with_)
     over = parse_sweep(method, sweep) if sweep is not None else None
-    loaded = load_any(model)
-    kind = kind_of(loaded.model)
-    prompt = text_prompt(loaded, content, span or (), chat=chat)
+    loaded, kind, prompt = _prompted(model, image, content, span or (), chat)
     report = steered(
         loaded, method, arguments, prompt,
-        kind=kind, new=new, wanted=wanted_token(loaded, "" if chat else content, wanted), sweep=over, tell=_tell,
+        kind=kind, new=new, wanted=wanted_token(loaded, "" if chat or image else content, wanted), sweep=over, tell=_tell,
     )  # fmt: skip
     record = {**report, "text": content, "environment": environment(), "created": _now()}
     data, page = write_json(record, out / DATA), write_report(record, out / PAGE)
     if as_json:
-        return typer.echo(json.dumps({"files": {"page": str(page), "data": str(data)}, **record}, indent=1))
+        stored = parse_json(read_text(data), str(data))  # without what is not finite
+        return typer.echo(json.dumps({"files": {"page": str(page), "data": str(data)}, **stored}, indent=1))
     _print(record)
     return typer.echo(f"\npage: {page}")
+
+
+def _prompted(
+    model: str | None, image: Path | None, text: str, marks: Sequence[str], chat: bool
+) -> tuple[Any, str, Any]:
+    """The model, its kind, and what it is fed."""
+    from manyheads.hosts.image_files import opened_image
+    from manyheads.hosts.loading import load_any
+    from manyheads.hosts.seeing import load_seeing
+    from manyheads.steer.prompting import kind_of, picture_prompt, text_prompt
+
+    if image is not None:
+        if chat:
+            raise ValueError("--chat goes with text alone; a model with pictures is asked in its own template")
+        picture = opened_image(image)
+        seeing = load_seeing(model)
+        return seeing.loaded, kind_of(seeing.model), picture_prompt(seeing, picture, text, marks)
+    loaded = load_any(model)
+    kind = kind_of(loaded.model)
+    if kind != "language":
+        raise ValueError(f"{loaded.name} is a {kind} model: give --image with the --text")
+    return loaded, kind, text_prompt(loaded, text, marks, chat=chat)
 
 
 def _now() -> str:

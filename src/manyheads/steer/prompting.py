@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from manyheads.hosts.loading import Loaded, reads_text
+from manyheads.hosts.seeing import Seeing
 from manyheads.hosts.sites import shows_pictures_to_text
 from manyheads.runs.given import shown
 from manyheads.steer.method import Prompt
@@ -42,6 +43,27 @@ def text_prompt(loaded: Loaded, text: str, marks: Sequence[str] = (), *, chat: b
         spans["text"] = sorted({place for own in spans.values() for place in own})
     tokens = torch.tensor([ids], device=next(loaded.model.parameters()).device)
     return Prompt({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, spans, loaded.tokenizer)
+
+
+def picture_prompt(seeing: Seeing, picture: Any, text: str, marks: Sequence[str] = ()) -> Prompt:
+    """The same with a PIL picture; its tokens are the span "image". ValueError as of `Seeing.prompt` besides."""
+    whole, loaded = seeing.prompt(text), seeing.loaded
+    pixels = seeing.pixels([picture])
+    ids = seeing.encode(text, count := seeing.per_picture(pixels))
+    begun = seeing.tokenizer.bos_token is not None and whole.startswith(seeing.tokenizer.bos_token)
+    places = _tokens(loaded, whole, special=not begun)[1]
+    image = [place for place, own in enumerate(ids) if own == seeing.image_id]
+    spans = {"image": image}
+    for number, words in enumerate(marks, 1):
+        found = _marked(whole, words, places, loaded.name)
+        if image[0] in found:
+            raise ValueError(f"--span {shown(words)!r} holds the picture itself: mark words")
+        spans[f"text{number}"] = [place + (count - 1) * (place > image[0]) for place in found]
+    if marks:
+        spans["text"] = sorted({place for name, own in spans.items() if name != "image" for place in own})
+    tokens = torch.tensor([ids], device=pixels.device)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "pixel_values": pixels}
+    return Prompt(inputs, spans, loaded.tokenizer)
 
 
 def check_length(loaded: Loaded, count: int) -> None:

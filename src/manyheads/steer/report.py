@@ -9,6 +9,7 @@ from typing import Any
 
 from manyheads.runs.charts import Plot, theme
 from manyheads.runs.page import charts_html, settings_html, table_html, write_page
+from manyheads.runs.results import number
 from manyheads.runs.tables import Column, Entry
 
 PAGE, DATA = "steer.html", "steer.json"
@@ -172,8 +173,8 @@ def _curve(record: Mapping[str, Any]) -> Plot:
     points = [
         {
             "value": str(point["value"]),
-            "effect": point["wanted"]["with"] if told else point["kl_bits"],
-            "damage": point["lost"],
+            "effect": number(point["wanted"]["with"] if told else point["kl_bits"]),
+            "damage": number(point["lost"]),
         }
         for point in own["points"]
     ]
