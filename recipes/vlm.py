@@ -202,13 +202,14 @@ def processor() -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     tokenizer = byte_tokenizer(1024)
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [AddedToken("<image>", special=True, normalized=False)]}
-        | {"eos_token": "</s>", "pad_token": "<pad>"}
-    )
+    # In this order they get the numbers 256, 257 and 258.
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<image>", special=True, normalized=False)]})
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.convert_tokens_to_ids(["<image>", "</s>", "<pad>"]) == [IMAGE, END, PAD]
     half = [0.5, 0.5, 0.5]
     images = CLIPImageProcessorPil(
-        size={"height": CANVAS, "width": CANVAS}, do_center_crop=False, image_mean=half, image_std=half
+        size={"height": CANVAS, "width": CANVAS}, do_center_crop=False, image_mean=half, image_std=half, resample=2
     )
     return LlavaProcessor(
         image_processor=images,

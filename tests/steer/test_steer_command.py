@@ -87,7 +87,8 @@ def test_declared_interventions_are_the_model_itself_at_their_neutral_setting(na
     own = Prompt({"input_ids": tokens}, {"text": [3, 4, 5, 7], "text1": [3, 4, 5], "text2": [7]})
     given: dict[str, Any] = NEEDS.get(name, {}) | dict(chosen.neutral)
     if "file" in chosen.arguments:
-        given["file"] = str(save_offsets({(1, 2): torch.randn(8)}, tmp_path / "own.safetensors"))
+        width = 16 if name == "focus" else 8
+        given["file"] = str(save_offsets({(1, 2): torch.randn(width)}, tmp_path / "own.safetensors"))
     with torch.no_grad():
         wanted = model(tokens).logits
         with chosen.open(model, own, **given):
@@ -100,7 +101,7 @@ def test_declared_interventions_are_the_model_itself_at_their_neutral_setting(na
         assert_close(model(tokens).logits, wanted, atol=0, rtol=0)
 
 
-STRONG = {"buckets": 3.0, "calibrate": 0.0}
+STRONG = {"buckets": 3.0, "calibrate": 0.0, "focus_icl": 3}
 
 
 def test_arguments_are_read_in_their_own_types() -> None:

@@ -58,7 +58,7 @@ def page(
 ) -> None:
     """Show where a model's attention goes and what it is worth, as one page that opens offline."""
     from manyheads.explain.explanation import explain_image, explain_text
-    from manyheads.hosts.loading import load_any, reads_text
+    from manyheads.hosts.loading import load_any
 
     given = [name for name, own in (("--text", text), ("--file", file), ("--image", image)) if own is not None]
     if len(given) == 0 or given[:2] == ["--text", "--file"]:
@@ -70,7 +70,7 @@ def page(
         _page_of_sight(model, image, content, _numbers(layers), size, out, as_json)
         return
     loaded = load_any(model)
-    if getattr(loaded.model.config, "vision_config", None) is not None and reads_text(loaded.model):
+    if loaded.model.config.model_type == "llava":
         raise ValueError(f"{loaded.name} reads a picture and a text together: give --image and --text")
     shared: dict[str, Any] = {"methods": method, "target": target, "layers": _numbers(layers), "page_mb": size}
     with _told() as tell:

@@ -108,10 +108,8 @@ def run(
     method, arguments = parse(with_)
     over = parse_sweep(method, sweep) if sweep is not None else None
     loaded, kind, prompt = _prompted(model, image, content, span or (), chat)
-    report = steered(
-        loaded, method, arguments, prompt,
-        kind=kind, new=new, wanted=wanted_token(loaded, "" if chat or image else content, wanted), sweep=over, tell=_tell,
-    )  # fmt: skip
+    hoped = wanted_token(loaded, "" if chat or image else content, wanted)
+    report = steered(loaded, method, arguments, prompt, kind=kind, new=new, wanted=hoped, sweep=over, tell=_tell)
     record = {**report, "text": content, "environment": environment(), "created": _now()}
     data, page = write_json(record, out / DATA), write_report(record, out / PAGE)
     if as_json:

@@ -32,15 +32,15 @@ def control(
     """Claim: a box drawn on the picture becomes part of the question, with no training, by optimising what is added to
     the image tokens.
 
-    p [b, image tokens, dim] = 0 is added to the image's embeddings; in each step a, the attention of the text behind it on
-    these tokens (mean over layers, heads and rows), gives E = alpha (1 - sum_j a_j M_j / sum_j a_j)^2, and
+    p [b, image tokens, dim] = 0 is added to the image's embeddings; in each step a, the attention of the text behind it
+    on these tokens (mean over layers, heads and rows), gives E = alpha (1 - sum_j a_j M_j / sum_j a_j)^2, and
     p <- p - lr dE/dp; what is used is the running mean p_use <- beta p + (1 - beta) p_use. Stops early once E has
     fallen to three quarters of the first. In the block p_use is added wherever the prompt's picture is read; gives E
     of every step. region: M, [b or 1, image tokens] in [0, 1], as by `box_region`. steps 0, lr 0 and a region that is
     everything change nothing.
     Source: arXiv 2407.21534, mrwu-mac/ControlMLLM `compute_ca_loss`, for boxes and masks. The released script adds
-    every step's p_use on top of the last; here, as in the paper, there is one latent. Its points and scribbles use a density
-    above 1, which can push attention away: left out.
+    every step's p_use on top of the last; here, as in the paper, there is one latent. Its points and scribbles use a
+    density above 1, which can push attention away: left out.
     """
     check_share("control: beta", beta)
     if steps < 0 or not lr >= 0 or not alpha >= 0:

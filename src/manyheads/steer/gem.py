@@ -22,10 +22,10 @@ def gem(model: Any, *, depth: int = 7, iterations: int = 1, temperature: float |
 
     In the vision tower's last depth - 1 blocks, x = ln1 of the block's input, for s in {q, k, v} per head, `iterations`
     times: s <- softmax(t s s^T) s with s <- s / |s|; then o_s = softmax(t s s^T) v with s <- s / |s| again. t =
-    mean over tokens of |x|_2 / sqrt(head dim), one number per picture, or `temperature`. A second stream starts at the first of
-    these blocks and adds Wo (o_q + o_k + o_v) / 3 in each, no MLP; it takes the place of the tower's last_hidden_state,
-    while the ordinary stream runs on and gives the pooled output. depth 1: no block, nothing changes. Patches only
-    attend within a picture; no matrix outlives its block.
+    mean over tokens of |x|_2 / sqrt(head dim), one number per picture, or `temperature`. A second stream starts at the
+    first of these blocks and adds Wo (o_q + o_k + o_v) / 3 in each, no MLP; it takes the place of the tower's
+    last_hidden_state, while the ordinary stream runs on and gives the pooled output. depth 1: no block, nothing
+    changes. No matrix outlives its block.
     Source: arXiv 2312.00878, WalBouss/GEM `gem_utils.py` (depth 7 of 12 or 24 blocks).
     """
     where = choose(model, None, "vision", "self")

@@ -26,8 +26,8 @@ def modality_mutual(
 
     Image token i may attend to the question's tokens besides what it may see already; all other rows, the answer's
     among them, stay causal. amount: between the output of the causal mask and that of this one, o' = o + amount
-    (o_new - o); 0 changes nothing, and in training it takes gradients. image, question: places, or [b, n] bool for each row's
-    own. Both must be read in one pass.
+    (o_new - o); 0 changes nothing, and in training it takes gradients. image, question: places, or [b, n] bool for each
+    row's own. Both must be read in one pass.
     Source: arXiv 2503.02597, sony/aki `_make_modality_mutual_mask`, whose model is trained with it; `amount` is ours,
     for a model that was not. As a mechanism: modality-mutual.
     """

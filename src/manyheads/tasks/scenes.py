@@ -8,10 +8,12 @@ the picture is. Training glyphs and held-out glyphs are those of `manyheads.task
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -150,6 +152,13 @@ def render(scenes: Sequence[Scene], rng: Generator, *, noise: float | Tensor = 0
     return (pixels.clamp(0, 1) * 255).round() / 255
 
 
+def pictures(pixels: Tensor) -> list[Any]:
+    """PIL pictures, in shades of grey, of [b, height, width] in 0 to 1."""
+    from PIL import Image
+
+    return [Image.fromarray(own) for own in (pixels * 255).round().to(torch.uint8).numpy()]
+
+
 @dataclass(frozen=True)
 class Asked:
     """Some pictures [b, 40, 40] with the scenes that they show and questions for each."""
@@ -161,10 +170,8 @@ class Asked:
 
 def training(size: int, seed: int, *, questions: int = 6, noisiest: float = 0.8) -> Iterator[Asked]:
     """Endless, and the same again for the same arguments: batch after batch of paired scenes, half of them noisy."""
-    step = 0
-    while True:
+    for step in itertools.count():
         yield training_batch(size, seed, step, questions=questions, noisiest=noisiest)
-        step += 1
 
 
 def training_batch(size: int, seed: int, step: int, *, questions: int = 6, noisiest: float = 0.8) -> Asked:
