@@ -1,4 +1,4 @@
-"""The command line: list, show, check, compare, heads, shrink, convert, explain, serve, info."""
+"""The command line: list, show, check, compare, heads, shrink, convert, explain, steer, serve, info."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from manyheads.runs.given import parse_json, shown
 from manyheads.serve.command import serve
 from manyheads.shrink.command import shrink
 from manyheads.softmax import changed_stages
+from manyheads.steer.command import steer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=manyheads.__doc__)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -233,6 +234,7 @@ app.command()(shrink)
 app.command()(convert)
 app.command()(serve)
 app.add_typer(explain, name="explain")
+app.add_typer(steer, name="steer")
 
 
 @app.command()

@@ -81,4 +81,4 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_commands_are_these() -> None:
     names = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
     assert names == {"list", "show", "check", "compare", "convert", "info", "heads", "shrink", "serve"}
-    assert {group.name for group in app.registered_groups} == {"explain"}
+    assert {group.name for group in app.registered_groups} == {"explain", "steer"}

@@ -39,7 +39,9 @@ def page(
     ] = None,
     text: Annotated[str | None, typer.Option(help="The text to explain.")] = None,
     file: Annotated[Path | None, typer.Option(help="A UTF-8 text file to explain.")] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to explain, for a vision model; with --text for a model like vlm.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to explain, for a vision model; with --text for a model like vlm.")
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(help="What to explain: a text whose first token is asked for, or a class. Default: the answer."),
@@ -55,7 +57,8 @@ def page(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show where a model's attention goes and what it is worth, as one page that opens offline."""
-    from manyheads.explain.explanation import explain_image, explain_text, load_any
+    from manyheads.explain.explanation import explain_image, explain_text
+    from manyheads.hosts.loading import load_any
 
     given = [name for name, own in (("--text", text), ("--file", file), ("--image", image)) if own is not None]
     if len(given) == 0 or given[:2] == ["--text", "--file"]:

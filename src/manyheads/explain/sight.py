@@ -85,7 +85,7 @@ class Sight:
 
     @property
     def leans(self) -> str:
-        """"image" or "prior": prior where the same is said without the picture, and the picture adds less than a bit
+        """ "image" or "prior": prior where the same is said without the picture, and the picture adds less than a bit
         to all of it."""
         same = self.said_without == self.answer
         return "prior" if same and float(self.gain.sum()) < PRIOR_BITS else "image"

