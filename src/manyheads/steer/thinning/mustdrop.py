@@ -54,12 +54,13 @@ def must_drop(
     *,
     layers: Sequence[int] | None = None,
     similarity: float = 0.8,
-    window: int = 3,
+    window: int | None = None,
     key_share: float = 0.08,
 ) -> Iterator[Thinning]:
     """Claim: what an image token is worth shows at three times, and each has tokens to spare.
 
-    Tower: after its first layer, windows of `window`^2 patches whose mean pairwise cosine is at least `similarity`
+    Tower: after its first layer, windows of `window`^2 patches (3 by 3, or 2 where that fills the
+    grid and 3 does not) whose mean pairwise cosine is at least `similarity`
     become one token, their mean. The ceil(key_share n) of the n patches of the tower to which its last layer's class
     token attends most (mean of heads) are keys and never leave later. Prompt: after each of `layers` (2, 6, 10, 14 of
     32, in proportion), image token j stays where sum_t A_tj >= globally * sum_tj A_tj, or max_t A_tj >= individually,
@@ -102,7 +103,7 @@ def must_drop(
 class _State:
     """Of the tower's last pass: what of each image's n patches is there, and what is a key, [images, n]."""
 
-    def __init__(self, similarity: float, window: int, key_share: float):
+    def __init__(self, similarity: float, window: int | None, key_share: float):
         self._similarity, self._window, self._share = similarity, window, key_share
         self._there: Tensor | None = None
         self._keys: Tensor | None = None
@@ -113,7 +114,9 @@ class _State:
             self._there = there[:, 1:]
         if layer != 1 or self._similarity > 1:
             return None
-        windows, alike = alike_windows(states[:, 1:], self._window)
+        side = math.isqrt(states.shape[1] - 1)
+        size = (3 if side % 3 == 0 or side % 2 else 2) if self._window is None else self._window
+        windows, alike = alike_windows(states[:, 1:], size)
         stays, states = there.clone(), states.clone()
         for image, own in (alike >= self._similarity).nonzero().tolist():
             places = windows[own] + 1
@@ -164,7 +167,7 @@ def _open(
     globally: float = 0.01,
     individually: float = 0.01,
     similarity: float = 0.8,
-    window: int = 3,
+    window: int | None = None,
     key_share: float = 0.08,
 ) -> AbstractContextManager[Thinning]:
     return must_drop(model, globally, individually, similarity=similarity, window=window, key_share=key_share)

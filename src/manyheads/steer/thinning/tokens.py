@@ -173,6 +173,15 @@ class Thinning:
         """While that layer runs in a pass with image tokens: what is there, without its states."""
         return self._step(layer, self._now, self._now.none) if self._now is not None and self._now.has_image else None
 
+    def spread(self, columns: Tensor) -> Tensor:
+        """Of the layer that runs: what its keys got, [..., m] of one row without a past -> [..., n] of all that was
+        fed, zeros where a token had left."""
+        now = self._now
+        if now is None or not now.left or now.start:
+            return columns
+        whole = torch.zeros(*columns.shape[:-1], now.image.shape[1], dtype=columns.dtype, device=columns.device)
+        return whole.index_copy(-1, now.places[0], columns)
+
     def _hear(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         self._ids = (dict(zip(names, args, strict=False)) | kwargs).get("input_ids")
