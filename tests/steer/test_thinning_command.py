@@ -42,7 +42,7 @@ def test_what_is_looked_at_lies_at_the_places_of_the_prompt() -> None:
     row = {name: own[:1] for name, own in batch("right").items()}
     image = row["input_ids"][0].eq(IMAGE).nonzero()[:, 0].tolist()
     text = [12, 13]
-    prompt = Prompt(row, {"image": image, "text": text})
+    prompt = Prompt(row, {"image": image, "text": text, "text1": text})
     seen = look(model, prompt, lambda: visual_exit(model, layer=2))
     with torch.no_grad(), visual_exit(model, layer=2), record(model, stack="language") as calls:
         model(**row)
