@@ -39,7 +39,9 @@ def page(
     ] = None,
     text: Annotated[str | None, typer.Option(help="The text to explain.")] = None,
     file: Annotated[Path | None, typer.Option(help="A UTF-8 text file to explain.")] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to explain, for a vision model; with --text for a model like vlm.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to explain, for a vision model; with --text for a model like vlm.")
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(help="What to explain: a text whose first token is asked for, or a class. Default: the answer."),

@@ -84,7 +84,9 @@ class Seeing:
         whole = text if token in text else self._templated(text)
         if (times := whole.count(token)) != 1:
             problem = "no image token in the prompt" if not times else f"{times} image tokens, where one is meant"
-            raise ValueError(f"{self.name}: {problem}: want {token} once, or a text without it; the prompt is {whole!r}")
+            raise ValueError(
+                f"{self.name}: {problem}: want {token} once, or a text without it; the prompt is {whole!r}"
+            )
         return whole
 
     def _templated(self, text: str) -> str:
