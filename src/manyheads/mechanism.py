@@ -105,7 +105,7 @@ class Mechanism(Checks, ABC):
     `Rotary`); `config` gives them back.
     """
 
-    across: Across | None = None  # reads tokens of other processes, of which x is a part; see `card.parallel`
+    spread_over: Across | None = None  # reads tokens of other processes, of which x is a part; see `card.parallel`
     listener: Listener | None = None  # is told of every pass what it does inside, and may change its head outputs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -166,7 +166,7 @@ class Mechanism(Checks, ABC):
             state,
             need_weights,
             inputs,
-            self._spread(pattern, dense, state, need_weights),
+            self._asked_across(pattern, dense, state, need_weights),
         )
         broken = broken_tokens(x)
         for value in self._beside(x, inputs).values():  # NaN in a later token's is no less to be kept from earlier ones
@@ -187,8 +187,10 @@ class Mechanism(Checks, ABC):
                 raise
             raise ValueError(why) from error
 
-    def _spread(self, pattern: Pattern, dense: Tensor | None, state: State | None, need_weights: bool) -> Across | None:
-        if self.across is None:
+    def _asked_across(
+        self, pattern: Pattern, dense: Tensor | None, state: State | None, need_weights: bool
+    ) -> Across | None:
+        if self.spread_over is None:
             return None
         given = {
             pattern.value: pattern is not Pattern.CAUSAL_SELF,
@@ -203,7 +205,7 @@ class Mechanism(Checks, ABC):
                 f"{self.card.name}: {strange[0]} was given with a sequence over several processes; want causal "
                 "self-attention in one pass, with no mask but key padding"
             )
-        return self.across
+        return self.spread_over
 
     def _over_maps(self, x: Any, mask: Any, positions: Any, state: Any, need_weights: bool, inputs: Any) -> Result:
         for what, given in (("positions", positions), ("a state", state)):

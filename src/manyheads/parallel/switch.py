@@ -258,8 +258,8 @@ def sequence_parallel(
         stack.callback(_open.pop, model, None)
         if ours:
             for module in _readers(model):
-                module.across = spread
-                stack.callback(delattr, module, "across")
+                module.spread_over = spread
+                stack.callback(delattr, module, "spread_over")
         else:
             stack.enter_context(hosted.spread(model, spread))
         stack.callback(model.register_forward_pre_hook(spread.begin, with_kwargs=True).remove)

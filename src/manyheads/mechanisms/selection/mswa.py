@@ -60,7 +60,7 @@ class MSWA(SoftmaxAttention):
         if window < 4 or window % 4:
             raise ValueError(f"mswa: window={window} has no exact quarter; want a positive multiple of 4")
         self.window = window
-        self.windows: list[int] = [window // 4 * 2 ** (h * 4 // heads) for h in range(heads)]
+        self.head_windows = self.windows = [window // 4 * 2 ** (h * 4 // heads) for h in range(heads)]
         self.span: int = 2 * window
 
     def init_state(self, batch: int, *, capacity: int = 0) -> State:
