@@ -1,4 +1,4 @@
-"""The command line: list, show, find, board, check, compare, heads, shrink, convert, explain, serve, info."""
+"""The command line: list, show, find, board, check, compare, heads, shrink, convert, plan, explain, serve, info."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from manyheads.convert.command import convert
 from manyheads.explain.command import explain
 from manyheads.heads.command import heads
 from manyheads.mechanism import Mechanism
+from manyheads.parallel.command import plan
 from manyheads.registry import mechanism_class
 from manyheads.runs.given import parse_json, shown
 from manyheads.serve.command import serve
@@ -99,6 +100,7 @@ app.command()(compare)
 app.command()(heads)
 app.command()(shrink)
 app.command()(convert)
+app.command()(plan)
 app.command()(serve)
 app.add_typer(explain, name="explain")
 

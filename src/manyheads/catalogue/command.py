@@ -98,7 +98,7 @@ def show(
     out.print(f"[bold]{name}[/bold]  {told['title']}, {told['reference']}\n")
     out.print(told["description"] + "\n", markup=False)
     told["takes"] = [f"{name}: {what}" for name, what in told["takes"].items()]
-    for key in ("family", "patterns", "time", "state", "resizes", "decodes", "stages", "takes", "notes"):
+    for key in ("family", "patterns", "time", "state", "resizes", "parallel", "decodes", "stages", "takes", "notes"):
         value = "; ".join(told[key]) if key == "takes" else told[key]
         value = ", ".join(value) if isinstance(value, list) else value
         if value != "":

@@ -26,6 +26,7 @@ def facts(name: str) -> dict[str, Any]:
         "decodes": card.decodes,
         "takes": dict(card.takes),
         "resizes": card.resizes,
+        "parallel": card.parallel or "",
         "stages": changed_stages(cls),
         "notes": card.notes,
         **load_figures().summary(name),

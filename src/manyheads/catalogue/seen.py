@@ -53,7 +53,7 @@ def _drawn(cls: type[Mechanism], pattern: Pattern) -> Iterator[Picture]:
     assert total is not None
     shares = total / _DRAWS
     if spatial and not pattern.cross:
-        sizes = module.map_sizes(n, n + 1)[0] if pattern is Pattern.MAPS else (n, n + 1)
+        sizes: tuple[int, ...] = module.map_sizes(n, n + 1)[0] if pattern is Pattern.MAPS else (n, n + 1)
         sizes = (*sizes, 2) if pattern is Pattern.VOLUME else sizes
         view = shares[_middle(sizes, len(shares))][: math.prod(sizes)].view(sizes)
         yield Picture(pattern.value, "the cells that one in the middle sees", view[..., 1] if view.ndim > 2 else view)
