@@ -4,9 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-odd test-clients format
+.PHONY: demo board test test-odd test-clients format
 demo: $(VENV)/.installed
 	$(BIN)/manyheads compare --preset quick --out demo
+
+# One page of every mechanism, board.html, after what is older than the code it measures was measured again.
+board: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/refresh.py
+	$(BIN)/manyheads board
 
 # Compute is single-threaded per worker: two workers with two threads each would fight over two cores. A file goes to one
 # worker, so that what its tests share (a trained model, a conversion, a browser) is made once.

@@ -5,10 +5,11 @@ Writes src/manyheads/catalogue/figures.json: every row of these results that is 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
+
+import stale
 
 from manyheads.catalogue.figures import FORMAT
 
@@ -39,12 +40,7 @@ def _short(value: Any) -> Any:
 
 def _scripts() -> dict[str, str]:
     """By result, the benchmark that writes it, as `stale.py` reads it off the benchmarks."""
-    spec = importlib.util.spec_from_file_location("stale", Path(__file__).parent / "stale.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {name: paths[0] for name, paths in module._measures(ROOT).items()}
+    return {name: paths[0] for name, paths in stale._measures(ROOT).items()}
 
 
 def _command(name: str, script: str) -> str:

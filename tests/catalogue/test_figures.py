@@ -1,7 +1,8 @@
 """Figures that ship, and `list` that shows, sorts and filters them."""
 
-import importlib.util
+import importlib
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,18 +17,14 @@ from manyheads.cli import main
 ROOT = Path(__file__).parent.parent.parent
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks" / "figures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("figures")
 
 
-def test_what_ships_is_what_the_results_say() -> None:
-    module = script()
-    assert module.TARGET.read_text() == module.text(), "run `python benchmarks/figures.py`"
+def test_what_ships_is_what_the_results_say(figures: ModuleType) -> None:
+    assert figures.TARGET.read_text() == figures.text(), "run `python benchmarks/figures.py`"
     assert set(load_figures().rows) <= set(list_attentions())
 
 
@@ -158,3 +155,21 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         assert code == 0
         assert all(word in out for word in ("recall", "digits", "exponent", "bytes", "peer", "fastmax"))
     assert run("--where", "nothing=1")[0] == 2
+
+
+def test_only_what_is_not_fresh_is_measured_again(figures: ModuleType) -> None:
+    states = [
+        ("recall", "abc", "fresh", ""),
+        ("digits", "abc", "older", "code changed"),
+        ("linear", "abc", "unknown", "its commit is not in this checkout"),
+        ("peers", "abc", "older", "code changed"),
+        ("real", "abc", "older", "ships in no figure"),
+    ]
+    ran: list[list[str]] = []
+    said = importlib.import_module("refresh").refresh(states, ran.append)
+    assert ran == [
+        [sys.executable, "benchmarks/quality.py", "digits"],
+        [sys.executable, "benchmarks/linear.py"],
+    ]
+    assert [line.split(":")[0] for line in said] == ["recall", "digits", "linear", "peers"]
+    assert "an environment of its own" in said[-1]

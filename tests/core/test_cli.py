@@ -1,6 +1,8 @@
 """The commands as a user types them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,10 @@ def test_the_commands_are_these() -> None:
     catalogue = {"list", "show", "find", "board", "check", "info"}
     assert names == catalogue | {"compare", "convert", "heads", "shrink", "plan", "serve"}
     assert {group.name for group in app.registered_groups} == {"explain", "steer"}
+
+
+def test_no_command_line_waits_for_transformers() -> None:
+    """It takes longer to import than `list` may take: a verb reads it when it runs."""
+    heavy = "[name for name in ('transformers', 'altair', 'sklearn', 'scipy', 'captum') if name in sys.modules]"
+    run = [sys.executable, "-c", f"import sys, manyheads.cli; print({heavy})"]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == "[]"

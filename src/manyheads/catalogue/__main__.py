@@ -1,8 +1,20 @@
-"""Pages of the catalogue: `python -m manyheads.catalogue > docs/catalogue.md`."""
+"""Pages of the catalogue, made from the cards: `python -m manyheads.catalogue > docs/catalogue.md` prints it whole, and
+`python -m manyheads.catalogue --families docs/families` writes a page for each family, with pictures."""
 
 from __future__ import annotations
+
+import argparse
+from pathlib import Path
 
 from manyheads.catalogue.page import catalogue_page
 
 if __name__ == "__main__":
-    print(catalogue_page(), end="")
+    parser = argparse.ArgumentParser(prog="python -m manyheads.catalogue", description=__doc__)
+    parser.add_argument("--families", type=Path, metavar="FOLDER", help="write a page for each family into it")
+    folder = parser.parse_args().families
+    if folder is None:
+        print(catalogue_page(), end="")
+    else:
+        from manyheads.catalogue.families import write_families
+
+        write_families(folder)
