@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from manyheads.explain.interventions import TaskVector, head_means, learn_task_vector
 from manyheads.explain.studies import create_study, run_study, task_vector
 from manyheads.hosts.taps import record
+from manyheads.steer import TaskVector, head_means, learn_task_vector
 from manyheads.tasks.draw import generator
 
 SEED = generator("test-task-vectors")

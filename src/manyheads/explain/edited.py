@@ -3,8 +3,8 @@
 A picture is classified by its nearest pictures. For candidate c with similarities s_c [patches] of its patches to the
 picture's, and a map m of patches that count (0 or 1):
     score_c = the sum of the `best` greatest s_cp m_p
-    decision = the label most frequent among the `nearest` candidates of greatest score (of equally frequent ones that
-    of the best candidate)
+    decision = the label most frequent among the `nearest` candidates of greatest score (of equally frequent ones the
+    one with the best candidate)
 Source: CHM-Corr++, arXiv 2404.05238 (anguyen8/chm-corr-interactive): 7 x 7 patches, best 5, nearest 20. The map that it
 begins with is attention above a threshold; editing puts the person's own 0s and 1s in its place. Neutral: the same map.
 There corresponding patches come from a trained network (CHM); `patch_similarities` takes each patch's most similar one.

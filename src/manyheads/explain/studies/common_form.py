@@ -233,9 +233,9 @@ class CommonForm(Study):
 def apart(model: Recaller, tokens: Tensor) -> float:
     """The greatest difference of the first layer's recurrence from its unrolled matrix, 0 for softmax, which has no
     finite one."""
-    mixer = model.mixers[0]
+    mixer: Any = model.mixers[0]
     u = model.norms[0](model.embed(tokens))
     if mixer.form == "softmax":
         return 0.0
-    own = mixer.system(u)
+    own: System = mixer.system(u)
     return float((own.recurrent() - own.kernel() @ own.value).abs().max() / own.value.abs().max())

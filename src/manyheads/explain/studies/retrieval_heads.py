@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from manyheads.explain.detectors.patching import Head
-from manyheads.explain.interventions import scaled
 from manyheads.explain.studies.drawing import strip_plot
 from manyheads.explain.studies.models import ModelStudy, hidden_keys, needle_recall
 from manyheads.explain.studies.study import Cell, Point, Verdict, always, both_ways, paired, register_study, said
 from manyheads.heads import Inputs, retrieval
 from manyheads.hosts.loading import Loaded
+from manyheads.steer import scaled
 from manyheads.tasks.draw import generator
 
 if TYPE_CHECKING:

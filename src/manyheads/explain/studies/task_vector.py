@@ -11,7 +11,6 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from manyheads.explain.interventions.task_vector import TaskVector, head_means, learn_task_vector
 from manyheads.explain.studies.drawing import strip_plot
 from manyheads.explain.studies.study import (
     Cell,
@@ -26,6 +25,7 @@ from manyheads.explain.studies.study import (
     seeded,
 )
 from manyheads.explain.studies.tiny import TinyTransformer
+from manyheads.steer.task_vector import TaskVector, head_means, learn_task_vector
 from manyheads.tasks.draw import distinct, generator
 
 if TYPE_CHECKING:
