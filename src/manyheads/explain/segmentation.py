@@ -91,7 +91,7 @@ def segmentation_statistics(pictures: Sequence[Segmented]) -> dict[str, Any]:
     pixels, its mean IoU over pictures where the truth or the prediction has it."""
     if not pictures:
         raise ValueError("there are no pictures: give at least one")
-    rows = [{"name": own.name, **own.figures()} for own in pictures]
+    rows: list[dict[str, Any]] = [{"name": own.name, **own.figures()} for own in pictures]
     pixels = sum(own.truth.numel() for own in pictures)
     ious: dict[int, list[float]] = {}
     for own in pictures:
@@ -105,7 +105,7 @@ def segmentation_statistics(pictures: Sequence[Segmented]) -> dict[str, Any]:
         }
         for name, values in sorted(ious.items())
     }
-    mean = {key: sum(float(row[key]) for row in rows) / len(rows) for key in FIGURES}  # type: ignore[arg-type]
+    mean = {key: sum(float(row[key]) for row in rows) / len(rows) for key in FIGURES}
     return {"rows": rows, "mean": mean, "classes": classes}
 
 
