@@ -1,4 +1,4 @@
-"""The command line: list, show, find, board, check, compare, heads, shrink, convert, plan, explain, serve, info."""
+"""The command line: what the catalogue says, the verbs, the server, and what is installed."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from manyheads.registry import mechanism_class
 from manyheads.runs.given import parse_json, shown
 from manyheads.serve.command import serve
 from manyheads.shrink.command import shrink
+from manyheads.steer.command import steer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=manyheads.__doc__)
 app.command("list")(list_)
@@ -103,6 +104,7 @@ app.command()(convert)
 app.command()(plan)
 app.command()(serve)
 app.add_typer(explain, name="explain")
+app.add_typer(steer, name="steer")
 
 
 @app.command()

@@ -83,4 +83,4 @@ def test_the_commands_are_these() -> None:
     names = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
     catalogue = {"list", "show", "find", "board", "check", "info"}
     assert names == catalogue | {"compare", "convert", "heads", "shrink", "plan", "serve"}
-    assert {group.name for group in app.registered_groups} == {"explain"}
+    assert {group.name for group in app.registered_groups} == {"explain", "steer"}

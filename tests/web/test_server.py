@@ -27,8 +27,7 @@ from torch import nn
 from zoo import build
 
 from manyheads.cli import main
-from manyheads.explain.explanation import load_any
-from manyheads.hosts.loading import Loaded, load_model
+from manyheads.hosts.loading import Loaded, load_any, load_model
 from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
 from manyheads.serve.app import create_app
 from manyheads.serve.change import KINDS, Change, intervene

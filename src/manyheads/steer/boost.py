@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import Tensor, nn
 
 from manyheads.hosts.taps import AttentionCall
-from manyheads.steer.common import Heads, changed, normalised, positions
+from manyheads.steer.common import Heads, changed, normalised, parse_heads, positions
 from manyheads.steer.method import Prompt, steering
 
 
@@ -56,5 +56,7 @@ def boost(
     neutral={"factor": 1.0},
     strength="factor",
 )
-def _open(model: nn.Module, prompt: Prompt, *, span: str = "text", factor: float = 3.0) -> AbstractContextManager[None]:
-    return boost(model, prompt.places(span), factor)
+def _open(
+    model: nn.Module, prompt: Prompt, *, span: str = "text", factor: float = 3.0, heads: str | None = None
+) -> AbstractContextManager[None]:
+    return boost(model, prompt.places(span), factor, heads=parse_heads(heads))

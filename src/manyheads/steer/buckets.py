@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyheads.steer.common import companions
+from manyheads.steer.beside import caches_beside
+from manyheads.steer.method import Prompt, steering
 
 
 @contextmanager
@@ -20,14 +21,11 @@ def buckets(model: Any, bases: Sequence[float]) -> Iterator[None]:
     that come back are log p. Each run has its own cache. bases equal to the model's own: one run, nothing changes.
     Source: arXiv 2312.04455, which searches the bases; no code was found. Costs as many runs as there are bases.
     """
-    rotary = [module for module in model.modules() if hasattr(module, "rope_type") and hasattr(module, "inv_freq")]
-    if len(rotary) != 1 or rotary[0].rope_type != "default" or not isinstance(rotary[0].inv_freq, Tensor):
-        raise ValueError(f"{type(model).__name__} has no single plain rotary embedding whose base could be changed")
+    rotary = _rotary(model)
     if not bases or any(base <= 1 for base in bases):
         raise ValueError(f"buckets: bases must be numbers above 1, such as 1e4; got {list(bases)}")
-    own = rotary[0].inv_freq
-    half = own.numel()
-    base = float(own[1].double().pow(-half)) if half > 1 else float("nan")
+    own = rotary.inv_freq
+    half, base = own.numel(), _base(own)
     angles = [own if abs(b / base - 1) < 1e-3 else _angles(b, half).to(own) for b in bases]
     if all(found is own for found in angles):
         yield
@@ -38,18 +36,18 @@ def buckets(model: Any, bases: Sequence[float]) -> Iterator[None]:
         if kwargs.get("labels") is not None:
             raise ValueError("buckets mixes probabilities after the loss: leave labels out")
         past = kwargs.get("past_key_values")
-        others = [] if past is None else _others(past, len(angles) - 1)
+        others = [] if past is None else caches_beside(past, len(angles) - 1, "buckets")
         runs = []
         try:
             for j, angle in enumerate(angles):
-                rotary[0].inv_freq = angle
+                rotary.inv_freq = angle
                 runs.append(
                     forward(
                         *args, **{**kwargs, **({} if past is None or j == 0 else {"past_key_values": others[j - 1]})}
                     )
                 )
         finally:
-            rotary[0].inv_freq = own
+            rotary.inv_freq = own
         runs[0].logits = mixed([run.logits for run in runs])
         return runs[0]
 
@@ -58,6 +56,18 @@ def buckets(model: Any, bases: Sequence[float]) -> Iterator[None]:
         yield
     finally:
         del model.forward
+
+
+def _rotary(model: Any) -> Any:
+    found = [module for module in model.modules() if hasattr(module, "rope_type") and hasattr(module, "inv_freq")]
+    if len(found) != 1 or found[0].rope_type != "default" or not isinstance(found[0].inv_freq, Tensor):
+        raise ValueError(f"{type(model).__name__} has no single plain rotary embedding whose base could be changed")
+    return found[0]
+
+
+def _base(angles: Tensor) -> float:
+    half = angles.numel()
+    return float(angles[1].double().pow(-half)) if half > 1 else float("nan")
 
 
 def mixed(logits: Sequence[Tensor]) -> Tensor:
@@ -71,16 +81,17 @@ def _angles(base: float, half: int) -> Tensor:
     return base ** -(torch.arange(half, dtype=torch.float64) / half)
 
 
-def _others(past: Any, count: int) -> list[Any]:
-    """The other runs' caches, which must have seen as much as the one that was given."""
-    from transformers import DynamicCache
-
-    def make() -> list[Any]:
-        if past.get_seq_length():
-            raise ValueError("buckets: the cache was filled outside of this block; start the text inside")
-        return [DynamicCache() for _ in range(count)]
-
-    others = companions(past, make)
-    if len(others) != count or any(own.get_seq_length() != past.get_seq_length() for own in others):
-        raise ValueError("buckets: the cache was fed outside of this block; start the text inside")
-    return others
+@steering(
+    "buckets",
+    title="several rotary bases, one answer",
+    source="arXiv 2312.04455",
+    kinds=("language",),
+    neutral={"widest": 1.0},
+    strength="widest",
+)
+def _open(model: Any, prompt: Prompt, *, widest: float = 2.5, count: int = 3) -> AbstractContextManager[None]:
+    """count bases, from the model's own to `widest` times it (the paper's go from 10,000 to 25,000)."""
+    if count < 2 or not widest > 0:
+        raise ValueError(f"buckets: count={count}, widest={widest:g}; want 2 bases or more, and a widest above 0")
+    own = _base(_rotary(model).inv_freq)
+    return buckets(model, [own * (1 + (widest - 1) * i / (count - 1)) for i in range(count)])

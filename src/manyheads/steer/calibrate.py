@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manyheads.hosts.taps import AttentionCall
-from manyheads.steer.common import Heads, changed, check_share
+from manyheads.hosts.sites import choose, text_stack
+from manyheads.hosts.taps import AttentionCall, record
+from manyheads.steer.common import Heads, changed, check_share, parse_heads
+from manyheads.steer.method import Prompt, steering
 
 
 def real_keys(call: AttentionCall) -> Tensor:
@@ -50,7 +53,7 @@ def calibrate(
     prompt's full matrix (in blocks of rows) and remembered while decoding. beta 1 changes nothing. stack: whose layers;
     the one that reads text.
     Source: arXiv 2406.15765, GATECH-EIC/ACT `atten_process_eval`; there sinks come from one row of the batch alone and
-    row 0 is left out; here each row has its own. Heads are chosen on a calibration set in the paper: pass them.
+    row 0 is left out; here each row has its own. Heads are chosen on a calibration set: `choose_heads`.
     """
     check_share("calibrate: beta", beta)
     known: dict[int, Tensor] = {}
@@ -75,3 +78,58 @@ def calibrate(
 
     with changed(model, heads, change, stack, of_text=True):
         yield
+
+
+@torch.no_grad()
+def choose_heads(
+    model: Any,
+    examples: Sequence[tuple[Mapping[str, Any], int]],
+    *,
+    beta: float = 0.4,
+    alpha: float = 5.0,
+    layers: Sequence[int] | None = None,
+    count: int | None = None,
+) -> list[tuple[int, int]]:
+    """The choice of heads offline: each head alone is calibrated, and those on which examples (inputs of one row, and
+    the token that should come next) become more probable are kept, the best first, `count` at most. layers: the paper's
+    are all but the first two and the last. One run per head and example. A head without a sink changes nothing and is
+    never chosen. ValueError where no head helps.
+
+    Source: arXiv 2406.15765, where heads that raise accuracy on a calibration set are listed per model; the mean log
+    probability of the right token stands for accuracy here, which a few examples cannot tell apart."""
+    if not examples:
+        raise ValueError("choose_heads: give examples, each the inputs of one row and the token that should come next")
+    every = sorted(site.layer for site in choose(model, None, text_stack(model), "self"))
+    wanted = (every[2:-1] or every) if layers is None else list(layers)
+
+    def worth() -> float:
+        total = 0.0
+        for inputs, token in examples:
+            logits = model(**inputs, use_cache=False).logits[0, -1].float()
+            total += float(logits.log_softmax(-1)[token])
+        return total / len(examples)
+
+    base, gains = worth(), {}
+    with record(model, layers=wanted, stack=text_stack(model), kind="self") as calls:
+        model(**examples[0][0], use_cache=False)
+    for layer, head in [(call.layer, head) for call in calls for head in range(call.heads)]:
+        with calibrate(model, beta, alpha=alpha, heads=[(layer, head)]):
+            gains[layer, head] = worth() - base
+    found = sorted((place for place in gains if gains[place] > 0), key=lambda place: -gains[place])[:count]
+    if not found:
+        raise ValueError("choose_heads: calibrating no single head made the right tokens more probable; leave it")
+    return found
+
+
+@steering(
+    "calibrate",
+    title="attention sinks in the middle turned down for the words around them",
+    source="arXiv 2406.15765",
+    kinds=("language", "vision-language"),
+    neutral={"beta": 1.0},
+    strength="beta",
+)
+def _open(
+    model: nn.Module, prompt: Prompt, *, beta: float = 0.4, alpha: float = 5.0, heads: str | None = None
+) -> AbstractContextManager[None]:
+    return calibrate(model, beta, alpha=alpha, heads=parse_heads(heads))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,36 @@ from torch import Tensor, nn
 from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import choose, only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
+from manyheads.runs.given import shown
 
 # (layer, query head) pairs, as detectors name them.
 Heads = Sequence[tuple[int, int]]
+# Places in what was fed, the same for every row, or one's own in each: [b, n] bool.
+Span = Sequence[int] | slice | Tensor
+
+
+def parse_heads(text: str | None) -> list[tuple[int, int]] | None:
+    """'3.1,4.2' -> [(3, 1), (4, 2)]: layer and query head, both from 0. None and '' are no choice: every head."""
+    if not (text or "").strip():
+        return None
+    assert text is not None
+    parts = [part.strip() for part in text.split(",")]
+    wrong = [part for part in parts if not re.fullmatch(r"[0-9]{1,5}\.[0-9]{1,5}", part)]
+    if wrong:
+        raise ValueError(f"heads {shown(text)!r}: {shown(wrong[0])!r} is no LAYER.HEAD; want such as 3.1,4.2")
+    pairs = [(int(layer), int(head)) for layer, _, head in (part.partition(".") for part in parts)]
+    twice = next((pair for pair in pairs if pairs.count(pair) > 1), None)
+    if twice is not None:
+        raise ValueError(f"heads {shown(text)!r}: {twice[0]}.{twice[1]} is there twice; give it once")
+    return pairs
+
+
+def some_heads(text: str, who: str) -> list[tuple[int, int]]:
+    """The same where there is no such thing as every head."""
+    found = parse_heads(text)
+    if found is None:
+        raise ValueError(f"{who} needs heads: {who}[heads=3.1,4.2]")
+    return found
 
 
 def heads_by_layer(model: nn.Module, heads: Heads | None, stack: str) -> dict[int, list[int] | None]:
@@ -39,6 +67,34 @@ def positions(span: Sequence[int] | slice, length: int) -> list[int]:
     if wrong:
         raise ValueError(f"a span names places from 0; got {wrong}")
     return [int(place) for place in span if place < length]
+
+
+def inside(span: Span, length: int, device: torch.device) -> Tensor:
+    """[1 or b, length] bool: the places of a span among so many keys. What was fed later than a mask is not in it."""
+    if isinstance(span, Tensor):
+        if span.dtype != torch.bool or span.dim() != 2:
+            raise ValueError(f"a span of each row is [b, n] bool; got {span.dtype} {list(span.shape)}")
+        return nn.functional.pad(span, (0, max(0, length - span.shape[1])))[:, :length].to(device)
+    found = torch.zeros(1, length, dtype=torch.bool, device=device)
+    found[0, positions(span, length)] = True
+    return found
+
+
+def behind(places: Tensor, queries: int) -> Tensor:
+    """[b, queries] bool: which of the last queries of places [b, m] stand behind all of them; none where a row has
+    none."""
+    m = places.shape[1]
+    at = torch.arange(m, device=places.device)
+    last = (places * (at + 1)).amax(-1, keepdim=True)
+    return (at >= last)[:, m - queries :] & places.any(-1, keepdim=True)
+
+
+def numbers(text: str, what: str) -> list[int]:
+    """'2,3' -> [2, 3]."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
+        raise ValueError(f"{what}={shown(text)}: want numbers such as 2,3")
+    return [int(part) for part in parts]
 
 
 @contextmanager

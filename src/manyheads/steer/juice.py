@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import choose, only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
-from manyheads.steer.common import companions, heads_by_layer
+from manyheads.steer.common import companions, heads_by_layer, some_heads
+from manyheads.steer.method import Prompt, steering
 
 
 @contextmanager
@@ -89,3 +90,15 @@ def head_effects(model: Any, input_ids: Tensor, wanted: Tensor, unwanted: Tensor
             with juice(model, {(layer, head): scale}, stack=stack):
                 found[layer, head] = margin() - base
     return found
+
+
+@steering(
+    "juice",
+    title="what chosen heads said in a first run added in a second",
+    source="arXiv 2503.10996",
+    kinds=("language", "vision-language"),
+    neutral={"scale": 0.0},
+    strength="scale",
+)
+def _open(model: Any, prompt: Prompt, *, heads: str, scale: float = 1.0) -> AbstractContextManager[None]:
+    return juice(model, dict.fromkeys(some_heads(heads, "juice"), scale), stack=text_stack(model))

@@ -24,16 +24,22 @@ class Prompt:
     """What the model is fed, by the names of its forward, and the places that interventions are about.
 
     inputs: tensors. spans: name -> places in the sequence as the model sees it; "image" where image tokens stand,
-    "text" for the words that the user marked. tokenizer: where there is one.
+    "text" for all words that the user marked, "text1", "text2" for each mark. tokenizer: where there is one.
     """
 
     inputs: Mapping[str, Any]
     spans: Mapping[str, Sequence[int]] = field(default_factory=dict)
     tokenizer: Any = None
 
+    def marked(self) -> list[list[int]]:
+        """The places of every mark, in the order of the marks."""
+        names = [name for name in self.spans if name.startswith("text") and name[4:].isdigit()]
+        return [self.places(name) for name in sorted(names, key=lambda name: int(name[4:]))]
+
     def places(self, span: str) -> list[int]:
         if span not in self.spans:
-            raise ValueError(f"the prompt has no span {span!r}; it has {sorted(self.spans) or 'none'}")
+            how = " (mark some of its words: --span WORDS)" if span.startswith("text") else ""
+            raise ValueError(f"the prompt has no span {span!r}; it has {sorted(self.spans) or 'none'}{how}")
         return [int(place) for place in self.spans[span]]
 
 
@@ -41,14 +47,14 @@ class Prompt:
 class Method:
     """open(model, prompt, **arguments) -> a context manager; arguments are those after the first two, keyword only,
     with JSON defaults. neutral: arguments at which the model is exactly as it was. strength: the argument that
-    `--sweep` goes over."""
+    `--sweep` goes over, None where no one argument is."""
 
     name: str
     title: str
     source: str
     kinds: tuple[str, ...]
     neutral: Mapping[str, Any]
-    strength: str
+    strength: str | None
     open: Callable[..., AbstractContextManager[Any]]
 
     @property
@@ -61,14 +67,14 @@ _METHODS: dict[str, Method] = {}
 
 
 def steering(
-    name: str, *, title: str, source: str, kinds: Sequence[str], neutral: Mapping[str, Any], strength: str
+    name: str, *, title: str, source: str, kinds: Sequence[str], neutral: Mapping[str, Any], strength: str | None
 ) -> Callable[[Callable[..., AbstractContextManager[Any]]], Callable[..., AbstractContextManager[Any]]]:
     """Decorator of a function open(model, prompt, *, ...): makes the intervention known to the command by its name."""
 
     def declare(function: Callable[..., AbstractContextManager[Any]]) -> Callable[..., AbstractContextManager[Any]]:
         method = Method(name, title, source, tuple(kinds), dict(neutral), strength, function)
         unknown = [kind for kind in method.kinds if kind not in KINDS]
-        missing = [key for key in (*method.neutral, strength) if key not in method.arguments]
+        missing = [key for key in (*method.neutral, *([strength] if strength else [])) if key not in method.arguments]
         if unknown or missing or name in _METHODS:
             raise ValueError(f"steering {name!r}: unknown kinds {unknown}, unknown arguments {missing}, or named twice")
         _METHODS[name] = method

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from manyheads.hosts.positions import placed
 from manyheads.hosts.sites import only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall
-from manyheads.steer.common import Heads, changed
+from manyheads.steer.common import Heads, changed, parse_heads, some_heads
+from manyheads.steer.method import Prompt, steering
 
 Offsets = Mapping[tuple[int, int], Tensor]
+# A vector per head of a large model is some 4 MB.
+_MOST_OFFSETS = 256_000_000
 
 
 @contextmanager
@@ -138,3 +142,64 @@ def _head_width(model: Any, token: Tensor, stack: str) -> int:
     with record(model, stack=stack, kind="self", layers=[0]) as calls:
         model(token, use_cache=False)
     return int(calls[0].output.shape[-1])
+
+
+def save_offsets(offsets: Offsets, path: str | Path) -> Path:
+    """A safetensors file with one vector per head, named LAYER.HEAD."""
+    from safetensors.torch import save
+
+    from manyheads.runs.files import write_atomically
+
+    if not offsets:
+        raise ValueError("save_offsets: offsets is empty; give {(layer, head): vector}")
+    tensors = {f"{layer}.{head}": vector.detach().cpu().contiguous() for (layer, head), vector in offsets.items()}
+    return write_atomically(Path(path), save(tensors))
+
+
+def load_offsets(path: str | Path) -> dict[tuple[int, int], Tensor]:
+    """What `save_offsets` wrote. ValueError where the file is something else."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from manyheads.runs.given import read_bytes
+
+    try:
+        tensors = load(read_bytes(path, most=_MOST_OFFSETS))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give a file of save_offsets") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file ({error}): give a file of save_offsets") from None
+    found = {}
+    for name, vector in tensors.items():
+        pairs = parse_heads(name)
+        if pairs is None or len(pairs) != 1 or vector.dim() != 1 or not bool(vector.isfinite().all()):
+            raise ValueError(f"{path}: {name!r} {list(vector.shape)} is no finite vector of a head named LAYER.HEAD")
+        found[pairs[0]] = vector
+    if not found:
+        raise ValueError(f"{path} has no vectors: give a file of save_offsets")
+    return found
+
+
+@steering(
+    "steer",
+    title="a vector added to the output of chosen heads",
+    source="arXiv 2406.01563, 2306.03341",
+    kinds=("language", "vision-language"),
+    neutral={"scale": 0.0},
+    strength="scale",
+)
+def _open_steer(model: nn.Module, prompt: Prompt, *, file: str, scale: float = 1.0) -> AbstractContextManager[None]:
+    """file: what save_offsets wrote."""
+    return steer(model, load_offsets(file), scale, stack=text_stack(model))
+
+
+@steering(
+    "scaled",
+    title="the output of chosen heads scaled, or silenced",
+    source="arXiv 2406.01563 (the first step of LoFiT)",
+    kinds=("language", "vision-language"),
+    neutral={"factor": 1.0},
+    strength="factor",
+)
+def _open_scaled(model: nn.Module, prompt: Prompt, *, heads: str, factor: float = 0.0) -> AbstractContextManager[None]:
+    return scaled(model, dict.fromkeys(some_heads(heads, "scaled"), factor), stack=text_stack(model))

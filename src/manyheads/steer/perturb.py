@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
+from manyheads.hosts.sites import text_stack
 from manyheads.hosts.taps import AttentionCall
-from manyheads.steer.common import Heads, changed, check_share
+from manyheads.steer.common import Heads, changed, check_share, some_heads
+from manyheads.steer.method import Prompt, steering
 
 
 @contextmanager
@@ -40,3 +42,15 @@ def perturb(model: nn.Module, amount: float, *, heads: Heads | None = None, stac
 def guided(strong: Tensor, weak: Tensor, scale: float) -> Tensor:
     """strong + scale (strong - weak): logits or scores, away from the weak run. scale 0 is the strong run."""
     return strong + scale * (strong - weak)
+
+
+@steering(
+    "perturb",
+    title="chosen heads blurred towards looking at themselves",
+    source="arXiv 2506.10978",
+    kinds=("language", "vision-language"),
+    neutral={"amount": 0.0},
+    strength="amount",
+)
+def _open(model: nn.Module, prompt: Prompt, *, heads: str, amount: float = 1.0) -> AbstractContextManager[None]:
+    return perturb(model, amount, heads=some_heads(heads, "perturb"), stack=text_stack(model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,7 @@ from manyheads.hosts.attend import probabilities
 from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import text_stack
 from manyheads.hosts.taps import AttentionCall, tap
+from manyheads.steer.method import Prompt, steering
 
 
 @contextmanager
@@ -144,3 +145,23 @@ def _turn(rows: Tensor, by: Tensor, angle: Tensor) -> Tensor:
     from manyheads.functional.rotary import turn
 
     return turn(rows, by.to(rows.device).double(), angle.to(rows.device))
+
+
+@steering(
+    "position_invariant",
+    title="documents that count the same wherever they stand",
+    source="arXiv 2407.01100",
+    kinds=("language",),
+    neutral={"among": ""},
+    strength=None,
+)
+def _open(model: Any, prompt: Prompt, *, among: str = "text") -> AbstractContextManager[None]:
+    """The marks of the prompt are its documents; what stands between two of them goes with the first."""
+    if among not in ("text", ""):
+        raise ValueError(f"position_invariant: among={among!r}; want text (the marked documents), or nothing for none")
+    marks = sorted(prompt.marked()) if among else []
+    if among and len(marks) < 2:
+        raise ValueError(f"position_invariant: {len(marks)} documents are marked; mark two or more: --span WORDS")
+    starts = [mark[0] for mark in marks]
+    ends = [*starts[1:], marks[-1][-1] + 1] if marks else []
+    return position_invariant(model, list(zip(starts, ends, strict=True)))
