@@ -323,7 +323,7 @@ class Lines:
             self.one(WORDS, ["rank-heads", "memorisation", "../x"]),
             "--out",
             self.target(),
-            *self.some({"--seeds": self.number, "--json": None}),
+            *self.some({"--seeds": self.number, "--json": None, "--list": None, "--model": self.word}),
         ]
 
     def serve(self) -> list[str]:

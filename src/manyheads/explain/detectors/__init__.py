@@ -22,6 +22,7 @@ from manyheads.explain.detectors.patching import (
     logit_difference,
     path_patching,
 )
+from manyheads.explain.detectors.scales import Scale, rank_correlation, scale_correlations, visual_over_scales
 from manyheads.explain.detectors.table import Detector, HeadTable
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Patched",
     "PathPatching",
     "Pruning",
+    "Scale",
     "circuit",
     "circuit_overlap",
     "cluster_heads",
@@ -49,4 +51,7 @@ __all__ = [
     "logit_difference",
     "massive_values",
     "path_patching",
+    "rank_correlation",
+    "scale_correlations",
+    "visual_over_scales",
 ]

@@ -102,6 +102,8 @@ def view_embedding(
             f"points={points} leaves none for each of {len(calls)} layers, {len(chosen)} heads and {1 + len(more)} "
             "inputs"
         )
+    # A line names its key in two bytes.
+    room = min(room, 65535 // (1 + len(more)))
     inputs = [_input(calls, tokens, room, batch), *(_input(own, names, room, 0, calls) for own, names in more)]
     places, norms, most, explained, lines = [], [], [], [], []
     for layer in range(len(calls)):
