@@ -35,11 +35,13 @@ explain.command("study")(study)
 @explain.command("page", epilog="Training dynamics on synthetic tasks: `manyheads explain study`.")
 def page(
     model: Annotated[
-        str | None, typer.Argument(help="A folder, hub name, .gguf file or smollm2; else the packaged byte model.")
+        str | None, typer.Argument(help="A folder, hub name, .gguf file, smollm2 or vlm; else the packaged byte model.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="The text to explain.")] = None,
     file: Annotated[Path | None, typer.Option(help="A UTF-8 text file to explain.")] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to explain, for a vision model.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to explain, for a vision model; with --text for a model like vlm.")
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(help="What to explain: a text whose first token is asked for, or a class. Default: the answer."),
@@ -55,16 +57,30 @@ def page(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show where a model's attention goes and what it is worth, as one page that opens offline."""
-    from manyheads.explain.explanation import explain_image, explain_text, load_any
+    from manyheads.explain.drawn import draws, explain_drawing, print_drawing
+    from manyheads.explain.explanation import explain_image, explain_text
+    from manyheads.hosts.loading import load_any
 
     given = [name for name, own in (("--text", text), ("--file", file), ("--image", image)) if own is not None]
-    if len(given) != 1:
+    if len(given) == 0 or given[:2] == ["--text", "--file"]:
         raise ValueError(f"give one of --text, --file and --image; got {', '.join(given) or 'none'}")
     content = read_text(file, most=MOST_TEXT, what="--file") if file is not None else text
+    if image is not None and content is not None:
+        if method or target is not None:
+            raise ValueError("--method and --target do not go with a picture and a text: the answer is explained")
+        _page_of_sight(model, image, content, _numbers(layers), size, out, as_json)
+        return
     loaded = load_any(model)
+    if loaded.model.config.model_type == "llava":
+        raise ValueError(f"{loaded.name} reads a picture and a text together: give --image and --text")
     shared: dict[str, Any] = {"methods": method, "target": target, "layers": _numbers(layers), "page_mb": size}
+    printed = _print
     with _told() as tell:
-        if image is not None:
+        if draws(loaded.model):
+            if content is None or method or target is not None:
+                raise ValueError(f"{loaded.name} draws what a caption says: give --text, without --method and --target")
+            found, printed = explain_drawing(loaded, content, layers=_numbers(layers), progress=tell), print_drawing
+        elif image is not None:
             found = explain_image(loaded, image, progress=tell, **shared)
         else:
             assert content is not None
@@ -73,7 +89,25 @@ def page(
     if as_json:
         typer.echo(json.dumps({"files": {"page": str(written), "data": str(data)}, **found.report}, indent=1))
         return
-    _print(found.report)
+    printed(found.report)
+    typer.echo(f"\npage: {written}")
+
+
+def _page_of_sight(
+    model: str | None, image: Path, text: str, layers: list[int] | None, size: float, out: Path, as_json: bool
+) -> None:
+    """A picture and a text, for a model that reads both."""
+    from manyheads.explain.seen import explain_sight, print_sight
+    from manyheads.hosts.seeing import load_seeing
+
+    seeing = load_seeing(model)
+    with _told() as tell:
+        found = explain_sight(seeing, image, text, layers=layers, page_mb=size, progress=tell)
+    written, data = found.write(out)
+    if as_json:
+        typer.echo(json.dumps({"files": {"page": str(written), "data": str(data)}, **found.report}, indent=1))
+        return
+    print_sight(found.report)
     typer.echo(f"\npage: {written}")
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from manyheads.hosts.image_files import opened_image
 from manyheads.hosts.loading import Loaded
-from manyheads.runs.given import read_bytes, read_json
-
-MOST_IMAGE = 100_000_000  # bytes
+from manyheads.runs.given import read_json
 
 
 def pictured(loaded: Loaded, path: str | Path) -> tuple[Any, dict[str, Tensor]]:
     """The image as the model gets it, RGB, and the pixels [1, channels, height, width]."""
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     config = loaded.model.config
     size, channels = getattr(config, "image_size", None) or _processed(loaded.name), getattr(config, "num_channels", 3)
@@ -27,15 +25,7 @@ def pictured(loaded: Loaded, path: str | Path) -> tuple[Any, dict[str, Tensor]]:
             f"{loaded.name} reads no images: give --text, or a vision model with image_size in its config, or with "
             "crop_size or size in its preprocessor_config.json"
         )
-    try:
-        with Image.open(BytesIO(read_bytes(path, most=MOST_IMAGE))) as opened:
-            if opened.width * opened.height > 10**8:
-                raise ValueError(f"{path} has {opened.width} x {opened.height} pixels: give one below 100 megapixels")
-            if opened.mode not in ("L", "RGB", "RGBA", "P", "1", "LA"):
-                raise ValueError(f"{path} is of mode {opened.mode}: convert it to RGB or L first")
-            image = opened.convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"--image {path} is no image that can be read: {error}") from error
+    image = opened_image(path).convert("L" if channels == 1 else "RGB")
     height, width = (size, size) if isinstance(size, int) else size
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(image)).float() / 255
