@@ -49,7 +49,7 @@ def assigned(logits: Tensor, boxes: Tensor, classes: Tensor, true: Tensor) -> Te
     of -p(class) + 5 L1 - 2 GIoU is the least, each prediction to one box at most. ValueError where a picture has more
     boxes than there are predictions.
     """
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    from scipy.optimize import linear_sum_assignment
 
     there, (b, q) = classes >= 0, logits.shape[:2]
     most = int(there.sum(1).max()) if there.numel() else 0
@@ -101,7 +101,7 @@ def matched_overlap(logits: Tensor, boxes: Tensor, classes: Tensor, true: Tensor
     makes the most of it, and how many boxes were found or there, whichever is more: [b] and [b]. All found, and nothing
     else, gives the mean IoU; a box too many, one missed, or one of another class counts as one of overlap 0. Found is a
     prediction that no class and no 'no box' outweighs. NaN where predictions are."""
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+    from scipy.optimize import linear_sum_assignment
 
     kind, there = logits.argmax(-1), classes >= 0
     kept = kind < logits.shape[2] - 1
