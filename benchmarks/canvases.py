@@ -39,9 +39,6 @@ NAMES = {
     "focal-modulation[window=3,levels=2]": "convolution and a mean",
     "halonet[block=2,halo=1]": "windows",
     "hilo[window=2]": "windows and all",
-    "large-kernel-attention": "convolution",
-    "maxvit-block[window=4]": "windows",
-    "twins-global[reduce=2]": "all",
 }
 
 

@@ -12,8 +12,9 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from manyheads.explain.explanation import explain_image, load_any
+from manyheads.explain.explanation import explain_image
 from manyheads.explain.hierarchies import GridLayer, grid_layers, is_hierarchy, rollout, upsampled, window_cells
+from manyheads.hosts.loading import load_any
 from manyheads.models import ManyheadsConfig, ManyheadsForImageClassification
 
 STAGES = {

@@ -13,6 +13,7 @@ from manyheads.tasks import IGNORED, Batch, Task, create_task, list_tasks, regis
 from manyheads.tasks.task import regrouped
 
 HEADS = {"causal-lm", "seq2seq-lm", "sequence-classification", "image-classification", "semantic-segmentation"}
+HEADS |= {"object-detection", "node-classification"}
 SETTINGS = {
     "vocab_size",
     "num_labels",
@@ -21,6 +22,8 @@ SETTINGS = {
     "patch_size",
     "num_channels",
     "decoder_causal",
+    "num_queries",
+    "num_node_features",
 }
 METRICS = {
     ("accuracy", True),
@@ -29,8 +32,13 @@ METRICS = {
     ("bits_per_byte", False),
     ("bits_per_base", False),
     ("squared error", False),
+    ("matched overlap", True),
 }
 every_task = pytest.mark.parametrize("name", list_tasks())
+# Of those whose answers are classes at places; sets of boxes are in test_located.
+every_classifying = pytest.mark.parametrize(
+    "name", [n for n in list_tasks() if task_class(n).head != "object-detection"]
+)
 
 
 def small(name: str) -> Task:
@@ -56,15 +64,18 @@ def rows(batch: Batch) -> list[tuple[float, ...]]:
 def test_names() -> None:
     assert list_tasks() == [
         "cluttered",
+        "communities",
         "counted",
         "counting",
         "digits-grid",
         "digits-patches",
         "digits-pixels",
+        "far-away",
         "forecast",
         "functions",
         "gcog",
         "induction",
+        "locate",
         "lookup",
         "maze",
         "maze-masked",
@@ -78,7 +89,7 @@ def test_names() -> None:
         "transduce",
     ]
     used = {task_class(name).pattern for name in list_tasks()}
-    assert used == {"noncausal-self", "causal-self", "noncausal-cross", "causal-cross", "grid"}
+    assert used == {"noncausal-self", "causal-self", "noncausal-cross", "causal-cross", "grid", "graph"}
 
 
 @every_task
@@ -100,7 +111,7 @@ def test_config_makes_the_task_again(name: str) -> None:
     assert create_task(name, **json.loads(json.dumps(task.config))) == task
 
 
-@every_task
+@every_classifying
 def test_inputs_fit_the_model_settings(name: str) -> None:
     task = small(name)
     settings = task.model_settings()
@@ -109,6 +120,11 @@ def test_inputs_fit_the_model_settings(name: str) -> None:
             if key == "pixel_values":
                 assert part.shape == (5, settings["num_channels"], settings["image_size"], settings["image_size"])
                 assert part.dtype == torch.float32
+                continue
+            if task.pattern == "graph":
+                width = settings["num_node_features"]
+                assert {"node_features": 5 * task.n * width}.get(key, part.numel()) == part.numel()
+                assert key == "node_features" or 0 <= part.min() <= part.max() < task.n
                 continue
             assert part.dtype == torch.long
             assert part.shape[0] == 5
@@ -124,6 +140,8 @@ def test_inputs_fit_the_model_settings(name: str) -> None:
         expected = (5,) if answering is None else batch.inputs[answering].shape
         if task.head == "semantic-segmentation":
             expected = (5, settings["image_size"], settings["image_size"])
+        if task.head == "node-classification":
+            expected = (5, task.n)
         assert batch.targets.shape == expected
         assert (
             set(batch.inputs)
@@ -133,6 +151,7 @@ def test_inputs_fit_the_model_settings(name: str) -> None:
                 "sequence-classification": {"input_ids"},
                 "image-classification": {"pixel_values"},
                 "semantic-segmentation": {"pixel_values"},
+                "node-classification": {"node_features", "edges", "edge_labels"},
             }[task.head]
         )
         assert ("decoder_causal" in settings) == (task.head == "seq2seq-lm")
@@ -178,7 +197,7 @@ def test_evaluation_is_not_in_the_training_data(name: str) -> None:
             assert unseen.isdisjoint(rows(batch))
 
 
-@every_task
+@every_classifying
 def test_scores(name: str) -> None:
     """Logits that are certain of the targets score best, and what stands where nothing is asked does not count."""
     task = small(name)
@@ -198,7 +217,7 @@ def test_scores(name: str) -> None:
     assert nothing == (0.0, 0)
 
 
-@every_task
+@every_classifying
 def test_a_diverged_model_scores_nan(name: str) -> None:
     task = small(name)
     batch = next(task.eval_batches(3))
