@@ -307,7 +307,7 @@ def words(count: int) -> list[dict[str, Any]]:
 
 def masks_found(count: int) -> list[dict[str, Any]]:
     """Masks of the two digits of a real scene half way into noise, from word maps alone (arg max, threshold 0.1) and
-    spread by self attention; the share of a mask that lies in its digit's cell, of which a picture is a quarter."""
+    spread by self attention; the overlap of a mask with its digit's cell, a quarter of the picture."""
     told, scores = captions("relation", count), ([], [])
     for number, caption in enumerate(told):
         x = MODEL.noised(real(caption, number), steps=2, seed=number)[1]
@@ -324,8 +324,15 @@ def masks_found(count: int) -> list[dict[str, Any]]:
         grid = on_patches("masks", torch.stack([mask(cell) for cell in cells]), near.shape[0])
         for score, affinity in zip(scores, (torch.eye(len(near)), near), strict=True):
             found = concept_masks(cross[:, words].T, affinity)
-            score.append(float(((found & grid).sum(1) / found.sum(1).clamp_min(1)).mean()))
-    return [row("word maps spread by self attention are masks", 202, "share of a mask in its own cell", *scores)]
+            score.append(float(((found & grid).sum(1) / (found | grid).sum(1)).mean()))
+    return [
+        row(
+            "word maps spread by self attention are masks",
+            202,
+            "overlap (IoU) of a mask with its digit's cell",
+            *scores,
+        )
+    ]
 
 
 CLAIMS: dict[str, Callable[[int], list[dict[str, Any]]]] = {

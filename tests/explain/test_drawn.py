@@ -9,9 +9,8 @@ from typer.testing import CliRunner
 
 from manyheads.cli import app
 from manyheads.explain.drawn import drawn_maps, draws, explain_drawing
-from manyheads.explain.explanation import load_any
 from manyheads.explain.views import view_drawing
-from manyheads.hosts.loading import load_model
+from manyheads.hosts.loading import load_any, load_model
 from manyheads.tasks.two_digits import shown
 
 CAPTION = "a 3 left of a 7"

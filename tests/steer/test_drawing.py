@@ -37,6 +37,7 @@ from manyheads.steer.diffusion.colour_propagation import neighbour
 from manyheads.steer.diffusion.concept_conductor import merged
 from manyheads.steer.diffusion.space_time import disc
 from manyheads.steer.perturb import perturb
+from manyheads.steer.prompting import kind_of
 
 MODEL = tiny()
 LEFT, RIGHT = box_mask(MODEL, (2, 0, 6, 4)), box_mask(MODEL, (2, 4, 6, 8))
@@ -436,3 +437,8 @@ def test_masks_are_cut_to_the_grid_of_every_layer() -> None:
         assert_close(call.output, scores.softmax(-1) @ call.value)
         seen[side] = True
     assert sorted(seen) == [4, 8]
+
+
+def test_the_command_says_where_interventions_on_a_drawing_model_are() -> None:
+    with pytest.raises(ValueError, match=r"manyheads\.steer\.diffusion"):
+        kind_of(MODEL)
