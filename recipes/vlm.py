@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,7 +76,7 @@ def build(recipe: Recipe) -> Any:
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.kv_heads,
         max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e7},
         initializer_range=recipe.dim**-0.5,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -109,7 +108,7 @@ CONSTANT, FLAG = 0, 21
 WORD, SEEN, ROW, COLUMN, ASKED, FOUND, LEFT = (
     slice(*pair) for pair in ((1, 11), (11, 21), (22, 26), (26, 30), (30, 40), (40, 48), (48, 58))
 )
-FREE = 58
+MASS, FREE = 58, 61  # three numbers: how much is found, how much is like it, how much there is
 
 
 def start_tower(tower: Any, recipe: Recipe) -> None:
@@ -150,48 +149,66 @@ def start_projector(projector: Any) -> None:
 
 
 def start_language(language: Any, recipe: Recipe) -> None:
-    """Layer 0 starts with a head that carries the digit that was last read in the text; layer 1 with one that looks for
-    it in the picture and fetches its row and column; layer 2 with one that fetches the digit left of there. They score
-    on the slow pairs of the rotation. What follows from that for an answer is learnt, and all of this is trained on.
-    """
+    """Layer 0 starts with a head that carries the digit last read in the text. Layer 1 with three: one looks for that
+    digit in the picture and fetches its row and column, one has its mass on all digits, one on those like the digit
+    asked for. Layer 2 with one that fetches the digit left of the place found. They score on slow pairs of the rotation
+    (the first on one that forgets after some twenty tokens). What follows from that for an answer is learnt, and all of
+    this is trained on."""
     embed = language.embed_tokens.weight.normal_(0, 0.03)
     embed[:, FREE:].normal_(0, 0.15)
     embed[:, CONSTANT] = 0.6
     embed[list(b"0123456789"), WORD] = torch.eye(10)
     for layer in language.layers:
         for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            last.weight.mul_((2 * recipe.layers) ** -0.5)
+            last.weight.mul_(0.5 * (2 * recipe.layers) ** -0.5)
     half = recipe.dim // recipe.heads // 2
     slow = [*range(half - 5, half), *range(2 * half - 5, 2 * half)]
-    q, k, v, o = heads(language.layers[0].self_attn, recipe)
-    q[slow[4], CONSTANT] = 1
-    k[slow[4], WORD] = 1
+    q, k, v, o = part(language.layers[0].self_attn, recipe, 0)
+    q[1, CONSTANT] = 1.3
+    k[1, WORD] = 1.3
     v[:10, WORD] = 0.4 * torch.eye(10)
     o[ASKED, :10] = 0.4 * torch.eye(10)
-    q, k, v, o = heads(language.layers[1].self_attn, recipe)
-    q[slow, ASKED] = 1.2 * torch.eye(10)
-    k[slow, SEEN] = 1.2 * torch.eye(10)
-    v[:8, ROW.start : COLUMN.stop] = 0.4 * torch.eye(8)
-    o[FOUND, :8] = 0.4 * torch.eye(8)
-    q, k, v, o = heads(language.layers[2].self_attn, recipe)
-    q[slow[:4], FOUND.start : FOUND.start + GRID] = 1.5 * torch.eye(GRID)
-    q[slow[4:8], FOUND.start + GRID : FOUND.stop] = torch.tensor(
-        [[-1.0 if there >= here else 1.5 - 0.4 * (here - there) for here in range(GRID)] for there in range(GRID)]
+    attention = language.layers[1].self_attn
+    for group, sharp in ((0, 1.4), (2, 0.5)):
+        q, k, v, o = part(attention, recipe, group)
+        q[slow, ASKED] = sharp * torch.eye(10)
+        k[slow, SEEN] = sharp * torch.eye(10)
+        v[:8, ROW.start : COLUMN.stop] = 0.4 * torch.eye(8)
+        v[8, FLAG] = 0.4
+        if group:
+            o[MASS + 1, 8] = 1
+        else:
+            o[FOUND, :8] = 0.4 * torch.eye(8)
+            o[MASS, 8] = 0.4
+    q, k, v, o = part(attention, recipe, 1)
+    q[slow[4], CONSTANT] = 0.5
+    k[slow[4], FLAG] = 0.5
+    v[8, FLAG] = 0.4
+    o[MASS + 2, 8] = 1
+    q, k, v, o = part(language.layers[2].self_attn, recipe, 0)
+    across, along = [*range(half - 4, half)], [*range(2 * half - 4, 2 * half)]
+    q[across, FOUND.start : FOUND.start + GRID] = 1.5 * torch.eye(GRID)
+    q[along, FOUND.start + GRID : FOUND.stop] = torch.tensor(
+        [[-1.5 if there >= here else 1.5 - 0.4 * (here - there) for here in range(GRID)] for there in range(GRID)]
     )
-    q[slow[8], CONSTANT] = 1
-    k[slow[:8], ROW.start : COLUMN.stop] = torch.eye(8)
-    k[slow[8], FLAG] = 1
+    k[across, ROW], k[along, COLUMN] = torch.eye(GRID), torch.eye(GRID)
+    q[slow[0], CONSTANT] = k[slow[0], FLAG] = 1
     v[:10, SEEN] = 0.4 * torch.eye(10)
     o[LEFT, :10] = 0.4 * torch.eye(10)
 
 
-def heads(attention: Any, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v [head dim, dim] and o [dim, head dim] of the first head, nearly emptied."""
+def part(attention: Any, recipe: Recipe, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v [head dim, dim] and o [dim, head dim] of a group's first head, nearly emptied."""
     size = recipe.dim // recipe.heads
-    parts = (*(p.weight[:size] for p in (attention.q_proj, attention.k_proj, attention.v_proj)),)
-    found = (*parts, attention.o_proj.weight[:, :size])
-    for part in found:
-        part.mul_(0.1)
+    head, own = group * (recipe.heads // recipe.kv_heads) * size, group * size
+    found = (
+        attention.q_proj.weight[head : head + size],
+        attention.k_proj.weight[own : own + size],
+        attention.v_proj.weight[own : own + size],
+        attention.o_proj.weight[:, head : head + size],
+    )
+    for each in found:
+        each.mul_(0.1)
     return found
 
 
@@ -342,7 +359,7 @@ class Run:
         while seconds < 60 * minutes:
             share = seconds / (60 * minutes)
             for group in optimizer.param_groups:
-                group["lr"] = self.recipe.rate * min(1.0, (step + 1) / 100, (1 - share) / 0.5 + 0.01)
+                group["lr"] = self.recipe.rate * min(1.0, (step + 1) / 40, (1 - share) / 0.5 + 0.01)
             loss = loss_of(step)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -421,7 +438,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     run = Run(Recipe(**{name: given[name] for name in asdict(Recipe())}), given["out"])
     if given["start"] is not None:
-        run.model.load_state_dict(load_file(given["start"] / "model.safetensors"), strict=False)
+        run.model = type(run.model).from_pretrained(given["start"], dtype=torch.float32)
     print(f"{sum(p.numel() for p in run.model.parameters()):,} parameters", flush=True)
     if given["tower"]:
         run.tower(given["tower"])
