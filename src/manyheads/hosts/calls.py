@@ -137,10 +137,12 @@ class AttentionCall:
         those rows; all else as it is. A reader may return it. Made in blocks of rows, where no gradient has to keep
         them."""
         own, parts = self.check_heads(heads), []
-        value = self.of_heads(self.value, own)
+        # Of all heads, those that share a key head stand in line as its queries: values are not repeated.
+        value = self.value if heads is None else self.of_heads(self.value, own)
         for block in self.blocks(heads, rows):
-            edited = self._told(edit(self.weights(heads, block), block), own, block)
-            parts.append(edited.to(value.dtype) @ value)
+            edited = self._told(edit(self.weights(heads, block), block), own, block).to(value.dtype)
+            lines = edited.reshape(edited.shape[0], value.shape[1], -1, edited.shape[-1])
+            parts.append((lines @ value).reshape(*edited.shape[:3], value.shape[-1]))
         return self._placed(parts, own, rows)
 
     def _placed(self, parts: list[Tensor], heads: list[int], rows: slice) -> Tensor:
