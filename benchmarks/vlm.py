@@ -18,9 +18,7 @@ SCENES, BATCH = 128, 64
 def said(seeing: Seeing, asked: Asked, *, blind: bool = False) -> list[tuple[Question, str]]:
     """Each question with the model's greedy answer."""
     rows = [
-        (picture, own)
-        for picture, each in zip(pictures(asked.pixels), asked.questions, strict=True)
-        for own in each
+        (picture, own) for picture, each in zip(pictures(asked.pixels), asked.questions, strict=True) for own in each
     ]
     found = []
     for start in range(0, len(rows), BATCH):

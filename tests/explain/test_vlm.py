@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,21 +49,31 @@ def scene(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(tmp_path: Path) -> Path:
     """A copy of the packaged folder, to be spoilt."""
-    yield Path(shutil.copytree(find_model("vlm"), tmp_path / "copy"))
+    return Path(shutil.copytree(find_model("vlm"), tmp_path / "copy"))
+
+
+def said(capsys: pytest.CaptureFixture[str], *given: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", *given])
+    found = capsys.readouterr()
+    assert stopped.value.code == 0, found.err
+    return found.out
 
 
 def refused(capsys: pytest.CaptureFixture[str], *given: str) -> str:
-    assert main(["explain", *given]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", *given])
+    assert stopped.value.code == 2
     return capsys.readouterr().err
 
 
 def test_it_answers_about_glyphs_that_it_has_not_seen() -> None:
     texts = [own.text for (own,) in asked().questions]
-    said = vlm().answers(pictures(asked().pixels), texts, most=14)
-    right = sum(answer == own.answer for answer, (own,) in zip(said, asked().questions, strict=True))
-    assert right >= FLOOR * len(said)
+    answers = vlm().answers(pictures(asked().pixels), texts, most=14)
+    right = sum(answer == own.answer for answer, (own,) in zip(answers, asked().questions, strict=True))
+    assert right >= FLOOR * len(answers)
 
 
 FLOOR = 0.5
@@ -94,7 +103,9 @@ def test_without_a_picture_the_row_holds_the_text_alone() -> None:
     picture, text = one()
     alone = vlm().without(vlm().inputs([picture, picture], [text, "Which digits?"]))
     assert "pixel_values" not in alone
-    assert vlm().tokenizer.decode(alone["input_ids"][0]) == f"{text}\n"
+    rows = [row[own.bool()] for row, own in zip(alone["input_ids"], alone["attention_mask"], strict=True)]
+    assert [vlm().tokenizer.decode(row) for row in rows] == [f"{text}\n", "Which digits?\n"]
+    assert alone["attention_mask"][:, -1].all()
     assert alone["input_ids"].shape == alone["attention_mask"].shape
 
 
@@ -185,9 +196,8 @@ def test_token_divergence_sums_the_greatest_of_each_layer() -> None:
 
 def test_the_command(scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = one()[1]
-    given = ("explain", "vlm", "--image", str(scene), "--text", text, "--out", str(tmp_path / "out"), "--json")
-    assert main(list(given)) == 0
-    report = json.loads(capsys.readouterr().out)
+    given = ("vlm", "--image", str(scene), "--text", text, "--out", str(tmp_path / "out"), "--json")
+    report = json.loads(said(capsys, *given))
     assert report == json.loads((tmp_path / "out" / "explain.json").read_text()) | {"files": report["files"]}
     assert report["answer"]["leans"] in ("image", "prior")
     assert report["patches"] == {"rows": 8, "columns": 8}
@@ -203,8 +213,7 @@ def test_the_command(scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_the_table(scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("vlm", "--image", str(scene), "--text", one()[1], "--layers", "1", "--out", str(tmp_path / "out"))
-    assert main(["explain", *given]) == 0
-    shown = capsys.readouterr().out
+    shown = said(capsys, *given)
     assert "leans on the" in shown
     assert "most visual heads" in shown
 
@@ -217,8 +226,12 @@ def test_what_is_refused(scene: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "the text is empty" in refused(capsys, "vlm", *image, "--text", " ")
     assert "2 image tokens, where one is meant" in refused(capsys, "vlm", *image, "--text", "<image><image>Who?")
     assert "has positions for 1,024" in refused(capsys, "vlm", *image, "--text", "x" * 1000)
-    assert "layers 0 to 3; --layers has 4" in refused(capsys, "vlm", *image, "--text", "How many 7s?", "--layers", "4")
+    assert "no such layers" in refused(capsys, "vlm", *image, "--text", "How many 7s?", "--layers", "4")
+    assert "no image that can be read" in refused(capsys, "vlm", "--image", __file__, "--text", "How many 7s?")
     assert "do not go with a picture and a text" in refused(capsys, "vlm", *image, "--text", "a", "--target", "3")
+
+
+def test_pictures_and_texts_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match="1 pictures for 2 texts"):
         vlm().inputs([one()[0]], ["a", "b"])
     with pytest.raises(ValueError, match="no picture was given"):

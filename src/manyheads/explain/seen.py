@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from manyheads.explain.explanation import Explanation, Progress
 from manyheads.explain.sight import STACK, Sight, see, token_divergence
 from manyheads.hosts.image_files import opened_image
 from manyheads.hosts.seeing import Seeing
+from manyheads.hosts.sites import choose
 
 BEST = 5
 NOTES = {
@@ -36,10 +37,10 @@ def explain_sight(
 ) -> Explanation:
     """An answer about the picture of a file: which patches and words each of its tokens came from, whether it leans on
     the picture or on the prior, and which heads are visual. ValueError for a picture or a text that cannot be used."""
+    choose(seeing.model, layers, STACK, "self")
     picture = opened_image(path).convert("RGB")
     progress("asking with and without the picture", 0.0)
     sight = see(seeing, picture, text)
-    _check_layers(seeing, sight, layers)
     progress("heads", 0.4)
     scores = head_scores(sight)
     report = {**sight_report(sight, scores, layers), "image": Path(path).name, "text": text}
@@ -47,12 +48,6 @@ def explain_sight(
     views = _views(sight, scores, layers, page_mb)
     progress("done", 1.0)
     return Explanation(f"{seeing.name}: what it saw", _note(sight), report, views)
-
-
-def _check_layers(seeing: Seeing, sight: Sight, layers: Sequence[int] | None) -> None:
-    count = sight.attention.shape[1]
-    if wrong := [layer for layer in layers or () if not 0 <= layer < count]:
-        raise ValueError(f"{seeing.name}'s language model has layers 0 to {count - 1}; --layers has {wrong[0]}")
 
 
 def head_scores(sight: Sight) -> dict[str, Tensor]:
@@ -200,7 +195,7 @@ def shown_picture(sight: Sight) -> Any:
 
 
 def _note(sight: Sight) -> str:
-    decode: Callable[[list[int]], str] = sight.seeing.tokenizer.decode
+    decode = sight.seeing.tokenizer.decode
     lean = "leans on the picture" if sight.leans == "image" else "leans on the prior"
     return (
         f"Answer: {decode(sight.answer)!r}, which {lean}: without the picture {decode(sight.said_without)!r}, with a "

@@ -4,14 +4,15 @@ For every token t of the answer, given those before it, with row i its place in 
 
     attention   A_ij of every layer and head, j a patch or a word
     edges       A_ij d log p(t) / d A_ij, to first order what log p(t) loses without that look; signed
-    sources     x_j . d log p(t) / d x_j of the vectors x_j that enter the language model, patches and words alike: what
-                they give by whatever path (gradient times input, arXiv 1312.6034 for the gradient)
-    gain        log2 p(t | picture, text) - log2 p(t | text): bits that the picture gave. Without it the row has no image
-                tokens, so that words behind them move up; a second answer is told with a blank, the picture's mean colour
-    VHD         |o_i(picture, text) - o_i(text)|, the vision-aware head divergence of Jinghan He et al. (arXiv
-                2412.13949): o a head's output before the output projection. The paper takes the first token of the
-                answer and sets to 0 heads that grow without the picture (a rule known at second hand, and left out);
-                here every token of the answer is measured.
+    sources     x_j . d log p(t) / d x_j of the vectors x_j that enter the language model, patches and words alike:
+                what they give by whatever path (gradient times input)
+    gain        log2 p(t | picture, text) - log2 p(t | text): bits that the picture gave. Without it the row has no
+                image tokens, so that words behind them move up. Beside it stands what is said to a blank, every pixel
+                the picture's mean colour
+    VHD         |o_i(picture, text) - o_i(text)|, the vision-aware head divergence of arXiv 2412.13949: o a head's
+                output before the output projection. The paper takes the first token of the answer and sets to 0 heads
+                that grow without the picture (a rule known at second hand, and left out); here every token of the
+                answer is measured
 """
 
 from __future__ import annotations
