@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from manyheads.card import Pattern
 from manyheads.functional.layers import rms_norm
 from manyheads.functional.routing import balance_loss, top_k_mask
+from manyheads.inner import Across
 from manyheads.mechanism import Mechanism, Result
 from manyheads.models.beside import NOTHING, Beside, below, check_beside, without_place
 from manyheads.models.cache import ManyheadsCache, ManyheadsCacheLayer, Memory
@@ -94,6 +95,8 @@ def fill_gaps(mechanism: Mechanism) -> None:
 class ShortConvolution(nn.Module):
     """Depthwise, over the last `width` tokens where causal, else centred; padding counts as zero."""
 
+    spread_over: Across | None = None  # as in a mechanism
+
     def __init__(self, dim: int, width: int, causal: bool) -> None:
         super().__init__()
         self.causal, self.width = causal, width
@@ -115,6 +118,8 @@ class ShortConvolution(nn.Module):
             state.advance(n, span=self.width)
             state.note(new, seen)
         rows = rows if real is None else rows.masked_fill(~real[..., None], 0.0)
+        if self.spread_over is not None:
+            rows = torch.cat((self.spread_over.before(rows, before), rows), 1)
         missing = n + before - rows.shape[1]
         rows = F.pad(rows.transpose(1, 2), (missing, self.width - 1 - before))
         return F.conv1d(rows, self.weight, groups=x.shape[2]).transpose(1, 2)
