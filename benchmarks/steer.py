@@ -4,7 +4,8 @@ one that edits a row, on a small Llama.
 Claims: "Is there a 7?" of digits that are there and of as many that are not, the absent ones partners of those there
 (POPE, arXiv 2305.10355, adversarial), on noisy held-out pictures. The answer is yes or no, whichever first letter is
 likelier. Hallucinated: yes to what is not there; seen: yes to what is. One that says no to everything hallucinates
-nothing: right is the share of all answers, and the claim shows where hallucinated falls and right does not.
+nothing: right is the share of all answers, and the claim shows where hallucinated falls and right does not. told_apart:
+how often yes is more favoured where the digit is there than where another is not, 0.5 by chance.
 """
 
 from __future__ import annotations
@@ -91,17 +92,19 @@ def claims(seeing: Seeing) -> list[dict[str, Any]]:
             except ValueError as error:
                 rows.append({"what": "yes or no", "method": name, "refused": str(error)})
                 break
-            said.append(logits[:, yes] > logits[:, no])
+            said.append(logits[:, yes] - logits[:, no])
         else:
             rows.append(_figures(name, torch.cat(said), wanted, before))
     return rows
 
 
 def _figures(name: str, said: torch.Tensor, wanted: torch.Tensor, before: dict[str, float]) -> dict[str, Any]:
+    yes, (there, absent) = said > 0, (said[wanted], said[~wanted])
     found = {
-        "hallucinated": float(said[~wanted].float().mean()),
-        "seen": float(said[wanted].float().mean()),
-        "right": float((said == wanted).float().mean()),
+        "hallucinated": float(yes[~wanted].float().mean()),
+        "seen": float(yes[wanted].float().mean()),
+        "right": float((yes == wanted).float().mean()),
+        "told_apart": float((there[:, None] > absent).float().mean()),
     }
     before.update({key: value for key, value in found.items() if name == "none"})
     shows = found["hallucinated"] < before["hallucinated"] and found["right"] >= before["right"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from manyheads.hosts.attend import Scoring, hides, masked_scores, pack, probabilities, weigh
 from manyheads.hosts.sites import Site
@@ -160,6 +160,20 @@ class AttentionCall:
             hear(self, heads, rows, weights)
         return weights
 
+    def biased(self, bias: Tensor) -> Tensor | None:
+        """The output with bias [1 or b, 1 or h, 1, m] on the scores of the one query, by PyTorch's own kernel; None
+        where there are more queries, which would need a matrix, where scores are capped or have sinks, and where
+        somebody hears the weights, which are not made here."""
+        if self.query.shape[2] > 1 or not self.scoring.plain or _hearers.get():
+            return None
+        mask = bias.to(self.query.dtype)
+        if self.mask is not None:
+            added = self.mask.is_floating_point()
+            mask = mask + self.mask if added else torch.where(self.mask, mask, torch.finfo(mask.dtype).min)
+        return scaled_dot_product_attention(
+            self.query, self.key, self.value, attn_mask=mask, scale=self.scale, enable_gqa=True
+        )
+
     def rescored(self, change: Rescore, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:
         """The output [b, h, n, e] with change(scores, rows) in the place of those heads' scores in those rows, which
         are cap(scale q k^T), float32 at least; all else as it is. A reader may return it, in training too: gradients
@@ -185,9 +199,9 @@ class AttentionCall:
 
     def replaced(self, output: Tensor, heads: Sequence[int] | Tensor) -> Tensor:
         """The call's output with these heads' [b, heads, n, e] in their place."""
-        chosen = torch.as_tensor(heads, device=output.device)
-        if chosen.numel() == self.heads and bool((chosen == torch.arange(self.heads, device=output.device)).all()):
+        if len(heads) == self.heads and [int(head) for head in heads] == list(range(self.heads)):
             return output.to(self.output.dtype)
+        chosen = torch.as_tensor(heads, device=output.device)
         return self.output.index_copy(1, chosen, output.to(self.output.dtype))
 
     def weight_gradients(self, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:
