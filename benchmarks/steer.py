@@ -5,7 +5,8 @@ Claims: "Is there a 7?" of digits that are there and of as many that are not, th
 (POPE, arXiv 2305.10355, adversarial), on noisy held-out pictures. The answer is yes or no, whichever first letter is
 likelier. Hallucinated: yes to what is not there; seen: yes to what is. One that says no to everything hallucinates
 nothing: right is the share of all answers, and the claim shows where hallucinated falls and right does not. told_apart:
-how often yes is more favoured where the digit is there than where another is not, 0.5 by chance.
+how often yes is more favoured where the digit is there than where another is not, 0.5 by chance. Cuts of unlikely tokens are
+left out: two words are compared.
 """
 
 from __future__ import annotations
@@ -67,9 +68,11 @@ METHODS: dict[str, Opened] = {
     "vision_heads[scale=2]": lambda model, inputs: vision_heads(model, inputs, 2.0),
     "imbalance[alpha=0.5,gamma=1.1]": lambda model, inputs: imbalance(model, inputs, 0.5),
     "imbalance[alpha=0,beta=0,gamma=1.5]": lambda model, inputs: imbalance(model, inputs, 0.0, beta=0.0, gamma=1.5),
-    "agla[alpha=2,kept=0.5]": lambda model, inputs: agla(model, local(model, inputs), 2.0),
-    "causal_maps[vision=uniform]": lambda model, inputs: causal_maps(model, 0.5),
-    "causal_maps[language=uniform]": lambda model, inputs: causal_maps(model, 0.5, vision=None, language="uniform"),
+    "agla[alpha=2,kept=0.5]": lambda model, inputs: agla(model, local(model, inputs), 2.0, beta=0.0),
+    "causal_maps[vision=uniform]": lambda model, inputs: causal_maps(model, 0.5, eps=0.0),
+    "causal_maps[language=uniform]": lambda model, inputs: causal_maps(
+        model, 0.5, vision=None, language="uniform", eps=0.0
+    ),
     "modality_mutual": mutual,
 }
 

@@ -1,4 +1,4 @@
-"""The command line: find, check, compare, heads, shrink, convert, plan, explain, steer, serve and the catalogue's."""
+"""The command line: what the catalogue says, the verbs, the server, and what is installed."""
 
 from __future__ import annotations
 

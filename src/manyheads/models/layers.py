@@ -154,10 +154,12 @@ class Mixer(nn.Module):
     def __init__(self, config: ManyheadsConfig, place: str, spec: Spec, pattern: Pattern) -> None:
         super().__init__()
         self.grid, causal = config.patch_grid if pattern is Pattern.GRID else None, pattern.causal
+        self.graph = pattern is Pattern.GRAPH
         convolves = config.short_conv and not pattern.cross and self.grid is None
         self.norm, self.norm_after = sublayer_norms(config)
         self.convolution = ShortConvolution(config.hidden_size, config.short_conv, causal) if convolves else None
         self.mechanism = build_mechanism(config, place, spec, pattern)
+        self.takes = {*self.mechanism.card.takes, *(["edges"] if self.graph else [])}
 
     def forward(
         self,
@@ -179,12 +181,26 @@ class Mixer(nn.Module):
         if self.grid is not None:
             result = self.mechanism(x.unflatten(1, self.grid), need_weights=need_weights)
             return result._replace(output=self.norm_after(result.output.flatten(1, 2)))
+        if self.graph:
+            result = _as_one_graph(self.mechanism, x, mask, need_weights, inputs)
+            return result._replace(output=self.norm_after(result.output))
         if self.convolution is not None:
             x = self.convolution(x, mask if mask is not None and mask.ndim == 2 else None, memory)
         result = self.mechanism(
             x, context, mask=mask, positions=positions, state=state, need_weights=need_weights, **inputs
         )
         return result._replace(output=self.norm_after(result.output))
+
+
+def _as_one_graph(mechanism: Mechanism, x: Tensor, mask: Tensor | None, need_weights: bool, inputs: Beside) -> Result:
+    """x [b, n, e] of b graphs, of which no edge leads from one to another; of the weights what is within each."""
+    b, n = x.shape[:2]
+    real = None if mask is None else mask.flatten()[None]
+    result = mechanism(x.flatten(0, 1)[None], mask=real, need_weights=need_weights, **inputs)
+    weights = result.weights
+    if weights is not None:
+        weights = weights[0].unflatten(2, (b, n)).unflatten(1, (b, n)).diagonal(dim1=1, dim2=3).movedim(-1, 0)
+    return result._replace(output=result.output[0].unflatten(0, (b, n)), weights=weights)
 
 
 GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -272,8 +288,7 @@ class ManyheadsBlock(GradientCheckpointingLayer):
         earlier: outputs of layers below, by position, as a checkpointed layer may else lose their gradient."""
         masks, layer = masks or Masks(), past_key_values
         memory, cross_memory = (None, None) if layer is None else layer.memories
-        takes: Any = self.self_attn.mechanism.card.takes
-        inputs = {name: value for name, value in masks.beside.items() if name in takes}
+        inputs = {name: value for name, value in masks.beside.items() if name in self.self_attn.takes}
         inputs |= {} if earlier is None else {"earlier": earlier}
         mixed = self.self_attn(x, None, masks.self_mask, masks.positions, memory, need_weights, inputs)
         x = x + self.dropout(mixed.output)
@@ -395,7 +410,7 @@ def build_stack(config: ManyheadsConfig, causal: bool | None, *, images: bool = 
     blocks = []
     for i, spec in enumerate(config.encoder_specs()):
         place = f"layers[{i}]"
-        pattern = layer_pattern(place, spec, causal, grid=images)
+        pattern = layer_pattern(place, spec, causal, first=Pattern.GRID if images else None)
         blocks.append(ManyheadsBlock(config, Mixer(config, place, spec, pattern)))
     rows, columns = config.patch_grid
     return Stack(config, blocks, rows * columns if images else None)

@@ -54,13 +54,16 @@ def look(model: Any, prompt: Prompt, make: Opener, sinks: Mapping[int, Tensor] |
         row = own.weights(rows=slice(last, last + 1))[0, :, 0].clone()
         for heads, weights in edited.pop(own.site.path, []):
             row[heads] = weights.to(row)
-        rows[own.layer] = row
+        # Where tokens leave, later layers have fewer columns: back to the prompt's places.
+        spread = getattr(change, "spread", lambda columns: columns)
+        rows[own.layer] = spread(row)
         if sinks is None:
-            found[own.layer] = (column_means(own, None) > SINK / real_keys(own)[:, :1].sum(-1, keepdim=True))[0]
+            drained = column_means(own, None) > SINK / real_keys(own)[:, :1].sum(-1, keepdim=True)
+            found[own.layer] = spread(drained[0])
 
     with ExitStack() as inside:
         inside.enter_context(edits_heard(hear))
-        inside.enter_context(make())
+        change = inside.enter_context(make())
         inside.enter_context(tap(model, reader, stack=text_stack(model), kind="self"))
         logits = model(**prompt.inputs, use_cache=False).logits[0, -1].float()
     drains = found if sinks is None else dict(sinks)
@@ -153,7 +156,8 @@ def cost(model: Any, prompt: Prompt, make: Opener, ids: list[int], turns: int = 
         pair = [_timed(model, prompt, how, forced) for how in (nullcontext, make)]
         if turn:  # the first warms up
             rounds.append(pair)
-    found: dict[str, Any] = {"tokens": len(forced), "turns": turns}
+    held = {side: pair[2] for side, pair in zip(("without", "with"), rounds[-1], strict=True)}
+    found: dict[str, Any] = {"tokens": len(forced), "turns": turns, "cache_bytes": held}
     for place, name in enumerate(("prompt", "token")):
         found[f"{name}_ms"] = {
             side: statistics.median(pair[i][place] for pair in rounds) for i, side in enumerate(("without", "with"))
@@ -162,7 +166,8 @@ def cost(model: Any, prompt: Prompt, make: Opener, ids: list[int], turns: int = 
     return found
 
 
-def _timed(model: Any, prompt: Prompt, make: Opener, ids: list[int]) -> tuple[float, float]:
+def _timed(model: Any, prompt: Prompt, make: Opener, ids: list[int]) -> tuple[float, float, int]:
+    """Milliseconds of the prompt and of a token, and bytes of keys and values that are held at the end."""
     tokens = prompt.inputs["input_ids"]
     seen = torch.ones(1, tokens.shape[1] + len(ids), dtype=torch.long, device=tokens.device)
     with make():
@@ -177,4 +182,5 @@ def _timed(model: Any, prompt: Prompt, make: Opener, ids: list[int]) -> tuple[fl
                 use_cache=True,
             )
         ended = time.perf_counter()
-    return (middle - begun) * 1e3, (ended - middle) * 1e3 / len(ids)
+    held = sum(own.nbytes for layer in cache.layers for own in (layer.keys, layer.values) if own is not None)
+    return (middle - begun) * 1e3, (ended - middle) * 1e3 / len(ids), held

@@ -61,6 +61,9 @@ def headline(record: Mapping[str, Any]) -> list[str]:
         f"{record['next']['kl_bits']:.3f} bits, along the answer by {record['answer_kl_bits']:.3f}.",
         f"A token takes {cost['token_ratio']:.2f} of its time without, the prompt {cost['prompt_ratio']:.2f}.",
     ]
+    held = cost["cache_bytes"]
+    if held["with"] != held["without"]:
+        said.append(f"Keys and values take {held['with'] / held['without']:.2f} of their {held['without']:,} bytes.")
     if "wanted" in record:
         wanted = record["wanted"]
         said.append(f"p({wanted['text']!r}) goes from {wanted['without']:.3%} to {wanted['with']:.3%}.")
