@@ -5,8 +5,8 @@ Claims: "Is there a 7?" of digits that are there and of as many that are not, th
 (POPE, arXiv 2305.10355, adversarial), on noisy held-out pictures. The answer is yes or no, whichever first letter is
 likelier. Hallucinated: yes to what is not there; seen: yes to what is. One that says no to everything hallucinates
 nothing: right is the share of all answers, and the claim shows where hallucinated falls and right does not. told_apart:
-how often yes is more favoured where the digit is there than where another is not, 0.5 by chance. Cuts of unlikely tokens are
-left out: two words are compared.
+how often yes is more favoured where the digit is there than where another is not, 0.5 by chance.
+Cuts of unlikely tokens are left out: two words are compared.
 """
 
 from __future__ import annotations
