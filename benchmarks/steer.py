@@ -36,7 +36,7 @@ from manyheads.steer.agla import local_view, relevance_map
 from manyheads.steer.pictures import image_places
 from manyheads.tasks.scenes import believed, held_out, pictures
 
-MEASURES = ("src/manyheads/steer/*.py", "src/manyheads/hosts/calls.py", "src/manyheads/bundled/vlm/model.safetensors")
+MEASURES = ("src/manyheads/steer", "src/manyheads/hosts/calls.py", "src/manyheads/bundled/vlm/model.safetensors")
 SCENES, NOISE, ROWS = 40, 0.4, 20
 Opened = Callable[[Any, dict[str, Any]], AbstractContextManager[Any]]
 
