@@ -22,6 +22,7 @@ from manyheads.steer.measuring import cost, followed, kl_bits, look
 from manyheads.steer.method import Prompt, method, methods
 from manyheads.steer.prompting import kind_of, text_prompt
 from manyheads.steer.report import headline
+from manyheads.tasks.scenes import held_out, pictures
 
 KEYS = "\nThe pass key is 11111. Remember it.\nx = 1\n\nThe pass key is 77777. Remember it.\ny = 2\n"
 QUESTION = KEYS + "\nWhat is the pass key? The pass key is "
@@ -72,6 +73,7 @@ def test_list_names_every_intervention(capsys: pytest.CaptureFixture[str]) -> No
 
 
 NEEDS: dict[str, dict[str, Any]] = {
+    "calibrate": {"alpha": 2.0},
     "juice": {"heads": "0.1,2.3"},
     "perturb": {"heads": "0.1"},
     "scaled": {"heads": "0.1"},
@@ -212,3 +214,36 @@ def test_offsets_are_kept_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(b"no safetensors at all")
     with pytest.raises(ValueError, match="no safetensors file"):
         load_offsets(tmp_path / "bad")
+
+
+def test_a_question_about_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the packaged model that reads pictures: places of picture and words, and a neutral point that is neutral."""
+    scenes = held_out(1, kind="exists", seed=3)
+    pictures(scenes.pixels)[0].save(tmp_path / "scene.png")
+    asked = ("--image", str(tmp_path / "scene.png"), "--text", "Is there a 3?", "--span", "a 3", "--new", "3")
+    with_ = ("--with", "vision_heads[scale=3]", "--sweep", "scale=1,3", "--out", str(tmp_path / "made"))
+    report = told(capsys, "vlm", *with_, *asked)
+    assert report["model"]["kind"] == "vision-language"
+    spans = report["prompt"]["spans"]
+    assert [report["prompt"]["tokens"][place] for place in spans["text"]] == list("a 3")
+    assert spans["image"] == list(range(spans["image"][0], spans["image"][-1] + 1))
+    assert set(report["attention"]) == {"image", "text", "sinks"}
+    assert report["next"]["kl_bits"] > 0
+    assert report["sweep"]["points"][0]["kl_bits"] == 0
+
+
+def test_what_is_refused_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures(held_out(1, seed=3).pixels)[0].save(tmp_path / "scene.png")
+    image = ("--image", str(tmp_path / "scene.png"), "--text", "Is there a 3?", "--out", str(tmp_path / "made"))
+    cases = [
+        (["--with", "vision_heads", *image], "no vision tower"),
+        (["vlm", "--with", "vision_heads", "--text", "Is there a 3?"], "give --image"),
+        (["vlm", "--with", "buckets", *image], "buckets takes language models; vlm is a vision-language model"),
+        (["vlm", "--with", "vision_heads", "--image", "none.png", "--text", "x"], "none.png"),
+        (["vlm", "--with", "vision_heads", "--chat", *image], "--chat goes with text alone"),
+        (["vlm", "--with", "control[box=0,0,2,1]", *image], "does not lie in the picture"),
+        (["vlm", "--with", "causal_maps[vision=odd]", *image], "no map 'odd'"),
+    ]
+    for arguments, message in cases:
+        assert message in refused(capsys, *arguments)
+    assert not (tmp_path / "made").exists()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from manyheads.hosts.taps import record
+from manyheads.steer import boost
 from manyheads.steer.beliefs import ROOMS, Probes, fit_probes, head_states, pushed, stories, story
 from manyheads.steer.calibrate import calibrate, choose_heads
 from manyheads.steer.focus import contextual_heads, fit_focus, focused, load_focus, save_focus
@@ -240,3 +241,20 @@ def test_what_these_refuse(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             make()
     assert not any(module._forward_hooks for name, module in model.named_modules() if name.endswith("_proj"))
+
+
+@pytest.mark.parametrize("factor", [0.0, 5.0])
+def test_boost_decodes_padded_rows_as_it_reads_them_at_once(factor: float) -> None:
+    """At once the weights are edited, while decoding a kernel gets a bias beside the padding mask."""
+    model, tokens = llama(), prompt(2, 12)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    places = (mask.cumsum(-1) - 1).clamp_min(0)
+    with boost(model, [5, 6, 9], factor), torch.no_grad():
+        wanted = model(tokens, attention_mask=mask, position_ids=places).logits
+        first = model(tokens[:, :9], attention_mask=mask[:, :9], position_ids=places[:, :9], use_cache=True)
+        cache, given = first.past_key_values, []
+        for i in range(9, 12):
+            step = {"attention_mask": mask[:, : i + 1], "position_ids": places[:, [i]], "past_key_values": cache}
+            given.append(model(tokens[:, [i]], **step).logits[:, 0])
+    assert_close(torch.stack(given, 1), wanted[:, 9:], atol=1e-4, rtol=1e-4)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from manyheads.hosts.attend import Scoring, hides, masked_scores, pack, probabilities, weigh
 from manyheads.hosts.sites import Site
@@ -137,10 +137,12 @@ class AttentionCall:
         those rows; all else as it is. A reader may return it. Made in blocks of rows, where no gradient has to keep
         them."""
         own, parts = self.check_heads(heads), []
-        value = self.of_heads(self.value, own)
+        # Of all heads, those that share a key head stand in line as its queries: values are not repeated.
+        value = self.value if heads is None else self.of_heads(self.value, own)
         for block in self.blocks(heads, rows):
-            edited = self._told(edit(self.weights(heads, block), block), own, block)
-            parts.append(edited.to(value.dtype) @ value)
+            edited = self._told(edit(self.weights(heads, block), block), own, block).to(value.dtype)
+            lines = edited.reshape(edited.shape[0], value.shape[1], -1, edited.shape[-1])
+            parts.append((lines @ value).reshape(*edited.shape[:3], value.shape[-1]))
         return self._placed(parts, own, rows)
 
     def _placed(self, parts: list[Tensor], heads: list[int], rows: slice) -> Tensor:
@@ -157,6 +159,20 @@ class AttentionCall:
         for hear in _hearers.get():
             hear(self, heads, rows, weights)
         return weights
+
+    def biased(self, bias: Tensor) -> Tensor | None:
+        """The output with bias [1 or b, 1 or h, 1, m] on the scores of the one query, by PyTorch's own kernel; None
+        where there are more queries, which would need a matrix, where scores are capped or have sinks, and where
+        somebody hears the weights, which are not made here."""
+        if self.query.shape[2] > 1 or not self.scoring.plain or _hearers.get():
+            return None
+        mask = bias.to(self.query.dtype)
+        if self.mask is not None:
+            added = self.mask.is_floating_point()
+            mask = mask + self.mask if added else torch.where(self.mask, mask, torch.finfo(mask.dtype).min)
+        return scaled_dot_product_attention(
+            self.query, self.key, self.value, attn_mask=mask, scale=self.scale, enable_gqa=True
+        )
 
     def rescored(self, change: Rescore, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:
         """The output [b, h, n, e] with change(scores, rows) in the place of those heads' scores in those rows, which
@@ -183,9 +199,9 @@ class AttentionCall:
 
     def replaced(self, output: Tensor, heads: Sequence[int] | Tensor) -> Tensor:
         """The call's output with these heads' [b, heads, n, e] in their place."""
-        chosen = torch.as_tensor(heads, device=output.device)
-        if chosen.numel() == self.heads and bool((chosen == torch.arange(self.heads, device=output.device)).all()):
+        if len(heads) == self.heads and [int(head) for head in heads] == list(range(self.heads)):
             return output.to(self.output.dtype)
+        chosen = torch.as_tensor(heads, device=output.device)
         return self.output.index_copy(1, chosen, output.to(self.output.dtype))
 
     def weight_gradients(self, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:

@@ -65,6 +65,8 @@ def calibrate(
         if n > 1 or m == 1 or call.layer not in known:
             known[call.layer] = sinks_of(call, own, alpha)
         sinks = nn.functional.pad(known[call.layer], (0, m - known[call.layer].shape[-1])).unsqueeze(2)
+        if not bool(sinks.any()):
+            return None
 
         def edit(weights: Tensor, rows: slice) -> Tensor:
             others = weights.masked_fill(sinks, 0)

@@ -50,7 +50,7 @@ def focused(model: Any, directions: Directions, scale: float = 1.0) -> Iterator[
 def _hooked(path: str, attention: Any, own: Mapping[int, tuple[Tensor, Tensor]], scale: float) -> list[Any]:
     query: Any = getattr(attention, "q_proj", None)
     key: Any = getattr(attention, "k_proj", None)
-    if not isinstance(query, nn.Module) or not isinstance(key, nn.Module):
+    if query is None or key is None:
         raise ValueError(f"{path} has no q_proj and k_proj of its own: focus directions have no place in it")
     if hasattr(attention, "q_norm") or hasattr(attention, "k_norm"):
         raise ValueError(f"{path} normalises queries and keys behind their projections, which would undo a direction")
