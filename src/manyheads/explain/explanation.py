@@ -137,6 +137,7 @@ def explain_image(
 ) -> Explanation:
     """The same of a picture, for a vision model with patches: maps over the image instead of coloured tokens. Of one
     that attends nowhere (ResNet, ConvNeXt) only maps."""
+    from manyheads.explain.hierarchies import is_hierarchy, views_of
     from manyheads.explain.pictures import attends, maps_over
     from manyheads.explain.views import Panel, read_store, view_heads, view_image, view_maps
     from manyheads.explain.views import view_model as picture_of_all
@@ -159,6 +160,12 @@ def explain_image(
             f"{loaded.name}: what its maps see", note, report, [view_image(image, found, title="Pixels")]
         )
     progress("attention of every head", 0.2)
+    if is_hierarchy(loaded.model):
+        views, report["stages"], maps = views_of(loaded.model, inputs, image, methods, layers, page_mb)
+        report["maps"] = _maps_in_digits(maps)
+        progress("done", 1.0)
+        note = f"{image.width} x {image.height} pixels, as the model gets them{best}."
+        return Explanation(f"{loaded.name}: what its heads see", note, report, views)
     store = read_store(loaded.model, inputs, layers=layers, budget_mb=page_mb, kind="self")
     patches = find_patches(loaded.model, inputs["pixel_values"])
     tokens = _patches(patches)

@@ -18,9 +18,11 @@ from manyheads.steer.offsets import fit_offsets, load_offsets, pick_heads, save_
 from manyheads.steer.perturb import guided, perturb
 from manyheads.steer.pine import position_invariant
 from manyheads.steer.redistribute import find_sink_dims, redistribute
+from manyheads.steer.task_vector import TaskVector, head_means, learn_task_vector
 from manyheads.steer.vision_heads import head_divergence, vision_heads
 
 __all__ = [
+    "TaskVector",
     "agla",
     "boost",
     "box_region",
@@ -35,8 +37,10 @@ __all__ = [
     "guided",
     "head_divergence",
     "head_effects",
+    "head_means",
     "imbalance",
     "juice",
+    "learn_task_vector",
     "load_offsets",
     "modality_mutual",
     "perturb",
