@@ -176,14 +176,14 @@ def _traced(
     model = seeing.model
     hook = model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with torch.enable_grad(), record(model, stack=STACK, kind="self", gradients=True) as calls:
+        with torch.enable_grad(), record(model, stack=STACK, kind="self", gradients=True) as made:
             logits = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
     _finite(seeing, logits)
     chosen = torch.tensor(list(answer), device=logits.device)
     told = logits[0, _rows(answer)].double().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-    calls = [opened(call, "explain") for call in calls]
+    calls = [opened(call, "explain") for call in made]
     n, k = inputs["input_ids"].shape[1], len(answer)
     outputs = [call.output for call in calls]
     attention, edges, sources = [], [], []

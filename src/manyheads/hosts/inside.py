@@ -149,17 +149,17 @@ class StagedCall(AttentionCall):
         start, stop, _ = rows.indices(self.query.shape[2])
         yield slice(start, stop)
 
-    def mix(self, edit: Edit, heads: Sequence[int] | None = None) -> Tensor:
+    def mix(self, edit: Edit, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:
         if not self._mixes:
-            return super().mix(edit, heads)
-        chosen = self.check_heads(heads)
-        every = slice(0, self.query.shape[2])
-        whole = self.weights()
-        edited = whole.index_copy(
-            1, torch.tensor(chosen, device=whole.device), edit(self.weights(chosen), every).to(whole.dtype)
-        )
+            return super().mix(edit, heads, rows)
+        chosen, whole = self.check_heads(heads), self.weights()
+        start, stop, _ = rows.indices(self.query.shape[2])
+        here = slice(start, stop)
+        edited = self._told(edit(self.weights(chosen, here), here), chosen, here).to(whole.dtype)
+        lines = whole[:, :, here].index_copy(1, torch.tensor(chosen, device=whole.device), edited)
+        whole = torch.cat([whole[:, :, :start], lines, whole[:, :, stop:]], 2)
         # A stage of its own may join heads, so that all of what it gives counts.
-        return self._mixed(edited.to(self.value.dtype))
+        return self._mixed(whole.to(self.value.dtype))
 
     def weight_gradients(self, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:
         if not self._mixes:

@@ -296,7 +296,7 @@ def leave_one_out(model: nn.Module, inputs: Any, target: Target = None, **option
 
 def rank_correlation(attribution: Tensor, reference: Tensor, counted: Tensor | None = None) -> list[float]:
     """Spearman's rank correlation of each row's tokens (counted [b, n]: which); NaN where either is constant."""
-    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+    from scipy.stats import spearmanr
 
     found = []
     for row in range(attribution.shape[0]):

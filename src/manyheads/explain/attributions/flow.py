@@ -91,8 +91,8 @@ class _Graph:
         self.caps.append(caps[keep])
 
     def flows(self, end: str, share: Tensor) -> dict[str, Tensor]:
-        from scipy.sparse import csr_array  # type: ignore[import-untyped]
-        from scipy.sparse.csgraph import maximum_flow  # type: ignore[import-untyped]
+        from scipy.sparse import csr_array
+        from scipy.sparse.csgraph import maximum_flow
 
         enter = np.rint(share.double().cpu().numpy() * UNITS).astype(np.int32)
         rows = np.nonzero(enter)[0]

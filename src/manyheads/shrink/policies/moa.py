@@ -161,8 +161,8 @@ def _held(configs: Sequence[Rule], lengths: Sequence[int], sink_size: int) -> Te
 def _solve(cost: Tensor, held: Tensor, limits: list[float], distinct: int | None, seconds: float) -> list[list[int]]:
     """cost [layers, heads, configs], held [configs, lengths] -> the config of each head."""
     import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
-    from scipy.sparse import csr_array, eye_array, hstack, kron  # type: ignore[import-untyped]
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array, eye_array, hstack, kron
 
     layers, heads, configs = cost.shape
     own = layers * heads

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from manyheads.steer.thinning.passes import packed
 
 
-class ThinLayer(DynamicLayer):  # type: ignore[misc]
+class ThinLayer(DynamicLayer):
     """keys, values [b, g, m, d] of the tokens that reached the layer. places [b, m]: where each stood in all that was
     fed, -1 where a row of the batch has fewer tokens than the longest; None while everything is held. uneven: whether
     there is a -1."""
@@ -110,7 +110,7 @@ class ThinLayer(DynamicLayer):  # type: ignore[misc]
         self.places = None if self.places is None else self.places[indices.to(self.places.device)]
 
 
-class ThinCache(DynamicCache):  # type: ignore[misc]
+class ThinCache(DynamicCache):
     def __init__(self, depth: int) -> None:
         super().__init__()
         self.layers = [ThinLayer() for _ in range(depth)]

@@ -106,7 +106,7 @@ def fit_exits(
         found, target = _trial(model, inputs, batch["labels"], layer, agreement, tolerance)
         optimiser.zero_grad()
         loss = cross_entropy(gates(layer, found).float(), target)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         history.append((layer, float(target.float().mean()), float(loss.detach())))
     return history

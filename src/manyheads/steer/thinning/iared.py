@@ -100,7 +100,7 @@ def fit_interpreters(
         reward, share, chance = _rollout(model, interpreters, pixels, labels, group, penalty, drawn)
         greedy, _, _ = _rollout(model, interpreters, pixels, labels, group, penalty, None)
         optimiser.zero_grad()
-        (-(reward - greedy) * chance).mean().backward()  # type: ignore[no-untyped-call]
+        (-(reward - greedy) * chance).mean().backward()
         optimiser.step()
         history.append((float(reward.mean()), float(share.mean())))
     return history
