@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from common import device_argument, once, pair, peak_bytes, save
 from manyheads.hosts.attend import Scoring
-from manyheads.hosts.attention import Visibility
+from manyheads.hosts.visibility import Visibility
 from manyheads.shrink import H2O, TOVA, AdaKV, Duo, Full, KeyNorm, Policy, SnapKV, StreamingLLM
 from manyheads.shrink.compress import Pass, shrink
 

@@ -15,7 +15,7 @@ from shrink import HEAD_DIM, HEADS, KV_HEADS, stack
 
 from common import device_argument, pair, save
 from manyheads.hosts.attend import Scoring
-from manyheads.hosts.attention import Visibility
+from manyheads.hosts.visibility import Visibility
 from manyheads.shrink import Full, LongHeads, Policy, TidalDecode
 from manyheads.shrink.policies.longheads import represent
 from manyheads.shrink.policies.tidal import attend_to

@@ -14,7 +14,7 @@ MEASURES = (
     "src/manyheads/__main__.py",
     "src/manyheads/cli.py",
     "src/manyheads/registry.py",
-    "src/manyheads/catalogue.py",
+    "src/manyheads/catalogue",
 )
 
 

@@ -59,14 +59,20 @@ class Family(StrEnum):
     MEMORY = "memory"
 
 
+# What processes that hold parts of a sequence give each other: all keys and values in turn, the tokens of some heads,
+# what was summed into a memory, or the tokens before one's own.
+PARALLEL = ("ring", "heads", "state", "halo")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """name: lower case with hyphens. reference: `arXiv:2502.13189`, a DOI or a citation. time, state: growth in the
     length n, as formulas (`n^2`, `n w`, `1`). decodes: a pass with a state continues the one before. example: extra
     constructor arguments that make a small instance for tests. takes: what a call is given by name beside x, with its
     shape: labels, boxes on a page, edge features; what begins with "optional" may be left out. resizes: the
-    factor from the height and width of x to those of the result (`1 / stride`), empty where they stay. notes: what
-    a user should know before choosing it.
+    factor from the height and width of x to those of the result (`1 / stride`), empty where they stay. parallel: how
+    one sequence is spread over processes, one of `PARALLEL`; None where it cannot be. notes: what a user should know
+    before choosing it.
     """
 
     name: str
@@ -80,6 +86,7 @@ class Card:
     example: Mapping[str, Any] = field(default_factory=dict)
     takes: Mapping[str, str] = field(default_factory=dict)
     resizes: str = ""
+    parallel: str | None = None
     notes: str = ""
 
     def __post_init__(self) -> None:
@@ -91,6 +98,8 @@ class Card:
             raise ValueError(
                 f"card {self.name!r} declares no pattern; want one or more of {[p.value for p in Pattern]}"
             )
+        if self.parallel not in (None, *PARALLEL):
+            raise ValueError(f"card {self.name!r}: parallel={self.parallel!r}; want one of {list(PARALLEL)}, or None")
         object.__setattr__(self, "family", Family(self.family))
         object.__setattr__(self, "patterns", frozenset(Pattern(p) for p in self.patterns))
         object.__setattr__(self, "example", MappingProxyType(dict(self.example)))

@@ -5,8 +5,8 @@ Shapes: b batch, h query heads, g key/value heads, n queries, m keys, d and e fe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -26,3 +26,17 @@ class Inner(NamedTuple):
 
 # Gives the head outputs with which the pass goes on.
 Listener = Callable[[Inner], Tensor]
+
+
+class Across(Protocol):
+    """The tokens of a sequence that other processes hold, for a pass over one's own: what is given and comes back is of
+    these alone. All processes ask alike."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, windows: Sequence[int] | None) -> Tensor:
+        """Softmax attention over the whole sequence; of each head, where windows are given, over its newest tokens."""
+
+    def recall(self, q: Tensor, k: Tensor, v: Tensor, kernel: Any, *, causal: bool, slopes: Tensor | None) -> Tensor:
+        """Linear attention over it, by a kernel of `functional.linear`."""
+
+    def before(self, x: Tensor, count: int) -> Tensor:
+        """[b, count, ...]: the rows of x [b, n, ...] that stand before one's first token, zeros where there is none."""

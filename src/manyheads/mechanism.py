@@ -15,7 +15,7 @@ from torch import Tensor
 from manyheads.card import Pattern
 from manyheads.checks import Checks, Context
 from manyheads.finite import blanked, broken_tokens
-from manyheads.inner import Inner, Listener
+from manyheads.inner import Across, Inner, Listener
 from manyheads.signature import checked_arguments
 from manyheads.state import State
 
@@ -36,7 +36,8 @@ class Result(NamedTuple):
 class Call:
     """One checked call. padding: [batch, m], True = real, of the tokens of this pass (or of the context; a tuple, one
     per source or map, where there are several). dense: [batch, 1 or heads, n, m]. positions: [batch or 1, n], given
-    or None; `query_positions` fills in the default. inputs: what the call was given by name beside x."""
+    or None; `query_positions` fills in the default. inputs: what the call was given by name beside x. across: x is part
+    of a sequence, and this reads the rest."""
 
     pattern: Pattern
     padding: Any = None
@@ -45,6 +46,7 @@ class Call:
     state: State | None = None
     need_weights: bool = False
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    across: Across | None = None
 
     @property
     def seen(self) -> int:
@@ -103,6 +105,7 @@ class Mechanism(Checks, ABC):
     `Rotary`); `config` gives them back.
     """
 
+    spread_over: Across | None = None  # reads tokens of other processes, of which x is a part; see `card.parallel`
     listener: Listener | None = None  # is told of every pass what it does inside, and may change its head outputs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -155,7 +158,16 @@ class Mechanism(Checks, ABC):
         padding, dense = self._check_mask(pattern, x, context, mask, state)
         if positions is not None:
             positions = self._check_positions(x, positions)
-        call = Call(pattern, padding, dense, positions, state, need_weights, inputs)
+        call = Call(
+            pattern,
+            padding,
+            dense,
+            positions,
+            state,
+            need_weights,
+            inputs,
+            self._asked_across(pattern, dense, state, need_weights),
+        )
         broken = broken_tokens(x)
         for value in self._beside(x, inputs).values():  # NaN in a later token's is no less to be kept from earlier ones
             strange = broken_tokens(value.flatten(2))
@@ -163,6 +175,9 @@ class Mechanism(Checks, ABC):
         if context is not None and padding is not None:
             context = _without_broken_padding(context, padding)
         try:
+            if call.across is not None and broken is not None:
+                # What is real spreads as NaN: other processes do not know of it.
+                return self._pass(x if padding is None else blanked(x, broken & ~padding), context, call)
             if broken is not None or (state is not None and state.broken is not None):
                 return self._past_broken(x, context, call, broken)
             return self._pass(x, context, call)
@@ -171,6 +186,26 @@ class Mechanism(Checks, ABC):
             if why is None:
                 raise
             raise ValueError(why) from error
+
+    def _asked_across(
+        self, pattern: Pattern, dense: Tensor | None, state: State | None, need_weights: bool
+    ) -> Across | None:
+        if self.spread_over is None:
+            return None
+        given = {
+            pattern.value: pattern is not Pattern.CAUSAL_SELF,
+            "a dense mask": dense is not None,
+            "a state": state is not None,
+            "need_weights=True": need_weights,
+            "a listener": self.listener is not None,  # it would take this process's keys for all
+        }
+        strange = [what for what, there in given.items() if there]
+        if strange:
+            raise ValueError(
+                f"{self.card.name}: {strange[0]} was given with a sequence over several processes; want causal "
+                "self-attention in one pass, with no mask but key padding"
+            )
+        return self.spread_over
 
     def _over_maps(self, x: Any, mask: Any, positions: Any, state: Any, need_weights: bool, inputs: Any) -> Result:
         for what, given in (("positions", positions), ("a state", state)):

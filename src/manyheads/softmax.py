@@ -10,7 +10,7 @@ normalise and mix overridden no [n, m] matrix of scores is ever held: the pass i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +28,7 @@ from manyheads.functional.layers import rms_norm
 from manyheads.functional.lengths import within
 from manyheads.functional.rotary import Rotary, rotate
 from manyheads.functional.where import Where as Where
-from manyheads.inner import Inner
+from manyheads.inner import Across, Inner
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.shell import PROJECTIONS, Shell
 from manyheads.state import State
@@ -44,6 +44,7 @@ class SoftmaxAttention(Mechanism):
     without its naming it.
     """
 
+    head_windows: Sequence[int] | None = None  # of each head, where the newest tokens are all that it selects
     span: int | None = None  # no query looks further back than this many tokens, itself included: bounds the state
     eager: ClassVar[bool] = False  # a stage that needs the score matrix is overridden
     shares_kv: ClassVar[bool] = True  # the stages take fewer key/value heads than query heads
@@ -176,9 +177,15 @@ class SoftmaxAttention(Mechanism):
     # -- the pass --------------------------------------------------------------------------------------------------
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
+        if call.state is not None and call.state.keeper is not None:
+            return self._beside_keeper(x, call, call.state)
         q, k, v, where = self._read(x, context, call)
         weights = None
-        mixed = None if call.need_weights or self.shell.softcap else self._fused(q, k, v, where)
+        mixed: Tensor | None
+        if call.across is not None:
+            mixed = self._spread_out(q, k, v, call.across)
+        else:
+            mixed = None if call.need_weights or self.shell.softcap else self._fused(q, k, v, where)
         if mixed is None:
             weights = self.weigh(q, k, where)
             mixed = self.mix(weights, v, where)
@@ -189,6 +196,23 @@ class SoftmaxAttention(Mechanism):
             mixed = self.listener(Inner(q, k, v, mixed, weights, where))
         output, losses = self.output(mixed, x, call)
         return Result(output, weights if call.need_weights else None, losses)
+
+    def _beside_keeper(self, x: Tensor, call: Call, state: State) -> Result:
+        """A pass over keys and values that the state's keeper keeps, and attends to."""
+        if call.need_weights or self.listener is not None:
+            raise ValueError(
+                f"{self.card.name}: weights and taps are of a pass that holds all keys, and a shrunk cache keeps some; "
+                "ask outside the policy's block"
+            )
+        n, positions = x.shape[1], call.positions
+        if positions is None:
+            positions = torch.arange(call.seen, call.seen + n, device=x.device)[None]
+        q, k, v = self.projected(x, x, call)
+        q, k = self.position(q, k, positions, positions)
+        mixed = state.keeper(q, k, v, call.padding, call.dense)
+        state.advance(n)
+        output, losses = self.output(mixed, x, call)
+        return Result(output, None, losses)
 
     def weigh(self, q: Tensor, k: Tensor, where: Where) -> Tensor:
         """score .. normalise: weights [b, h, n, m]."""
@@ -227,6 +251,15 @@ class SoftmaxAttention(Mechanism):
         if where.dense is None and not within(q.shape[2], window) and not (self.eager or changed_stages(type(self))):
             return banded_attention(q, k, v, [window] * self.heads, scale=self.scale, padding=where.padding)
         return SoftmaxAttention.fused(self, q, k, v, where)
+
+    def _spread_out(self, q: Tensor, k: Tensor, v: Tensor, across: Across) -> Tensor:
+        if self.shell.softcap:
+            raise ValueError(
+                f"{self.card.name}: a sequence over several processes, and softcap={self.shell.softcap}, which no "
+                "scheme has; run it in one process"
+            )
+        windows = self.head_windows if self.shell.window is None else [self.shell.window] * self.heads
+        return across.attend(q, k, v, scale=self.scale, windows=windows)
 
     def _read(self, x: Tensor, context: Any, call: Call) -> tuple[Tensor, Tensor, Tensor, Where]:
         """Projects, positions, and joins what the state holds."""

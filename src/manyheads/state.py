@@ -100,7 +100,8 @@ class State:
     (recurrences). context: what was computed once from the context of cross attention. places: [batch, held], which
     token each row of the buffers is, where that is not their order (see `tell`). broken: [batch], the place of the
     first token that held NaN or infinity, from which on all is NaN; None where no pass had any. config: that of the
-    module it was made for.
+    module it was made for. keeper: keeps the keys and values itself, and attends to them in the mechanism's place:
+    keeper(q, k, v, padding, dense), new keys and values only, as in SoftmaxAttention; None as a rule.
     """
 
     def __init__(self, owner: str, batch: int, *, capacity: int = 0, config: Mapping[str, Any] | None = None) -> None:
@@ -114,6 +115,7 @@ class State:
         self.context: dict[str, Tensor] = {}
         self.places: Tensor | None = None
         self.broken: Tensor | None = None
+        self.keeper: Any = None
         self._unread: Tensor | None = None  # rows with hidden tokens that held no numbers
         self._optional: set[str] = set()
         self._blends: set[str] = set()

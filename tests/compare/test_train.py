@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from manyheads.compare.train import _decayed as decayed
-from manyheads.compare.train import build_model, evaluate, loss_of, placed, rate_at, train_cell
+from manyheads.compare.train import build_model, evaluate, placed, rate_at, train_cell
 from manyheads.tasks import create_task, list_tasks, task_class
+from manyheads.tasks.task import loss_of
 
 RECALL = {"name": "recall", "args": {"n": 16, "vocabulary": 16, "pairs": 2, "eval_examples": 32}}
 SMALL = {"hidden_size": 16, "heads": 4, "layers": 1, "intermediate_size": 0, "short_conv": 3, "positions": "none"}

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from manyheads.cli import main
 from manyheads.convert import primitive_mixture, settled_mixture, shifted
 from manyheads.convert.damage import Judge
-from manyheads.convert.primitives import balance
+from manyheads.convert.primitive_mlp import balance
 from manyheads.hosts.loading import load_model
 
 IDS = torch.arange(1, 41).view(2, 20)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from manyheads import list_attentions
-from manyheads.cli import app, example_code, main
+from manyheads.catalogue import example_code
+from manyheads.cli import app, main
 from manyheads.registry import mechanism_class
 
 
@@ -80,5 +81,6 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_commands_are_these() -> None:
     names = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
-    assert names == {"list", "show", "check", "compare", "convert", "info", "heads", "shrink", "serve"}
-    assert {group.name for group in app.registered_groups} == {"explain"}
+    catalogue = {"list", "show", "find", "board", "check", "info"}
+    assert names == catalogue | {"compare", "convert", "heads", "shrink", "plan", "serve"}
+    assert {group.name for group in app.registered_groups} == {"explain", "steer"}

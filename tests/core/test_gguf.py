@@ -23,12 +23,11 @@ from gguf import GGMLQuantizationType, dequantize, quantize
 from tiny_gguf import TOKENS, tensors, tiny_llama, write_gguf
 
 from manyheads.cli import main
-from manyheads.explain.explanation import load_any
 from manyheads.hosts import gguf_folder as folders
 from manyheads.hosts import loading
 from manyheads.hosts.gguf_folder import cache_folder, gguf_folder
 from manyheads.hosts.gguf_header import MOST_ITEMS, read_header
-from manyheads.hosts.loading import find_model, load_model
+from manyheads.hosts.loading import find_model, load_any, load_model
 
 IDS = torch.tensor([[1, 20, 30, 40, 50, 60, 70, 33]])
 

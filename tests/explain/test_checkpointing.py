@@ -17,9 +17,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from zoo import build, inputs
 
-from manyheads.explain.interventions import boost, calibrate, juice, perturb, redistribute, scaled, steer
 from manyheads.hosts.taps import record, tap
 from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
+from manyheads.steer import boost, calibrate, juice, perturb, redistribute, scaled, steer
 
 Gradients = dict[str, Tensor]
 WAYS = [None, False, True]  # no checkpointing; use_reentrant

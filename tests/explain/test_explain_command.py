@@ -30,8 +30,8 @@ from transformers import (
 from manyheads.cli import main
 from manyheads.explain.attributions import MapGradCAM, Rollout
 from manyheads.explain.command import _numbers
-from manyheads.explain.explanation import load_any, pictured
-from manyheads.hosts.loading import BUNDLED
+from manyheads.explain.explanation import pictured
+from manyheads.hosts.loading import BUNDLED, load_any
 
 PROMPT = "import os\nThe pass key is 40718. Remember it.\nx = 1\nWhat is the pass key? The pass key is "
 

@@ -13,9 +13,9 @@ from torch.testing import assert_close
 from manyheads import card, list_attentions
 from manyheads.card import Pattern
 from manyheads.explain.attributions import METHODS, LogitFlow
-from manyheads.explain.interventions import boost, scaled, steer
 from manyheads.hosts.calls import MechanismCall
 from manyheads.hosts.taps import AttentionCall, record, tap
+from manyheads.steer import boost, scaled, steer
 from manyheads.testing.fed import feed
 
 INSIDE = [

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from manyheads import create_attention
-from manyheads.explain.interventions import (
+from manyheads.hosts.loading import load_model
+from manyheads.hosts.taps import record, tap
+from manyheads.steer import (
     boost,
     buckets,
     calibrate,
@@ -29,8 +31,6 @@ from manyheads.explain.interventions import (
     scaled,
     steer,
 )
-from manyheads.hosts.loading import load_model
-from manyheads.hosts.taps import record, tap
 
 NEUTRAL: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
     "boost": lambda model: boost(model, slice(0, 4), 1.0),

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from transformers import LxmertConfig, LxmertModel
 
 from manyheads.explain.attributions import METHODS
-from manyheads.explain.interventions import scaled
 from manyheads.hosts.taps import record, sites, tap
+from manyheads.steer import scaled
 
 
 def lxmert() -> Any:

@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 from manyheads.explain.attributions import METHODS, compare_attributions, leave_one_out
 from manyheads.explain.detectors import logit_difference, path_patching
-from manyheads.explain.interventions import fit_offsets
 from manyheads.hosts.positions import placed
 from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
+from manyheads.steer import fit_offsets
 
 PADDED, LENGTH, TARGET = 4, 10, 7
 SHAPE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}

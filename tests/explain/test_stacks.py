@@ -16,7 +16,9 @@ from torch.testing import assert_close
 
 from manyheads.explain.attributions import METHODS, AttentionGradient, GradCAM, RawAttention, ValueNorm, leave_one_out
 from manyheads.explain.detectors import detect
-from manyheads.explain.interventions import (
+from manyheads.explain.views import read_store
+from manyheads.hosts.taps import record, sites, tap
+from manyheads.steer import (
     boost,
     calibrate,
     fit_offsets,
@@ -27,8 +29,6 @@ from manyheads.explain.interventions import (
     scaled,
     steer,
 )
-from manyheads.explain.views import read_store
-from manyheads.hosts.taps import record, sites, tap
 
 WIDE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 WORDS: dict[str, Any] = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

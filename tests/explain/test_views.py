@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 import zlib
 from importlib.resources import files
 from types import SimpleNamespace
@@ -440,9 +441,55 @@ def test_tsne_gives_a_plane_of_its_own() -> None:
     assert neighbours.payload["explained"] is None
     assert neighbours.blobs != view_embedding(calls[:1], names, heads=[0]).blobs
     with pytest.raises(ValueError, match="method must be one of"):
-        view_embedding(calls, names, method="umap")
+        view_embedding(calls, names, method="som")
     with pytest.raises(ValueError, match="leaves none"):
         view_embedding(calls, names, points=3)
+
+
+def test_umap_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, names = recorded()[:1], [str(i) for i in range(13)]
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ValueError, match="pip install umap-learn"):
+        view_embedding(calls, names, method="umap", heads=[0])
+
+    class Corner:
+        """What umap-learn's class takes and gives, with the first two dimensions as its answer."""
+
+        def __init__(self, n_neighbors: int, random_state: int) -> None:
+            assert n_neighbors == 15
+
+        def fit_transform(self, rows: Any) -> Any:
+            return rows[:, :2].astype(np.float32)
+
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Corner))
+    found = view_embedding(calls, names, method="umap", heads=[0])
+    assert found.payload["method"] == "UMAP"
+    assert found.payload["explained"] is None
+
+
+def test_many_inputs_in_one_map_with_their_lines() -> None:
+    calls = recorded()
+    few = list(recorded())
+    names = [str(i) for i in range(13)]
+    view = view_embedding(calls, names, more=[(few, names)], heads=[1, 2])
+    assert view.payload["inputs"] == [0] * 13 + [1] * 13
+    assert view.payload["positions"] == [*range(13), *range(13)]
+    each, count, total = view.payload["each"], 26, 2 * 26 * 2 * len(calls)
+    raw = np.frombuffer(zlib.decompress(view.blobs[view.payload["lines"]], -15), np.uint8)
+    slots = total // 2 * each
+    keys = (raw[:slots].astype(int) | (raw[slots : 2 * slots].astype(int) << 8)).reshape(-1, count, each)
+    weights = raw[2 * slots :].reshape(-1, count, each)
+    for layer, call in enumerate(calls):
+        own = call.weights()[0]
+        for place, head in enumerate((1, 2)):
+            for i in range(13):
+                best = max(range(13), key=lambda j: float(own[head, i, j]))
+                row = layer * 2 + place
+                assert keys[row, i, 0] == best
+                assert keys[row, 13 + i, 0] == 13 + best
+                assert abs(weights[row, i, 0] / 255 - float(own[head, i, best])) < 0.003
+    with pytest.raises(ValueError, match="differ in layers"):
+        view_embedding(calls, names, more=[(few[:1], names)])
 
 
 def test_flow_takes_the_mean_over_heads() -> None:

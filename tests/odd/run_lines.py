@@ -121,7 +121,7 @@ def main(folder: Path, count: int, seed: int) -> None:
     os.chdir(folder)
     made = corner(folder / "files")
     cli = prepared()
-    from manyheads.explain.explanation import load_any
+    from manyheads.hosts.loading import load_any
     from manyheads.registry import list_attentions
 
     load_any(made["models"][0])

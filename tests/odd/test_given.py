@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from scale import SEED, TIMES
 
 from manyheads.compare.experiment import create_experiment, read_experiment
-from manyheads.explain.explanation import load_any
-from manyheads.hosts.loading import load_model
+from manyheads.hosts.loading import load_any, load_model
 from manyheads.runs.given import MOST_DEPTH, MOST_ITEMS, parse_json, parse_yaml, read_bytes, read_text
 from manyheads.runs.names import parse_name
 

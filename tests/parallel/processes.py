@@ -14,7 +14,12 @@ import torch
 import torch.distributed as dist
 
 # The last two are what the first backward pass and the first checkpoint import.
-PRELOADED = ["manyheads.parallel", "torch.fx.experimental.symbolic_shapes", "torch._dynamo"]
+PRELOADED = [
+    "manyheads.parallel",
+    "manyheads.models.auto",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._dynamo",
+]
 
 
 def run_all(folder: Path, rank: int, size: int, modules: tuple[str, ...]) -> None:
@@ -41,7 +46,7 @@ def begin(folder: Path, rank: int, size: int, patience: float = 20.0) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=patience))
 
 
-def processes(target, folder: Path, size: int, *args, seconds: float = 60.0) -> list[int]:
+def processes(target, folder: Path, size: int, *args, seconds: float = 150.0) -> list[int]:
     """Exit codes of `size` processes that run target(folder, rank, size, *args); none outlives this call."""
     # Forked from one that has torch already: an import in each would take longer than all they do.
     context = multiprocessing.get_context("forkserver")

@@ -1,16 +1,19 @@
 """Every scheme in 1, 2 and 3 processes is what one process computes: see the modules of cases."""
 
+import decoding_cases
 import heads_cases
+import plan_cases
 import pytest
 import ring_cases
 import state_cases
+import switch_cases
 import torch
 from processes import reports
 from torch.testing import assert_close
 
 from manyheads.parallel import Layout, ring_attention
 
-MODULES = (ring_cases, state_cases, heads_cases)
+MODULES = (ring_cases, state_cases, heads_cases, switch_cases, decoding_cases, plan_cases)
 NAMES = [f"{module.__name__}: {name}" for module in MODULES for name in module.CASES]
 
 

@@ -16,7 +16,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import eager_mask
 
 from manyheads.explain.detectors import detect
-from manyheads.explain.interventions import scaled
 from manyheads.heads import Inputs, on_repeats, on_text
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.taps import record
@@ -37,6 +36,7 @@ from manyheads.shrink import (
     TidalDecode,
     release,
 )
+from manyheads.steer import scaled
 
 pytestmark = pytest.mark.slow
 

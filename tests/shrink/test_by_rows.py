@@ -13,7 +13,7 @@ from loops import Now, best, check
 from tiny_families import prompt, tiny
 from torch import Tensor
 
-from manyheads.hosts.attention import Visibility
+from manyheads.hosts.visibility import Visibility
 from manyheads.shrink import CUR, AdaKV, KeyDiff, LagKV, Policy
 
 

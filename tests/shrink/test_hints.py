@@ -58,9 +58,9 @@ def test_policies_are_copied_as_ever() -> None:
 
 def test_what_is_said_of_our_own_models() -> None:
     config = ManyheadsConfig(
-        layers=["softmax"], num_hidden_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=20
+        layers=["based"], num_hidden_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=20
     )
-    with pytest.raises(ValueError, match="state in its mechanism"):
+    with pytest.raises(ValueError, match=r"layer 0 \(based\) keeps a state in a form of its own"):
         Full().make_cache(ManyheadsForCausalLM(config))
     model = tiny("llama")
     model.config.is_causal = None

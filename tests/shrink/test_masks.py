@@ -12,7 +12,7 @@ from tiny_families import FAMILIES, prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
-from manyheads.hosts.attention import Visibility
+from manyheads.hosts.visibility import Visibility
 from manyheads.shrink import H2O, TOVA, AdaKV, Full, KeyNorm, Policy, SnapKV, StreamingLLM, release
 
 # Where the documents of each row begin.

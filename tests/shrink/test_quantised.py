@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
 from manyheads.hosts.attend import Scoring, probabilities, with_bias
-from manyheads.hosts.attention import Visibility
 from manyheads.hosts.loading import load_model
+from manyheads.hosts.visibility import Visibility
 from manyheads.shrink import (
     H2O,
     TOVA,

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from manyheads.compare.train import build_model, evaluate, loss_of
+from manyheads.compare.train import build_model, evaluate
 from manyheads.tasks import create_task
+from manyheads.tasks.task import loss_of
 
 SIZE = {"hidden_size": 16, "heads": 2, "layers": 1, "intermediate_size": 0, "short_conv": 0, "positions": "learned"}
 

@@ -6,30 +6,31 @@ import pytest
 import torch
 
 from manyheads import models
-from manyheads.compare.train import build_model, evaluate, loss_of
+from manyheads.compare.train import build_model, evaluate
 from manyheads.tasks import create_task
-from manyheads.tasks.cluttered import CANVAS, QUADRANT, _glyphs
+from manyheads.tasks.cluttered import CANVAS, MARK, QUADRANT, _glyphs
 from manyheads.tasks.digits import CLASSES, split
+from manyheads.tasks.task import loss_of
 
 SIZE = {"hidden_size": 16, "heads": 2, "layers": 1, "intermediate_size": 0, "short_conv": 0, "positions": "learned"}
 
 
-def test_the_answer_stands_in_the_quadrant_that_the_mark_points_to() -> None:
-    batch = next(create_task("pointed", distractors=0).train_batches(40, 0))
+@pytest.mark.parametrize("step", [1, 8])
+def test_the_answer_stands_in_the_quadrant_across_from_the_mark(step: int) -> None:
+    batch = next(create_task("pointed", distractors=0, step=step).train_batches(40, 0))
     images, labels = _glyphs(False)
+    far = CANVAS - MARK
     for picture, answer in zip((batch.inputs["pixel_values"][:, 0] + 1) / 2, batch.targets, strict=True):
-        mark = picture[CANVAS // 2 - 2 : CANVAS // 2 + 2, CANVAS // 2 - 2 : CANVAS // 2 + 2]
-        lit = [float(mark[r : r + 2, c : c + 2].mean()) for r in (0, 2) for c in (0, 2)]
-        asked = lit.index(1.0)
+        lit = [float(picture[r : r + MARK, c : c + MARK].mean()) for r in (0, far) for c in (0, far)]
         assert sorted(lit) == [0, 0, 0, 1]
+        asked = 3 - lit.index(1.0)
         top, left = QUADRANT * (asked // 2), QUADRANT * (asked % 2)
         quadrant = picture[top : top + QUADRANT, left : left + QUADRANT]
-        rows, columns = (quadrant.amax(1 - axis).nonzero()[:, 0] for axis in (0, 1))
         found = [
             label
-            for r in range(max(0, int(rows[0]) - 4), QUADRANT - 15)
-            for c in range(max(0, int(columns[0]) - 8), QUADRANT - 15)
-            for label in labels[_same(quadrant[r : r + 16, c : c + 16], images, asked)]
+            for r in range(0, QUADRANT - 15, step)
+            for c in range(0, QUADRANT - 15, step)
+            for label in labels[_same(quadrant[r : r + 16, c : c + 16], images)]
         ]
         assert answer in found
 
@@ -48,9 +49,27 @@ def test_one_digit_stands_among_distractors() -> None:
         assert answer in found
 
 
-def _same(window: torch.Tensor, images: torch.Tensor, asked: int) -> torch.Tensor:
-    """Which glyphs this is, but for the two pixels of the mark that a quadrant shows in its inner corner."""
-    return (window - images).abs().flatten(1).gt(0).sum(1) <= 4
+def _same(window: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Which glyphs this is, but for what of its corner the outer corner of a quadrant hides."""
+    return (window - images).abs().flatten(1).gt(0).sum(1) <= MARK**2
+
+
+@pytest.mark.parametrize("step", [2, 8, 16])
+@pytest.mark.parametrize("name", ["cluttered", "counted", "segmented"])
+def test_digits_stand_at_multiples_of_the_step(name: str, step: int) -> None:
+    more = {"digits": 9} if name == "segmented" else {}
+    batch = next(create_task(name, step=step, distractors=0, **more).train_batches(20, 0))
+    images, _ = _glyphs(False)
+    pictures = (batch.inputs["pixel_values"][:, 0] + 1) / 2
+    unlike = pictures.clone()
+    for row, picture in enumerate(pictures):
+        for r in range(0, CANVAS - 15, step):
+            for c in range(0, CANVAS - 15, step):
+                window = picture[r : r + 16, c : c + 16]
+                if bool((window == images).flatten(1).all(1).any()):
+                    unlike[row, r : r + 16, c : c + 16] = 0
+    assert bool((pictures > 0).any())
+    assert not bool((unlike > 0).any())
 
 
 def test_the_count_is_that_of_the_digits() -> None:
@@ -145,7 +164,7 @@ def test_the_last_layer_gives_each_patch_its_own_pixels() -> None:
                 torch.testing.assert_close(place, own)
 
 
-@pytest.mark.parametrize("patch", [3, 0, 16])
+@pytest.mark.parametrize("patch", [3, 0, 32])
 def test_a_patch_that_does_not_fit_is_refused(patch: int) -> None:
     with pytest.raises(ValueError, match="patch"):
         create_task("cluttered", patch=patch)

@@ -10,9 +10,10 @@ from itertools import islice
 import pytest
 import torch
 
-from manyheads.compare.train import build_model, loss_of
+from manyheads.compare.train import build_model
 from manyheads.tasks import create_task
 from manyheads.tasks.gcog import CLASSES, GRID, NODE, OPERATORS
+from manyheads.tasks.task import loss_of
 
 LETTERS = 13  # of the tokens: 0 padding, 1 end, 2 open, 3 none, 4 to 12 operators, 13 to 38 letters, 39 to 48 colours
 HUES = 39

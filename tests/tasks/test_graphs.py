@@ -4,9 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from manyheads.compare.train import build_model, evaluate, placed, unpassed
 from manyheads.mechanisms.graph.supergat import SuperGAT
+from manyheads.tasks import create_task, task_class
 from manyheads.tasks.draw import generator
 from manyheads.tasks.graphs import communities, far_away
+
+SIZE = {"hidden_size": 16, "heads": 2, "layers": 1, "intermediate_size": 0, "short_conv": 0, "positions": "learned"}
 
 
 def test_communities_are_where_edges_come_from():
@@ -23,7 +27,7 @@ def test_communities_are_where_edges_come_from():
 
 def test_the_answer_is_as_far_as_can_be_on_a_ring():
     graphs = far_away(3, generator("test"), length=4, rings=2, kinds=3)
-    for features, edges, targets in zip(*graphs, strict=True):
+    for features, edges, targets in zip(*graphs[:3], strict=True):
         reach = torch.zeros(16, 16)
         reach[edges[1], edges[0]] = 1
         assert reach.sum(0).tolist() == reach.sum(1).tolist() == [2.0] * 16
@@ -84,3 +88,40 @@ def test_refusals():
             communities(2, generator("test"), **wrong)
     with pytest.raises(ValueError, match="far_away: length=0"):
         far_away(2, generator("test"), length=0)
+
+
+def test_edges_one_way_round_are_of_one_kind():
+    graphs = far_away(2, generator("test"), length=3, rings=2)
+    for edges, labels in zip(graphs.edges, graphs.labels, strict=True):
+        ahead, back = (edges[:, labels == kind] for kind in (0, 1))
+        assert {tuple(pair) for pair in ahead.T.tolist()} == {tuple(pair[::-1]) for pair in back.T.tolist()}
+        step = dict(ahead.T.tolist())
+        assert len(step) == 12  # one edge ahead from each node
+
+
+@pytest.mark.parametrize("name", ["communities", "far-away"])
+@pytest.mark.parametrize("mechanism", ["supergat", "relation-aware", "graph-layout", "softmax"])
+def test_compare_has_a_place_for_it(name, mechanism):
+    task = create_task(name, eval_examples=3)
+    model = build_model(task, {"name": mechanism}, SIZE)
+    batch = next(task.train_batches(2, 0))
+    assert model.stack.layers[0].self_attn.mechanism.card.name == mechanism
+    task.loss(task.answered(model(**batch.inputs)), batch.targets).backward()
+    assert bool((model.embed_nodes.weight.grad != 0).any())
+    score = evaluate(task, model, torch.device("cpu"))
+    assert 0 <= score.value <= 1
+    assert score.answers == sum(int((batch.targets >= 0).sum()) for batch in task.eval_batches(2))
+
+
+def test_what_no_task_gives_is_named():
+    assert "sampled" in unpassed("largegt")
+    assert unpassed("relation-aware") == ""
+    assert "labels" in unpassed("relation-aware", task_class("recall"))
+    with pytest.raises(ValueError, match="far-away has it not: sampled"):
+        placed(create_task("far-away"), {"name": "largegt"})
+
+
+@pytest.mark.parametrize("wrong", [{"n": 1}, {"kinds": 1}, {"noise": 2.0}, {"seen": 0.0}])
+def test_communities_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match="communities: .*" + next(iter(wrong))):
+        create_task("communities", **wrong)

@@ -9,9 +9,10 @@ from itertools import islice, pairwise
 import pytest
 import torch
 
-from manyheads.compare.train import build_model, evaluate, loss_of
+from manyheads.compare.train import build_model, evaluate
 from manyheads.tasks import IGNORED, create_task
 from manyheads.tasks.maze import BREAK, CELL_0, CLOSE, CREATE, MASK, MAZE_END, PAD, PATH, PATH_END, PLAN, WALL
+from manyheads.tasks.task import loss_of
 
 SIZE = {"hidden_size": 16, "heads": 2, "layers": 1, "intermediate_size": 0, "short_conv": 0, "positions": "learned"}
 

@@ -8,9 +8,10 @@ from itertools import islice
 import pytest
 import torch
 
-from manyheads.compare.train import build_model, loss_of
+from manyheads.compare.train import build_model
 from manyheads.tasks import create_task
 from manyheads.tasks.nucleotides import Nucleotides
+from manyheads.tasks.task import loss_of
 
 PLAIN = Nucleotides(n=64)
 

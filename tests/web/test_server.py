@@ -27,14 +27,13 @@ from torch import nn
 from zoo import build
 
 from manyheads.cli import main
-from manyheads.explain.explanation import load_any
-from manyheads.explain.interventions import boost, scaled
-from manyheads.hosts.loading import Loaded, load_model
+from manyheads.hosts.loading import Loaded, load_any, load_model
 from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
 from manyheads.serve.app import create_app
 from manyheads.serve.change import KINDS, Change, intervene
 from manyheads.serve.guard import LOOPBACK, MOST_BODY, Session
 from manyheads.serve.jobs import MOST_KEPT, MOST_WAITING, Full, Jobs
+from manyheads.steer import boost, scaled
 
 PROMPT = "The pass key is 40718. Remember it.\nWhat is the pass key? The pass key is "
 SECRET = "the secret that lies outside"

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from manyheads.card import Pattern
 from manyheads.registry import mechanism_class
-from manyheads.tasks import IGNORED, Batch, Task, create_task
+from manyheads.tasks import Batch, Task, create_task, list_tasks, task_class
 
 _EVAL_BATCH = 128
+_SHAPED = (Pattern.GRID, Pattern.GRAPH)  # noncausal mechanisms see these as a sequence, or a set
 
 
 def train_cell(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def _step(
     model.train()
     with accelerator.autocast():
         answer = model(**{name: rows.to(accelerator.device) for name, rows in batch.inputs.items()})
-    loss = loss_of(task.aligned(answer.logits), batch.targets.to(accelerator.device))
+    loss = task.loss(task.aligned(task.answered(answer)), batch.targets.to(accelerator.device))
     routed = getattr(answer, "aux_loss", None)
     total = loss if routed is None else loss + training["router_weight"] * routed
     accelerator.backward(total)
@@ -85,11 +86,6 @@ def _step(
     scheduler.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()
-
-
-def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of logits [..., classes] at the targets [...] that ask for something; nothing is shifted."""
-    return nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED)
 
 
 class Score(NamedTuple):
@@ -107,7 +103,8 @@ def evaluate(task: Task, model: Any, device: torch.device) -> Score:
     model.eval()
     examples: list[tuple[float, int]] = []
     for batch in task.eval_batches(_EVAL_BATCH):
-        logits = task.aligned(model(**{name: rows.to(device) for name, rows in batch.inputs.items()}).logits).float()
+        output = model(**{name: rows.to(device) for name, rows in batch.inputs.items()})
+        logits = task.aligned(task.answered(output)).float()
         targets = batch.targets.to(device)
         examples += [task.score(logits[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
     total, count = sum(value for value, _ in examples), sum(asked for _, asked in examples)
@@ -146,8 +143,8 @@ def rate_at(step: int, training: Mapping[str, Any]) -> float:
 def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) -> Any:
     """The task's model with the mechanism where the task needs it, and softmax everywhere else.
 
-    In an encoder-decoder the mechanism is what the decoder reads the encoder with; where it pools, it is the
-    classifier's pooling.
+    In an encoder-decoder the mechanism is what the decoder reads the encoder with; in a detector, unless it attends
+    over images, what the queries read the image with; where it pools, it is the classifier's pooling.
     """
     from manyheads import models
 
@@ -170,37 +167,43 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
         "sequence-classification": models.ManyheadsForSequenceClassification,
         "image-classification": models.ManyheadsForImageClassification,
         "semantic-segmentation": models.ManyheadsForSemanticSegmentation,
+        "object-detection": models.ManyheadsForObjectDetection,
+        "node-classification": models.ManyheadsForNodeClassification,
     }[task.head]
     return cls(models.ManyheadsConfig(**settings, **placed(task, spec)))
 
 
 def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
     """Where the mechanism goes in the model. Raises ValueError where the task has no place for it."""
-    missing = unpassed(spec["name"])
+    missing = unpassed(spec["name"], task)
     if missing:
         raise ValueError(missing)
     patterns = mechanism_class(spec["name"]).card.patterns
     if task.pattern in patterns:
         if Pattern(task.pattern).cross:
             return {"layers": ["softmax"], "cross_layers": [dict(spec)]}
-        causal = None if task.pattern == Pattern.GRID else task.pattern == Pattern.CAUSAL_SELF
+        causal = None if task.pattern in _SHAPED else task.pattern == Pattern.CAUSAL_SELF
         return {"layers": [dict(spec)], "is_causal": causal}
     classifies = task.head.endswith("classification")
-    if task.pattern == Pattern.GRID and Pattern.NONCAUSAL_SELF in patterns:
+    if task.pattern in _SHAPED and Pattern.NONCAUSAL_SELF in patterns:
         return {"layers": [dict(spec)], "is_causal": False}
+    if task.head == "object-detection" and Pattern.NONCAUSAL_CROSS in patterns:
+        return {"layers": ["softmax"], "cross_layers": [dict(spec)]}
     if classifies and Pattern.POOL in patterns:
         return {"layers": ["softmax"], "pooling": dict(spec)}
     declared = ", ".join(sorted(patterns))
     raise ValueError(f"{task.name} needs {task.pattern}; {spec['name']} declares {declared}")
 
 
-def unpassed(name: str) -> str:
-    """'' where a task's tokens are all that the mechanism must have; else what it reads beside them and no task has, as
-    a reason to train nothing."""
+def unpassed(name: str, task: Task | type[Task] | None = None) -> str:
+    """'' where the task's tokens, and what it gives beside them, are all that the mechanism must have; else what it
+    reads that the task (None: any task) has not, as a reason to train nothing."""
     card = mechanism_class(name).card
-    read = {key: what for key, what in card.takes.items() if not what.startswith("optional")}
+    given = {key for each in ([task] if task else map(task_class, list_tasks())) for key in each.beside}
+    read = {key: what for key, what in card.takes.items() if key not in given and not what.startswith("optional")}
     words = "; ".join(f"{key} ({what})" for key, what in read.items())
-    return f"{name} reads more than its tokens, and no task has it: {words}" if read else ""
+    which = f"{task.name} has it not" if task else "no task has it"
+    return f"{name} reads more than its tokens, and {which}: {words}" if read else ""
 
 
 def has_place(task: Task | type[Task], name: str) -> bool:

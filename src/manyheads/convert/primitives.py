@@ -22,53 +22,14 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from manyheads.convert.hosted import check_hosted, hosted
 from manyheads.convert.shifted import BITS, check_bits, linears, put_shifts
 from manyheads.convert.shifted import settled as _plain
-from manyheads.models.layers import ExpertMLP
 
 LATENCIES = (6.0, 4.0)
-NOISE = 0.5
 # Of the balance in the loss, as in the released code.
 WEIGHT = 0.01
-
-
-class PrimitiveMLP(ExpertMLP):
-    """An MLP's router and two experts while they are trained; afterwards it is an ExpertMLP."""
-
-    latencies: tuple[float, float]
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        rows = x.flatten(0, -2)
-        scores = self._scores(rows)
-        chosen = (self._noisy(scores) if self.training else scores).argmax(-1)
-        shares = scores.softmax(-1).gather(1, chosen[:, None])
-        shares = shares / shares.detach()
-        out = torch.zeros_like(rows)
-        for number, expert in enumerate(self.experts):
-            row = (chosen == number).nonzero()[:, 0]
-            out = out.index_add(0, row, expert(rows[row]) * shares[row].to(rows.dtype))
-        return self.norm_after(out.view_as(x))
-
-    def losses(self, x: Tensor, mask: Tensor | None) -> list[Tensor]:
-        """mask: [b, n], of real tokens, or a dense one, which does not say what is real."""
-        scores = self._scores(self.norm(x))
-        real = mask if mask is not None and mask.ndim == 2 else torch.ones(scores.shape[:2], device=x.device)
-        return [balance(scores, self._noisy(scores), real.to(scores.dtype), self.latencies)]
-
-    def _noisy(self, scores: Tensor) -> Tensor:
-        return scores + NOISE * torch.randn_like(scores)
-
-
-def balance(scores: Tensor, noisy: Tensor, real: Tensor, latencies: tuple[float, float]) -> Tensor:
-    """scores and noisy [b, n, 2], real [b, n] of ones and zeros -> the loss above."""
-    costs = scores.new_tensor(latencies)
-    odds = 0.5 * (1 + torch.erf((scores - noisy.flip(-1)) / (NOISE * math.sqrt(2))))
-    loads = [(each * real[..., None]).sum((0, 1)) * costs for each in (scores.softmax(-1), odds)]
-    return torch.stack([load.var() / load.mean().square() for load in loads]).sum()
 
 
 @torch.no_grad()
@@ -84,6 +45,7 @@ def primitive_mixture(
         check_bits(bits)
     if len(latencies) != 2 or not all(0 < cost < math.inf for cost in latencies):
         raise ValueError(f"latencies={latencies}: want what a token costs with products, and with shifts, above 0")
+    from manyheads.convert.primitive_mlp import PrimitiveMLP
     from manyheads.models import ManyheadsForCausalLM
 
     base = hosted(model)
@@ -109,6 +71,8 @@ def primitive_mixture(
 
 def settled_mixture(model: Any) -> Any:
     """The same in plain layers of the class that opens again, with the rounded weights in place of the free ones."""
+    from manyheads.models.layers import ExpertMLP
+
     made = _plain(model)
     for layer in made.model.stack.layers:
         layer.mlp.__class__ = ExpertMLP

@@ -1,1 +1,1 @@
-"""What every head does: taps, attributions, detectors, interventions and views, on any model, offline."""
+"""What every head does: taps, attributions, detectors and views, on any model, offline."""

@@ -57,7 +57,9 @@ def page(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show where a model's attention goes and what it is worth, as one page that opens offline."""
-    from manyheads.explain.explanation import explain_image, explain_text, load_any
+    from manyheads.explain.drawn import draws, explain_drawing, print_drawing
+    from manyheads.explain.explanation import explain_image, explain_text
+    from manyheads.hosts.loading import load_any
 
     given = [name for name, own in (("--text", text), ("--file", file), ("--image", image)) if own is not None]
     if len(given) == 0 or given[:2] == ["--text", "--file"]:
@@ -72,8 +74,13 @@ def page(
     if loaded.model.config.model_type == "llava":
         raise ValueError(f"{loaded.name} reads a picture and a text together: give --image and --text")
     shared: dict[str, Any] = {"methods": method, "target": target, "layers": _numbers(layers), "page_mb": size}
+    printed = _print
     with _told() as tell:
-        if image is not None:
+        if draws(loaded.model):
+            if content is None or method or target is not None:
+                raise ValueError(f"{loaded.name} draws what a caption says: give --text, without --method and --target")
+            found, printed = explain_drawing(loaded, content, layers=_numbers(layers), progress=tell), print_drawing
+        elif image is not None:
             found = explain_image(loaded, image, progress=tell, **shared)
         else:
             assert content is not None
@@ -82,7 +89,7 @@ def page(
     if as_json:
         typer.echo(json.dumps({"files": {"page": str(written), "data": str(data)}, **found.report}, indent=1))
         return
-    _print(found.report)
+    printed(found.report)
     typer.echo(f"\npage: {written}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from manyheads.explain.image_file import pictured
 from manyheads.explain.sizes import choose, read, that_fit
-from manyheads.hosts.loading import Loaded, find_model, load_model, reads_text
+from manyheads.hosts.loading import Loaded, reads_text
 from manyheads.hosts.patches import Patches, find_patches
 from manyheads.hosts.sites import text_stack
-from manyheads.runs.given import read_json
 
 if TYPE_CHECKING:
     from manyheads.explain.views import View
@@ -51,30 +50,6 @@ class Explanation:
         data = folder / "explain.json"
         write_atomically(data, json.dumps(self.report, indent=1, ensure_ascii=False).encode())
         return page, data
-
-
-def load_any(name: str | Path | None) -> Loaded:
-    """A model by its own class, as its config names it: decoders, encoders, both, vision."""
-    if name is None:
-        return load_model()
-    config = Path(where := find_model(name)) / "config.json"
-    if config.is_file():
-        try:
-            known = _architectures(read_json(config))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{error}: give a folder that save_pretrained wrote") from error
-    else:
-        from transformers import AutoConfig
-
-        known = AutoConfig.from_pretrained(where, trust_remote_code=False).architectures or []
-    return replace(load_model(where, auto=known[0] if known else "AutoModel"), name=str(name))
-
-
-def _architectures(config: Any) -> list[str]:
-    known = (config.get("architectures") or []) if isinstance(config, dict) else None
-    if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
-        raise ValueError("config.json is no object that names its architectures in a list")
-    return known
 
 
 def speaks(model: Any) -> bool:
@@ -162,6 +137,7 @@ def explain_image(
 ) -> Explanation:
     """The same of a picture, for a vision model with patches: maps over the image instead of coloured tokens. Of one
     that attends nowhere (ResNet, ConvNeXt) only maps."""
+    from manyheads.explain.hierarchies import is_hierarchy, views_of
     from manyheads.explain.pictures import attends, maps_over
     from manyheads.explain.views import Panel, read_store, view_heads, view_image, view_maps
     from manyheads.explain.views import view_model as picture_of_all
@@ -184,6 +160,12 @@ def explain_image(
             f"{loaded.name}: what its maps see", note, report, [view_image(image, found, title="Pixels")]
         )
     progress("attention of every head", 0.2)
+    if is_hierarchy(loaded.model):
+        views, report["stages"], maps = views_of(loaded.model, inputs, image, methods, layers, page_mb)
+        report["maps"] = _maps_in_digits(maps)
+        progress("done", 1.0)
+        note = f"{image.width} x {image.height} pixels, as the model gets them{best}."
+        return Explanation(f"{loaded.name}: what its heads see", note, report, views)
     store = read_store(loaded.model, inputs, layers=layers, budget_mb=page_mb, kind="self")
     patches = find_patches(loaded.model, inputs["pixel_values"])
     tokens = _patches(patches)

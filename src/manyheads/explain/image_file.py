@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from manyheads.hosts.image_files import opened_image
 from manyheads.hosts.loading import Loaded
-from manyheads.runs.given import read_bytes, read_json
-
-MOST_IMAGE = 100_000_000  # bytes
+from manyheads.runs.given import read_json
 
 
 def pictured(loaded: Loaded, path: str | Path) -> tuple[Any, dict[str, Tensor]]:
@@ -34,22 +32,6 @@ def pictured(loaded: Loaded, path: str | Path) -> tuple[Any, dict[str, Tensor]]:
     pixels = pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)
     mean, spread = _normalisation(loaded.name, channels)
     return image, {"pixel_values": ((pixels - mean) / spread)[None]}
-
-
-def opened_image(path: str | Path) -> Any:
-    """The file's PIL picture; ValueError where it is none, is too large, or is of a mode that is no grey or RGB."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(BytesIO(read_bytes(path, most=MOST_IMAGE))) as opened:
-            if opened.width * opened.height > 10**8:
-                raise ValueError(f"{path} has {opened.width} x {opened.height} pixels: give one below 100 megapixels")
-            if opened.mode not in ("L", "RGB", "RGBA", "P", "1", "LA"):
-                raise ValueError(f"{path} is of mode {opened.mode}: convert it to RGB or L first")
-            opened.load()
-            return opened.copy()
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"--image {path} is no image that can be read: {error}") from error
 
 
 def _processed(name: str) -> Any:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from manyheads.explain.explanation import Explanation, Progress
-from manyheads.explain.image_file import opened_image
 from manyheads.explain.sight import STACK, Sight, see, token_divergence
+from manyheads.hosts.image_files import opened_image
 from manyheads.hosts.seeing import Seeing
 from manyheads.hosts.sites import choose
 

@@ -17,7 +17,7 @@ STRETCH = 2048
 
 def in_stretches(module: Mechanism, x: Tensor, call: Call) -> Result | None:
     """A long pass of causal self-attention as several with a state; None where the pass is short, or must be one."""
-    if not module.causal or x.shape[1] <= STRETCH or call.dense is not None or call.need_weights:
+    if not module.causal or x.shape[1] <= STRETCH or call.dense is not None or call.need_weights or call.across:
         return None
     state = module.init_state(x.shape[0]) if call.state is None else call.state
     outputs = []
@@ -57,6 +57,7 @@ def read_self(
         slopes=slopes,
         keep=state is not None,
         chunk=chunk,
+        across=call.across,
     )
     if state is not None:
         assert read.memory is not None

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from manyheads.inner import Across
+
 # Tokens whose matrix is built at once.
 CHUNK = 128
 
@@ -211,8 +213,12 @@ def self_read(
     slopes: Tensor | None = None,
     keep: bool = False,
     chunk: int = CHUNK,
+    across: Across | None = None,
 ) -> Read:
-    """A pass of self-attention. matrix: by the matrix, which alone obeys a dense mask and gives weights."""
+    """A pass of self-attention. matrix: by the matrix, which alone obeys a dense mask and gives weights. across: the
+    tokens are part of a sequence, of which this reads the rest."""
+    if across is not None:
+        return Read(across.recall(q, k, v, kernel, causal=causal, slopes=slopes))
     if causal and (keep or not matrix):
         read = causal_read(q, k, v, kernel, memory=memory, padding=padding, slopes=slopes, keep=keep, chunk=chunk)
         memory = read.memory

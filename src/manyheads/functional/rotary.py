@@ -60,17 +60,20 @@ class Rotary:
             )
         return rotated
 
+    def turns(self, head_dim: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """[rotated / 2]: by how much each pair turns from one position to the next."""
+        if self.angles is not None:
+            return torch.tensor(self.angles, device=device, dtype=dtype)
+        rotated = self.features(head_dim)
+        return self.base ** -(torch.arange(0, rotated, 2, device=device, dtype=dtype) / rotated)
+
 
 def rotate(x: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
     """Turns pair p of x [b, h, n, d] by positions * base^(-2p / rotated), or by positions * angles[p]. positions:
     [b or 1, n]. In float32."""
     rotated = rotary.features(x.shape[-1])
     wide = torch.promote_types(x.dtype, torch.float32)
-    if rotary.angles is None:
-        inverse = rotary.base ** -(torch.arange(0, rotated, 2, device=x.device, dtype=wide) / rotated)
-    else:
-        inverse = torch.tensor(rotary.angles, device=x.device, dtype=wide)
-    angle = positions[:, None, :, None].to(wide) * inverse
+    angle = positions[:, None, :, None].to(wide) * rotary.turns(x.shape[-1], wide, x.device)
     cos, sin = angle.cos(), angle.sin()
     if rotary.amplitude != 1.0:
         cos, sin = cos * rotary.amplitude, sin * rotary.amplitude

@@ -9,12 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyheads.inner import Across
 from manyheads.state import State
 
 
-def surround(u: Tensor, real: Tensor, left: int, right: int, state: State | None) -> tuple[Tensor, Tensor]:
+def surround(
+    u: Tensor, real: Tensor, left: int, right: int, state: State | None, across: Across | None = None
+) -> tuple[Tensor, Tensor]:
     """u [b, n, e] and what is real of it [b, n], with the rows before and after that the outer taps fall on: zeros, or
-    what the state kept of the passes before (right must be 0 then). The state is advanced."""
+    what the state kept of the passes before (right must be 0 then), or those of other processes (causal: the same).
+    The state is advanced."""
+    if across is not None:
+        # What is real is asked for by dense masks and weights alone, which a sequence over several processes has not.
+        return torch.cat([across.before(u, left), u], 1), F.pad(real, (left, 0))
     if state is None:
         return F.pad(u, (0, 0, left, right)), F.pad(real, (left, right))
     held = state.fixed if state.fixed else {"rows": u[:, :0], "real": real[:, :0]}

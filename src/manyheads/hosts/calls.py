@@ -6,6 +6,8 @@ Legend: b batch, h query heads, g KV heads, n queries, m keys, d key dim, e valu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +24,21 @@ BLOCK_WEIGHTS = 2**20
 Edit = Callable[[Tensor, slice], Tensor]
 # A block of scores [b, heads, rows, m], before masks and position biases, and its rows -> those in its place.
 Rescore = Callable[[Tensor, slice], Tensor]
+
+# A call, some of its heads, rows, and the weights [b, heads, rows, m] that took the place of the layer's own.
+Hearer = Callable[["AttentionCall", list[int], slice, Tensor], None]
+_hearers: ContextVar[tuple[Hearer, ...]] = ContextVar("edits", default=())
+
+
+@contextmanager
+def edits_heard(hear: Hearer) -> Iterator[None]:
+    """While open, in this thread, `hear` gets the weights that readers of taps put in the place of a layer's own, block
+    by block: they leave nothing but another output behind."""
+    token = _hearers.set((*_hearers.get(), hear))
+    try:
+        yield
+    finally:
+        _hearers.reset(token)
 
 
 class AttentionCall:
@@ -115,25 +132,44 @@ class AttentionCall:
         for first in range(start, stop, step):
             yield slice(first, min(stop, first + step))
 
-    def mix(self, edit: Edit, heads: Sequence[int] | None = None) -> Tensor:
-        """The output [b, h, n, e] with edit(weights [b, heads, rows, m], rows) in the place of those heads' weights;
-        other heads as they are. A reader may return it. Made in blocks of rows, where no gradient has to keep them."""
-        chosen = torch.tensor(self.check_heads(heads), device=self.query.device)
-        value = self.of_heads(self.value, chosen)
-        parts = [edit(self.weights(heads, rows), rows).to(value.dtype) @ value for rows in self.blocks(heads)]
-        return self.replaced(torch.cat(parts, 2), chosen)
+    def mix(self, edit: Edit, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:
+        """The output [b, h, n, e] with edit(weights [b, heads, rows, m], rows) in the place of those heads' weights in
+        those rows; all else as it is. A reader may return it. Made in blocks of rows, where no gradient has to keep
+        them."""
+        own, parts = self.check_heads(heads), []
+        value = self.of_heads(self.value, own)
+        for block in self.blocks(heads, rows):
+            edited = self._told(edit(self.weights(heads, block), block), own, block)
+            parts.append(edited.to(value.dtype) @ value)
+        return self._placed(parts, own, rows)
 
-    def rescored(self, change: Rescore, heads: Sequence[int] | None = None) -> Tensor:
-        """The output [b, h, n, e] with change(scores, rows) in the place of those heads' scores, which are
-        cap(scale q k^T), float32 at least; other heads as they are. A reader may return it, in training too: gradients
+    def _placed(self, parts: list[Tensor], heads: list[int], rows: slice) -> Tensor:
+        """The output with these heads' new rows among their old ones."""
+        start, stop, _ = rows.indices(self.query.shape[2])
+        if not parts:
+            return self.output
+        if stop - start < self.query.shape[2]:
+            own = self.output[:, heads]
+            parts = [own[:, :, :start], *(part.to(own.dtype) for part in parts), own[:, :, stop:]]
+        return self.replaced(torch.cat(parts, 2), heads)
+
+    def _told(self, weights: Tensor, heads: list[int], rows: slice) -> Tensor:
+        for hear in _hearers.get():
+            hear(self, heads, rows, weights)
+        return weights
+
+    def rescored(self, change: Rescore, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:
+        """The output [b, h, n, e] with change(scores, rows) in the place of those heads' scores in those rows, which
+        are cap(scale q k^T), float32 at least; all else as it is. A reader may return it, in training too: gradients
         reach queries, keys, values and whatever the change holds, and the layer's attention dropout is drawn. Masks and
         position biases come after the change. Where weights are no softmax of scores: ValueError."""
         own, parts = self.check_heads(heads), []
-        for rows in self.blocks(heads):
-            query, key, scoring, seen = self._select(own, rows)
-            scores = change(masked_scores(query, key, scoring, None).squeeze(2), rows)
-            parts.append(self.weighted(weigh(scores, seen, scoring.sinks), own))
-        return self.replaced(torch.cat(parts, 2), own)
+        for block in self.blocks(heads, rows):
+            query, key, scoring, seen = self._select(own, block)
+            scores = change(masked_scores(query, key, scoring, None).squeeze(2), block)
+            weights = self._told(weigh(scores, seen, scoring.sinks), own, block)
+            parts.append(self.weighted(weights, own))
+        return self._placed(parts, own, rows)
 
     def weighted(self, weights: Tensor, heads: Sequence[int]) -> Tensor:
         """Weights [b, heads, rows, m], through the layer's attention dropout, times those heads' values."""

@@ -37,12 +37,10 @@ def layer_plans(model: Any) -> list[LayerPlan]:
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder or not model.can_generate() or _is_encoder(model):
         raise ValueError(f"{name} is not a causal language model: it has no cache to shrink")
-    if config.model_type == "manyheads":
-        raise ValueError(
-            f"{name} keeps each layer's state in its mechanism, in a form of the mechanism's own, so that no policy "
-            "can choose what of it stays; give its layers a mechanism whose state is bounded (`manyheads list`), or "
-            "shrink a model of transformers' own"
-        )
+    if is_own(model):
+        from manyheads.hosts.own_cache import own_windows
+
+        return [LayerPlan(window) for window in own_windows(model)]
     # None, as some configs have it, leaves it to the head of the model.
     if getattr(config, "is_causal", None) is False:
         raise ValueError(f"{name} has is_causal=False: tokens see the future, so nothing may be cached")
@@ -64,6 +62,11 @@ def layer_plans(model: Any) -> list[LayerPlan]:
     return [LayerPlan(window if kind in _WINDOWED else None) for kind in kinds]
 
 
+def is_own(model: Any) -> bool:
+    """Whether the model is one of manyheads' own."""
+    return bool(model.config.get_text_config(decoder=True).model_type == "manyheads")
+
+
 def _is_encoder(model: Any) -> bool:
     """Encoders that may become decoders say so by is_decoder; some decoders leave that at its default, False."""
     config = model.config.get_text_config(decoder=True)
@@ -72,6 +75,10 @@ def _is_encoder(model: Any) -> bool:
 
 def rotations(model: Any) -> list[Tensor | None]:
     """Per layer the angles [d / 2] by which one position turns a key's halves, None where it has no position."""
+    if is_own(model):
+        from manyheads.hosts.own_cache import own_rotations
+
+        return own_rotations(model)
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if config.model_type not in TESTED:
         raise ValueError(f"{name}: how it rotates keys is not known here; use positions='text'")

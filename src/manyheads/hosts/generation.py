@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.attention import attach, detach, is_attached
-from manyheads.hosts.families import TESTED, layer_plans
+from manyheads.hosts.families import TESTED, is_own, layer_plans
 from manyheads.hosts.wrappers import untraced
 
 
 def library_cache(model: Any) -> Any:
+    if is_own(model):
+        from manyheads.models import ManyheadsCache
+
+        return ManyheadsCache(len(model.decoder_stack.layers))
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config.get_text_config(decoder=True))

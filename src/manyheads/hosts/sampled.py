@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from manyheads.functional.shuffled import draw_windows, from_windows, into_windows
 from manyheads.hosts.attend import Scoring, causal_attention, masked_attention, pack
-from manyheads.hosts.attention import Visibility, as_visibility, describe_mask, on_tensors
+from manyheads.hosts.attention import as_visibility, describe_mask, on_tensors
 from manyheads.hosts.reading import run_again_alike
 from manyheads.hosts.sites import attends_alone, sites
 from manyheads.hosts.switching import switched, uncompiled
+from manyheads.hosts.visibility import Visibility
 from manyheads.mechanism import Mechanism
 
 NAME = "manyheads_sampled"

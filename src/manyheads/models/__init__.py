@@ -13,6 +13,9 @@ from manyheads.models.configuration import ManyheadsConfig
 if TYPE_CHECKING:
     from manyheads.models.auto import ManyheadsBody
     from manyheads.models.cache import ManyheadsCache
+    from manyheads.models.detection import ManyheadsForObjectDetection
+    from manyheads.models.diffusion import DiffusionConfig, DiffusionTransformer
+    from manyheads.models.graphs import ManyheadsForNodeClassification
     from manyheads.models.heads import (
         ManyheadsForCausalLM,
         ManyheadsForSeq2SeqLM,
@@ -22,11 +25,15 @@ if TYPE_CHECKING:
     from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
 
 __all__ = [
+    "DiffusionConfig",
+    "DiffusionTransformer",
     "ManyheadsBody",
     "ManyheadsCache",
     "ManyheadsConfig",
     "ManyheadsForCausalLM",
     "ManyheadsForImageClassification",
+    "ManyheadsForNodeClassification",
+    "ManyheadsForObjectDetection",
     "ManyheadsForSemanticSegmentation",
     "ManyheadsForSeq2SeqLM",
     "ManyheadsForSequenceClassification",
@@ -39,6 +46,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module("manyheads.models.auto"), name)
+    where = "diffusion" if name.startswith("Diffusion") else "auto"
+    found = getattr(import_module(f"manyheads.models.{where}"), name)
     globals()[name] = found
     return found

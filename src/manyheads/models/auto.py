@@ -9,6 +9,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -16,6 +17,8 @@ from transformers import (
 
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
+from manyheads.models.detection import ManyheadsForObjectDetection
+from manyheads.models.graphs import ManyheadsForNodeClassification
 from manyheads.models.heads import (
     ManyheadsForCausalLM,
     ManyheadsForSeq2SeqLM,
@@ -29,6 +32,8 @@ __all__ = [
     "ManyheadsCache",
     "ManyheadsForCausalLM",
     "ManyheadsForImageClassification",
+    "ManyheadsForNodeClassification",
+    "ManyheadsForObjectDetection",
     "ManyheadsForSemanticSegmentation",
     "ManyheadsForSeq2SeqLM",
     "ManyheadsForSequenceClassification",
@@ -36,6 +41,9 @@ __all__ = [
     "ManyheadsPreTrainedModel",
     "ManyheadsSeq2SeqModel",
 ]
+
+
+_OVER_IMAGES = (ManyheadsForImageClassification, ManyheadsForObjectDetection, ManyheadsForSemanticSegmentation)
 
 
 class ManyheadsBody(ManyheadsPreTrainedModel):
@@ -56,9 +64,14 @@ class ManyheadsBody(ManyheadsPreTrainedModel):
 
 def _body(config: ManyheadsConfig) -> tuple[type[ManyheadsPreTrainedModel], dict[str, Any]]:
     saved = (config.architectures or [""])[0]
-    if saved in (ManyheadsForImageClassification.__name__, ManyheadsForSemanticSegmentation.__name__):
+    if saved == ManyheadsForNodeClassification.__name__:
         raise ValueError(
-            "AutoModel: an image classifier's body reads patches, and has no class of its own; use "
+            "AutoModel: a classifier of nodes has no body of its own class, and transformers no Auto class for it; use "
+            f"manyheads.models.{saved}.from_pretrained"
+        )
+    if saved in {model.__name__ for model in _OVER_IMAGES}:
+        raise ValueError(
+            "AutoModel: an image model's body reads patches, and has no class of its own; use "
             f"AutoModel{saved.removeprefix('Manyheads')} (with "
             "output_hidden_states=True for what is below the classifier)"
         )
@@ -75,3 +88,4 @@ AutoModelForSeq2SeqLM.register(ManyheadsConfig, ManyheadsForSeq2SeqLM, exist_ok=
 AutoModelForSequenceClassification.register(ManyheadsConfig, ManyheadsForSequenceClassification, exist_ok=True)
 AutoModelForSemanticSegmentation.register(ManyheadsConfig, ManyheadsForSemanticSegmentation, exist_ok=True)
 AutoModelForImageClassification.register(ManyheadsConfig, ManyheadsForImageClassification, exist_ok=True)
+AutoModelForObjectDetection.register(ManyheadsConfig, ManyheadsForObjectDetection, exist_ok=True)

@@ -14,6 +14,7 @@ from manyheads.card import Card, Pattern
 Beside = Mapping[str, Tensor]
 NOTHING: Beside = MappingProxyType({})
 GIVEN = ("token_kinds", "boxes")  # what models are given
+ALONG = ("labels",)  # and, with the edges of a graph, what is said of each of them
 HAD = (*GIVEN, "earlier")  # and what a stack has itself, the outputs of the layers below
 
 
@@ -31,10 +32,11 @@ def read_beside(x: Tensor, **given: Tensor | None) -> Beside:
 
 
 def check_beside(given: Beside, cards: Iterable[Card]) -> None:
-    """Raises ValueError, naming the layer, where one takes what was not given, or none takes what was."""
+    """Raises ValueError, naming the layer, where one takes what was not given, or none takes what was. Edges, and what
+    goes along with them, are for whoever wants them."""
     taken = set()
     for i, card in enumerate(cards):
-        wanted = [name for name in GIVEN if name in card.takes]
+        wanted = [name for name in (*GIVEN, *ALONG) if name in card.takes]
         for name in wanted:
             if name not in given and not card.takes[name].startswith("optional"):
                 raise ValueError(
@@ -42,7 +44,7 @@ def check_beside(given: Beside, cards: Iterable[Card]) -> None:
                     f"with {name}=, where it has this argument"
                 )
         taken |= set(wanted)
-    strange = sorted(given.keys() - taken)
+    strange = sorted(given.keys() - taken - {"edges", *ALONG})
     if strange:
         raise ValueError(f"{strange[0]} was given, and no layer takes it; leave it out")
 
@@ -58,7 +60,9 @@ def below(i: int, card: Card, outputs: list[Tensor]) -> Tensor | None:
 
 def without_place(card: Card, pattern: Pattern) -> str | None:
     """What a mechanism must be given that a model has not got at a place called so; None where it has all."""
-    each = {Pattern.POOL: ("earlier",)} | dict.fromkeys((Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF), HAD)
+    each = {Pattern.POOL: ("earlier",), Pattern.GRAPH: ALONG} | dict.fromkeys(
+        (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF), HAD
+    )
     had = each.get(pattern, ())
     for name, what in card.takes.items():
         if name not in had and not what.startswith("optional"):

@@ -44,6 +44,8 @@ class ManyheadsConfig(PreTrainedConfig):
     mechanism that pools. router_loss_weight: of the mechanisms' auxiliary losses, summed, in the loss.
     stages: of an image classifier, a hierarchy in place of patches and layers: {"stem": [...], "stages": [...], "head":
     {...}}, see manyheads.models.stages; images of any size and a pixel_mask then.
+    num_queries: of an object detector, the most boxes that it can find in an image. num_node_features: of a classifier
+    of nodes, how many numbers describe a node.
     host: the configuration of the checkpoint whose weights these were; it says how they go back, and nothing else.
     """
 
@@ -78,6 +80,8 @@ class ManyheadsConfig(PreTrainedConfig):
     patch_size: int = 16
     num_channels: int = 3
     stages: Any = None
+    num_queries: int = 100
+    num_node_features: int = 1
     tie_word_embeddings: bool = True
     dropout: float = 0.0
     router_loss_weight: float = 0.01
@@ -175,7 +179,7 @@ class ManyheadsConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value!r}{suggest(str(value), known)}; want one of {list(known)}")
         least = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "patch_size": 1}
         least |= {"num_channels": 1, "max_position_embeddings": 1, "intermediate_size": 0, "short_conv": 0}
-        least |= {"num_local_experts": 1, "num_experts_per_tok": 1}
+        least |= {"num_local_experts": 1, "num_experts_per_tok": 1, "num_queries": 1, "num_node_features": 1}
         for name, minimum in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < minimum:
@@ -221,13 +225,14 @@ def spec_arguments(spec: Spec) -> dict[str, Any]:
     return {} if isinstance(spec, str) else {k: v for k, v in spec.items() if k != "name"}
 
 
-def layer_pattern(place: str, spec: Spec, causal: bool | None, *, grid: bool = False) -> Pattern:
-    """How a self layer is called. causal None: noncausal where declared (as a grid, for images), else causal."""
+def layer_pattern(place: str, spec: Spec, causal: bool | None, *, first: Pattern | None = None) -> Pattern:
+    """How a self layer is called. causal None: as `first` (a grid, for images) or noncausal where declared, else
+    causal."""
     declared = mechanism_class(spec_name(spec)).card.patterns
     if causal is not None:
         check_pattern(place, spec, _self_pattern(causal))
         return _self_pattern(causal)
-    wanted = [Pattern.GRID] * grid + [Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF]
+    wanted = [*([] if first is None else [first]), Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF]
     for pattern in wanted:
         if pattern in declared:
             return pattern

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from manyheads.card import Pattern
 from manyheads.functional.layers import rms_norm
 from manyheads.functional.routing import balance_loss, top_k_mask
+from manyheads.inner import Across
 from manyheads.mechanism import Mechanism, Result
 from manyheads.models.beside import NOTHING, Beside, below, check_beside, without_place
 from manyheads.models.cache import ManyheadsCache, ManyheadsCacheLayer, Memory
@@ -94,6 +95,8 @@ def fill_gaps(mechanism: Mechanism) -> None:
 class ShortConvolution(nn.Module):
     """Depthwise, over the last `width` tokens where causal, else centred; padding counts as zero."""
 
+    spread_over: Across | None = None  # as in a mechanism
+
     def __init__(self, dim: int, width: int, causal: bool) -> None:
         super().__init__()
         self.causal, self.width = causal, width
@@ -115,6 +118,8 @@ class ShortConvolution(nn.Module):
             state.advance(n, span=self.width)
             state.note(new, seen)
         rows = rows if real is None else rows.masked_fill(~real[..., None], 0.0)
+        if self.spread_over is not None:
+            rows = torch.cat((self.spread_over.before(rows, before), rows), 1)
         missing = n + before - rows.shape[1]
         rows = F.pad(rows.transpose(1, 2), (missing, self.width - 1 - before))
         return F.conv1d(rows, self.weight, groups=x.shape[2]).transpose(1, 2)
@@ -149,10 +154,12 @@ class Mixer(nn.Module):
     def __init__(self, config: ManyheadsConfig, place: str, spec: Spec, pattern: Pattern) -> None:
         super().__init__()
         self.grid, causal = config.patch_grid if pattern is Pattern.GRID else None, pattern.causal
+        self.graph = pattern is Pattern.GRAPH
         convolves = config.short_conv and not pattern.cross and self.grid is None
         self.norm, self.norm_after = sublayer_norms(config)
         self.convolution = ShortConvolution(config.hidden_size, config.short_conv, causal) if convolves else None
         self.mechanism = build_mechanism(config, place, spec, pattern)
+        self.takes = {*self.mechanism.card.takes, *(["edges"] if self.graph else [])}
 
     def forward(
         self,
@@ -174,12 +181,26 @@ class Mixer(nn.Module):
         if self.grid is not None:
             result = self.mechanism(x.unflatten(1, self.grid), need_weights=need_weights)
             return result._replace(output=self.norm_after(result.output.flatten(1, 2)))
+        if self.graph:
+            result = _as_one_graph(self.mechanism, x, mask, need_weights, inputs)
+            return result._replace(output=self.norm_after(result.output))
         if self.convolution is not None:
             x = self.convolution(x, mask if mask is not None and mask.ndim == 2 else None, memory)
         result = self.mechanism(
             x, context, mask=mask, positions=positions, state=state, need_weights=need_weights, **inputs
         )
         return result._replace(output=self.norm_after(result.output))
+
+
+def _as_one_graph(mechanism: Mechanism, x: Tensor, mask: Tensor | None, need_weights: bool, inputs: Beside) -> Result:
+    """x [b, n, e] of b graphs, of which no edge leads from one to another; of the weights what is within each."""
+    b, n = x.shape[:2]
+    real = None if mask is None else mask.flatten()[None]
+    result = mechanism(x.flatten(0, 1)[None], mask=real, need_weights=need_weights, **inputs)
+    weights = result.weights
+    if weights is not None:
+        weights = weights[0].unflatten(2, (b, n)).unflatten(1, (b, n)).diagonal(dim1=1, dim2=3).movedim(-1, 0)
+    return result._replace(output=result.output[0].unflatten(0, (b, n)), weights=weights)
 
 
 GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -267,8 +288,7 @@ class ManyheadsBlock(GradientCheckpointingLayer):
         earlier: outputs of layers below, by position, as a checkpointed layer may else lose their gradient."""
         masks, layer = masks or Masks(), past_key_values
         memory, cross_memory = (None, None) if layer is None else layer.memories
-        takes: Any = self.self_attn.mechanism.card.takes
-        inputs = {name: value for name, value in masks.beside.items() if name in takes}
+        inputs = {name: value for name, value in masks.beside.items() if name in self.self_attn.takes}
         inputs |= {} if earlier is None else {"earlier": earlier}
         mixed = self.self_attn(x, None, masks.self_mask, masks.positions, memory, need_weights, inputs)
         x = x + self.dropout(mixed.output)
@@ -390,7 +410,7 @@ def build_stack(config: ManyheadsConfig, causal: bool | None, *, images: bool = 
     blocks = []
     for i, spec in enumerate(config.encoder_specs()):
         place = f"layers[{i}]"
-        pattern = layer_pattern(place, spec, causal, grid=images)
+        pattern = layer_pattern(place, spec, causal, first=Pattern.GRID if images else None)
         blocks.append(ManyheadsBlock(config, Mixer(config, place, spec, pattern)))
     rows, columns = config.patch_grid
     return Stack(config, blocks, rows * columns if images else None)

@@ -13,7 +13,8 @@ from manyheads.models.cache import ManyheadsCache
 
 class Masks(NamedTuple):
     """self_mask: [b, n] padding of this pass, or dense [b, 1 or h, n, total]. context_mask: [b, m]. positions: [b, n],
-    None where they are as usual. beside: what else is said of the tokens of this pass, by name, [b, n, ...]."""
+    None where they are as usual. beside: what else is said of the tokens of this pass, by name, [b, n, ...]; of graphs
+    the edges of all of the batch as of one, [2, edges], and what goes with them."""
 
     self_mask: Tensor | None = None
     context_mask: Tensor | None = None

@@ -78,6 +78,9 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
             return ManyheadsCache(len(stack.layers))
         if isinstance(past, ManyheadsCache) and len(past.layers) == len(stack.layers):
             return past
+        lent: ManyheadsCache | None = past.lend(stack, len(x)) if hasattr(past, "lend") else None
+        if lent is not None:
+            return lent
         why = obstacle(past, stack)
         if why:
             raise refused(past, stack, why)

@@ -20,7 +20,9 @@ AUTO_CLASSES = {
     "ManyheadsForSequenceClassification": "AutoModelForSequenceClassification",
     "ManyheadsForImageClassification": "AutoModelForImageClassification",
     "ManyheadsForSemanticSegmentation": "AutoModelForSemanticSegmentation",
+    "ManyheadsForObjectDetection": "AutoModelForObjectDetection",
 }
+WITHOUT_AUTO = ("ManyheadsForNodeClassification",)
 AUTO_MAP = {auto: f"{OPENER}.{ours}" for ours, auto in AUTO_CLASSES.items()}
 
 CARD = """---
@@ -32,7 +34,7 @@ A model of [manyheads](https://pypi.org/project/manyheads/). It opens with trans
 
 ```python
 import manyheads
-from transformers import {auto}
+from {where} import {auto}
 
 model = {auto}.from_pretrained("this folder")
 ```
@@ -48,5 +50,7 @@ def write_beside(folder: Path, architectures: Sequence[str] | None) -> None:
     (folder / f"{OPENER}.py").write_text(CODE.format(names=", ".join(AUTO_CLASSES)), encoding="utf-8")
     readme = folder / "README.md"
     if not readme.exists():
-        auto = AUTO_CLASSES.get((architectures or [""])[0], "AutoModel")
-        readme.write_text(CARD.format(auto=auto, opener=OPENER), encoding="utf-8")
+        saved = (architectures or [""])[0]
+        own = saved in WITHOUT_AUTO
+        where, auto = ("manyheads.models", saved) if own else ("transformers", AUTO_CLASSES.get(saved, "AutoModel"))
+        readme.write_text(CARD.format(where=where, auto=auto, opener=OPENER), encoding="utf-8")

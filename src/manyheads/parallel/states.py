@@ -49,6 +49,25 @@ def state_attention(
     return read.mixed.to(q.dtype)
 
 
+def whole_memory(
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    kernel: Kernel,
+    *,
+    padding: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """What the tokens of all processes have written, as it has decayed by the last one, in every process: [b, h, f, w],
+    to go on with token by token. No gradient passes between processes."""
+    at = layout.place
+    memory = summarise(k, v, kernel, padding=padding, slopes=slopes)
+    counts = _counts(k, padding, slopes, layout)
+    behind = (counts.sum(0) - counts.cumsum(0)).to(memory.dtype)[..., None]
+    left = torch.ones_like(behind) if slopes is None else (-slopes.to(memory.dtype) * behind).exp()
+    return _summed(all_gather(memory, at), left)
+
+
 def _check(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool, padding: Tensor | None, slopes: Tensor | None
 ) -> None:
@@ -71,18 +90,22 @@ def _check(
 
 def _kept(q: Tensor, padding: Tensor | None, slopes: Tensor | None, layout: Layout, dtype: torch.dtype) -> Tensor:
     """[to, from, 1 or b, h or 1]: what is left of a process's memory where a later one begins, else zero."""
-    at = layout.place
-    if padding is None or slopes is None:
-        counts = torch.tensor([layout.count(rank) for rank in range(at.size)], device=q.device)[:, None]
-    else:
-        # Padding is asked for of all or of none: this is a call that every process must make.
-        counts = all_gather(padding.sum(1), at)
+    at, counts = layout.place, _counts(q, padding, slopes, layout)
     ends = counts.to(dtype).cumsum(0)  # [size, 1 or b]
     begins = ends - counts
     between = begins[:, None] - ends[None, :]  # [to, from, 1 or b]
     earlier = torch.ones(at.size, at.size, dtype=torch.bool, device=q.device).tril(-1)[:, :, None, None]
     left = between[..., None] * (torch.zeros(1, dtype=dtype, device=q.device) if slopes is None else -slopes.to(dtype))
     return left.masked_fill(~earlier, -torch.inf).exp()
+
+
+def _counts(x: Tensor, padding: Tensor | None, slopes: Tensor | None, layout: Layout) -> Tensor:
+    """[size, 1 or b] tokens of each process, where they age real ones."""
+    at = layout.place
+    if padding is None or slopes is None:
+        return torch.tensor([layout.count(rank) for rank in range(at.size)], device=x.device)[:, None]
+    # Padding is asked for of all or of none: this is a call that every process must make.
+    return all_gather(padding.sum(1), at)
 
 
 def _exchanged(memory: Tensor, weights: Tensor, at: Place) -> Tensor:

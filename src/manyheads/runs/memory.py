@@ -86,7 +86,7 @@ def within_memory(measure: Callable[[int], T], length: int, note: Callable[[str]
         try:
             return measure(length), length
         except (MemoryError, RuntimeError) as error:
-            if not _is_shortage(error):
+            if not is_shortage(error):
                 raise
         gc.collect()
         if torch.cuda.is_available():
@@ -100,7 +100,8 @@ def within_memory(measure: Callable[[int], T], length: int, note: Callable[[str]
             note(f"out of memory: again with {length} tokens")
 
 
-def _is_shortage(error: BaseException) -> bool:
+def is_shortage(error: BaseException) -> bool:
+    """Whether this says that memory ran out, in whatever words and class."""
     text = str(error)
     known = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text.lower() for words in known)

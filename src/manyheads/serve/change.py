@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from manyheads.explain.explanation import Progress, _answer, _target, encoded, speaks
-from manyheads.explain.interventions import boost, calibrate, perturb, scaled
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.sites import text_stack
+from manyheads.steer import boost, calibrate, perturb, scaled
 
 # What is measured must run the changed model: weights that are read off a tap do not see the change of their own layer.
 MEASURES = ("leave-one-out", "input-gradient", "integrated-gradients", "saliency")

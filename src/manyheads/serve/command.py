@@ -40,7 +40,7 @@ def serve(
 
     with _listen(host, port) as listener:
         typer.echo("loading the model ...", err=True)
-        from manyheads.explain.explanation import load_any
+        from manyheads.hosts.loading import load_any
 
         from .app import create_app
         from .places import Places

@@ -15,7 +15,7 @@ from manyheads.hosts.attend import (
     two_products,
     with_bias,
 )
-from manyheads.hosts.attention import Visibility
+from manyheads.hosts.visibility import Visibility
 from manyheads.shrink.group import Group
 
 # Queries that look at one slice of a counted buffer, where a window or a chunk needs a mask.

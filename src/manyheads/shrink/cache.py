@@ -41,6 +41,8 @@ class RaggedCache(Cache):
         # What was fed [b, n], and which of it is never dropped, where the policy protects tokens.
         self.ids: Tensor | None = None
         self.protected: Tensor | None = None
+        # What our own models keep beside it.
+        self._lent: Any = None
         # A pass that begins before this slot is of the context.
         self.context = 1
         made = untraced_layer() if is_compiled(model) else RaggedLayer
@@ -88,6 +90,14 @@ class RaggedCache(Cache):
         self.protected = torch.cat([self.protected[:, :seen], rule.single(new)], 1) if single else rule.places(ids)
         self.ids = ids
 
+    def lend(self, stack: Any, batch: int) -> Any:
+        """States for a pass of one of our own models, whose layers ask for them: see hosts/own_cache.py."""
+        from manyheads.hosts.own_cache import LentStates
+
+        if self._lent is None:
+            self._lent = LentStates(self, stack)
+        return self._lent.lend(batch)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._on_batch(lambda row: row.index_select(0, beam_idx.to(row.device)))
@@ -103,6 +113,8 @@ class RaggedCache(Cache):
     def _on_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.ids is not None and self.protected is not None:
             self.ids, self.protected = change(self.ids), change(self.protected)
+        if self._lent is not None:
+            self._lent.on_batch(change)
 
     def expect(self, tokens: int) -> None:
         """The next `tokens` tokens are one context, in however many passes they come; for an empty cache. Without this
@@ -122,7 +134,7 @@ class RaggedCache(Cache):
     def reset(self) -> None:
         super().reset()
         self._closed, self.context = False, 1
-        self.ids = self.protected = None
+        self.ids = self.protected = self._lent = None
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,7 @@ from manyheads.shrink.group import Group
 
 if TYPE_CHECKING:
     from manyheads.hosts.attend import Scoring
-    from manyheads.hosts.attention import Visibility
+    from manyheads.hosts.visibility import Visibility
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from manyheads.hosts.attend import Scoring, masked_scores, with_bias
 from manyheads.shrink.group import Group, Spare
 
 if TYPE_CHECKING:
-    from manyheads.hosts.attention import Visibility
+    from manyheads.hosts.visibility import Visibility
 
 # Numbers decoded at a time, for all heads together: 1 MiB of float32, which stays in a core's cache.
 BLOCK = 2**18

@@ -19,7 +19,7 @@ from manyheads.shrink.ranking import best_of
 from manyheads.shrink.targets import Targets, find_targets, less
 
 if TYPE_CHECKING:
-    from manyheads.hosts.attention import Visibility
+    from manyheads.hosts.visibility import Visibility
 
 
 # How far each entry was moved, where keys are.

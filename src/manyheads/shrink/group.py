@@ -18,7 +18,7 @@ from manyheads.hosts.attend import lies_by_feature
 
 if TYPE_CHECKING:
     from manyheads.hosts.attend import Scoring
-    from manyheads.hosts.attention import Visibility
+    from manyheads.hosts.visibility import Visibility
 
 # Room for tokens to come: a 32nd of what is held. Growing then copies 32 entries per token, a trifle beside the
 # attention that reads them all, and memory never stands more than 3% above need.

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from manyheads.hosts.attend import Scoring, pack
-from manyheads.hosts.attention import Visibility
+from manyheads.hosts.visibility import Visibility
 from manyheads.shrink.attending import attend_group, sinks_of
 from manyheads.shrink.compress import Pass, make_room, shrink, trim
 from manyheads.shrink.group import room_for, side_by_side

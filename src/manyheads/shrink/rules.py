@@ -13,7 +13,7 @@ from manyheads.shrink.hints import Hinted
 
 if TYPE_CHECKING:
     from manyheads.hosts.attend import Scoring
-    from manyheads.hosts.attention import Visibility
+    from manyheads.hosts.visibility import Visibility
     from manyheads.shrink.compress import View
     from manyheads.shrink.group import Codec, Group
 

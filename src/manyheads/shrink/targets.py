@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from manyheads.hosts.attention import Visibility
+    from manyheads.hosts.visibility import Visibility
 
 
 class Targets(NamedTuple):

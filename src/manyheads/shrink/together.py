@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.hosts.attend import Scoring
-from manyheads.hosts.attention import Visibility
+from manyheads.hosts.visibility import Visibility
 from manyheads.shrink.compress import Pass, _views
 from manyheads.shrink.policy import Policy
 from manyheads.shrink.textorder import whole_number

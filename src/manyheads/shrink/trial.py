@@ -20,7 +20,7 @@ from manyheads.shrink.compress import Pass
 
 if TYPE_CHECKING:
     from manyheads.hosts.attend import Scoring
-    from manyheads.hosts.attention import Visibility
+    from manyheads.hosts.visibility import Visibility
 
 
 class Trial:

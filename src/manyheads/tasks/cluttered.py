@@ -22,20 +22,24 @@ _BRIGHTEST = 16.0
 
 @dataclass(frozen=True, kw_only=True)
 class _Canvas(Generated):
-    """distractors: pieces of 8 x 8 pixels cut out of digits, strewn over the canvas before the digits are set on it."""
+    """distractors: pieces of 8 x 8 pixels cut out of digits, strewn over the canvas before the digits are set on it.
+    step: digits and distractors stand at multiples of so many pixels."""
 
     pattern: ClassVar[str] = "grid"
     head: ClassVar[str] = "image-classification"
     patch: int = 4
     distractors: int = 8
+    step: int = 1
     eval_examples: int = 512
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole(self, "patch", self.patch, 1, 8, "a digit is 16 pixels wide")
+        whole(self, "patch", self.patch, 1, GLYPH, "a digit is 16 pixels wide")
         whole(self, "distractors", self.distractors, 0, 64)
+        if self.step not in (1, 2, 4, 8, 16):
+            raise ValueError(f"{self.name}: step={self.step!r}; want 1, 2, 4, 8 or 16, as a digit is 16 pixels wide")
         if CANVAS % self.patch:
-            raise ValueError(f"{self.name}: patch={self.patch} does not divide {CANVAS}; want 1, 2, 4 or 8")
+            raise ValueError(f"{self.name}: patch={self.patch} does not divide {CANVAS}; want 1, 2, 4, 8 or 16")
 
     @property
     def n(self) -> int:
@@ -68,8 +72,20 @@ class _Canvas(Generated):
             which = torch.randint(len(images), (count,), generator=rng)
             cut = uniform(count, 2, 0, GLYPH - FRAGMENT + 1, rng)
             piece = _windows(images[which], cut, FRAGMENT)
-            _paste(canvas, piece, uniform(count, 2, 0, CANVAS - FRAGMENT + 1, rng))
+            _paste(canvas, piece, self._corner(count, CANVAS - FRAGMENT, rng))
         return canvas
+
+    def _corner(self, count: int, room: int, rng: Generator) -> Tensor:
+        """[count, 2] multiples of the step from 0 to `room`."""
+        return uniform(count, 2, 0, room // self.step + 1, rng) * self.step
+
+    def _apart(self, count: int, many: int, rng: Generator) -> Iterator[Tensor]:
+        """`many` times, in cells of a grid of 3 x 3 of which none is taken twice, a corner [count, 2] for a digit.
+        Steps divide a digit's width, so that digits moved back to them do not come to overlap."""
+        cells, side = distinct(count, many, 0, 9, rng), CANVAS // 3
+        for cell in cells.T:
+            inside = uniform(count, 2, 0, side - GLYPH + 1, rng)
+            yield (torch.stack([cell // 3, cell % 3], 1) * side + inside) // self.step * self.step
 
 
 @cache
@@ -109,37 +125,37 @@ class Cluttered(_Canvas):
     def _draw(self, count: int, images: Tensor, labels: Tensor, rng: Generator) -> Batch:
         canvas = self._strewn(count, images, rng)
         which = torch.randint(len(images), (count,), generator=rng)
-        _paste(canvas, images[which], uniform(count, 2, 0, CANVAS - GLYPH + 1, rng))
+        _paste(canvas, images[which], self._corner(count, CANVAS - GLYPH, rng))
         return Batch({"pixel_values": 2 * canvas[:, None] - 1}, labels[which])
 
 
 @register_task
 @dataclass(frozen=True, kw_only=True)
 class Pointed(_Canvas):
-    """Which digit stands in the quadrant that a mark in the middle of the canvas points to?
+    """Which digit stands in the quadrant across the canvas from a mark?
 
-    Each quadrant of 32 x 32 pixels holds one digit of 16 x 16 at a random place, over distractors. The mark is a square
-    of 4 x 4 pixels in the very middle, bright in the quarter of the quadrant that is asked for. Who sees windows only
-    can read the digits and cannot tell which is meant; who sees means only knows which is meant and cannot read it.
-    Chance is 0.1; to read all digits and guess among them gives about 0.33. Slow to learn: softmax over patches of 4 is
-    at chance after 400 batches of 32.
+    Each quadrant of 32 x 32 pixels holds one digit of 16 x 16 at a random place, over distractors. The mark is a bright
+    square of 4 x 4 pixels in one of the four corners; asked is the digit of the quadrant that lies furthest from it.
+    Who sees windows within quadrants only can read the digits and cannot tell which is meant, but that it is not the
+    one beside the mark; who sees means only knows which is meant and cannot read it. Chance is 0.1; to read all digits
+    and guess among the three is right in 0.4.
     """
 
     name: ClassVar[str] = "pointed"
-    title: ClassVar[str] = "The digit that a mark points to, among distractors"
+    title: ClassVar[str] = "The digit across from a mark, among distractors"
 
     def _draw(self, count: int, images: Tensor, labels: Tensor, rng: Generator) -> Batch:
         canvas = self._strewn(count, images, rng)
         which = torch.randint(len(images), (count, 4), generator=rng)
         for quadrant in range(4):
-            corner = uniform(count, 2, 0, QUADRANT - GLYPH + 1, rng)
+            corner = self._corner(count, QUADRANT - GLYPH, rng)
             corner += torch.tensor([quadrant // 2, quadrant % 2]) * QUADRANT
             _paste(canvas, images[which[:, quadrant]], corner)
         asked = torch.randint(4, (count,), generator=rng)
-        middle, half = (CANVAS - MARK) // 2, MARK // 2
-        canvas[:, middle : middle + MARK, middle : middle + MARK] = 0.0
-        rows, columns = (middle + half * way[:, None] + torch.arange(half) for way in (asked // 2, asked % 2))
-        canvas[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]] = 1.0
+        for quadrant in range(4):
+            top, left = (way * (CANVAS - MARK) for way in (quadrant // 2, quadrant % 2))
+            marked = (asked == 3 - quadrant).float()[:, None, None]
+            canvas[:, top : top + MARK, left : left + MARK] = marked
         answers = labels[which.gather(1, asked[:, None])[:, 0]]
         return Batch({"pixel_values": 2 * canvas[:, None] - 1}, answers)
 
@@ -162,7 +178,7 @@ class Counted(_Canvas):
     def _draw(self, count: int, images: Tensor, labels: Tensor, rng: Generator) -> Batch:
         canvas = self._strewn(count, images, rng)
         many = torch.randint(MOST + 1, (count,), generator=rng)
-        for number, corner in enumerate(_apart(count, MOST, rng)):
+        for number, corner in enumerate(self._apart(count, MOST, rng)):
             which = torch.randint(len(images), (count,), generator=rng)
             _paste(canvas, images[which], corner, only=number < many)
         return Batch({"pixel_values": 2 * canvas[:, None] - 1}, many)
@@ -194,7 +210,7 @@ class Segmented(_Canvas):
     def _draw(self, count: int, images: Tensor, labels: Tensor, rng: Generator) -> Batch:
         canvas = self._strewn(count, images, rng)
         answers = torch.full((count, CANVAS, CANVAS), CLASSES)
-        for corner in _apart(count, self.digits, rng):
+        for corner in self._apart(count, self.digits, rng):
             which = torch.randint(len(images), (count,), generator=rng)
             glyph = images[which]
             _paste(canvas, glyph, corner)
@@ -207,11 +223,3 @@ class Segmented(_Canvas):
 
     def score(self, logits: Tensor, targets: Tensor) -> tuple[float, int]:
         return correct(*self.asked(logits, torch.where(targets == CLASSES, IGNORED, targets)))
-
-
-def _apart(count: int, many: int, rng: Generator) -> Iterator[Tensor]:
-    """`many` times, in cells of a grid of 3 x 3 of which none is taken twice, a corner [count, 2] for a digit."""
-    cells, side = distinct(count, many, 0, 9, rng), CANVAS // 3
-    for cell in cells.T:
-        inside = uniform(count, 2, 0, side - GLYPH + 1, rng)
-        yield torch.stack([cell // 3, cell % 3], 1) * side + inside

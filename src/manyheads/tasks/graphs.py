@@ -1,23 +1,27 @@
 """Graphs that are drawn: communities under noise, and a question that is answered far away.
 
-Nodes are to be labelled; edges, [b, 2, e], are sources above targets within each graph. No model here takes them yet:
-they are functions, to train a mechanism for graphs with, and no tasks by name.
+Nodes are to be labelled; edges, [b, 2, e], are sources above targets within each graph.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
+from manyheads.tasks.task import Batch, Generated, register_task, whole
+
 
 class Graphs(NamedTuple):
-    """features [b, n, f], edges [b, 2, e] and what each node is, [b, n]; -100 where nothing is asked."""
+    """features [b, n, f], edges [b, 2, e] and what each node is, [b, n]; -100 where nothing is asked. labels [b, e]: of
+    what kind each edge is."""
 
     features: Tensor
     edges: Tensor
     targets: Tensor
+    labels: Tensor
 
     def joined(self) -> tuple[Tensor, Tensor, Tensor]:
         """All graphs as one of b n nodes: features [1, b n, f], edges [2, b e], targets [1, b n]."""
@@ -48,7 +52,8 @@ def communities(
     wrong = torch.rand(count, n, generator=rng) < 0.1
     told = torch.where(wrong, torch.randint(kinds, (count, n), generator=rng), kind)
     features = torch.nn.functional.one_hot(torch.where(shows, told, kinds), kinds + 1).float()
-    return Graphs(features, torch.stack([source, target], 1), kind.masked_fill(shows, -100))
+    edges = torch.stack([source, target], 1)
+    return Graphs(features, edges, kind.masked_fill(shows, -100), torch.zeros_like(source))
 
 
 def far_away(count: int, rng: Generator, *, length: int = 8, rings: int = 4, kinds: int = 4) -> Graphs:
@@ -57,7 +62,7 @@ def far_away(count: int, rng: Generator, *, length: int = 8, rings: int = 4, kin
     On each ring one node holds a mark of one of `kinds` and the one opposite it asks, `length` edges away whichever
     way one goes; the others hold noise that looks like neither. Edges lead both ways. Chance is 1 / kinds, as it stays
     for whoever sees fewer than `length` steps far, or all nodes at once without telling the rings apart.
-    features [n, kinds + 2]: the mark, asks, noise.
+    features [n, kinds + 2]: the mark, asks, noise. Edges one way round are of kind 0, the others of kind 1.
     """
     _sizes("far_away", length=length, rings=rings, kinds=kinds, count=count)
     around, n = 2 * length, 2 * length * rings
@@ -73,7 +78,76 @@ def far_away(count: int, rng: Generator, *, length: int = 8, rings: int = 4, kin
     features[row, start, mark] = 1.0
     features[row, middle, kinds] = 1.0
     targets[row, middle] = mark
-    return Graphs(features, edges, targets)
+    labels = torch.arange(2).repeat_interleave(n).expand(count, -1)
+    return Graphs(features, edges, targets, labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OverGraphs(Generated):
+    pattern: ClassVar[str] = "graph"
+    head: ClassVar[str] = "node-classification"
+    beside: ClassVar[tuple[str, ...]] = ("labels",)
+    eval_examples: int = 256
+    kinds: int = 4
+
+    def _batch(self, graphs: Graphs) -> Batch:
+        inputs = {"node_features": graphs.features, "edges": graphs.edges, "edge_labels": graphs.labels}
+        return Batch(inputs, graphs.targets)
+
+
+@register_task
+@dataclass(frozen=True, kw_only=True)
+class Communities(_OverGraphs):
+    """Which community is each node of, where few nodes show theirs and edges are noisy? See `communities`."""
+
+    name: ClassVar[str] = "communities"
+    title: ClassVar[str] = "Communities of a graph, under noise"
+    n: int = 64
+    degree: int = 6
+    noise: float = 0.4
+    seen: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for argument, low, high in (("n", 2, 65_536), ("kinds", 2, 1024), ("degree", 1, 1024)):
+            whole(self, argument, getattr(self, argument), low, high)
+        self._draw(1, Generator())
+
+    def model_settings(self) -> dict[str, Any]:
+        return {"num_node_features": self.kinds + 1, "num_labels": self.kinds}
+
+    def sample(self, count: int, rng: Generator) -> Batch:
+        return self._batch(self._draw(count, rng))
+
+    def _draw(self, count: int, rng: Generator) -> Graphs:
+        own = {"n": self.n, "kinds": self.kinds, "degree": self.degree}
+        return communities(count, rng, noise=self.noise, seen=self.seen, **own)
+
+
+@register_task
+@dataclass(frozen=True, kw_only=True)
+class FarAway(_OverGraphs):
+    """What does the node on the other side of the ring hold, `length` edges away? See `far_away`."""
+
+    name: ClassVar[str] = "far-away"
+    title: ClassVar[str] = "What stands across a ring of a graph"
+    length: int = 8
+    rings: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for argument, low, high in (("length", 2, 4096), ("kinds", 2, 1024), ("rings", 1, 1024)):
+            whole(self, argument, getattr(self, argument), low, high)
+
+    @property
+    def n(self) -> int:
+        return 2 * self.length * self.rings
+
+    def model_settings(self) -> dict[str, Any]:
+        return {"num_node_features": self.kinds + 2, "num_labels": self.kinds}
+
+    def sample(self, count: int, rng: Generator) -> Batch:
+        return self._batch(far_away(count, rng, length=self.length, rings=self.rings, kinds=self.kinds))
 
 
 def _sizes(what: str, **sizes: int) -> None:

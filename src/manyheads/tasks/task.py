@@ -10,7 +10,7 @@ from operator import index
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from manyheads.tasks.draw import generator
 
@@ -40,7 +40,8 @@ class Task(ABC):
     """One task with its settings. Subclasses are frozen dataclasses: their fields are the config, as JSON values.
 
     pattern: which of the attention patterns the task needs. head: "causal-lm", "seq2seq-lm", "sequence-classification",
-    "image-classification" or "semantic-segmentation". metric: what `score` adds up.
+    "image-classification", "semantic-segmentation", "object-detection" or "node-classification". metric: what `score`
+    adds up. beside: what the model passes to mechanisms whose card takes it by name.
     """
 
     name: ClassVar[str]
@@ -49,6 +50,7 @@ class Task(ABC):
     head: ClassVar[str] = "causal-lm"
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
+    beside: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -73,9 +75,18 @@ class Task(ABC):
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """Finite; the same examples in the same order every time, whatever the batch size. The last may be smaller."""
 
+    def answered(self, output: Any) -> Tensor:
+        """Of a model's output what loss and score are of, a row for each example."""
+        logits: Tensor = output.logits
+        return logits
+
     def aligned(self, logits: Tensor) -> Tensor:
         """The model's logits with classes last, as the targets lie."""
         return logits
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """What training makes small, of answers as `aligned` gives them."""
+        return loss_of(logits, targets)
 
     def score(self, logits: Tensor, targets: Tensor) -> tuple[float, int]:
         """The metric's sum and count over targets [...] other than -100, for logits [..., classes]."""
@@ -90,6 +101,11 @@ class Task(ABC):
             )
         counted = targets != IGNORED
         return logits[counted], targets[counted]
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of logits [..., classes] at the targets [...] that ask for something; nothing is shifted."""
+    return nn.functional.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED)
 
 
 def correct(logits: Tensor, targets: Tensor) -> tuple[float, int]:

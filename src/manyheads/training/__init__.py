@@ -4,6 +4,15 @@ from manyheads.training.adversarial import adversarial_attention_loss
 from manyheads.training.alignment import alignment, alignment_loss, monotone_alignment, same_number, sentence_mask
 from manyheads.training.anchored_contrast import anchored_contrast
 from manyheads.training.branch_labels import BranchLabels
+from manyheads.training.buckets import (
+    Bucket,
+    BucketBatches,
+    batch_sizes,
+    bucket_of,
+    length_buckets,
+    measured_peak,
+    padding_share,
+)
 from manyheads.training.deceptive import DeceptionReport, deception_report, deceptive_attention_loss
 from manyheads.training.dense_reward import attention_reward, generator_reward
 from manyheads.training.drop_key import drop_key
@@ -28,6 +37,8 @@ from manyheads.training.visual_factors import VisualFactors, image_numbers
 
 __all__ = [
     "BranchLabels",
+    "Bucket",
+    "BucketBatches",
     "DeceptionReport",
     "EntropyMaximised",
     "HardInstanceMining",
@@ -44,6 +55,8 @@ __all__ = [
     "anchored_contrast",
     "attention_diversification",
     "attention_reward",
+    "batch_sizes",
+    "bucket_of",
     "deception_report",
     "deceptive_attention_loss",
     "drop_key",
@@ -51,12 +64,15 @@ __all__ = [
     "guided_heads",
     "image_numbers",
     "lamb_groups",
+    "length_buckets",
     "locally_subsampled",
+    "measured_peak",
     "minilm_loss",
     "monotone_alignment",
     "negative_attention_entropy",
     "neighbours",
     "one_to_many",
+    "padding_share",
     "pattern_relevance",
     "relation_loss",
     "same_number",

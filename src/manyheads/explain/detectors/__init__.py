@@ -7,7 +7,9 @@ massive_values(model, "key"), Maps.of(model), Importance.of(model), path_patchin
 
 from __future__ import annotations
 
+from manyheads.explain.detectors.circuit_tasks import CircuitTask, coloured_objects, indirect_object
 from manyheads.explain.detectors.detect import DETECTORS, QUICK, detect, detector_notes
+from manyheads.explain.detectors.hops import Clusters, cluster_heads, hop_strengths
 from manyheads.explain.detectors.importance import Importance, Pruning
 from manyheads.explain.detectors.maps import Maps
 from manyheads.explain.detectors.massive import Channels, massive_values
@@ -26,6 +28,8 @@ __all__ = [
     "DETECTORS",
     "QUICK",
     "Channels",
+    "CircuitTask",
+    "Clusters",
     "Detector",
     "HeadTable",
     "Importance",
@@ -36,8 +40,12 @@ __all__ = [
     "Pruning",
     "circuit",
     "circuit_overlap",
+    "cluster_heads",
+    "coloured_objects",
     "detect",
     "detector_notes",
+    "hop_strengths",
+    "indirect_object",
     "logit_difference",
     "massive_values",
     "path_patching",

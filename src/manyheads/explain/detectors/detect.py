@@ -12,7 +12,7 @@ from manyheads.explain.detectors.extreme import Dormant, ResidualPeak, ValueDrai
 from manyheads.explain.detectors.importance import Importance, Loss
 from manyheads.explain.detectors.maps import Maps
 from manyheads.explain.detectors.massive import LAMBDA, Massive
-from manyheads.explain.detectors.patterns import Distance, Entropy, Mass, StableRank, Visual
+from manyheads.explain.detectors.patterns import Distance, Entropy, Mass, SpectralGap, StableRank, Visual
 from manyheads.explain.detectors.reading import Measure, read
 from manyheads.explain.detectors.subject import Samples, Subject
 from manyheads.explain.detectors.table import Detector, HeadTable
@@ -41,6 +41,7 @@ _LISTED = (
     Detector("distance", "mean distance to what is attended to, in tokens or patches", "2010.11929"),
     Detector("entropy", "mean entropy of attention, in nats", "1906.04341"),
     Detector("rank", "stable rank of the attention matrix", "2003.00152"),
+    Detector("spectral-gap", "one less the size of attention's second eigenvalue: 1 spreads at once", "2311.13541"),
     Detector("dormant", "attention on the first token", "2410.13835", _SHARE),
     Detector("switch", "greatest less smallest attention on the first token, over samples", "2410.13835", _SHARE),
     Detector("value-drain", "how much smaller the first token's value is: 1 is nothing left", "2410.13835", _SHARE),
@@ -143,6 +144,7 @@ def _measures(names: Sequence[str], subject: Subject) -> list[Measure]:
         "distance": lambda: Distance(subject),
         "entropy": Entropy,
         "rank": StableRank,
+        "spectral-gap": SpectralGap,
         "dormant": Dormant,
         "switch": Dormant,
         "value-drain": ValueDrain,

@@ -111,6 +111,28 @@ class PathPatching:
                 found[layer, head] = self._effect((layer, head), receivers, inputs) - self.clean
         return Patched(found, self.clean, self.corrupted)
 
+    def estimates(self, *, direct: bool) -> Tensor:
+        """[layers, heads]: every sender's effect to first order, <slope of the metric by the head's output, its
+        output on the corrupted input less that on the clean one>, from one pass and its way back (attribution
+        patching, Nanda 2023; Syed et al. arXiv 2310.10348). direct: on the answer with all other heads frozen; else
+        through everything behind it. A screen: `effects` of the greatest of them is exact."""
+        bumps: dict[int, Tensor] = {}
+
+        def bumped(call: Any) -> Tensor:
+            base = self._clean[call.layer] if direct else call.output
+            bumps[call.layer] = torch.zeros_like(base, requires_grad=True)
+            return base + bumps[call.layer]
+
+        model, feed = self.subject.model, self._feeds[0]
+        with torch.enable_grad(), still(model), tap(model, bumped, stack=self.subject.stack, kind="self"):
+            found = self.metric(feed(use_cache=False) if feed.takes("use_cache") else feed()).mean()
+            slopes = torch.autograd.grad(found, list(bumps.values()))
+        out = torch.zeros(self.subject.layers, self.heads, dtype=torch.float64)
+        for layer, slope in zip(bumps, slopes, strict=True):
+            way = self._corrupted[layer] - self._clean[layer]
+            out[layer, : slope.shape[1]] = (slope * way).double().sum((0, 2, 3)).cpu()
+        return out
+
     def _effect(self, sender: Head, receivers: Sequence[Head] | None, inputs: Sequence[str]) -> float:
         by_layer: dict[int, list[int]] = {}
         for layer, head in receivers or ():
@@ -197,16 +219,22 @@ def path_patching(
     return PathPatching(model, clean, corrupted, metric, stack).effects(receivers, inputs=inputs, senders=senders)
 
 
-def circuit(patching: PathPatching, *, stages: int = 2, share: float = 0.02, least: float = 0.0) -> list[list[Head]]:
+def circuit(
+    patching: PathPatching, *, stages: int = 2, share: float = 0.02, least: float = 0.0, screen: int | None = None
+) -> list[list[Head]]:
     """Heads by stage: those that reach the answer, then those that reach these, and so on. share: of all heads, per
-    stage, at least one. least: effects up to this share of the way from clean to corrupted count as none."""
+    stage, at least one. least: effects up to this share of the way from clean to corrupted count as none. screen: only
+    so many heads per stage are patched, those of greatest first-order effect; None: all."""
+    if screen is not None and screen < 1:
+        raise ValueError(f"screen={screen}: at least one head is patched per stage")
     if stages < 1 or not 0 < share <= 1:
         raise ValueError(f"stages={stages}, share={share}: at least one stage, a share of 0 to 1")
     count = max(1, round(share * patching.subject.layers * patching.heads))
     found: list[list[Head]] = []
     receivers: list[Head] | None = None
     for _ in range(stages):
-        effects = patching.effects(receivers)
+        senders = None if screen is None else _screened(patching, screen, receivers)
+        effects = patching.effects(receivers, senders=senders)
         line = least * abs(effects.corrupted - effects.clean)
         own = [head for head in effects.top(count) if abs(float(effects.effects[head])) > line]
         if not own:
@@ -214,6 +242,14 @@ def circuit(patching: PathPatching, *, stages: int = 2, share: float = 0.02, lea
         found.append(own)
         receivers = own
     return found
+
+
+def _screened(patching: PathPatching, count: int, receivers: list[Head] | None) -> list[Head]:
+    """The most promising senders, before the last receiver."""
+    found = Patched(patching.estimates(direct=receivers is None), patching.clean, patching.corrupted)
+    last = patching.subject.layers if receivers is None else max(layer for layer, _ in receivers)
+    every = found.top(found.effects.numel())
+    return [head for head in every if head[0] < last and head not in (receivers or ())][:count]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
     mass of a rule     mean over queries i that have such keys of sum_{j in rule(i)} A_ij
     distance           mean_i sum_j A_ij |i - j|, in tokens; on pictures between centres of patches, in patches
     entropy            mean_i -sum_j A_ij log A_ij, in nats
+    spectral gap       1 - |second eigenvalue of A|, the eigenvalues by size (arXiv 2311.13541)
     stable rank        |A|_F^2 / |A|_2^2 of a head's A [n, m], between 1 and its rank
 The rules are those of `manyheads.heads.scores` (echo, induction: arXiv 2407.15891; first and last tokens: 2309.17453);
 where a model sees ahead, keys on both sides count. Previous and next token, special tokens: arXiv 1906.04341. Distance:
@@ -37,6 +38,7 @@ from manyheads.heads.scores import (
 from manyheads.hosts.taps import BLOCK_WEIGHTS
 
 _LANCZOS = 24
+_LARGEST_SPECTRUM = 1024
 
 
 # -- mass on keys of a kind ------------------------------------------------------------------------------------------
@@ -196,6 +198,44 @@ class Entropy(Measure):
 
     def scores(self) -> dict[str, Tensor]:
         return {"entropy": self.rows.mean()}
+
+
+class SpectralGap(Measure):
+    """A matrix that looks back alone is triangular: its eigenvalues are its diagonal."""
+
+    def __init__(self) -> None:
+        self.rows, self.kept = Rows(), []  # type: ignore[var-annotated]
+
+    def call(self, call: Any, sample: Sample) -> None:
+        n = tokens(call)
+        if n > _LARGEST_SPECTRUM and sees_ahead(call):
+            raise ValueError(
+                f"spectral-gap: all eigenvalues of {n} x {n} matrices take too long: give inputs of up to "
+                f"{_LARGEST_SPECTRUM} tokens"
+            )
+        self.ahead, self.kept = sees_ahead(call), []
+
+    def block(self, call: Any, weights: Tensor, rows: slice, sample: Sample) -> None:
+        own = weights[0].double().cpu()
+        self.kept.append(own if self.ahead else own.diagonal(rows.start, 1, 2))
+
+    def done(self, call: Any, sample: Sample) -> None:
+        whole = torch.cat(self.kept, 1)
+        self.rows.add(call.layer, spectral_gaps(whole) if self.ahead else 1 - _second(whole.abs()))
+
+    def scores(self) -> dict[str, Tensor]:
+        return {"spectral-gap": self.rows.mean()}
+
+
+def spectral_gaps(weights: Tensor) -> Tensor:
+    """1 - |second eigenvalue| of square matrices [..., n, n]: 1 where every row is the same, 0 for the identity."""
+    return 1 - _second(torch.linalg.eigvals(weights.double()).abs())
+
+
+def _second(sizes: Tensor) -> Tensor:
+    if sizes.shape[-1] < 2:
+        raise ValueError("spectral-gap: one token has one eigenvalue: give inputs of two or more")
+    return sizes.topk(2, -1).values[..., 1]
 
 
 class StableRank(Measure):

@@ -1,4 +1,4 @@
-"""Published findings on training dynamics as experiments that run in about a minute on one core, with their plots.
+"""Published findings as experiments, each about a minute a seed on one core, with their plots.
 
 run_study("scan-and-snap", "results")  # writes results/study.json and results/study.html
 """

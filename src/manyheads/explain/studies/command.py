@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -15,20 +16,19 @@ def study(
         Path | None, typer.Option(help="Folder for results, study-NAME without it; one that is there is continued.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds; the study's own number without it.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Whose heads, for a study of a trained model: a folder, hub name or smollm2.")
+    ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Name every study with its claim and its seeds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Repeat a published finding on training dynamics, small, with its plot. Stopped runs go on where they were."""
-    from manyheads.explain.studies.study import list_studies, study_class
+    """Repeat a published finding, small, with its plot. Stopped runs go on where they were."""
+    from manyheads.explain.studies.study import study_class
 
+    if listed and name is not None:
+        raise ValueError(f"--list names every study: leave {name} or --list out")
     if name is None:
-        known = [study_class(own) for own in list_studies()]
-        if as_json:
-            facts = [{"name": own.name, "title": own.title, "reference": own.reference, "claim": own.claim}
-                     for own in known]  # fmt: skip
-            typer.echo(json.dumps(facts, indent=2))
-            return
-        for own in known:
-            typer.echo(f"{own.name:<20} {own.title}, {own.reference}")
+        print_studies(claims=listed, as_json=as_json)
         return
 
     from manyheads.explain.studies.report import print_summary
@@ -37,7 +37,7 @@ def study(
 
     study_class(name)
     folder = Path(f"study-{name}") if out is None else out
-    results = run_study(name, folder, seeds=seeds)
+    results = run_study(name, folder, seeds=seeds, settings={} if model is None else {"model": model})
     if as_json:
         files = {"report": str(folder / "study.html"), "results": str(folder / "study.json")}
         typer.echo(json.dumps({"files": files, "verdict": results["verdict"], "summary": results["summary"]}, indent=2))
@@ -46,3 +46,21 @@ def study(
         typer.echo(f"\nreport: {folder / 'study.html'}")
     if not any(done(cell) for cell in results["cells"]):
         raise typer.Exit(1)
+
+
+def print_studies(*, claims: bool, as_json: bool) -> None:
+    """claims: with each claim and the seeds that it is decided over."""
+    from manyheads.explain.studies.study import list_studies, study_class
+
+    known = [study_class(own) for own in list_studies()]
+    if as_json:
+        keys = ("name", "title", "reference", "claim", "seeds")
+        typer.echo(json.dumps([{key: getattr(own, key) for key in keys} for own in known], indent=2))
+        return
+    for own in known:
+        seeds = f", {own.seeds} seeds" if claims else ""
+        typer.echo(f"{own.name:<22} {own.title}, {own.reference}{seeds}")
+        if claims:
+            typer.echo(
+                textwrap.fill(own.claim, 100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+            )

@@ -69,3 +69,27 @@ def curve_plot(
         return []
     drawn = chart(rows, "step", key, across="step", up=up, log=log, points=False)
     return [Plot(key.replace("_", "-"), title, text, drawn, wide=wide)]
+
+
+def strip_plot(cells: Sequence[Cell], key: str, title: str, text: str, up: str) -> list[Plot]:
+    """A mark per condition and seed, conditions one below the other, or nothing where no cell has the figure."""
+    import altair as alt
+
+    rows = [{"condition": cell["mechanism"], "seed": cell["seed"], key: round(float(cell[key]), 6)}
+            for cell in cells if key in cell]  # fmt: skip
+    if not rows:
+        return []
+    order = list(dict.fromkeys(row["condition"] for row in rows))
+    scale = alt.Scale(domain=order)
+    drawn = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_point(size=70)
+        .encode(
+            x=alt.X(f"{key}:Q", title=up, scale=alt.Scale(zero=False, padding=10)),
+            y=alt.Y("condition:N", title=None, sort=order, axis=alt.Axis(labelLimit=260)),
+            color=alt.Color("condition:N", scale=scale, legend=None),
+            shape=alt.Shape("condition:N", scale=scale, legend=None),
+            tooltip=["condition:N", "seed:N", alt.Tooltip(f"{key}:Q", title=up, format=".4~g")],
+        )
+    )
+    return [Plot(key.replace("_", "-"), title, text, drawn, wide=len(order) > 6)]

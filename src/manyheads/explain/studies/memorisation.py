@@ -89,7 +89,6 @@ class Memorisation(Study):
         "rank": "rank",
         "bound": "bound",
     }
-    seeds = 1
 
     dim: int = 32
     examples: int = 768

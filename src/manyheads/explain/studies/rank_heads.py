@@ -10,7 +10,18 @@ import torch
 from torch import Generator, Tensor, nn
 
 from manyheads.explain.studies.drawing import chart, curve_plot
-from manyheads.explain.studies.study import Cell, Point, Study, Verdict, average, checkpoints, register_study, seeded
+from manyheads.explain.studies.study import (
+    Cell,
+    Point,
+    Study,
+    Verdict,
+    always,
+    average,
+    checkpoints,
+    register_study,
+    said,
+    seeded,
+)
 from manyheads.tasks.draw import generator
 
 if TYPE_CHECKING:
@@ -57,19 +68,20 @@ class RankHeads(Study):
     O V^T = I represents it; of rank r < d the paper needs a number of heads that grows exponentially in d / r.
     Measured: the squared error of a trained layer with H heads of rank r, as a share of that of the best constant (1);
     at the usual H = d / r, and with `more` times as many heads, and so parameters, as the full-rank head has.
-    Divergence: d = 16 and a few hundred steps of Adam with a decaying rate on fresh draws, one attention layer without
-    an MLP, where the paper also trains whole transformer layers at d = 64.
+    Low ranks at the usual H are stacked to `depths` layers as well, each with its own heads and the residual between.
+    Divergence: d = 16 and a few hundred steps of Adam with a decaying rate on fresh draws, attention without MLPs,
+    where the paper also trains whole transformer layers at d = 64.
     """
 
     name = "rank-heads"
     title = "Rank against number of heads"
     claim = (
         "A single full-rank head learns to point at the nearest of some points on the sphere; many low-rank heads with "
-        "the same, or several times the, number of parameters do not."
+        "the same, or several times the, number of parameters do not, nor do two or three layers of them."
     )
     reference = "arXiv:2407.16153"
     simplified = (
-        "16 dimensions and 8 points, one attention layer without MLP, some hundred steps of Adam on fresh draws. The "
+        "16 dimensions and 8 points, attention layers without MLP, some hundred steps of Adam on fresh draws. The "
         "paper's bound concerns what can be represented; this is what training finds."
     )
     columns: ClassVar[Mapping[str, str]] = {
@@ -77,12 +89,12 @@ class RankHeads(Study):
         "hits": "nearest found",
         "parameters": "parameters",
     }
-    seeds = 1
 
     dim: int = 16
     count: int = 8
     ranks: tuple[int, ...] = (16, 8, 4, 1)
     more: int = 4
+    depths: tuple[int, ...] = (2, 3)
     steps: int = 600
     batch: int = 128
     learning_rate: float = 0.02
@@ -90,17 +102,24 @@ class RankHeads(Study):
     def points(self) -> list[Point]:
         usual = [(rank, max(1, self.dim // rank)) for rank in self.ranks if rank <= self.dim]
         wider = [(rank, heads * self.more) for rank, heads in usual if rank < self.dim]
-        return [
-            {"label": f"rank {r}, {h} head{'s' * (h > 1)}", "rank": r, "heads": h, "budget": b}
+        flat = [
+            {"label": f"rank {r}, {h} head{'s' * (h > 1)}", "rank": r, "heads": h, "budget": b, "depth": 1}
             for b, own in (("equal", usual), (f"{self.more} times", wider))
             for r, h in own
         ]
+        deep = [
+            {"label": f"rank {r}, {h} heads, {depth} layers", "rank": r, "heads": h, "budget": f"{depth} layers",
+             "depth": depth}
+            for depth in self.depths if depth > 1
+            for r, h in usual if r <= self.dim // 4
+        ]  # fmt: skip
+        return [*flat, *deep]
 
     def measure(self, point: Point, seed: int) -> dict[str, Any]:
         rng = generator(self.name, "train", seed)
         held = draw_sphere(2048, self.count, self.dim, generator(self.name, "eval", seed))
         with seeded(self.name, "weights", point["rank"], point["heads"], seed):
-            model = LowRankHeads(self.dim, point["rank"], point["heads"])
+            model = Stacked(self.dim, point["rank"], point["heads"], point["depth"])
         optimiser = torch.optim.Adam(model.parameters(), self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps + 1)
         curve, marks = [], checkpoints(self.steps, 20)
@@ -117,24 +136,31 @@ class RankHeads(Study):
         return {k: v for k, v in curve[-1].items() if k != "step"} | {"parameters": parameters, "curve": curve}
 
     def verdict(self, cells: Sequence[Cell]) -> Verdict:
-        full = average(cells, "squared_error", rank=max(self.ranks))
-        low = {own["label"]: average(cells, "squared_error", rank=own["rank"], heads=own["heads"])
-               for own in self.points() if own["rank"] <= self.dim // 4}  # fmt: skip
-        measured = {label: value for label, value in low.items() if value is not None}
-        if full is None or not measured:
-            return Verdict(None, {}, ("Not every condition was measured.",))
-        best = min(measured, key=lambda label: measured[label])
-        numbers = {"full_rank": full, **measured}
-        line = (
-            f"Of the best constant's squared error the full-rank head leaves {full:.1%}; the best of those with at "
-            f"most a quarter of the rank, {best}, leaves {measured[best]:.1%}."
-        )
-        return Verdict(full < 0.5 * measured[best], numbers, (line,))
+        low = [own for own in self.points() if own["rank"] <= self.dim // 4]
+        means: dict[str, float] = {}
+        pairs = []
+        for seed in sorted({cell["seed"] for cell in cells}):
+            found = {cell["label"]: float(cell["squared_error"]) for cell in map(labelled, cells)
+                     if cell["seed"] == seed}  # fmt: skip
+            full = found.get(self.points()[0]["label"])
+            if full is None or any(own["label"] not in found for own in low):
+                return Verdict(None, {}, ("Not every condition was measured.",))
+            pairs.append((min(found[own["label"]] for own in low), full))
+        for own in (self.points()[0], *low):
+            mean = average(cells, "squared_error", **{key: own[key] for key in ("rank", "heads", "depth")})
+            assert mean is not None
+            means[own["label"]] = mean
+        lines = [said("Error left by the best with at most a quarter of the rank, against full rank", pairs)]
+        lines += [f"{label}: {value:.1%} of the best constant's squared error." for label, value in means.items()]
+        return Verdict(always(pairs), means, tuple(lines))
 
     def plots(self, cells: Sequence[Cell]) -> list[Plot]:
         from manyheads.runs.charts import Plot
 
-        words = {"equal": "as many parameters", f"{self.more} times": f"{self.more} times the parameters"}
+        words: dict[str, str] = {
+            "equal": "as many parameters",
+            f"{self.more} times": f"{self.more} times the parameters",
+        }
         rows = [{"condition": words.get(c["budget"], c["budget"]), "seed": c["seed"], "rank": c["rank"],
                  "squared_error": round(c["squared_error"], 6)} for c in cells]  # fmt: skip
         drawn = chart(rows, "rank", "squared_error", across="rank of a head", up="share of the error left", log="x")
@@ -143,6 +169,20 @@ class RankHeads(Study):
             Plot("error-rank", "Error over rank", text, drawn),
             *curve_plot(cells, "squared_error", "Error over training", "On held-out draws.", "share of the error left"),
         ]
+
+
+class Stacked(nn.Module):
+    """Layers one on another: y_l = y_(l-1) + heads_l(y_(l-1); X), of which the last one's heads are the output."""
+
+    def __init__(self, dim: int, rank: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(LowRankHeads(dim, rank, heads) for _ in range(depth))
+
+    def forward(self, query: Tensor, points: Tensor) -> Tensor:
+        *below, last = self.layers
+        for layer in below:
+            query = query + layer(query, points)
+        return last(query, points)
 
 
 @torch.no_grad()
@@ -155,3 +195,8 @@ def evaluate(model: nn.Module, query: Tensor, points: Tensor) -> dict[str, float
         "squared_error": float((found - target).square().sum(-1).mean()),
         "hits": float((chosen == target).all(-1).float().mean()),
     }
+
+
+def labelled(cell: Cell) -> Cell:
+    """A cell with the condition that it was stored under."""
+    return {"label": cell.get("mechanism"), **cell}

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from manyheads.explain.studies.study import Cell, Study, Verdict, study_class
+from manyheads.explain.studies.study import Cell, Study, decided, study_class
 from manyheads.runs.charts import theme
 from manyheads.runs.page import cells_html, charts_html, failures_html, settings_html, table_html, write_page
 from manyheads.runs.results import done, number, write_json
@@ -21,7 +21,7 @@ WORDS = {True: "seen", False: "not seen", None: "not decided"}
 def write_outputs(study: Study, results: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The results with what was found, as they are written."""
     cells = [cell for cell in results["cells"] if done(cell)]
-    verdict = study.verdict(cells) if cells else Verdict(None, lines=("Nothing was measured.",))
+    verdict = decided(study, cells)
     facts = {key: getattr(study, key) for key in ("name", "title", "claim", "reference", "simplified")}
     results = {**results, "study": facts, "verdict": asdict(verdict), "summary": summarise(study, cells)}
     write_json(results, folder / "study.json")

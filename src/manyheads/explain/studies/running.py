@@ -81,10 +81,11 @@ def run_study(
 def _units(study: Study, seeds: int) -> Iterator[Unit]:
     """Seed by seed, so that a run that is stopped early has every point once."""
     source = hashlib.sha256(source_of(study).encode()).hexdigest()[:16]
+    own = study.identity()
     for seed in range(seeds):
         for point in study.points():
             place = {key: value for key, value in point.items() if key != "label"} | {"seed": seed}
-            settings = {"study": study.name, "config": study.config, "source": source, **place}
+            settings = {"study": study.name, "config": study.config, "source": source, **own, **place}
             yield Unit("study", str(point["label"]), place, settings, "")
 
 

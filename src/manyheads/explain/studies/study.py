@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Point = Mapping[str, Any]
 Cell = Mapping[str, Any]
+# One seed's figures are an anecdote: a claim is decided over so many at least.
+LEAST_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,11 @@ class Study(ABC):
     reference: ClassVar[str]
     simplified: ClassVar[str]
     columns: ClassVar[Mapping[str, str]]
-    seeds: ClassVar[int] = 2
+    seeds: ClassVar[int] = LEAST_SEEDS
+
+    def identity(self) -> dict[str, Any]:
+        """What a cell depends on besides the settings and the study's own text, such as a model's weights."""
+        return {}
 
     @abstractmethod
     def points(self) -> list[Point]:
@@ -143,6 +149,43 @@ def average(cells: Iterable[Cell], key: str, **where: Any) -> float | None:
     """The mean of a figure over the cells whose columns are as given; None where there is none."""
     found = [float(cell[key]) for cell in cells if all(cell.get(k) == v for k, v in where.items()) and key in cell]
     return mean(found) if found else None
+
+
+def decided(study: Study, cells: Sequence[Cell]) -> Verdict:
+    """The study's verdict, open where too few seeds were measured to say that the claim was seen or was not."""
+    if not cells:
+        return Verdict(None, lines=("Nothing was measured.",))
+    found, seeds = study.verdict(cells), {cell["seed"] for cell in cells}
+    if found.seen is None or len(seeds) >= LEAST_SEEDS:
+        return found
+    line = f"{len(seeds)} of the {LEAST_SEEDS} seeds that a verdict takes: so far {'' if found.seen else 'not '}seen."
+    return Verdict(None, found.numbers, (line, *found.lines))
+
+
+def paired(cells: Iterable[Cell], key: str, more: Cell, less: Cell) -> list[tuple[float, float]]:
+    """The figure under two conditions, seed by seed, of the seeds that have both."""
+    found: dict[int, dict[str, float]] = {}
+    for cell in cells:
+        for name, where in (("more", more), ("less", less)):
+            if key in cell and all(cell.get(column) == value for column, value in where.items()):
+                found.setdefault(cell["seed"], {})[name] = float(cell[key])
+    return [(own["more"], own["less"]) for _, own in sorted(found.items()) if len(own) == 2]
+
+
+def always(pairs: Sequence[tuple[float, float]]) -> bool | None:
+    """Whether the first is greater in every pair: no line to tune, and no seed that tells otherwise. None: no pair."""
+    return all(more > less for more, less in pairs) if pairs else None
+
+
+def both_ways(parts: Sequence[bool | None]) -> bool | None:
+    """All parts of a claim; None where one was not measured."""
+    return None if not parts or None in parts else all(parts)
+
+
+def said(what: str, pairs: Sequence[tuple[float, float]], form: str = ".3g") -> str:
+    """A line of a verdict: the pairs of all seeds and how many agree."""
+    told = ", ".join(f"{more:{form}} against {less:{form}}" for more, less in pairs) or "not measured"
+    return f"{what}: {told} (true of {sum(more > less for more, less in pairs)} of {len(pairs)})."
 
 
 def checkpoints(steps: int, count: int = 40) -> set[int]:

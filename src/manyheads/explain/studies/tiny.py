@@ -38,11 +38,32 @@ class SigmoidAttention(SoftmaxAttention):
         return weights if allowed is None else weights.masked_fill(~allowed, 0.0)
 
 
-KINDS = {"relu": ReluAttention, "sigmoid": SigmoidAttention}
+class KeyBiasAttention(SoftmaxAttention):
+    """softmax over one more key k* per head, learned, whose value is zero: exp(q_i . k_j) / (exp(q_i . k*) + sum_j
+    exp(q_i . k_j)), so that a row may sum to less than one (arXiv:2410.10781, table 4)."""
+
+    card = _card("key-bias", "Softmax attention with a key bias, as used in a study", "arXiv:2410.10781")
+
+    def __init__(self, dim: int, heads: int, *, causal: bool = False) -> None:
+        super().__init__(dim, heads, causal=causal)
+        self.extra = nn.Parameter(torch.zeros(heads, dim // heads, 1))
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, where: Any) -> None:
+        return None
+
+    def weigh(self, q: Tensor, k: Tensor, where: Any) -> Tensor:
+        allowed = self.select(q, k, where)
+        scores = self.score(q, k, where)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        return torch.cat([q * self.scale @ self.extra, scores], -1).softmax(-1)[..., 1:]
+
+
+KINDS = {"key-bias": KeyBiasAttention, "relu": ReluAttention, "sigmoid": SigmoidAttention}
 
 
 def causal_attention(kind: str, dim: int, heads: int, **config: Any) -> Any:
-    """`relu` and `sigmoid` of this file, anything else from the registry."""
+    """`relu`, `sigmoid` and `key-bias` of this file, anything else from the registry."""
     if kind in KINDS:
         return KINDS[kind](dim, heads, causal=True, **config)
     return create_attention(kind, dim, heads, causal=True, **config)

@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
-KINDS = ("head", "model", "neuron", "flow", "text", "image", "maps", "table", "embedding")
+KINDS = ("head", "model", "neuron", "flow", "text", "image", "maps", "table", "embedding", "drawing")
 THEMES = ("auto", "light", "dark")
 
 

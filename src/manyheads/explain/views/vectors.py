@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ from .chunks import deflate, planes
 from .store import BASE64, AttentionStore, rounded
 from .view import View
 
-METHODS = ("pca", "tsne")
+METHODS = {"pca": "principal components", "tsne": "t-SNE", "umap": "UMAP"}
+# Keys that a query is joined to by lines: those that it attends to most.
+LINES = 3
 
 
 def view_neurons(
@@ -75,6 +78,7 @@ def view_embedding(
     tokens: Sequence[str],
     *,
     method: str = "pca",
+    more: Sequence[tuple[Sequence[Any], Sequence[str]]] = (),
     heads: Sequence[int] | None = None,
     points: int = 100_000,
     batch: int = 0,
@@ -84,23 +88,27 @@ def view_embedding(
 ) -> View:
     """Queries and keys of all heads in the plane, each head in a field of its own; self-attention, one call per layer.
 
-    method: "pca" or "tsne" (scikit-learn's, slow). With more than `points` of them, evenly spaced positions are shown.
+    more: calls and tokens of further inputs, of any length, in the same map: what a head does shows over many. Lines
+    join a query to the keys, of those shown, that it attends to most. method: "pca", "tsne" (scikit-learn's, slow) or
+    "umap" (where umap-learn is installed). With more than `points` of them, evenly spaced positions are shown.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     _need_vectors(calls)
     chosen = calls[0].check_heads(heads)
-    n, m = calls[0].query.shape[2], calls[0].key.shape[2]
-    if n != m:
-        raise ValueError(f"queries and keys must be of the same tokens; got {n} and {m}")
-    names = checked_tokens(tokens, n, "queries")
-    room = points // (2 * len(calls) * len(chosen))
+    room = points // (2 * len(calls) * len(chosen) * (1 + len(more)))
     if room < 1:
-        raise ValueError(f"points={points} leaves none for each of {len(calls)} layers and {len(chosen)} heads")
-    positions = np.unique(np.linspace(0, n - 1, min(n, room)).round().astype(int))
-    places, norms, most, explained = [], [], [], []
-    for call in calls:
-        query, key = (vectors[:, positions] for vectors in _joint(call, chosen, batch))
+        raise ValueError(
+            f"points={points} leaves none for each of {len(calls)} layers, {len(chosen)} heads and {1 + len(more)} "
+            "inputs"
+        )
+    inputs = [_input(calls, tokens, room, batch), *(_input(own, names, room, 0, calls) for own, names in more)]
+    places, norms, most, explained, lines = [], [], [], [], []
+    for layer in range(len(calls)):
+        parts = [[vectors[:, own.positions] for vectors in _joint(own.calls[layer], chosen, own.batch)]
+                 for own in inputs]  # fmt: skip
+        query, key = (torch.cat([part[side] for part in parts], 1) for side in (0, 1))
+        lines.append(_lines([own.joined(layer, chosen) for own in inputs]))
         for place in range(len(chosen)):
             plane, share = _flat(query[place], key[place], method, seed)
             lengths = torch.cat([query[place], key[place]]).norm(dim=1).numpy()
@@ -110,15 +118,66 @@ def view_embedding(
             explained.append(share)
     flat = (np.concatenate(places) * 65535).round().astype(np.uint16)
     data = deflate(planes(flat[:, 0], 2) + planes(flat[:, 1], 2) + np.concatenate(norms).tobytes())
-    name = _key([data])
+    keys = np.concatenate([own for own, _ in lines])
+    joined = deflate(planes(keys.ravel(), 2) + np.concatenate([own for _, own in lines]).tobytes())
+    name, sizes = _key([data]), [len(own.names) for own in inputs]
     payload = {
-        "layers": [call.layer for call in calls], "heads": chosen, "positions": positions.tolist(),
-        "tokens": [names[position] for position in positions], "points": name, "norms": rounded(np.array(most), 4),
-        "method": {"pca": "principal components", "tsne": "t-SNE"}[method],
-        "explained": rounded(np.array(explained)) if method == "pca" else None,
-        "sampled": n if len(positions) < n else None,
+        "layers": [call.layer for call in calls], "heads": chosen,
+        "positions": [place for own in inputs for place in own.positions.tolist()],
+        "tokens": [own.names[place] for own in inputs for place in own.positions],
+        "inputs": [at for at, own in enumerate(inputs) for _ in own.positions] if more else None,
+        "points": name, "lines": f"{name}/lines", "each": keys.shape[-1], "norms": rounded(np.array(most), 4),
+        "method": METHODS[method], "explained": rounded(np.array(explained)) if method == "pca" else None,
+        "sampled": sum(sizes) if sum(len(own.positions) for own in inputs) < sum(sizes) else None,
     }  # fmt: skip
-    return View("embedding", title, payload, {name: data}, theme)
+    return View("embedding", title, payload, {name: data, f"{name}/lines": joined}, theme)
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One input's calls, its tokens' names, and which of them are shown."""
+
+    calls: Sequence[Any]
+    names: list[str]
+    positions: NDArray[np.int64]
+    batch: int
+
+    def joined(self, layer: int, heads: list[int]) -> tuple[Tensor, Tensor]:
+        """Of every shown query the shown keys that it attends to most, and how much: [heads, shown, LINES or fewer]."""
+        call, shown = self.calls[layer], torch.from_numpy(self.positions)
+        found = []
+        for head in heads:
+            rows = []
+            for part in call.blocks([head]):
+                start, stop, _ = part.indices(len(self.names))
+                inside = shown[(shown >= start) & (shown < stop)] - start
+                rows.append(call.weights([head], part).detach()[self.batch, 0].float().cpu()[inside][:, shown])
+            found.append(torch.cat(rows))
+        best = torch.stack(found).abs().topk(min(LINES, len(shown)), -1)
+        return best.indices, best.values
+
+
+def _input(calls: Sequence[Any], tokens: Sequence[str], room: int, batch: int, like: Sequence[Any] = ()) -> _Input:
+    _need_vectors(calls)
+    if like and ([own.query.shape[1::2] for own in calls] != [own.query.shape[1::2] for own in like]):
+        raise ValueError("inputs of one map differ in layers, heads or head dimension: record the same model")
+    n, m = calls[0].query.shape[2], calls[0].key.shape[2]
+    if n != m:
+        raise ValueError(f"queries and keys must be of the same tokens; got {n} and {m}")
+    positions = np.unique(np.linspace(0, n - 1, min(n, room)).round().astype(np.int64))
+    return _Input(calls, checked_tokens(tokens, n, "queries"), positions, batch)
+
+
+def _lines(inputs: Sequence[tuple[Tensor, Tensor]]) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+    """Keys by their place among all inputs' shown tokens, and weights in 255ths: [heads, shown, each] flattened."""
+    each = min(keys.shape[-1] for keys, _ in inputs)
+    start, places, sizes = 0, [], []
+    for keys, weights in inputs:
+        places.append(keys[..., :each] + start)
+        sizes.append((255 * weights[..., :each].clamp(0, 1)).round())
+        start += keys.shape[1]
+    whole = torch.cat(places, 1).flatten(0, 1).numpy().astype(np.uint16)
+    return whole, torch.cat(sizes, 1).flatten().numpy().astype(np.uint8)
 
 
 def align(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,6 +198,9 @@ def _flat(query: Tensor, key: Tensor, method: str, seed: int) -> tuple[NDArray[n
         near = max(1.0, min(30.0, (len(both) - 1) / 3))
         plane = TSNE(perplexity=near, init="random", random_state=seed).fit_transform(centred.numpy()).astype(float)
         share = float("nan")
+    elif method == "umap":
+        plane = _umap()(n_neighbors=max(2, min(15, len(both) - 1)), random_state=seed).fit_transform(centred.numpy())
+        plane, share = plane.astype(float), float("nan")
     else:
         values, axes = torch.linalg.eigh(centred.T @ centred)
         axes = axes[:, -2:].flip(1)
@@ -148,6 +210,15 @@ def _flat(query: Tensor, key: Tensor, method: str, seed: int) -> tuple[NDArray[n
         share = float(values[-2:].sum() / values.sum()) if float(values.sum()) > 0 else 1.0
     low, wide = plane.min(0), float((plane.max(0) - plane.min(0)).max()) or 1.0
     return (plane - low) / wide + (1 - (plane.max(0) - low) / wide) / 2, share
+
+
+def _umap() -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module("umap").UMAP
+    except ImportError:
+        raise ValueError("method='umap' needs umap-learn: pip install umap-learn, or take 'pca' or 'tsne'") from None
 
 
 def _joint(call: Any, heads: list[int], batch: int) -> tuple[Tensor, Tensor]:

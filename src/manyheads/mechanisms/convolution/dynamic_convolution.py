@@ -39,6 +39,7 @@ class DynamicConvolution(Mechanism):
         patterns={"noncausal-self", "causal-self"},
         time="n kernel_size",
         state="1",
+        parallel="halo",
         example={"kernel_size": 4},
         notes="Sees kernel_size tokens per layer; depth widens the view. No lookup by content: 9% on quick recall, "
         "9% in five times the steps.",
@@ -59,7 +60,7 @@ class DynamicConvolution(Mechanism):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         n, seen = x.shape[1], call.seen
-        if n > STRETCH and self.causal and call.dense is None and not call.need_weights:
+        if n > STRETCH and self.causal and not (call.need_weights or call.across) and call.dense is None:
             return Result(self._in_stretches(x, call))
         u = F.glu(self.in_proj(x), -1)
         logits = self.kernel_proj(u).unflatten(-1, (self.heads, self.kernel_size))
@@ -67,7 +68,7 @@ class DynamicConvolution(Mechanism):
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if call.padding is None else call.padding
         if call.padding is not None:
             u = u.masked_fill(~real[..., None], 0.0)
-        rows, real = surround(u, real, self.left, self.kernel_size - 1 - self.left, call.state)
+        rows, real = surround(u, real, self.left, self.kernel_size - 1 - self.left, call.state, call.across)
         columns = tap_columns(n, seen, self.left, self.kernel_size, x.device)
         if call.dense is not None:
             taps = taps * dense_at_taps(call.dense, columns)

@@ -42,6 +42,7 @@ class LightweightConvolution(Mechanism):
         patterns={"noncausal-self", "causal-self"},
         time="n kernel_size",
         state="1",
+        parallel="halo",
         example={"kernel_size": 4},
         notes="Sees kernel_size tokens per layer; depth widens the view. No lookup by content: 9% on quick recall, "
         "9% in five times the steps.",
@@ -78,7 +79,7 @@ class LightweightConvolution(Mechanism):
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if call.padding is None else call.padding
         if call.padding is not None:
             u = u.masked_fill(~real[..., None], 0.0)
-        rows, real = surround(u, real, self.left, self.kernel_size - 1 - self.left, call.state)
+        rows, real = surround(u, real, self.left, self.kernel_size - 1 - self.left, call.state, call.across)
         kernel = self.kernel.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
         if call.dense is None and not call.need_weights:
             each = self._per_channel(kernel)[:, None]

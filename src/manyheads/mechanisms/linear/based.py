@@ -44,6 +44,7 @@ class Based(Mechanism):
         patterns={"noncausal-self", "causal-self"},
         time="n",
         state="1",
+        parallel="state",
         notes="Meant to alternate with sliding-window layers. With a state, neither dense masks nor weights reach "
         "back to earlier passes.",
         example={"feature_dim": 3, "chunk": 4},
@@ -87,6 +88,7 @@ class Based(Mechanism):
             memory=None if state is None else state.fixed.get("memory"),
             keep=state is not None,
             chunk=self.chunk,
+            across=call.across,
         )
         if state is not None:
             assert read.memory is not None

@@ -54,6 +54,7 @@ class Fastmax(Mechanism):
         patterns={"noncausal-self", "causal-self", "noncausal-cross", "causal-cross"},
         time="n",
         state="1",
+        parallel="state",
         example={"chunk": 4},
         notes="Time per token grows with the cube of the head dimension for p=2. With a state, neither dense masks nor "
         "weights reach back to earlier passes.",

@@ -79,6 +79,7 @@ class Hedgehog(SoftmaxAttention):
         patterns={"noncausal-self", "causal-self", "noncausal-cross", "causal-cross"},
         time="n",
         state="1",
+        parallel="state",
         example={"chunk": 4},
         notes="With a state, neither dense masks nor weights reach back to earlier passes. Its features sharpen "
         "slowly: 79% on quick recall, 95% in five times the steps.",
@@ -139,6 +140,7 @@ class Hedgehog(SoftmaxAttention):
             memory=None if call.state is None else call.state.fixed.get("memory"),
             keep=call.state is not None,
             chunk=self.chunk,
+            across=call.across,
         )
         if call.state is not None:
             assert read.memory is not None
@@ -146,6 +148,11 @@ class Hedgehog(SoftmaxAttention):
         return read
 
     def _near_far(self, x: Tensor, kernel: Kernel, call: Call) -> Read:
+        if call.across is not None:
+            raise ValueError(
+                f"{self.card.name}: window={self.window} shares a denominator with what is behind it, for which no "
+                "scheme over several processes is here; want window=0"
+            )
         matrix = needs_matrix(self.card.name, seen=call.seen, dense=call.dense, need_weights=call.need_weights)
         q, k, v = self._heads(x, x, call)
         mixer = Mixer(kernel, self.window_factor.sigmoid(), self.scale, self.window)

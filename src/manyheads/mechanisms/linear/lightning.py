@@ -57,6 +57,7 @@ class Lightning(Mechanism):
         patterns={"causal-self"},
         time="n",
         state="1",
+        parallel="state",
         example={"chunk": 4},
         notes="Its weights are signed and do not sum to one. With a state, neither dense masks nor weights reach "
         "back to earlier passes. Slower to learn lookup than softmax: 84% on quick recall, 96% in five times "
@@ -103,6 +104,7 @@ class Lightning(Mechanism):
             slopes=torch.tensor(self.slopes, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device),
             keep=state is not None,
             chunk=self.chunk,
+            across=call.across,
         )
         if state is not None:
             assert read.memory is not None

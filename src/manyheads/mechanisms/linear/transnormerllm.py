@@ -41,6 +41,7 @@ class TransNormerLLM(Mechanism):
         patterns={"causal-self"},
         time="n",
         state="1",
+        parallel="state",
         example={"chunk": 4},
         notes="Its weights are signed and do not sum to one. With a state, neither dense masks nor weights reach "
         "back to earlier passes. Slower to learn lookup than softmax: 88% on quick recall, 96% in five times "

@@ -24,4 +24,5 @@ class Softmax(SoftmaxAttention):
         patterns={"noncausal-self", "causal-self", "noncausal-cross", "causal-cross"},
         time="n^2",
         state="n",
+        parallel="ring",
     )

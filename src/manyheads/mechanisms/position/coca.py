@@ -37,6 +37,7 @@ class CoCA(SoftmaxAttention):
         patterns={"noncausal-self", "causal-self"},
         time="n^2",
         state="n",
+        parallel="ring",
     )
 
     def __init__(

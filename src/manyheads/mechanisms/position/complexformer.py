@@ -33,6 +33,7 @@ class ComplexFormer(SoftmaxAttention):
         patterns={"noncausal-self", "causal-self"},
         time="n^2",
         state="n",
+        parallel="ring",
     )
 
     def __init__(

@@ -29,6 +29,7 @@ class GQA(SoftmaxAttention):
         patterns={"noncausal-self", "causal-self", "noncausal-cross", "causal-cross"},
         time="n^2",
         state="n kv_heads / heads",
+        parallel="ring",
         example={"kv_heads": 2},
     )
 

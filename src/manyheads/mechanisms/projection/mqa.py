@@ -28,6 +28,7 @@ class MQA(SoftmaxAttention):
         patterns={"noncausal-self", "causal-self", "noncausal-cross", "causal-cross"},
         time="n^2",
         state="n / heads",
+        parallel="ring",
     )
 
     def __init__(

@@ -31,6 +31,7 @@ class Optimised(SoftmaxAttention):
         patterns={"noncausal-self", "causal-self", "noncausal-cross", "causal-cross"},
         time="n^2",
         state="n",
+        parallel="ring",
     )
 
     def __init__(

@@ -37,6 +37,7 @@ class MSWA(SoftmaxAttention):
         patterns={"causal-self"},
         time="n w",
         state="w",
+        parallel="halo",
         example={"window": 4},
         notes="A layer sees no further back than 2 window tokens; reach grows with depth. With windows of 4 to 32 "
         "tokens, which do not reach every pair: 75% on quick recall, 75% in five times the steps.",
@@ -59,7 +60,7 @@ class MSWA(SoftmaxAttention):
         if window < 4 or window % 4:
             raise ValueError(f"mswa: window={window} has no exact quarter; want a positive multiple of 4")
         self.window = window
-        self.windows = [window // 4 * 2 ** (h * 4 // heads) for h in range(heads)]
+        self.head_windows = self.windows = [window // 4 * 2 ** (h * 4 // heads) for h in range(heads)]
         self.span: int = 2 * window
 
     def init_state(self, batch: int, *, capacity: int = 0) -> State:

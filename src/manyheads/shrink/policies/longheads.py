@@ -11,7 +11,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from manyheads.functional.rotary import turn
 from manyheads.hosts.attend import Scoring
-from manyheads.hosts.attention import Visibility
+from manyheads.hosts.visibility import Visibility
 from manyheads.shrink.group import Group
 from manyheads.shrink.policies.tidal import head_blocks, take
 from manyheads.shrink.policy import Policy

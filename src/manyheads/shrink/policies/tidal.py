@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.attend import Mask, Scoring, lies_by_feature, masked_attention, probabilities, two_products
-from manyheads.hosts.attention import Visibility
+from manyheads.hosts.visibility import Visibility
 from manyheads.shrink.group import Group
 from manyheads.shrink.policy import Policy
 

@@ -2,18 +2,19 @@
 manyheads.views.embedding = function (root, data, host) {
   const { el, clamp } = manyheads;
   const GAP = 1.12, count = data.positions.length, per = 2 * count, total = per * data.layers.length * data.heads.length;
-  const state = { colour: "kind", camera: { x: 0, y: 0, zoom: 1 }, head: null, near: -1, ready: false };
+  const state = { colour: "kind", camera: { x: 0, y: 0, zoom: 1 }, head: null, near: -1, ready: false, lines: "one" };
   const told = el("p", { class: "mh-caption", "aria-live": "polite" }), legend = el("span", { class: "mh-legend" });
   const canvas = el("canvas", { "aria-hidden": "true" }), over = el("canvas", { "aria-hidden": "true" });
   const box = el("div", { class: "mh-plane", role: "application", tabindex: "0",
     "aria-label": "Queries and keys of the heads; arrow keys move, plus and minus zoom, 0 shows all" }, canvas, over);
-  const COLOURS = ["kind", "position", "token", "norm"];
+  const COLOURS = ["kind", "position", "token", "norm", "input"];
   const names = ["All heads"];
   data.layers.forEach((layer) => data.heads.forEach((head) => names.push(`Layer ${layer}, head ${head}`)));
   const headChoice = manyheads.select("Head", names, (place) => fitTo(place ? place - 1 : null));
   const press = (label, name, act) => el("button", { type: "button", class: "mh-quiet", "aria-label": name, onclick: act }, label);
   root.append(el("div", { class: "mh-controls" }, headChoice,
-    manyheads.select("Colour", ["Query or key", "Position", "Token", "Norm"], (place) => { state.colour = COLOURS[place]; paint(); }),
+    manyheads.select("Lines", ["Of the point", "Of all queries of a head"], (place) => { state.lines = place ? "all" : "one"; draw(); }),
+    manyheads.select("Colour", ["Query or key", "Position", "Token", "Norm", ...(data.inputs ? ["Input"] : [])], (place) => { state.colour = COLOURS[place]; paint(); }),
     el("span", { class: "mh-swatches" }, press("+", "Zoom in", () => zoom(1.5)), press("−", "Zoom out", () => zoom(1 / 1.5)), press("Fit", "Show all", () => fitTo(state.head))), legend),
   told, box);
 
@@ -74,7 +75,7 @@ manyheads.views.embedding = function (root, data, host) {
       const place = i % count;
       const rgb = state.colour === "kind" ? sides[i % per < count ? 0 : 1]
         : state.colour === "position" ? ramp[Math.round((255 * place) / Math.max(1, count - 1))]
-          : state.colour === "norm" ? ramp[norms[i]] : ofToken[place];
+          : state.colour === "norm" ? ramp[norms[i]] : state.colour === "input" ? kinds[data.inputs[place] % 8] : ofToken[place];
       colours[4 * i] = rgb[0];
       colours[4 * i + 1] = rgb[1];
       colours[4 * i + 2] = rgb[2];
@@ -150,6 +151,27 @@ manyheads.views.embedding = function (root, data, host) {
     }
   }
   const screen = (px, py, w, h) => [(px - state.drawn.x) * scale() + w / 2, (py - state.drawn.y) * scale() + h / 2];
+  // Lines from a query to the keys that it attends to most, the more ink the more attention.
+  const each = data.each;
+  let joined = null;
+  const slot = (query, k) => (Math.floor(query / per) * count + (query % per)) * each + k;
+  const keyOf = (query, k) => (joined ? joined[slot(query, k)] | (joined[slot(query, k) + (total / 2) * each] << 8) : -1);
+  function line(pen, query, k, w, h) {
+    if (!joined) return;
+    const key = query - (query % per) + count + keyOf(query, k), weight = joined[slot(query, k) + total * each] / 255;
+    const [ax, ay] = screen(places[2 * query], places[2 * query + 1], w, h), [bx, by] = screen(places[2 * key], places[2 * key + 1], w, h);
+    pen.save();
+    pen.strokeStyle = getComputedStyle(root).getPropertyValue("--ink");
+    pen.globalAlpha = 0.08 + 0.85 * weight;
+    pen.beginPath();
+    pen.moveTo(ax, ay);
+    pen.lineTo(bx, by);
+    pen.stroke();
+    pen.restore();
+  }
+  const lines = (pen, query, most, w, h) => {
+    for (let k = 0; k < Math.min(most, each); k++) line(pen, query, k, w, h);
+  };
   // Edges and names of the heads, and the point under the pointer.
   function frame() {
     const [w, h] = size().map((side) => side * (1 + 2 * SPARE)), pen = manyheads.fit(over, w, h);
@@ -163,7 +185,11 @@ manyheads.views.embedding = function (root, data, host) {
       pen.strokeRect(left - 2, top - 2, side + 4, side + 4);
       if (side > 52) pen.fillText(`${layer}.${head}`, left + 2, top + 11);
     }));
+    if (state.lines === "all" && state.head != null) for (let i = 0; i < count; i++) lines(pen, state.head * per + i, 1, w, h);
     if (state.near < 0) return;
+    const start = state.near - (state.near % per), at = state.near % per;
+    if (at < count) lines(pen, state.near, each, w, h);
+    else for (let i = 0; i < count; i++) for (let k = 0; k < each; k++) if (keyOf(start + i, k) === at - count) line(pen, start + i, k, w, h);
     const [px, py] = screen(places[2 * state.near], places[2 * state.near + 1], w, h);
     pen.strokeStyle = look.getPropertyValue("--ink");
     pen.lineWidth = 2;
@@ -218,7 +244,7 @@ manyheads.views.embedding = function (root, data, host) {
     }
     const head = Math.floor(i / per), place = i % count;
     told.replaceChildren(`Layer ${data.layers[Math.floor(head / data.heads.length)]}, head ${data.heads[head % data.heads.length]}: ${i % per < count ? "query" : "key"} of `,
-      el("span", { class: "mh-index" }, String(data.positions[place])), manyheads.token(data.tokens[place]), `, norm ${manyheads.number((norms[i] / 255) * data.norms[head])}`);
+      el("span", { class: "mh-index" }, String(data.positions[place])), manyheads.token(data.tokens[place]), `${data.inputs ? ` of input ${data.inputs[place] + 1}` : ""}, norm ${manyheads.number((norms[i] / 255) * data.norms[head])}`);
   }
   let dragged = null;
   box.addEventListener("pointerdown", (event) => {
@@ -254,7 +280,8 @@ manyheads.views.embedding = function (root, data, host) {
     pan(-40 * step[1], -40 * step[0]);
   });
   manyheads.redraw(root, paint);
-  manyheads.blob(host, data.points).then((bytes) => {
+  Promise.all([manyheads.blob(host, data.points), manyheads.blob(host, data.lines)]).then(([bytes, held]) => {
+    joined = held;
     const number = (plane, i) => (bytes[plane * total + i] | (bytes[(plane + 1) * total + i] << 8)) / 65535;
     for (let i = 0; i < total; i++) {
       const head = Math.floor(i / per);

@@ -1,0 +1,115 @@
+"""Labels for the nodes of graphs.
+
+Shapes: b graphs, n nodes of each, f features of a node, k edges of each graph, e hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from manyheads.card import Pattern
+from manyheads.models.configuration import ManyheadsConfig, layer_pattern
+from manyheads.models.heads import token_loss
+from manyheads.models.layers import ManyheadsBlock, Mixer, Stack
+from manyheads.models.masks import Masks
+from manyheads.models.modeling import ManyheadsPreTrainedModel
+
+
+@dataclass
+class ManyheadsNodeClassifierOutput(ModelOutput):
+    """attentions: per layer [b, heads, n, n], of layers along edges zero where there is none."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor | None, ...] | None = None
+    aux_loss: Tensor | None = None
+
+
+class ManyheadsForNodeClassification(ManyheadsPreTrainedModel):
+    """Labels for nodes. Layers are mechanisms for graphs, which run along the edges of all graphs of the batch as one,
+    in memory that grows with the edges; other noncausal mechanisms see all nodes of their graph and no edge, and may
+    stand between them. Nodes have no order: no positions are added, whatever the configuration says of them."""
+
+    main_input_name = "node_features"
+
+    def __init__(self, config: ManyheadsConfig) -> None:
+        super().__init__(config)
+        self.embed_nodes = nn.Linear(config.num_node_features, config.hidden_size)
+        self.stack = _stack(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_nodes
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_nodes = value  # type: ignore[assignment]
+
+    @can_return_tuple
+    def forward(
+        self,
+        node_features: Tensor,
+        edges: Tensor,
+        attention_mask: Tensor | None = None,
+        edge_labels: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: Any = None,
+    ) -> ManyheadsNodeClassifierOutput:
+        """node_features: [b, n, f]. edges: [b, 2, k] integers, sources above targets, from 0 to n - 1 in each graph; -1
+        in both places where a graph has fewer. attention_mask: [b, n], nonzero = a node. edge_labels: [b, k], where a
+        layer takes them. labels: [b, n], -100 where nothing is asked."""
+        real = None if attention_mask is None else attention_mask.bool()
+        joined, kept = joined_edges(edges, node_features)
+        given = {"edges": joined}
+        if edge_labels is not None:
+            if edge_labels.shape != edges[:, 0].shape:
+                raise ValueError(f"edge_labels {list(edge_labels.shape)} for edges {list(edges.shape)}; want [b, k]")
+            given["labels"] = edge_labels[kept]
+        wants = self._wants(output_attentions, output_hidden_states)
+        x = self.embed_nodes(node_features.to(self.dtype))
+        trace = self.stack(x, None, Masks(self_mask=real, beside=given), **wants)
+        logits, loss, share = self.classifier(trace.last), None, 1.0
+        if labels is not None:
+            loss, share = token_loss(logits, labels, num_items_in_batch)
+        loss = self._with_router_loss(loss, trace.aux_loss, share)
+        return ManyheadsNodeClassifierOutput(loss, logits, trace.hidden_states, trace.attentions, trace.aux_loss)
+
+
+def joined_edges(edges: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """edges [b, 2, k] of graphs of n nodes -> [2, all] of one graph of b n nodes, and which of [b, k] are edges."""
+    if nodes.ndim != 3 or edges.ndim != 3 or edges.shape[:2] != (nodes.shape[0], 2) or edges.is_floating_point():
+        raise ValueError(
+            f"edges {list(edges.shape)} {edges.dtype} for node_features {list(nodes.shape)}; want integers [b, 2, k] "
+            "for [b, n, f]"
+        )
+    b, n, _ = nodes.shape
+    kept = (edges >= 0).any(1)
+    if not bool(((edges >= 0).all(1) == kept).all()) or bool((edges >= n).any()) or bool((edges < -1).any()):
+        raise ValueError(f"edges: want nodes from 0 to {n - 1}, or -1 as source and target where there is no edge")
+    moved = edges + n * torch.arange(b, device=edges.device)[:, None, None]
+    return moved.transpose(0, 1)[:, kept], kept
+
+
+def _stack(config: ManyheadsConfig) -> Stack:
+    own = copy.copy(config)
+    own.positions, own.short_conv = "none", 0
+    blocks = []
+    for i, spec in enumerate(config.encoder_specs()):
+        place = f"layers[{i}]"
+        pattern = layer_pattern(place, spec, None, first=Pattern.GRAPH)
+        if pattern.causal:
+            raise ValueError(
+                f"{place}: {spec!r} is causal, and nodes have no order; want a mechanism for graphs, or a noncausal one"
+            )
+        blocks.append(ManyheadsBlock(own, Mixer(own, place, spec, pattern)))
+    return Stack(own, blocks)

@@ -1,0 +1,113 @@
+"""Edits of attention maps by word and by source: emphasise, erase, replace, shift, count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.hosts.calls import AttentionCall
+from manyheads.steer.diffusion.common import (
+    Active,
+    attended,
+    changed,
+    check_rows,
+    conditional,
+    per_head,
+    replaced_rows,
+)
+
+
+@contextmanager
+def edit_words(
+    model: Any,
+    words: Sequence[int],
+    *,
+    add: float = 0.0,
+    times: float = 1.0,
+    patches: slice = slice(None),
+    rows: Sequence[int] | None = None,
+    active: Active | None = None,
+) -> Iterator[None]:
+    """Claim: how much a word counts in a picture (or a motion) is its column of the cross attention.
+
+    A[rows, :, patches, words] <- times A + add, after the softmax and without making rows sum to 1 again. words: places
+    in the caption as the model reads it (0 is the start word). add > 0 emphasises, times < 1 erases; 0 and 1 change
+    nothing. rows: places among the captions; None: all of them.
+    Source: arXiv 2410.18977 (MotionCLR), IDEA-Research/MotionCLR `models/unet.py`. Different: the released code counts
+    words from 1 when it emphasises and from 0 when it erases, and takes the next token along each time; here a place is
+    a place, and only what is named changes. Its motions have frames where pictures have patches.
+    """
+    if any(word < 0 for word in words) or times < 0:
+        raise ValueError(f"edit_words: words {list(words)} are places from 0, and times={times} at least 0")
+
+    def change(call: AttentionCall, step: Any) -> Tensor | None:
+        if add == 0 and times == 1:
+            return None
+        told = conditional(call, step)
+        own = [told[row] for row in check_rows("edit_words", range(len(told)) if rows is None else rows, len(told))]
+        beyond = [word for word in words if word >= call.key.shape[2]]
+        if beyond:
+            raise ValueError(f"edit_words: no word at {beyond}: the captions have {call.key.shape[2]} places")
+        weights = call.weights()[own]
+        column = torch.zeros(weights.shape[2:], dtype=torch.bool, device=weights.device)
+        column[patches, list(words)] = True
+        seen = call.visible()
+        here = column if seen is None else column & seen.expand(len(call.query), -1, -1, -1)[own]
+        edited = torch.where(here, times * weights + add, weights).to(call.value.dtype)
+        return replaced_rows(call, own, edited @ per_head(call.value[own], call.heads))
+
+    with changed(model, "edit_words", change, kind="cross", active=active):
+        yield
+
+
+@contextmanager
+def borrow_maps(
+    model: Any, source: int, *, words: Sequence[int] | None = None, shift: int = 0, active: Active | None = None
+) -> Iterator[None]:
+    """Claim: a sample that takes another's maps takes its layout (a motion, its timing).
+
+    Of every captioned row but the source's: self attention goes by the source's queries and keys, both turned by
+    `shift` places (the last ones come first). words: the cross attention is the source's as well, but for these words'
+    columns, which stay the row's own; None leaves cross attention alone. active: the steps; none active, no change.
+    Source: arXiv 2410.18977 (MotionCLR: replace, and shift in time). The released shift turns values as well, of the
+    source itself: give it no other rows and that is a turn of the whole, which changes places of the output alone.
+    """
+
+    def change(call: AttentionCall, step: Any) -> Tensor | None:
+        told = conditional(call, step)
+        own = told[check_rows("borrow_maps: source", [source], len(told))[0]]
+        rows = [row for row in told if row != own]
+        crossing = call.site.kind == "cross"
+        if not rows or (crossing and words is None):
+            return None
+        if not crossing:
+            query, key = (
+                tensor[own : own + 1].roll(shift, 2).expand(len(rows), -1, -1, -1) for tensor in (call.query, call.key)
+            )
+            return replaced_rows(call, rows, attended(call, query, key, call.value[rows]))
+        weights = call.weights()
+        kept = torch.zeros(weights.shape[-1], dtype=torch.bool, device=weights.device)
+        kept[list(words or ())] = True
+        mixed = torch.where(kept, weights[rows], weights[own : own + 1])
+        return replaced_rows(call, rows, mixed.to(call.value.dtype) @ per_head(call.value[rows], call.heads))
+
+    with changed(model, "borrow_maps", change, kind="self", active=active):
+        if words is None:
+            yield
+            return
+        with changed(model, "borrow_maps", change, kind="cross", active=active):
+            yield
+
+
+def count_peaks(curve: Tensor) -> int:
+    """How many actions: peaks of a word's cross attention [frames] over its mean, plateaus once (arXiv 2410.18977)."""
+    if curve.ndim != 1:
+        raise ValueError(f"count_peaks: want a curve [frames]; got {tuple(curve.shape)}")
+    high = torch.unique_consecutive(curve).tolist()
+    mean = float(curve.mean())
+    inner = range(1, len(high) - 1)
+    return sum(high[i] > mean and high[i] > high[i - 1] and high[i] > high[i + 1] for i in inner)

@@ -1,0 +1,109 @@
+"""Isolation and reposition: subjects of a picture look at the background and at themselves, not at each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from manyheads.hosts.calls import AttentionCall
+from manyheads.steer.diffusion.common import (
+    Active,
+    attended,
+    changed,
+    check_masks,
+    check_rows,
+    on_patches,
+    parts,
+)
+
+BACKGROUND = -1
+
+
+def subjects_of(masks: Tensor) -> Tensor:
+    """Masks [k, n] of subjects that do not overlap -> which subject each token is of, [n]; BACKGROUND for none."""
+    if bool((masks.sum(0) > 1).any()):
+        raise ValueError("isolate: subjects overlap; want masks that do not")
+    return torch.where(masks.any(0), masks.int().argmax(0), BACKGROUND)
+
+
+def may_see(queries: Tensor, keys: Tensor) -> Tensor:
+    """[n], [m] of subjects -> [n, m]: a subject's token sees its own subject and background; background sees all."""
+    return (queries[:, None] == BACKGROUND) | (keys == BACKGROUND) | (queries[:, None] == keys)
+
+
+def reposition(features: Tensor, box: tuple[int, int, int, int], to: tuple[int, int, int, int]) -> Tensor:
+    """features [b, h, w, e] with what lies in `box` (top, left, bottom, right in tokens) resized, bilinear with
+    corners aligned, and put over `to`; everything else as it was. With equal boxes it is the identity."""
+    for region in (box, to):
+        if not (0 <= region[0] < region[2] <= features.shape[1] and 0 <= region[1] < region[3] <= features.shape[2]):
+            raise ValueError(f"reposition: box {region} leaves a grid of {tuple(features.shape[1:3])} tokens")
+    size = to[2] - to[0], to[3] - to[1]
+    part = features[:, box[0] : box[2], box[1] : box[3]]
+    if tuple(part.shape[1:3]) != size:
+        part = interpolate(part.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+    moved = features.clone()
+    moved[:, to[0] : to[2], to[1] : to[3]] = part
+    return moved
+
+
+@contextmanager
+def isolate(
+    model: Any,
+    masks: Tensor,
+    *,
+    rows: Sequence[int] | None = None,
+    references: Mapping[int, int] | None = None,
+    reference_masks: Tensor | None = None,
+    active: Active | None = None,
+) -> Iterator[None]:
+    """Claim: subjects that cannot attend each other do not run into each other.
+
+    At self attention of the captions `rows` (None: all that are no reference): softmax(q [k_ref ; k]^T scale + mask)
+    [v_ref ; v], where a token of subject a sees subject a and the background, no other subject, and background tokens
+    see everything. masks: [k, height, width] of the picture, one per subject. references: subject -> place among the
+    captions of a picture of it, whose tokens inside of reference_masks [k, height, width] that subject and the
+    background see; None: no references. With one subject and no reference, or none, nothing changes.
+    Source: arXiv 2411.19261 (isolation attention); no official code was at hand, the rule is the paper's as described
+    there. Its reposition attention is `reposition`, a function on feature maps: attention without positions of its own
+    does not tell where a token stands, so that moving queries, keys and values alone changes nothing here.
+    """
+    check_masks("isolate", model, masks)
+    given = dict(references or {})
+    if bool(given) != (reference_masks is not None) or not set(given) <= set(range(len(masks))):
+        raise ValueError(f"isolate: references {given} of {len(masks)} subjects, and masks for them: give both or none")
+    if reference_masks is not None:
+        check_masks("isolate: reference_masks", model, reference_masks)
+
+    def change(call: AttentionCall, step: Any) -> Tensor | None:
+        if len(masks) < 2 and not given:
+            return None
+        subjects = subjects_of(on_patches("isolate", masks, call.query.shape[2])).to(call.query.device)
+        output = call.output
+        for half in parts(call, step):
+            check_rows("isolate: references", list(given.values()), len(half))
+            targets = [row for row in range(len(half)) if row not in given.values()] if rows is None else rows
+            own = [half[row] for row in check_rows("isolate", targets, len(half))]
+            keys, values, seen = [call.key[own]], [call.value[own]], [may_see(subjects, subjects)]
+            for subject, place in given.items():
+                there = [half[place]] * len(own)
+                keys.append(call.key[there])
+                values.append(call.value[there])
+                seen.append(foreign_seen(subjects, subject, reference_masks))
+            hidden = ~torch.cat(seen, 1)
+            added = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -math.inf)
+            mixed = attended(call, call.query[own], torch.cat(keys, 2), torch.cat(values, 2), added)
+            output = output.index_copy(0, torch.tensor(own, device=output.device), mixed.to(output.dtype))
+        return output
+
+    def foreign_seen(subjects: Tensor, subject: int, inside: Any) -> Tensor:
+        there = on_patches("isolate", inside[subject : subject + 1], len(subjects))[0].to(subjects.device)
+        return ((subjects == subject) | (subjects == BACKGROUND))[:, None] & there
+
+    with changed(model, "isolate", change, kind="self", active=active):
+        yield

@@ -1,0 +1,81 @@
+"""Multi-reference self attention: a picture is drawn with the looks of the subjects in other pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.hosts.calls import AttentionCall
+from manyheads.steer.common import check_share
+from manyheads.steer.diffusion.common import (
+    Active,
+    attended,
+    changed,
+    check_masks,
+    check_rows,
+    on_patches,
+    parts,
+    replaced_rows,
+)
+
+
+@contextmanager
+def multi_reference(
+    model: Any,
+    target: int,
+    references: Mapping[int, Tensor],
+    *,
+    weights: float | Mapping[int, float] = 3.0,
+    style_fidelity: float = 1.0,
+    active: Active | None = None,
+) -> Iterator[None]:
+    """Claim: a target that also attends the masked tokens of reference pictures draws their subjects, with no training.
+
+    At self attention of the target: softmax([q k^T scale ; q k_r^T scale + w_r for tokens inside of mask r, -inf
+    outside]) [v ; v_r]. target, references: places among the captions, references with their masks [height, width];
+    weights: w, added to scores. The half of a guided batch without captions is (1 - s) of that and s of the plain
+    attention, s = style_fidelity. References attend as they would; they come from `invert` or `noised` and `held=`.
+    With no reference, or masks that hold nothing, nothing changes. Weight 0 is not neutral: references are seen as
+    they are.
+    Source: arXiv 2405.13870, aim-uofa/FreeCustom `freecustom/mrsa.py`. The paper writes masks multiplied into the
+    attention, the code adds w to scores, which is followed; there weight 0 hides the reference, here it does not.
+    """
+    check_share("multi_reference: style_fidelity", style_fidelity)
+    given = {place: mask for place, mask in references.items() if bool(mask.any())}
+    for mask in given.values():
+        check_masks("multi_reference", model, mask[None])
+    if target in references:
+        raise ValueError(f"multi_reference: the target {target} is among its references {sorted(references)}")
+
+    def change(call: AttentionCall, step: Any) -> Tensor | None:
+        if not given:
+            return None
+        own_parts, rows, mixed = parts(call, step), [], []
+        for number, half in enumerate(own_parts):
+            check_rows("multi_reference", [target, *given], len(half))
+            plain = style_fidelity if number < len(own_parts) - 1 else 0.0
+            if plain < 1:
+                rows.append(half[target])
+                own = _joined(call, rows[-1], {half[place]: (place, mask) for place, mask in given.items()})
+                mixed.append(plain * call.output[rows[-1:]] + (1 - plain) * own)
+        return replaced_rows(call, rows, torch.cat(mixed))
+
+    def _joined(call: AttentionCall, own: int, there: dict[int, tuple[int, Tensor]]) -> Tensor:
+        n = call.query.shape[2]
+        keys, values, added = [call.key[[own]]], [call.value[[own]]], [torch.zeros(n)]
+        for row, (place, mask) in there.items():
+            bonus = weights if isinstance(weights, int | float) else weights[place]
+            inside = on_patches("multi_reference", mask[None], n)[0].bool()
+            keys.append(call.key[[row]])
+            values.append(call.value[[row]])
+            added.append(torch.full((n,), float(bonus)).masked_fill(~inside.cpu(), -math.inf))
+        joined = torch.cat(added).to(call.query.device)
+        return attended(call, call.query[[own]], torch.cat(keys, 2), torch.cat(values, 2), joined.expand(1, 1, n, -1))
+
+    with changed(model, "multi_reference", change, kind="self", active=active):
+        yield

@@ -1,0 +1,66 @@
+"""Decoupled multi-view attention: beside its self attention a view attends the same row of all views, in parallel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyheads.hosts.calls import AttentionCall
+from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, parts, replaced_rows
+
+
+@contextmanager
+def multi_view(
+    model: Any,
+    views: Sequence[int],
+    *,
+    scale: float = 1.0,
+    reference: int | None = None,
+    reference_scale: float = 0.0,
+    active: Active | None = None,
+) -> Iterator[None]:
+    """Claim: views that also attend each other's rows agree with each other, and the base model keeps what it knows.
+
+    At self attention of the rows `views` (places among the captions), y = base + scale mv + reference_scale ref, all
+    three from the same input: mv, a query in row i of its view attends the tokens of row i of ALL views, its own
+    included; ref, every query attends all tokens of the reference's row. Scales 0 change nothing.
+    Source: arXiv 2412.03632, huanngzh/MV-Adapter (DecoupledMVRowSelfAttnProcessor). Different: there the branches have
+    projections of their own, begun as copies of the base's with an output of zeros, and trained; here they ARE the
+    base's, untrained, and the scales do what training would have to. Square grids; batch order is free.
+    """
+
+    def change(call: AttentionCall, step: Any) -> Tensor | None:
+        if scale == 0 and (reference is None or reference_scale == 0):
+            return None
+        rows, mixed = [], []
+        for half in parts(call, step):
+            own = [half[place] for place in check_rows("multi_view", views, len(half))]
+            rows += own
+            out = call.output[own] + scale * _across(call, own)
+            if reference is not None and reference_scale != 0:
+                there = [half[check_rows("multi_view: reference", [reference], len(half))[0]]] * len(own)
+                out = out + reference_scale * attended(call, call.query[own], call.key[there], call.value[there])
+            mixed.append(out)
+        return replaced_rows(call, rows, torch.cat(mixed))
+
+    with changed(model, "multi_view", change, kind="self", active=active):
+        yield
+
+
+def _across(call: AttentionCall, rows: list[int]) -> Tensor:
+    """[views, h, n, e] of each view's rows attending the same rows of all views."""
+    side = math.isqrt(call.query.shape[2])
+    if side * side != call.query.shape[2]:
+        raise ValueError(f"multi_view: {call.query.shape[2]} patches are no square grid")
+    # [views, h, n, d] -> a batch of picture rows: [side, h, views * side, d]
+    query, key, value = (
+        tensor[rows].unflatten(2, (side, side)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        for tensor in (call.query, call.key, call.value)
+    )
+    out = attended(call, query, key, value)
+    return out.unflatten(2, (len(rows), side)).permute(2, 1, 0, 3, 4).flatten(2, 3)

@@ -1,0 +1,70 @@
+"""Parallel cross attention: every region of the picture reads a caption of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from manyheads.hosts.calls import AttentionCall
+from manyheads.steer.diffusion.common import (
+    Active,
+    attended,
+    changed,
+    check_masks,
+    check_rows,
+    conditional,
+    heard_words,
+    on_patches,
+    replaced_rows,
+)
+
+
+@contextmanager
+def regional_prompts(
+    model: Any,
+    captions: Sequence[str],
+    masks: Tensor,
+    *,
+    weight: float = 1.0,
+    rows: Sequence[int] | None = None,
+    active: Active | None = None,
+) -> Iterator[None]:
+    """Claim: a region that reads only its own subject's words gets that subject, and no other.
+
+    At cross attention of the captions `rows` (None: all): sum_k M_k CA(q, caption_k) over the regions, each summand
+    softmax(q k_k^T scale) v_k with the words of its own caption. masks [k, height, width]: one per caption; where they
+    sum to less than 1, the rest is the row's own caption's, so that weights sum to 1. weight scales all masks: 0
+    changes nothing, and so does one region over everything with the row's own caption. The half of a guided batch
+    that reads no caption stays as it is.
+    Source: arXiv 2406.01388 (AutoStudio), donahowe/AutoStudio, its text branch. Different: the released code resizes
+    masks bilinearly, which leaks over edges, and does not fill up what they leave; there is no subject branch here, for
+    which a model needs an image adapter.
+    """
+    check_masks("regional_prompts", model, masks)
+    if len(captions) != len(masks):
+        raise ValueError(f"regional_prompts: {len(captions)} captions and {len(masks)} masks: want one for each")
+    share = masks.float().sum(0) * weight
+    if weight < 0 or bool((share > 1 + 1e-6).any()):
+        raise ValueError(f"regional_prompts: masks times {weight} must be at least 0 and sum to 1 at most")
+    words = heard_words(model, captions)
+
+    def change(call: AttentionCall, step: Any) -> Tensor | None:
+        if weight == 0:
+            return None
+        told = conditional(call, step)
+        own = [
+            told[row] for row in check_rows("regional_prompts", range(len(told)) if rows is None else rows, len(told))
+        ]
+        grid = on_patches("regional_prompts", masks.float() * weight, call.query.shape[2]).to(call.query)
+        mixed = call.output[own] * (1 - grid.sum(0))[:, None]
+        read, query = words[call.site.path], call.query[own]
+        for region, share in enumerate(grid):
+            key, value = (tensor[region : region + 1].expand(len(own), -1, -1, -1) for tensor in read[:2])
+            mixed = mixed + share[:, None] * attended(call, query, key, value, read.added[region : region + 1])
+        return replaced_rows(call, own, mixed)
+
+    with changed(model, "regional_prompts", change, kind="cross", active=active):
+        yield

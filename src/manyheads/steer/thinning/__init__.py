@@ -1,0 +1,1 @@
+"""Vision-language models whose image tokens leave on the way up."""

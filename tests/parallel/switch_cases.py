@@ -1,0 +1,231 @@
+"""What every process of a group holds of whole models on shards of their sequence, against the same model alone."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing import assert_close
+
+from manyheads.models.auto import ManyheadsForCausalLM
+from manyheads.models.configuration import ManyheadsConfig
+from manyheads.parallel import sequence_parallel, shard, traffic
+
+SIZES = {"vocab_size": 19, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24}
+# Of a model in float64, whose softmax some layers make in float32.
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def ours(*layers, **options):
+    torch.manual_seed(0)
+    config = ManyheadsConfig(**SIZES, layers=list(layers), num_hidden_layers=len(layers), **options)
+    return ManyheadsForCausalLM(config).double()
+
+
+def hosted(kind: str, **options):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 4}
+    sizes |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "pad_token_id": 0, "bos_token_id": 1}
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **sizes | {"eos_token_id": 2} | options)
+    ).double()
+
+
+def batch_of(n: int, *, padded: str = "", packed: bool = False) -> dict[str, torch.Tensor]:
+    drawn = torch.Generator().manual_seed(n)
+    ids = torch.randint(3, 19, (2, n), generator=drawn)
+    labels = ids.clone()
+    labels[0, : n // 3] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    if padded:
+        mask = torch.ones(2, n, dtype=torch.long)
+        mask[1, slice(0, n // 3) if padded == "left" else slice(n - n // 3, n)] = 0
+        batch |= {"attention_mask": mask, "labels": labels.masked_fill(mask == 0, -100)}
+    if packed:
+        first = n // 2
+        positions = torch.cat((torch.arange(first), torch.arange(n - first)))[None].repeat(2, 1)
+        positions[1] = torch.arange(n)
+        begins = positions == 0
+        batch |= {"position_ids": positions, "labels": labels.masked_fill(begins, -100)}
+    return batch
+
+
+def equal(model, n: int = 17, *, even: bool = False, softmax: str = "ring", train: bool = True, **kind) -> None:
+    """Loss, logits and gradients."""
+    batch = batch_of(n, **kind)
+    model.train(train)
+    alone = copy.deepcopy(model)
+    wanted = alone(**batch, use_cache=False)
+    wanted.loss.backward()
+    with sequence_parallel(model, softmax=softmax) as spread:
+        out = model(**spread.shard(batch, even=even))
+        loss, logits = spread.total(out.loss), spread.whole(out.logits)[:, :n]
+    out.loss.backward()
+    spread.reduce_gradients(model)
+    after = model(**batch, use_cache=False)
+    real = batch.get("attention_mask", torch.ones(2, n)).bool()
+    # Only now: a process that stopped at a difference would leave the others waiting for it.
+    assert_close(loss, wanted.loss.detach(), **CLOSE)
+    assert_close(logits[real], wanted.logits.detach()[real], **CLOSE)
+    for (name, mine), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert mine.grad is not None, name
+        assert_close(mine.grad, theirs.grad, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+    assert_close(after.logits, wanted.logits)
+
+
+def refused(model, message: str, *, before=lambda model: None, **options) -> None:
+    before(model)
+    batch = batch_of(17, **options)
+    with pytest.raises(ValueError, match=message), sequence_parallel(model) as spread:
+        model(**spread.shard(batch))
+
+
+def listened() -> None:
+    """Taps would take one process's keys for all."""
+    from manyheads.hosts.taps import tap
+
+    for model in (ours("softmax"), hosted("llama")):
+        with (
+            sequence_parallel(model) as spread,
+            pytest.raises(ValueError, match=r"a listener|manyheads_spread"),
+            tap(model, lambda call: None),
+        ):
+            model(**spread.shard(batch_of(17)))
+
+
+def too_short() -> None:
+    size = dist.get_world_size()
+    if size > 1:
+        with pytest.raises(ValueError, match=f"{size - 1} tokens were given to {size} processes"):
+            shard(batch_of(size - 1))
+
+
+def unlike() -> None:
+    """Processes with shards of different batches are told so, where they would wait for each other."""
+    model, size, rank = ours("softmax"), dist.get_world_size(), dist.get_rank()
+    with sequence_parallel(model) as spread:
+        mine = spread.shard(batch_of(17 if rank else 19))
+        if size > 1:
+            with pytest.raises(ValueError, match="want all of one batch"):
+                model(**mine)
+
+
+def two_groups() -> None:
+    """A model has one group at a time; another model may have another."""
+    own = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    first, second = ours("softmax"), ours("softmax")
+    batch = batch_of(11)
+    with sequence_parallel(first) as all_of_them, sequence_parallel(second, own) as alone:
+        with pytest.raises(ValueError, match="is in another one already"), sequence_parallel(first, own):
+            pass
+        one = first(**all_of_them.shard(batch))
+        other = second(**alone.shard(batch))
+        found = all_of_them.whole(one.logits)
+    assert_close(found, other.logits.detach(), **CLOSE)
+
+
+def twice() -> None:
+    """Two passes before their backward passes, each with a shard of its own."""
+    model = ours("softmax", "lightning")
+    alone = copy.deepcopy(model)
+    (alone(**batch_of(9)).loss + alone(**batch_of(14)).loss).backward()
+    with sequence_parallel(model) as spread:
+        losses = [model(**spread.shard(batch_of(n))).loss for n in (9, 14)]
+        sum(losses).backward()
+        spread.reduce_gradients(model)
+    for mine, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        assert_close(mine.grad, theirs.grad, **CLOSE)
+
+
+def halo_bytes() -> None:
+    """A window sends its few tokens, whatever the length."""
+    found = []
+    for n in (24, 48):
+        model = ours({"name": "mswa", "window": 4}).float()
+        with sequence_parallel(model) as spread, traffic() as count:
+            model(**spread.shard(batch_of(n)))
+        found.append(count.bytes)
+    size, rank = dist.get_world_size(), dist.get_rank()
+    told = 5 * 8 * (size - 1)
+    halo = 7 * 2 * 4 * 8 * 4 if rank < size - 1 else 0
+    assert found == [told + halo] * 2
+
+
+def frozen() -> None:
+    """A parameter without a gradient stays without; one that has it in some processes gets the sum in all."""
+    from manyheads.parallel import reduce_gradients
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    some, none, still = (torch.nn.Parameter(torch.zeros(3)) for _ in range(3))
+    still.requires_grad_(False)
+    if rank == size - 1:
+        some.grad = torch.full((3,), 2.0)
+    reduce_gradients([some, none, still])
+    assert none.grad is None
+    assert_close(some.grad, torch.full((3,), 2.0))
+
+
+def rope(name: str, **options):
+    return {"name": name, **options}
+
+
+CASES = {
+    "softmax": lambda: equal(ours("softmax", "gqa")),
+    "softmax, left": lambda: equal(ours("softmax", "mqa"), padded="left"),
+    "softmax, right, even": lambda: equal(ours("gqa", "softmax"), padded="right", even=True),
+    "softmax, packed": lambda: equal(ours("softmax", "softmax"), packed=True),
+    "softmax, packed, even": lambda: equal(ours("softmax"), packed=True, even=True),
+    "learned places": lambda: equal(ours("softmax", positions="learned", max_position_embeddings=40), padded="left"),
+    "optimised, complexformer, coca": lambda: equal(ours("optimised", "complexformer", "coca")),
+    "lightning": lambda: equal(ours("lightning", "lightning"), padded="left"),
+    "hybrid": lambda: equal(ours("based", "softmax", "lightning"), padded="left"),
+    "hedgehog, fastmax, transnormerllm": lambda: equal(ours("hedgehog", "fastmax", "transnormerllm"), padded="right"),
+    "windows": lambda: equal(ours(rope("mswa", window=4), "softmax"), padded="left"),
+    "windows longer than shards": lambda: equal(ours(rope("mswa", window=16)), 13),
+    "convolutions": lambda: equal(
+        ours(rope("lightweight-convolution", kernel_size=5), rope("dynamic-convolution", kernel_size=4)), padded="left"
+    ),
+    "short convolution": lambda: equal(ours("softmax", "based", short_conv=3), padded="left"),
+    "llama": lambda: equal(hosted("llama")),
+    "llama, left": lambda: equal(hosted("llama"), padded="left", even=True),
+    "llama, packed": lambda: equal(hosted("llama"), packed=True),
+    "qwen2": lambda: equal(hosted("qwen2"), padded="right"),
+    "qwen3": lambda: equal(hosted("qwen3"), even=True),
+    "mistral, window": lambda: equal(hosted("mistral", sliding_window=4), padded="left"),
+    "mistral, window, packed": lambda: equal(hosted("mistral", sliding_window=4), packed=True),
+    "gemma3": lambda: equal(
+        hosted("gemma3_text", sliding_window=4, layer_types=["sliding_attention", "full_attention"]), padded="left"
+    ),
+    "gpt2": lambda: equal(hosted("gpt2", n_embd=16, n_head=4, n_layer=2, n_positions=64)),
+    "gpt_neox": lambda: equal(hosted("gpt_neox"), padded="left"),
+    "no scheme": lambda: refused(ours("softmax", "titans"), "titans cannot be spread"),
+    "no scheme, hosted": lambda: refused(hosted("gemma2"), r"Gemma2ForCausalLM \(gemma2\) is not among"),
+    "experts": lambda: refused(ours("softmax", num_local_experts=2), "experts"),
+    "checkpointing": lambda: refused(
+        ours("softmax"), "checkpoints gradients", before=lambda m: m.train().gradient_checkpointing_enable()
+    ),
+    "packed states": lambda: refused(ours("lightning"), "several documents in a row", packed=True),
+    "hedgehog window": lambda: refused(ours(rope("hedgehog", window=4)), "shares a denominator"),
+    "attention dropout": lambda: refused(
+        hosted("llama", attention_dropout=0.1), "attention dropout 0.1", before=lambda m: m.train()
+    ),
+    "listened": listened,
+    "too short": too_short,
+    "unlike": unlike,
+    "two groups": two_groups,
+    "twice": twice,
+    "halo bytes": halo_bytes,
+    "frozen": frozen,
+}
+
+
+def divides() -> None:
+    """By heads, where the processes divide them."""
+    if 4 % dist.get_world_size() == 0:
+        equal(ours("softmax", "softmax"), softmax="heads", padded="left")
+        equal(hosted("llama", num_key_value_heads=4), softmax="heads")
+
+
+CASES["heads"] = divides
