@@ -45,7 +45,7 @@ class Seeing:
         """The token that stands for a patch."""
         found = getattr(self.model.config, "image_token_id", None)
         known = None if found is None else self.tokenizer.convert_ids_to_tokens(int(found))
-        if known is None:
+        if found is None or known is None:
             raise ValueError(
                 f"{self.name} has no image token: its config's image_token_id is {found}, which its tokenizer does not "
                 "know; give a folder whose tokenizer and config belong together"
