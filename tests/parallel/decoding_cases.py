@@ -71,7 +71,10 @@ CASES = {
     ),
     "llama, left": lambda: equal(hosted("llama"), padded="left"),
     "mistral, window": lambda: equal(hosted("mistral", sliding_window=4)),
-    "gpt2, left": lambda: equal(hosted("gpt2", n_embd=16, n_head=4, n_layer=2, n_positions=64), padded="left"),
+    # Large weights: at its own a small model says one token whatever it attends to.
+    "gpt2, left": lambda: equal(
+        hosted("gpt2", n_embd=16, n_head=4, n_layer=2, n_positions=64, initializer_range=0.7), padded="left"
+    ),
     "ends": ends,
     "memory": memory,
     "refused": refused,

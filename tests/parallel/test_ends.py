@@ -30,14 +30,15 @@ def dies(folder: Path, rank: int, size: int, scheme: str) -> None:
     """The last process is gone after one call that went well; each of the others writes what it was told."""
     begin(folder, rank, size)
     layout = Layout(12, "contiguous")
-    x = layout.shard(torch.randn(1, 3, 12, 4), 2)
-    SCHEMES[scheme](x, x, x, layout)
+    x = layout.shard(torch.randn(1, 3, 12, 4), 2).requires_grad_()
+    SCHEMES[scheme](x, x, x, layout).sum().backward()
     if rank == size - 1:
         (folder / "died").write_text(str(time.monotonic()))
         os._exit(7)
     (folder / f"{rank}.json").write_text(json.dumps(listening()))
     try:
-        SCHEMES[scheme](x, x, x, layout)
+        # Backward too: the first process needs nothing that stands before its tokens.
+        SCHEMES[scheme](x, x, x, layout).sum().backward()
     except RuntimeError as error:
         (folder / f"{rank}.txt").write_text(f"{time.monotonic()} {error}")
         os._exit(3)

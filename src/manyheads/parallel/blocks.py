@@ -86,6 +86,12 @@ class Sums:
         self.out = q.new_zeros((*q.shape[:-1], width), dtype=wide)
         self.lse = q.new_full(q.shape[:-1], -torch.inf, dtype=wide)
 
+    def of(self, heads: slice) -> Sums:
+        """Those of some key heads, in the same memory."""
+        part = object.__new__(Sums)
+        part.out, part.lse = self.out[:, heads], self.lse[:, heads]
+        return part
+
     def add(self, q: Tensor, k: Tensor, v: Tensor, parts: Iterator[Tile], scale: float) -> None:
         """The same queries read k, v [b, g, m, .]."""
         for rows, columns, allowed in parts:

@@ -20,6 +20,7 @@ from manyheads.mechanism import Call
 from manyheads.parallel.blocks import TILE
 from manyheads.parallel.halo import parts_before
 from manyheads.parallel.layout import Kind, Layout
+from manyheads.parallel.ring import UNDERWAY
 from manyheads.parallel.wire import Place
 from manyheads.registry import create_attention, list_attentions, mechanism_class
 
@@ -161,9 +162,12 @@ def _parts(shape: Shape, tokens: int) -> tuple[int, int, int, int]:
 
 
 def held_ring(shape: Shape, tokens: int, processes: int) -> tuple[int, int]:
-    # A zigzag shard is two pieces, of which no tile has more than one.
+    # A zigzag shard is two pieces, of which no tile has more than one; of the key heads some are under way.
     piece = tokens if processes == 1 else -(-tokens // 2)
-    return _held_pairs(shape, tokens, processes, _tiles(shape.batch * shape.heads, piece, shape.wide))
+    each = shape.batch * tokens * (shape.key_dim + shape.value_dim) * shape.item
+    some = min(shape.kv_heads, max(1, UNDERWAY // each)) if processes > 1 else shape.kv_heads
+    rows = shape.batch * shape.heads * some // shape.kv_heads
+    return _held_pairs(shape, tokens, some if processes > 1 else 0, _tiles(rows, piece, shape.wide))
 
 
 def _tiles(rows: int, piece: int, wide: int) -> int:
@@ -171,14 +175,17 @@ def _tiles(rows: int, piece: int, wide: int) -> int:
     return int(4 * rows * min(TILE, piece) ** 2 * wide)
 
 
-def _held_pairs(shape: Shape, tokens: int, processes: int, tiles: int) -> tuple[int, int]:
+def _held_pairs(shape: Shape, tokens: int, travelling: int, tiles: int) -> tuple[int, int]:
+    """travelling: key heads that go round at once, none in one process."""
     q, kv, out, each = _parts(shape, tokens)
     s, w = shape.item, shape.wide
-    kept = (q + kv + out) * s + (out + each) * w
-    travelling = kv * s * min(2, processes - 1)
-    homing = kv * w * (1 if processes == 1 else 3)
-    widened = 0 if s == w else (out + q) * w
-    backward = out * s + widened + q * w + 2 * each * w + travelling + homing + tiles
+    # In float32 and wider the sums that backward needs are the result itself.
+    kept = (q + kv + out) * s + each * w + (out * w if s < w else 0)
+    going = kv * travelling // shape.kv_heads
+    homing = 3 * going * w if travelling else 0
+    widened = (out + q) * w if s < w else 0
+    # The gradient of q once more, as it is handed over.
+    backward = widened + (2 * q + kv + 2 * each) * w + 3 * going * s + homing + tiles
     return kept, kept + backward
 
 
@@ -186,7 +193,7 @@ def held_heads(shape: Shape, tokens: int, processes: int) -> tuple[int, int]:
     """As many numbers as a process's tokens have, of all tokens of some heads; and the copies of an exchange."""
     q, kv, out, _ = _parts(shape, tokens)
     tiles = _tiles(shape.batch * shape.heads // processes, shape.length, shape.wide)
-    kept, peak = _held_pairs(shape, tokens, 1, tiles)
+    kept, peak = _held_pairs(shape, tokens, 0, tiles)
     copied = (q + kv + out) * shape.item if processes > 1 else 0
     return kept + copied, peak + copied
 

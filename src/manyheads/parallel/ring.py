@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from manyheads.parallel.wire import Hop, Place
 
 # Messages to one process are told apart by their numbers: keys and values, and beside them their gradients.
 KEYS, GRADIENTS = 0, 8
+# Bytes of keys and values that travel at once: heads go round in as many groups as this makes, so that what is under
+# way is a small part of what a process holds.
+UNDERWAY = 1 << 21
 
 
 def ring_attention(
@@ -105,10 +109,12 @@ class _Ring(torch.autograd.Function):
     ) -> Tensor:
         sums, at = Sums(q, v.shape[-1]), layout.place
         queries = Side(layout.pieces(), read)
-        for rank, (keys, values, theirs), hop in _round([k, v, shown], layout, at):
-            parts = tiles(queries, Side(layout.pieces(rank), theirs), rule, q.device)
-            sums.add(q, keys, values, parts, rule.scale)
-            hop()
+        for heads in _groups(k, v, layout):
+            part, some = sums.of(heads), q[:, heads]
+            for rank, (keys, values, theirs), hop in _round([k[:, heads], v[:, heads], shown], layout, at):
+                parts = tiles(queries, Side(layout.pieces(rank), theirs), rule, q.device)
+                part.add(some, keys, values, parts, rule.scale)
+                hop()
         ctx.save_for_backward(q, k, v, read, shown, sums.out, sums.lse)
         ctx.layout, ctx.rule = layout, rule
         return sums.out.to(q.dtype)
@@ -119,15 +125,27 @@ class _Ring(torch.autograd.Function):
         q, k, v, read, shown, out, lse = ctx.saved_tensors
         layout, rule, at = ctx.layout, ctx.rule, ctx.layout.place
         gradient = widen(gradient)
-        known = Slopes(q, gradient, lse, (gradient * out).sum(-1))
-        dq = torch.zeros_like(q, dtype=out.dtype)
-        queries, home = Side(layout.pieces(), read), _Home(at)
-        for rank, (keys, values, theirs), hop in _round([k, v, shown], layout, at):
-            parts = tiles(queries, Side(layout.pieces(rank), theirs), rule, q.device)
-            home.add(slopes(known, keys, values, parts, rule.scale, dq), layout.count((rank - 1) % at.size))
-            hop()
-        dk, dv = home.wait()
+        dots = (gradient * out).sum(-1)
+        dq, dk, dv = (torch.zeros_like(x, dtype=out.dtype) for x in (q, k, v))
+        queries = Side(layout.pieces(), read)
+        for heads in _groups(k, v, layout):
+            known = Slopes(*(x[:, heads] for x in (q, gradient, lse, dots)))
+            home, some = _Home(at), dq[:, heads]
+            for rank, (keys, values, theirs), hop in _round([k[:, heads], v[:, heads], shown], layout, at):
+                parts = tiles(queries, Side(layout.pieces(rank), theirs), rule, q.device)
+                home.add(slopes(known, keys, values, parts, rule.scale, some), layout.count((rank - 1) % at.size))
+                hop()
+            dk[:, heads], dv[:, heads] = home.wait()
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+def _groups(k: Tensor, v: Tensor, layout: Layout) -> Iterator[slice]:
+    """Key heads that go round together, the same in every process."""
+    longest = -(-layout.length // layout.place.size)
+    each = k.shape[0] * longest * (k.shape[-1] + v.shape[-1]) * k.element_size()
+    step = max(1, UNDERWAY // each) if layout.place.size > 1 else k.shape[1]
+    for start in range(0, k.shape[1], step):
+        yield slice(start, min(start + step, k.shape[1]))
 
 
 def _round(own: list[Tensor | None], layout: Layout, at: Place) -> Any:
