@@ -11,8 +11,8 @@ from manyheads.hosts.seeing import Seeing, load_seeing
 from manyheads.tasks.scenes import KINDS, Asked, Question, believed, held_out, pictures
 
 MEASURES = ("src/manyheads/hosts/seeing.py", "src/manyheads/tasks/scenes.py")
-NOISES = (0.0, 0.4, 0.8)
-SCENES, BATCH = 128, 64
+NOISES = (0.0, 0.6)
+SCENES, BATCH = 64, 64
 
 
 def said(seeing: Seeing, asked: Asked, *, blind: bool = False) -> list[tuple[Question, str]]:

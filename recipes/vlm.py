@@ -7,6 +7,12 @@ picture share its tokens in one row and do not see each other (a block mask, eve
 would have alone), which is exactly one row per question and a third of the work. One question in ten sees no picture:
 what the model says without one is then its prior, not an accident.
 
+Minutes are those of the processor. The packaged model is a short run, made on a crowded machine in pieces: the tower in
+two minutes (digits of 97% of held-out patches right), then 100 seconds of answers, 210 steps, stopped before its
+learning rate fell. `benchmarks/results/vlm.json` holds what it gets right; a longer run is expected to do better, and
+captions need one. With the projector trained along and at twice the rate the starting circuit was lost: whether a digit
+is there was told right 0.50 of the time after 41 seconds, against 0.83.
+
 The seed fixes weights and batches; the learning rate follows the clock, so two runs agree closely but not bit for bit.
 """
 
@@ -47,7 +53,8 @@ class Recipe:
     heads: int = 8
     kv_heads: int = 4
     mlp: int = 256
-    rate: float = 2e-3
+    tower_rate: float = 2e-3
+    rate: float = 1e-3
     batch: int = 8
     questions: int = 6
     blind: float = 0.1
@@ -256,24 +263,24 @@ def packed(asked: Asked, blind: float = 0.0, rng: random.Random | None = None) -
     rng = rng or random.Random(0)
     rows = []
     for questions in asked.questions:
-        ids, labels, blocks, places = [IMAGE] * PATCHES, [IGNORED] * PATCHES, [0] * PATCHES, [*range(PATCHES)]
+        tokens, wanted, blocks, places = [IMAGE] * PATCHES, [IGNORED] * PATCHES, [0] * PATCHES, [*range(PATCHES)]
         for number, question in enumerate(questions, 1):
             prompt, answer = list(f"{question.text}\n".encode()), [*question.answer.encode(), END]
-            ids += prompt + answer
-            labels += [IGNORED] * len(prompt) + answer
+            tokens += prompt + answer
+            wanted += [IGNORED] * len(prompt) + answer
             size, sighted = len(prompt) + len(answer), rng.random() >= blind
             blocks += [number if sighted else -number] * size
             places += range(PATCHES, PATCHES + size)
-        rows.append((ids, labels, blocks, places))
+        rows.append((tokens, wanted, blocks, places))
     width = max(len(row[0]) for row in rows)
     fill = (PAD, IGNORED, 10_000, 0)
-    ids, labels, blocks, places = (
-        torch.tensor([row[part] + [fill[part]] * (width - len(row[part])) for row in rows]) for part in range(4)
+    ids, labels, block, place = (
+        torch.tensor([row[number] + [fill[number]] * (width - len(row[number])) for row in rows]) for number in range(4)
     )
-    same = blocks[:, :, None] == blocks[:, None, :]
-    sees = (blocks[:, :, None] >= 0) & (blocks[:, None, :] == 0)
+    same = block[:, :, None] == block[:, None, :]
+    sees = (block[:, :, None] >= 0) & (block[:, None, :] == 0)
     mask = (same | sees) & torch.ones(width, width, dtype=torch.bool).tril()
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask[:, None], "position_ids": places}
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask[:, None], "position_ids": place}
 
 
 def answers(model: Any, asked: Asked, blind: float = 0.0, rng: random.Random | None = None) -> tuple[Tensor, Tensor]:
@@ -349,17 +356,17 @@ class Run:
         self.recipe, self.out, self.model = recipe, out, build(recipe)
         out.mkdir(parents=True, exist_ok=True)
 
-    def phase(self, name: str, module: nn.Module, loss_of: Any, minutes: float, report: Any) -> None:
+    def phase(self, name: str, module: nn.Module, loss_of: Any, minutes: float, report: Any, rate: float) -> None:
         matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
         vectors = [p for p in module.parameters() if p.requires_grad and p.ndim == 1]
         groups = [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.recipe.rate, betas=(0.9, 0.98))
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
         begun, step, said, seconds = time.process_time(), 0, 0.0, 0.0
         module.train()
         while seconds < 60 * minutes:
             share = seconds / (60 * minutes)
             for group in optimizer.param_groups:
-                group["lr"] = self.recipe.rate * min(1.0, (step + 1) / 40, (1 - share) / 0.5 + 0.01)
+                group["lr"] = rate * min(1.0, (step + 1) / 40, (1 - share) / 0.5 + 0.01)
             loss = loss_of(step)
             loss.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -397,11 +404,13 @@ class Run:
             flags = (found[..., FLAG] > 0.5) == there
             return f"patches right: digits {right[there].float().mean():.3f}, whether one {flags.float().mean():.3f}"
 
-        self.phase("tower", reader, loss_of, minutes, report)
+        self.phase("tower", reader, loss_of, minutes, report, self.recipe.tower_rate)
 
     def all(self, minutes: float) -> None:
         fixed = {kind: held_out(64, kind=kind, seed=1) for kind in KINDS}
+        # What is told of the patches stays as it was learnt: at this pace it is lost faster than the Llama follows.
         self.model.model.vision_tower.requires_grad_(False)
+        self.model.model.multi_modal_projector.requires_grad_(False)
 
         def loss_of(step: int) -> Tensor:
             recipe = self.recipe
@@ -415,7 +424,7 @@ class Run:
             right = {kind: accuracy(self.model, own) for kind, own in fixed.items()}
             return ", ".join(f"{kind} {sum(own) / len(own):.2f}" for kind, own in right.items())
 
-        self.phase("answers", self.model, loss_of, minutes, report)
+        self.phase("answers", self.model, loss_of, minutes, report, self.recipe.rate)
 
 
 def save(model: Any, folder: Path) -> None:

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from transformers import AutoProcessor
 
 from manyheads.cli import main
+from manyheads.explain.seen import explain_sight
 from manyheads.explain.sight import Sight, continued, see, token_divergence
 from manyheads.hosts.loading import find_model
 from manyheads.hosts.seeing import Seeing, load_seeing
@@ -218,17 +219,25 @@ def test_the_table(scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "most visual heads" in shown
 
 
-def test_what_is_refused(scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_command_refuses(scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = ("--image", str(scene))
     assert "has no vision tower" in refused(capsys, *image, "--text", "How many 7s?")
     assert "give --image and --text" in refused(capsys, "vlm", "--text", "How many 7s?")
-    assert "give --image and --text" in refused(capsys, "vlm", *image)
-    assert "the text is empty" in refused(capsys, "vlm", *image, "--text", " ")
-    assert "2 image tokens, where one is meant" in refused(capsys, "vlm", *image, "--text", "<image><image>Who?")
-    assert "has positions for 1,024" in refused(capsys, "vlm", *image, "--text", "x" * 1000)
-    assert "no such layers" in refused(capsys, "vlm", *image, "--text", "How many 7s?", "--layers", "4")
-    assert "no image that can be read" in refused(capsys, "vlm", "--image", __file__, "--text", "How many 7s?")
     assert "do not go with a picture and a text" in refused(capsys, "vlm", *image, "--text", "a", "--target", "3")
+
+
+def test_what_is_refused(scene: Path) -> None:
+    for text, problem in (
+        (" ", "the text is empty"),
+        ("<image><image>Who?", "2 image tokens, where one is meant"),
+        ("x" * 1000, "has positions for 1,024"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            explain_sight(vlm(), scene, text)
+    with pytest.raises(ValueError, match="no such layers"):
+        explain_sight(vlm(), scene, "How many 7s?", layers=[4])
+    with pytest.raises(ValueError, match="no image that can be read"):
+        explain_sight(vlm(), __file__, "How many 7s?")
 
 
 def test_pictures_and_texts_that_do_not_go_together() -> None:

@@ -183,22 +183,22 @@ def _traced(
     _finite(seeing, logits)
     chosen = torch.tensor(list(answer), device=logits.device)
     told = logits[0, _rows(answer)].double().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-    calls = [opened(call, "explain") for call in made]
+    layers = [opened(call, "explain") for call in made]
     n, k = inputs["input_ids"].shape[1], len(answer)
-    outputs = [call.output for call in calls]
+    outputs = [call.output for call in layers]
     attention, edges, sources = [], [], []
     for number in range(k):
         at = n - k - 1 + number
         row = slice(at, at + 1)
         found = torch.autograd.grad(told[number], [kept[0], *outputs], retain_graph=number < k - 1)
         sources.append((found[0] * kept[0]).detach().sum(-1)[0].double())
-        weights = torch.stack([call.weights(rows=row)[0, :, 0].detach() for call in calls]).double()
+        weights = torch.stack([call.weights(rows=row)[0, :, 0].detach() for call in layers]).double()
         slopes = torch.stack(
-            [_slopes(call, own[:, :, row]) for call, own in zip(calls, found[1:], strict=True)]
+            [_slopes(call, own[:, :, row]) for call, own in zip(layers, found[1:], strict=True)]
         ).double()
         attention.append(weights)
         edges.append(weights * slopes)
-    seen = torch.stack([call.output[0, :, _rows(answer)].detach() for call in calls]).double()
+    seen = torch.stack([call.output[0, :, _rows(answer)].detach() for call in layers]).double()
     return (
         torch.stack(attention),
         torch.stack(edges),

@@ -169,7 +169,7 @@ class Asked:
 
 
 def training(size: int, seed: int, *, questions: int = 6, noisiest: float = 0.8) -> Iterator[Asked]:
-    """Endless, and the same again for the same arguments: batch after batch of paired scenes, half of them noisy."""
+    """Endless, and the same again for the same arguments: batch after batch of scenes, one in three noisy."""
     for step in itertools.count():
         yield training_batch(size, seed, step, questions=questions, noisiest=noisiest)
 
@@ -179,7 +179,7 @@ def training_batch(size: int, seed: int, step: int, *, questions: int = 6, noisi
     law."""
     own, rng = random.Random(f"scenes {seed} {step}"), generator("scenes", "train", seed, step)
     scenes = tuple(draw_scene(own, paired=own.random() < 0.8) for _ in range(size))
-    noise = torch.tensor([max(0.0, own.uniform(-noisiest, noisiest)) for _ in range(size)])
+    noise = torch.tensor([max(0.0, own.uniform(-2 * noisiest, noisiest)) for _ in range(size)])
     kinds = [[*KINDS, *own.choices(KINDS[2:], k=questions)][:questions] for _ in scenes]
     asked = tuple(tuple(ask(scene, kind, own) for kind in each) for scene, each in zip(scenes, kinds, strict=True))
     return Asked(scenes, render(scenes, rng, noise=noise), asked)
