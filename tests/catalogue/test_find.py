@@ -112,6 +112,7 @@ def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 def test_meaning_finds_what_no_word_says(few: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meaning, "_shipped", lambda model: {})
     answer = find("composing songs on the piano", by="auto")
     assert answer.way == "words and meaning (all-MiniLM-L6-v2)"
     assert find("composing songs on the piano", by="words").hits == []
@@ -125,10 +126,26 @@ def test_meaning_finds_what_no_word_says(few: list[str], tmp_path: Path, monkeyp
     torch.testing.assert_close(meaning.similarities(model, "composing songs on the piano", texts), near)
     kept.write_bytes(b"broken")
     monkeypatch.undo()
+    monkeypatch.setattr(meaning, "_shipped", lambda model: {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     torch.testing.assert_close(
         meaning.similarities(model, "composing songs on the piano", texts), near, rtol=1e-5, atol=1e-6
     )
+
+
+def test_vectors_ship_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts = meaning.encoder(), search.texts_of(entries())
+    assert model is not None
+    held = meaning._shipped(model)
+    assert {meaning._mark(text) for text in texts} == set(held), "run `python -m manyheads.catalogue --vectors`"
+    some = texts[::80]
+    made = meaning._Run(model)(some)
+    torch.testing.assert_close(torch.stack([held[meaning._mark(text)] for text in some]), made, rtol=0, atol=2e-3)
+    run = meaning._runner(model)
+    asked: list[list[str]] = []
+    monkeypatch.setattr(meaning, "_runner", lambda _: lambda own: asked.append(list(own)) or run(own))  # type: ignore[func-returns-value]
+    assert max(meaning.similarities(model, "long documents with constant memory", texts)) > model.least
+    assert asked == [["long documents with constant memory"]]
 
 
 def test_a_vector_does_not_depend_on_what_stands_beside_it() -> None:

@@ -163,9 +163,13 @@ class Lines:
             self.explain,
             self.study,
             self.serve,
+            self.find,
+            self.board,
+            self.plan,
+            self.steer,
             self.other,
         ]
-        weights = [1, 1, 4, 6, 4, 6, 6, 2, 3, 1]
+        weights = [1, 1, 4, 6, 4, 6, 6, 2, 3, 1, 1, 3, 5, 1]
         for _ in range(count):
             self.calm = self.rng.random() < 0.6  # one odd thing in a line that is well otherwise gets furthest
             yield self.rng.choices(kinds, weights)[0]()
@@ -347,6 +351,51 @@ class Lines:
             "--allow-remote": None,
         }
         return ["serve", self.model(), "--no-open", *self.some(some)]
+
+    def find(self) -> list[str]:
+        some = {"--limit": self.number, "--by": self.word, "--json": None}
+        return ["find", self.one(WORDS, ["long documents", "", "\x00", "?" * 9000, "記憶"]), *self.some(some)]
+
+    def board(self) -> list[str]:
+        return [
+            "board",
+            "--out",
+            self.one(self.made["paths"]),
+            "--family",
+            self.one(WORDS),
+            *self.some({"--pattern": self.word}),
+        ]
+
+    def plan(self) -> list[str]:
+        size = lambda: self.one(NUMBERS, ["1M", "80GB", "1e400", "-1k", "9" * 400, "1 TB", "nan", "0x10"])  # noqa: E731
+        some = {
+            "--length": size, "--width": self.number, "--heads": self.number, "--mechanism": lambda: self.one(NAMES, WORDS),
+            "--config": lambda: self.rng.choice(CONFIGS), "--processes": self.number, "--memory": size, "--bandwidth": size,
+            "--layers": self.number, "--batch": self.number, "--dtype": self.word, "--json": None,
+        }  # fmt: skip
+        return ["plan", *self.some(some, 4)]
+
+    def steer(self) -> list[str]:
+        if self.rng.random() < 0.2:
+            return ["steer", "list", *self.some({"--kind": self.word, "--json": None})]
+        named = ["boost", "boost[factor=2]", "boost[factor=-1]", "boost[span=x]", "scaled[heads=0.9]", "perturb[amount=nan]",
+                 "buckets[bases=1]", "offsets", "pick", "boost[factor=1e999]", "boost[heads=0.0,0.x]", "redistribute", "juice"]  # fmt: skip
+        some = {
+            "--with": lambda: self.one(named, named, POLICIES, WORDS), "--text": lambda: self.one(WORDS, ["Some words."]),
+            "--file": self.path, "--image": self.path, "--span": self.word, "--chat": None, "--wanted": self.word,
+            "--sweep": lambda: self.one(WORDS, ["factor=1,2", "factor=", "factor=nan", "nope=1", "=1", "factor=1,,2"]),
+            "--new": self.number, "--json": None,
+        }  # fmt: skip
+        good = self.made["models"][0]
+        well = ["--with", self.rng.choice(named), "--text", "Some words."] if self.calm else []
+        return [
+            "steer",
+            good if self.rng.random() < 0.4 else self.model(),
+            "--out",
+            self.target(),
+            *well,
+            *self.some(some, 3),
+        ]
 
     def other(self) -> list[str]:
         return [self.word() for _ in range(self.rng.randint(0, 3))]

@@ -37,12 +37,14 @@ def prepared() -> Any:
     import manyheads.heads.command as heads
     import manyheads.serve.command as serve
     import manyheads.shrink.run as shrink
+    import manyheads.steer.run as steer
 
     compare.run_cells = studies.run_cells = shrink.run_cells = reached  # type: ignore[assignment]
     for slow in ("_retrieval", "_repeats", "_influence", "_gates"):
         setattr(heads.Study, slow, reached)
     serve._run = reached  # type: ignore[assignment]
     explanation._attributions = reached  # type: ignore[assignment]
+    steer.answer = steer.cost = steer.bits_per_byte = reached  # type: ignore[assignment]
     return cli
 
 

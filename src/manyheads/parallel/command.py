@@ -39,8 +39,8 @@ def plan(
     if not isinstance(given, dict):
         raise ValueError(f"--config {shown(config)} is not a JSON object; want one such as '{{\"kv_heads\": 8}}'")
     for what, value in (("processes", processes), ("layers", layers)):
-        if value < 1:
-            raise ValueError(f"--{what} {value}: want 1 or more")
+        if not 1 <= value <= _MOST:
+            raise ValueError(f"--{what} {value}: want 1 to {_MOST:,}")
     sizes = {"length": number("--length", length), "width": width, "heads": heads, "batch": batch}
     shape = shape_of(mechanism, dtype=dtype, config=given, **sizes)
     room, speed = number("--memory", memory), number("--bandwidth", bandwidth)

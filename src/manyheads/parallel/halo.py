@@ -103,14 +103,24 @@ class _Before(torch.autograd.Function):
 def parts_before(rank: int, count: int, layout: Layout) -> tuple[dict[int, slice], dict[int, slice]]:
     """By process: which of this one's tokens it needs, and where among the `count` rows before this one's those stand
     that it holds."""
-    spans = []
-    for other in range(layout.place.size):
-        piece = layout.pieces(other)
-        spans.append((piece[0].first, piece[0].first + piece[0].size) if piece else (0, 0))
-    (first, end), going, coming = spans[rank], {}, {}
-    for other, (begin, stop) in enumerate(spans):
-        if other > rank and stop > begin and end > max(first, begin - count):
+    (first, end), going, coming = _span(rank, layout), dict[int, slice](), dict[int, slice]()
+    if end == first:
+        return going, coming
+    for other in range(rank + 1, layout.place.size):
+        begin, stop = _span(other, layout)
+        if stop > begin and end <= begin - count:
+            break
+        if stop > begin:
             going[other] = slice(max(first, begin - count) - first, end - first)
-        if other < rank and end > first and stop > max(begin, first - count):
+    for other in range(rank - 1, -1, -1):
+        begin, stop = _span(other, layout)
+        if stop > begin and stop <= first - count:
+            break
+        if stop > begin:
             coming[other] = slice(max(begin, first - count) - first + count, stop - first + count)
-    return going, coming
+    return going, dict(sorted(coming.items()))
+
+
+def _span(rank: int, layout: Layout) -> tuple[int, int]:
+    pieces = layout.pieces(rank)
+    return (pieces[0].first, pieces[0].first + pieces[0].size) if pieces else (0, 0)

@@ -110,7 +110,8 @@ def _cost(shape: Shape, processes: int, scheme: str, kind: Kind) -> Cost:
 def sent_ring(shape: Shape, layout: Layout) -> tuple[int, int]:
     at = layout.place
     numbers = shape.batch * shape.kv_heads * (shape.key_dim + shape.value_dim)
-    passed = sum(layout.count((at.rank - step) % at.size) for step in range(at.size - 1))
+    # Every shard but the next process's, which it keeps as the last that comes.
+    passed = layout.length - layout.count((at.rank + 1) % at.size) if at.size > 1 else 0
     home = layout.length if at.size > 1 else 0
     return numbers * shape.item * passed, numbers * (shape.item * passed + shape.wide * home)
 
