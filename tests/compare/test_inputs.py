@@ -20,7 +20,7 @@ from manyheads.tasks import create_task, list_tasks, task_class
 READ_MORE = [
     "back-attention", "conditional-attention", "dare", "global-local", "largegt",
     "layer-shortcuts", "mixture-of-transformers", "modality-gate", "modality-mutual",
-    "multi-layer-pooling", "relation-aware", "scale-adaptive", "skim", "theme-transformer", "vitgaze",
+    "multi-layer-pooling", "scale-adaptive", "skim", "theme-transformer", "vitgaze",
 ]  # fmt: skip
 # How docstrings speak of features, or rows, of x that are no states of its tokens.
 SMUGGLED = re.compile(r"\blast (`\w+`\s+|three\s+)?features?\b|\bx \[b, n, dim\] holds\b|x: \[b, layers, dim\]")
@@ -34,8 +34,15 @@ def test_nothing_is_read_out_of_the_features_of_x() -> None:
 @pytest.mark.parametrize("task", list_tasks())
 def test_no_task_has_a_place_for_them(task: str) -> None:
     assert not any(has_place(task_class(task), name) for name in READ_MORE)
-    with pytest.raises(ValueError, match=r"skim reads more than its tokens, and no task has it: boxes \(\[b, n, 4\]"):
+    with pytest.raises(ValueError, match=r"skim .* tokens, and digits-patches has it not: boxes \(\[b, n, 4\]"):
         placed(create_task("digits-patches"), {"name": "skim"})
+
+
+def test_labels_of_edges_are_what_graphs_have() -> None:
+    assert [task for task in list_tasks() if has_place(task_class(task), "relation-aware")] == [
+        "communities",
+        "far-away",
+    ]
 
 
 def test_all_leaves_them_out_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

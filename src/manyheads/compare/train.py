@@ -199,7 +199,9 @@ def unpassed(name: str, task: Task | type[Task] | None = None) -> str:
     """'' where the task's tokens, and what it gives beside them, are all that the mechanism must have; else what it
     reads that the task (None: any task) has not, as a reason to train nothing."""
     card = mechanism_class(name).card
-    given = {key for each in ([task] if task else map(task_class, list_tasks())) for key in each.beside}
+    # Of another pattern, what goes by the same name is another thing.
+    tasks = [each for each in ([task] if task else map(task_class, list_tasks())) if each.pattern in card.patterns]
+    given = {key for each in tasks for key in each.beside}
     read = {key: what for key, what in card.takes.items() if key not in given and not what.startswith("optional")}
     words = "; ".join(f"{key} ({what})" for key, what in read.items())
     which = f"{task.name} has it not" if task else "no task has it"
