@@ -24,6 +24,11 @@ def measured_page() -> str:
         ("Against other packages", "peers", PEERS, _peers),
         ("A real model with a smaller cache", "real", REAL, _real),
         ("Conversions", "convert", CONVERT, _convert),
+        ("A small model that reads pictures", "vlm", VLM, _vlm),
+        ("The same model, steered", "steer", STEER, _steer),
+        ("Fewer image tokens: time and bytes", "thinning", THINNING, _thinning),
+        ("Fewer image tokens: answers", "thinning_answers", THINNING_ANSWERS, _thinned),
+        ("Interventions while a model draws", "steer_diffusion", DRAWING, _drawing),
     ):
         results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         words += _unpassed() if table is _quality else ""
@@ -71,6 +76,29 @@ PEERS = (
     "equal before anything is timed. Ratios are our time over theirs: below one, manyheads is faster."
 )
 
+VLM = (
+    "`python benchmarks/vlm.py`: the packaged `vlm` on held-out digits, 64 pictures a kind of question. Without a "
+    "picture and under noise it answers by what usually stands together. Is it there: of digits that are and of as "
+    "many that are not, drawn at random, the most usual ones, or partners of what is there (POPE)."
+)
+STEER = (
+    "`python benchmarks/steer.py`: is a digit there, asked of noisy held-out pictures; the absent ones are partners of "
+    "those there. Hallucinated: yes to what is not there; seen: yes to what is; told apart: how often yes is more "
+    "favoured where the digit is there than where another is not, 0.5 by chance. A claim shows where hallucinated "
+    "falls and right does not. Steps are those of a small Llama."
+)
+THINNING = (
+    "`python benchmarks/thinning.py`: a Llama-shaped LLaVA of 12 layers of width 256, random, with 1,024 image tokens; "
+    "ratios to the same model with all of them, by turns."
+)
+THINNING_ANSWERS = (
+    "`python benchmarks/thinning_answers.py`: answers of the packaged `vlm` about 64 held-out scenes a kind. Image "
+    "tokens: the share of (layer, token) pairs that was still there."
+)
+DRAWING = (
+    "`python benchmarks/steer_diffusion.py`: the packaged `dit`, the same noise with and without; a claim shows where "
+    "the change is beyond twice its standard error. Costs are no claims."
+)
 CONVERT = (
     "`python benchmarks/convert.py`: what [conversions](converting.md) cost right after them, before any training "
     "(`--heal TOKENS` trains, with a control). Bits and KL are of held-out text, the same for all; hidden keys are of "
@@ -197,6 +225,82 @@ def _convert(rows: list[Row]) -> list[str]:
         figures = f"{row['cache']:,} numbers | {row['bits_per_token']:.3f} | {row['kl_bits']:.3f} | {keys}"
         lines.append(f"| {row['model']} | {row['conversion']} | {figures} |")
     return lines
+
+
+def _vlm(rows: list[Row]) -> list[str]:
+    kinds: dict[str, dict[str, str]] = {}
+    for row in rows:
+        told = f"{100 * row['right']:.0f}%"
+        told += f" ({100 * row['hallucinated']:.0f}% of absent ones)" if "hallucinated" in row else ""
+        kinds.setdefault(row["what"], {})[str(row["noise"])] = told
+    noises = list(dict.fromkeys(str(row["noise"]) for row in rows))
+    head = ["right", *(noise if noise.startswith("no ") else f"noise {noise}" for noise in noises)]
+    return _table(head, ([what, *(of.get(noise, "") for noise in noises)] for what, of in kinds.items()))
+
+
+def _steer(rows: list[Row]) -> list[str]:
+    asked = [row for row in rows if "told_apart" in row]
+    shares = ("hallucinated", "seen", "right")
+    table = _table(
+        ["intervention", *shares, "told apart", "claim"],
+        (
+            [
+                row["method"],
+                *(f"{100 * row[key]:.0f}%" for key in shares),
+                f"{row['told_apart']:.2f}",
+                row.get("claim", ""),
+            ]
+            for row in asked
+        ),
+    )
+    boxes = [
+        f"Attention on a box under `{row['method']}`: {100 * row['before']:.1f}% before, {100 * row['after']:.1f}% "
+        f"after, mean of {row['pictures']} pictures."
+        for row in rows
+        if "before" in row
+    ]
+    steps = [f"- {row['what']} with {row['method']}: {row['ratio']:.2f}" for row in rows if "ratio" in row]
+    return [*table, "", *boxes, "", *steps]
+
+
+def _thinning(rows: list[Row]) -> list[str]:
+    return _table(
+        ["what leaves", "prompt", "bytes held", "a token"],
+        (
+            [row["way"], f"{row['prefill_ratio']:.2f}", f"{row['held_share']:.2f}", f"{row['decode_ratio']:.2f}"]
+            for row in rows
+        ),
+    )
+
+
+def _thinned(rows: list[Row]) -> list[str]:
+    kinds = [key for key in rows[0] if key not in ("way", "image_tokens", "held_share")]
+    return _table(
+        ["way", "image tokens", "bytes held", *kinds],
+        (
+            [
+                row["way"],
+                *(f"{row[key]:.2f}" for key in ("image_tokens", "held_share")),
+                *(_percent(row, kind) for kind in kinds),
+            ]
+            for row in rows
+        ),
+    )
+
+
+def _drawing(rows: list[Row]) -> list[str]:
+    said = {True: "shows", False: "does not show", None: ""}
+    return _table(
+        ["claim", "measure", "wanted", "without", "with", "standard error", ""],
+        (
+            [
+                *(row[key] for key in ("claim", "measure", "wanted")),
+                *(f"{row[key]:.2f}" for key in ("without", "with", "standard_error")),
+                said[row["shows"]],
+            ]
+            for row in rows
+        ),
+    )
 
 
 def _where(environment: Row) -> str:
