@@ -23,7 +23,7 @@ def test_the_command_tells_what_was_saved(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit) as stopped:
         main(
             ["steer", "vlm", "--with", "visual_exit[layer=2]", "--image", str(tmp_path / "scene.png"), "--json",
-             "--text", "Is there a 3?", "--new", "3"]
+             "--text", "Is there a 3?", "--new", "3", "--out", str(tmp_path / "out")]
         )  # fmt: skip
     said = capsys.readouterr()
     assert stopped.value.code == 0, said.err
