@@ -1,5 +1,5 @@
-"""Canvases of digits among distractors, by `manyheads compare`'s own trainer: every mechanism of the pattern grid, those
-that see windows, or their convolution's reach, beside those that see the whole image; the best with three seeds."""
+"""Canvases of digits among distractors, by `manyheads compare`: every mechanism of the pattern grid,
+those that see windows, or their convolution's reach, beside those that see all; the best with three seeds."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def main() -> None:
         others = list_attentions(pattern=Pattern.GRID)
         given += [as_on_card(name) for name in others if name not in named]
     cells = accuracies(given, "1", arguments.out)
-    learnt = sorted((label for label in cells if cells[label][0]["value"]), key=lambda one: -cells[one][0]["value"])
+    learnt = sorted((label for label in cells if cells[label][0].get("value")), key=lambda one: -cells[one][0]["value"])
     best = [parse_name(label) for label in learnt[: arguments.best]]
     if best:
         cells |= accuracies(best, str(SEEDS), arguments.out / "seeds")

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from manyheads.registry import create_attention, mechanism_class, suggest
+from manyheads.near import suggest
+from manyheads.registry import create_attention, mechanism_class
 from manyheads.runs.given import MOST_YAML, parse_yaml, read_text, shown
 from manyheads.tasks import create_task, list_tasks
 
