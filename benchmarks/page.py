@@ -23,6 +23,7 @@ def measured_page() -> str:
         ("Time over the length", "linear", LENGTH, _linear),
         ("Against other packages", "peers", PEERS, _peers),
         ("A real model with a smaller cache", "real", REAL, _real),
+        ("Published claims, repeated", "studies", STUDIES, _studies),
         ("Conversions", "convert", CONVERT, _convert),
         ("A small model that reads pictures", "vlm", VLM, _vlm),
         ("The same model, steered", "steer", STEER, _steer),
@@ -66,6 +67,11 @@ CANVASES = (
     "mechanisms apart here as 8 x 8 digits do not; a block that brings a convolution of its own learns sooner than one "
     "that must learn it. The error is the spread over seeds where there are several, else that of 256 answers. Seconds "
     "are of a machine shared with other work."
+)
+STUDIES = (
+    "`python benchmarks/studies.py`: each study of `manyheads explain study --list` at its own size. A claim counts as "
+    "seen where it holds in the mean or in every seed, as the study says, over three seeds at least; where it is not "
+    "seen, the small model may be the reason."
 )
 LENGTH = (
     "`python benchmarks/linear.py`: width 256, 4 heads; forward milliseconds of the mechanism alone, and the slope "
@@ -135,6 +141,23 @@ def _canvases(rows: list[Row]) -> list[str]:
             body.append([*cells, _percent(row), *measured])
         else:
             body.append([*cells, _percent(row), "", "", ""])
+    return _table(head, body)
+
+
+def _studies(rows: list[Row]) -> list[str]:
+    words = {True: "seen", False: "not seen", None: "not decided"}
+    head = ["study", "paper", "model", "seeds", "claim", "what it rests on"]
+    body = (
+        [
+            row["study"],
+            row["reference"],
+            row["model"],
+            str(row["seeds"]),
+            words[row["seen"]],
+            " ".join(row["lines"]).replace("|", "/"),
+        ]
+        for row in rows
+    )
     return _table(head, body)
 
 
