@@ -165,6 +165,7 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
         "causal-lm": models.ManyheadsForCausalLM,
         "seq2seq-lm": models.ManyheadsForSeq2SeqLM,
         "sequence-classification": models.ManyheadsForSequenceClassification,
+        "token-classification": models.ManyheadsForTokenClassification,
         "image-classification": models.ManyheadsForImageClassification,
         "semantic-segmentation": models.ManyheadsForSemanticSegmentation,
         "object-detection": models.ManyheadsForObjectDetection,
@@ -184,12 +185,12 @@ def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
             return {"layers": ["softmax"], "cross_layers": [dict(spec)]}
         causal = None if task.pattern in _SHAPED else task.pattern == Pattern.CAUSAL_SELF
         return {"layers": [dict(spec)], "is_causal": causal}
-    classifies = task.head.endswith("classification")
+    pools = task.head in ("sequence-classification", "image-classification")
     if task.pattern in _SHAPED and Pattern.NONCAUSAL_SELF in patterns:
         return {"layers": [dict(spec)], "is_causal": False}
     if task.head == "object-detection" and Pattern.NONCAUSAL_CROSS in patterns:
         return {"layers": ["softmax"], "cross_layers": [dict(spec)]}
-    if classifies and Pattern.POOL in patterns:
+    if pools and Pattern.POOL in patterns:
         return {"layers": ["softmax"], "pooling": dict(spec)}
     declared = ", ".join(sorted(patterns))
     raise ValueError(f"{task.name} needs {task.pattern}; {spec['name']} declares {declared}")
