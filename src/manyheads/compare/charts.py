@@ -22,7 +22,15 @@ POINTS_PER_CHART = 6000  # learning curves beyond this are thinned; learning_cur
 
 def plots(results: Results) -> list[Plot]:
     """Every chart for which there are figures."""
-    made = [*_quality_plots(results), *_cost_plots(results), *_decode_plots(results), *_learning_plots(results)]
+    from manyheads.compare.sweeps import sweep_plots
+
+    made = [
+        *_quality_plots(results),
+        *sweep_plots(results),
+        *_cost_plots(results),
+        *_decode_plots(results),
+        *_learning_plots(results),
+    ]
     return [plot for plot in made if plot is not None]
 
 
@@ -56,7 +64,9 @@ def _mechanism(present: Iterable[Mapping[str, Any]], order: Sequence[str]) -> tu
     return encoding, pick
 
 
-def _lines(rows: Sequence[dict[str, Any]], order: Sequence[str], x: Any, y: Any, tips: Sequence[Any]) -> Any:
+def _lines(
+    rows: Sequence[dict[str, Any]], order: Sequence[str], x: Any, y: Any, tips: Sequence[Any], **more: Any
+) -> Any:
     """Lines with points; where causal and noncausal calls were both measured, the latter are dashed."""
     import altair as alt
 
@@ -64,7 +74,7 @@ def _lines(rows: Sequence[dict[str, Any]], order: Sequence[str], x: Any, y: Any,
     shape = encoding.pop("shape")
     if len({row.get("causal") for row in rows}) > 1:
         encoding["strokeDash"] = alt.StrokeDash("causal:N", sort=[True, False], legend=alt.Legend(title="causal"))
-    base = alt.Chart(alt.Data(values=list(rows))).encode(x=x, y=y, **encoding)
+    base = alt.Chart(alt.Data(values=list(rows))).encode(x=x, y=y, **encoding, **more)
     points = base.mark_point().encode(shape=shape, tooltip=["mechanism:N", *tips]).add_params(pick)
     return base.mark_line() + points
 
