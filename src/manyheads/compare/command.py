@@ -168,7 +168,7 @@ def resized(changes: Mapping[str, Any], widths: list[int], layers: int | None) -
 
 
 def _of_size(task: Any, size: Mapping[str, int]) -> Any:
-    entry = {"name": task} if isinstance(task, str) else task
+    entry: Any = {"name": task} if isinstance(task, str) else task
     if not isinstance(entry, Mapping) or not isinstance(entry.get("model", {}), Mapping):
         return task  # refused where the experiment is made
     return {**entry, "model": {**entry.get("model", {}), **size}}

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from manyheads.compare.charts import _lines, _slug
+from manyheads.compare.marks import lines_of, slug
 from manyheads.compare.summary import summarise, tasks_of
 from manyheads.runs.charts import BYTES, Plot
 from manyheads.runs.results import Results
@@ -80,7 +80,7 @@ def _state_plot(task: str, points: list[dict[str, Any]], left_out: Sequence[str]
     if left_out:
         text += f" Without a state, as they do not decode: {', '.join(dict.fromkeys(left_out))}."
     title = f"Quality over the state of the model: {task}"
-    return Plot(f"sweep-state-{_slug(task)}", title, text, chart, wide=True)
+    return Plot(f"sweep-state-{slug(task)}", title, text, chart, wide=True)
 
 
 def _width_plot(task: str, points: Sequence[Mapping[str, Any]]) -> Plot:
@@ -90,7 +90,7 @@ def _width_plot(task: str, points: Sequence[Mapping[str, Any]]) -> Plot:
     axis = alt.Axis(values=sorted({row["width"] for row in rows}), grid=False)
     x = alt.X("width:Q", scale=alt.Scale(type="log", base=2, nice=False, padding=24), axis=axis, title="width")
     text = "Measured, each width a model of its own, trained alike; the width is logarithmic."
-    return Plot(f"sweep-width-{_slug(task)}", f"Quality over width: {task}", text, _curves(rows, x, []), wide=True)
+    return Plot(f"sweep-width-{slug(task)}", f"Quality over width: {task}", text, _curves(rows, x, []), wide=True)
 
 
 def _curves(rows: list[dict[str, Any]], x: Any, tips: Sequence[Any], **encoding: Any) -> Any:
@@ -102,4 +102,4 @@ def _curves(rows: list[dict[str, Any]], x: Any, tips: Sequence[Any], **encoding:
     y = alt.Y("mean:Q", scale=alt.Scale(zero=False, reverse=not higher, padding=16), title=title)
     order = list(dict.fromkeys(row["mechanism"] for row in rows))
     said = ["setting:N", "width:Q", alt.Tooltip("mean:Q", title=metric, format=".4~f"), *tips]
-    return _lines(rows, order, x, y, said, **encoding)
+    return lines_of(rows, order, x, y, said, **encoding)
