@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.boxes import TABLES, box_rows, layout_of
 from manyheads.functional.grouped import grouped_mix, grouped_scores, masked_softmax
 from manyheads.functional.weighted import attend_weighted
 from manyheads.mechanism import Call, Mechanism, Result
@@ -64,7 +65,7 @@ class Skim(Mechanism):
         if top_k is not None and top_k < 1:
             raise ValueError(f"skim: top_k={top_k} must be positive (None: no mask form)")
         self.side_dim, self.places, self.top_k = side_dim, places, top_k
-        self.tables = nn.Parameter(torch.randn(4, places, side_dim))  # by x, y, height, width
+        self.tables = nn.Parameter(torch.randn(TABLES, places, side_dim))  # by x, y, height, width
         self.layout_norm = nn.LayerNorm(side_dim)
         self.layout_q_proj = nn.Linear(side_dim, dim)
         self.layout_k_proj = nn.Linear(side_dim, dim)
@@ -81,20 +82,7 @@ class Skim(Mechanism):
 
     def layout(self, x: Tensor, boxes: Any, padding: Tensor | None) -> Tensor:
         """l [b, n, side_dim] of x [b, n, e]. ValueError for boxes of another shape or type, or off the page."""
-        whole = isinstance(boxes, Tensor) and not boxes.is_floating_point() and boxes.device == x.device
-        if not whole or boxes.shape != (*x.shape[:2], 4):
-            what = f"{boxes.dtype} {list(boxes.shape)} on {boxes.device}" if isinstance(boxes, Tensor) else repr(boxes)
-            raise ValueError(f"skim: boxes are {what[:80]}; want integers {[*x.shape[:2], 4]} on {x.device}")
-        boxes = boxes.long() if padding is None else boxes.long().masked_fill(~padding[..., None], 0)
-        x0, y0, x1, y1 = boxes.unbind(-1)
-        rows = torch.stack([x0, y0, x1, y1, y1 - y0, x1 - x0])
-        if not (torch.compiler.is_compiling() or rows.is_meta) and bool(((rows < 0) | (rows >= self.places)).any()):
-            raise ValueError(
-                f"skim: boxes go from {int(boxes.min())} to {int(boxes.max())}; want x0 <= x1, y0 <= y1, and all of 0 "
-                f"to {self.places - 1}: scale them to the page, or build it with more places"
-            )
-        table = torch.tensor([0, 1, 0, 1, 2, 3], device=x.device)[:, None, None]
-        return self.layout_norm(self.tables[table, rows].sum(0))
+        return self.layout_norm(layout_of(self.tables, box_rows("skim", boxes, x, padding, self.places)))
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         layout = self.layout(x, call.inputs["boxes"], call.padding)
