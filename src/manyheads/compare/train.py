@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ def _step(
 ) -> Tensor:
     model.train()
     with accelerator.autocast():
-        answer = model(**{name: rows.to(accelerator.device) for name, rows in batch.inputs.items()})
+        answer = model(**inputs_of(task, model, batch, accelerator.device))
     loss = task.loss(task.aligned(task.answered(answer)), batch.targets.to(accelerator.device))
     routed = getattr(answer, "aux_loss", None)
     total = loss if routed is None else loss + training["router_weight"] * routed
@@ -86,6 +86,16 @@ def _step(
     scheduler.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()
+
+
+def inputs_of(task: Task, model: Any, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """What the model is called with: of what the task gives beside its tokens no more than it reads, as a contestant
+    that reads none of it is shown the tokens alone."""
+    from manyheads.models.beside import GIVEN
+
+    own = getattr(model, "module", model)  # behind a wrapper for several processes
+    left_out = set(task.beside) & set(GIVEN) - (own.reads if task.beside else set())
+    return {name: rows.to(device) for name, rows in batch.inputs.items() if name not in left_out}
 
 
 class Score(NamedTuple):
@@ -103,7 +113,7 @@ def evaluate(task: Task, model: Any, device: torch.device) -> Score:
     model.eval()
     examples: list[tuple[float, int]] = []
     for batch in task.eval_batches(_EVAL_BATCH):
-        output = model(**{name: rows.to(device) for name, rows in batch.inputs.items()})
+        output = model(**inputs_of(task, model, batch, device))
         logits = task.aligned(task.answered(output)).float()
         targets = batch.targets.to(device)
         examples += [task.score(logits[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
@@ -149,6 +159,8 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
     from manyheads import models
 
     settings = task.model_settings()
+    if not size["by_kind"]:
+        settings.pop("num_token_kinds", None)
     if "max_length" in settings:
         settings["max_position_embeddings"] = settings.pop("max_length")
     settings |= {
@@ -158,6 +170,8 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
         "intermediate_size": size["intermediate_size"],
         "short_conv": size["short_conv"],
         "positions": size["positions"],
+        "by_kind": size["by_kind"],
+        "adapter_size": size["adapter_size"],
         "is_encoder_decoder": task.head == "seq2seq-lm",
         "use_cache": False,
     }
@@ -170,15 +184,26 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
         "object-detection": models.ManyheadsForObjectDetection,
         "node-classification": models.ManyheadsForNodeClassification,
     }[task.head]
-    return cls(models.ManyheadsConfig(**settings, **placed(task, spec)))
+    return cls(models.ManyheadsConfig(**settings, **placed(task, spec, size["layers"])))
 
 
-def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the mechanism goes in the model. Raises ValueError where the task has no place for it."""
+def placed(task: Task | type[Task], spec: Mapping[str, Any], layers: int | None = None) -> dict[str, Any]:
+    """Where the mechanism goes in the model, of so many layers. Raises ValueError where the task has no place for it.
+
+    What reads the layers below it is the last one, and what reads a higher one's output stands before the first.
+    """
     missing = unpassed(spec["name"], task)
     if missing:
         raise ValueError(missing)
-    patterns = mechanism_class(spec["name"]).card.patterns
+    card = mechanism_class(spec["name"]).card
+    patterns = card.patterns
+    if task.pattern == Pattern.CAUSAL_SELF and "higher" in card.takes:
+        return {"layers": ["softmax"], "is_causal": True, "back": dict(spec)}
+    if task.pattern == Pattern.CAUSAL_SELF and "earlier" in card.takes:
+        return {"layers": ["softmax"] * ((layers or 2) - 1) + [dict(spec)], "is_causal": True}
+    if task.pattern in patterns and "weights_below" in card.takes:
+        causal = task.pattern == Pattern.CAUSAL_SELF
+        return {"layers": ["softmax"] + [dict(spec)] * ((layers or 2) - 1), "is_causal": causal}
     if task.pattern in patterns:
         if Pattern(task.pattern).cross:
             return {"layers": ["softmax"], "cross_layers": [dict(spec)]}
@@ -201,11 +226,18 @@ def unpassed(name: str, task: Task | type[Task] | None = None) -> str:
     card = mechanism_class(name).card
     # Of another pattern, what goes by the same name is another thing.
     tasks = [each for each in ([task] if task else map(task_class, list_tasks())) if each.pattern in card.patterns]
-    given = {key for each in tasks for key in each.beside}
+    given = {key for each in tasks for key in each.beside} | _had(card.patterns)
     read = {key: what for key, what in card.takes.items() if key not in given and not what.startswith("optional")}
     words = "; ".join(f"{key} ({what})" for key, what in read.items())
     which = f"{task.name} has it not" if task else "no task has it"
     return f"{name} reads more than its tokens, and {which}: {words}" if read else ""
+
+
+def _had(patterns: Set[Pattern]) -> set[str]:
+    """What every model has itself for a mechanism of these patterns."""
+    had = {Pattern.CAUSAL_SELF: {"earlier", "higher", "weights_below"}, Pattern.NONCAUSAL_SELF: {"weights_below"}}
+    had |= {Pattern.POOL: {"earlier"}}
+    return {name for pattern, names in had.items() if pattern in patterns for name in names}
 
 
 def has_place(task: Task | type[Task], name: str) -> bool:

@@ -15,7 +15,7 @@ Beside = Mapping[str, Tensor]
 NOTHING: Beside = MappingProxyType({})
 GIVEN = ("token_kinds", "boxes")  # what models are given
 ALONG = ("labels",)  # and, with the edges of a graph, what is said of each of them
-HAD = (*GIVEN, "earlier")  # and what a stack has itself, the outputs of the layers below
+HAD = (*GIVEN, "earlier", "weights_below")  # and what a stack has itself, outputs and weights of the layers below
 
 
 def read_beside(x: Tensor, **given: Tensor | None) -> Beside:
@@ -61,6 +61,15 @@ def below(i: int, card: Card, outputs: list[Tensor]) -> Tensor | None:
     if not outputs:
         raise ValueError(f"layer {i}, {card.name}, takes the outputs of the layers below it, and there are none")
     return torch.stack(outputs, 2)
+
+
+def weights_below(i: int, card: Card, weights: list[Tensor | None]) -> Tensor | None:
+    """The weights of the layer below layer i, where its card takes them."""
+    if "weights_below" not in card.takes:
+        return None
+    if not weights:
+        raise ValueError(f"layer {i}, {card.name}, takes the weights of the layer below it, and there is none")
+    return weights[-1]
 
 
 def without_place(card: Card, pattern: Pattern, also: Sequence[str] = ()) -> str | None:

@@ -218,15 +218,17 @@ class ManyheadsBlock(GradientCheckpointingLayer):
         context: Tensor | None = None,
         masks: Masks | None = None,
         earlier: Tensor | None = None,
+        weights_below: Tensor | None = None,
         past_key_values: ManyheadsCacheLayer | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Hidden states, self and cross weights where asked for, and the sum of auxiliary losses, None without any.
-        earlier: outputs of layers below, by position, as a checkpointed layer may else lose their gradient."""
+        earlier, weights_below: of layers below, by position, as a checkpointed layer may else lose their gradient."""
         masks, layer = masks or Masks(), past_key_values
         memory, cross_memory = (None, None) if layer is None else layer.memories
         inputs = {name: value for name, value in masks.beside.items() if name in self.self_attn.takes}
-        inputs |= {} if earlier is None else {"earlier": earlier}
+        below = {"earlier": earlier, "weights_below": weights_below}
+        inputs |= {name: value for name, value in below.items() if value is not None}
         mixed = self.self_attn(x, None, masks.self_mask, masks.positions, memory, need_weights, inputs)
         x = x + self.self_scale(self.dropout(mixed.output))
         losses, cross_weights = list(mixed.losses.values()), None

@@ -62,6 +62,12 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
 
     @property
+    def reads(self) -> set[str]:
+        """What it reads of a call beside its tokens, by name."""
+        stacks = [module for module in self.modules() if isinstance(module, Stack)]
+        return {name for stack in stacks for reader in stack.readers for name in reader.takes}
+
+    @property
     def decoder_stack(self) -> Stack:
         """The blocks that decode."""
         base = self.base_model

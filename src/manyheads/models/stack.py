@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from manyheads.card import Pattern
 from manyheads.functional.boxes import TABLES, box_rows, layout_of
 from manyheads.functional.kinds import checked_kinds
-from manyheads.models.beside import Reader, below, check_beside
+from manyheads.models.beside import Reader, below, check_beside, weights_below
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig, layer_pattern
 from manyheads.models.feed_forward import model_norm
@@ -82,7 +82,7 @@ class Stack(nn.Module):
         if self.back is not None:
             start = low
             self._through(way, whole[:low], context, masks, cache, output_attentions)
-            first = _Way([*way.hidden])
+            first = _Way([*way.hidden], [*way.weights])
             self._through(first, whole[low : high + 1], context, masks, cache, False, self._own_memory("first"))
             way.hidden[-1], losses = self._read_back(self.back, way.hidden[-1], first.hidden[-1], masks, cache)
             way.losses += first.losses + losses
@@ -110,14 +110,21 @@ class Stack(nn.Module):
         for place, i in enumerate(layers):
             block: Any = self.layers[i]
             held = None if cache is None else cache.layers[i if memory is None else memory + place]
-            earlier = below(i, block.self_attn.mechanism.card, way.hidden[1:])
+            card = block.self_attn.mechanism.card
+            earlier, shared = below(i, card, way.hidden[1:]), weights_below(i, card, way.weights)
+            need = need_weights or self._hands_on(i)
             x, weight, cross_weight, loss = block(
-                way.hidden[-1], context, masks, earlier, past_key_values=held, need_weights=need_weights
+                way.hidden[-1], context, masks, earlier, shared, past_key_values=held, need_weights=need
             )
             way.hidden.append(x)
             way.weights.append(weight)
             way.cross_weights.append(cross_weight)
             way.losses += [] if loss is None else [loss]
+
+    def _hands_on(self, i: int) -> bool:
+        """Whether the layer above reads the weights of layer i."""
+        blocks: Any = self.layers
+        return i + 1 < len(blocks) and "weights_below" in blocks[i + 1].self_attn.mechanism.card.takes
 
     def _read_back(
         self, back: Mixer, x: Tensor, higher: Tensor, masks: Masks, cache: ManyheadsCache | None

@@ -29,6 +29,8 @@ class Skim(Mechanism):
     top_k: the mask form (SkimmingMask). The k largest A of each query and head are the keys it may attend to with
     ordinary attention of the text. W_q, W_k, the tables and the norm get no gradient there: they come from a trained
     Skimformer. Fewer than k real tokens: all of them.
+    `skimmed` gives these keys as a mask for a model of somebody else's. Layers of `shared-weights` above this one take A
+    over, which is then computed once.
     Padding takes no place among the k, as in the code, which masks before it chooses.
     Source: Nguyen et al., arXiv:2109.01078, and its code, whose layers add residuals and norms around this one, and
     which can pass the layout through an encoder of its own first.
@@ -99,6 +101,20 @@ class Skim(Mechanism):
         mixed = self.offered(q, k, v, mixed, weights, allowed)
         output = self.o_proj(mixed.transpose(1, 2).flatten(-2))
         return Result(output, weights if call.need_weights else None)
+
+    @torch.no_grad()
+    def skimmed(self, boxes: Tensor, top_k: int, *, mask: Tensor | None = None) -> Tensor:
+        """The keys that each query may attend to, [b, heads, n, n], True = may: the top_k largest A. mask: [b, n], True
+        = real. A model that takes a boolean mask for each head attends by it (BERT's attention_mask, heads alike)."""
+        if top_k < 1:
+            raise ValueError(f"skim: top_k={top_k} must be positive")
+        if not isinstance(boxes, Tensor) or boxes.ndim != 3:
+            raise ValueError(
+                f"skim: boxes are {getattr(boxes, 'shape', type(boxes).__name__)}; want integers [b, n, 4]"
+            )
+        layout = self.layout(boxes[..., :1], boxes, mask)
+        q, k = self._split(self.layout_q_proj(layout)), self._split(self.layout_k_proj(layout))
+        return self._chosen(grouped_scores(q * self.scale, k), None if mask is None else mask[:, None, None], top_k)
 
     def _chosen(self, scores: Tensor, allowed: Tensor | None, k: int) -> Tensor:
         if allowed is not None:
