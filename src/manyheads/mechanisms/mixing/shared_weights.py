@@ -75,7 +75,7 @@ class SharedWeights(Mechanism):
         if not isinstance(weights, Tensor) or weights.shape != wanted or weights.device != x.device:
             what = f"{list(weights.shape)} on {weights.device}" if isinstance(weights, Tensor) else repr(weights)[:80]
             raise ValueError(
-                f"shared-weights: weights_below is {what}; want {list(wanted)} on {x.device}: the layer below must give "
-                "weights, of as many heads, over all keys so far"
+                f"shared-weights: weights_below is {what}; want {list(wanted)} on {x.device}: the layer below must "
+                "give weights, of as many heads, over all keys so far"
             )
         return weights.to(x.dtype)

@@ -29,8 +29,8 @@ class Skim(Mechanism):
     top_k: the mask form (SkimmingMask). The k largest A of each query and head are the keys it may attend to with
     ordinary attention of the text. W_q, W_k, the tables and the norm get no gradient there: they come from a trained
     Skimformer. Fewer than k real tokens: all of them.
-    `skimmed` gives these keys as a mask for a model of somebody else's. Layers of `shared-weights` above this one take A
-    over, which is then computed once.
+    `skimmed` gives these keys as a mask for a model of somebody else's. Layers of `shared-weights` above this one take
+    A over, which is then computed once.
     Padding takes no place among the k, as in the code, which masks before it chooses.
     Source: Nguyen et al., arXiv:2109.01078, and its code, whose layers add residuals and norms around this one, and
     which can pass the layout through an encoder of its own first.
