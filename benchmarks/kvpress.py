@@ -794,13 +794,10 @@ def answers(trial: dict[str, Any], ours: Tensor, theirs: Tensor) -> dict[str, An
     }
 
 
-def real_rows(both: Both, length: int, timed: bool) -> list[dict[str, Any]]:
-    rows = []
+def real_rows(both: Both, length: int, timed: bool) -> Iterator[dict[str, Any]]:
     for policy in CASES if timed else CASES | KEPT | MORE:
         for ratio in RATIOS if policy != "ThinK" else RATIOS[:1]:
-            rows.append(case(both, policy, ratio, length, False, timed))
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+            yield case(both, policy, ratio, length, False, timed)
 
 
 def compare_real(python: str, name: str, lengths: list[int], dtype: str, timed: bool) -> None:
@@ -812,7 +809,8 @@ def compare_real(python: str, name: str, lengths: list[int], dtype: str, timed: 
     config = loaded.model.config.to_dict()
     settings = {key: config[key] for key in (*SETTINGS, "rms_norm_eps", "rope_parameters", "tie_word_embeddings")}
     weights = {key: own.clone() for key, own in loaded.model.state_dict().items()}
-    rows = []
+    alone = [{"what": "not compared", "policy": own, "why": why} for own, why in ALONE.items()]
+    rows: list[dict[str, Any]] = []
     for length in lengths:
         asked = Questions(loaded)
         # Chunks and windows divide the text.
@@ -826,10 +824,11 @@ def compare_real(python: str, name: str, lengths: list[int], dtype: str, timed: 
             if not rows:
                 rows.append({"what": "kvpress' environment", "model": name, **both.theirs("about")})
             both("prompt", length=len(trial.prefix))
-            rows += real_rows(both, length, timed)
+            for row in real_rows(both, length, timed):
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                save("kvpress-real" if timed else "kvpress-real-kept", "cpu", rows + ([] if timed else alone))
             both.close()
-    rows += [] if timed else [{"what": "not compared", "policy": own, "why": why} for own, why in ALONE.items()]
-    save("kvpress-real" if timed else "kvpress-real-kept", "cpu", rows)
 
 
 def compare(python: str, lengths: list[int], dtype: str, timed: bool) -> None:
