@@ -128,6 +128,7 @@ def convert(
         raise ValueError(f"--length {length}: want 64 tokens or more")
     from manyheads.convert.asked import Asked, run_asked, stream_asked
     from manyheads.convert.damage import Sizes
+    from manyheads.convert.ranks import is_first
     from manyheads.convert.run import Damaged
 
     own: dict[str, dict[str, Any]] = {
@@ -160,7 +161,7 @@ def convert(
     except Damaged as error:
         typer.echo(f"manyheads: {error}", err=True)
         raise typer.Exit(3) from None
-    return _tell(record, out, dry_run, as_json)
+    return _tell(record, out, dry_run, as_json) if is_first() else None
 
 
 def parse_fold(text: str | None) -> int | str | None:
