@@ -178,7 +178,7 @@ def build_model(task: Task, spec: Specs, size: Mapping[str, Any]) -> Any:
     from manyheads import models
 
     settings = task.model_settings()
-    if not size["by_kind"]:
+    if not size.get("by_kind", ()):
         settings.pop("num_token_kinds", None)
     if "max_length" in settings:
         settings["max_position_embeddings"] = settings.pop("max_length")
@@ -189,8 +189,8 @@ def build_model(task: Task, spec: Specs, size: Mapping[str, Any]) -> Any:
         "intermediate_size": size["intermediate_size"],
         "short_conv": size["short_conv"],
         "positions": size["positions"],
-        "by_kind": size["by_kind"],
-        "adapter_size": size["adapter_size"],
+        "by_kind": size.get("by_kind", ()),
+        "adapter_size": size.get("adapter_size", 0),
         "is_encoder_decoder": task.head == "seq2seq-lm",
         "use_cache": False,
     }
