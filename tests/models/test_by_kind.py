@@ -295,3 +295,26 @@ def test_boxes_are_embedded_where_positions_are_boxes() -> None:
         model(ids)
     with pytest.raises(ValueError, match="the model: boxes go from 0 to 20; want x0 <= x1"):
         model(ids, boxes=boxes.masked_fill(boxes == boxes.max(), 20))
+
+
+@pytest.mark.parametrize("parts", [["mlp"], ["adapter"], ["mlp", "adapter"]])
+@torch.no_grad()
+def test_a_trained_model_with_new_parts_computes_the_same(parts: list[str]) -> None:
+    from manyheads.models.extended import extended
+
+    model, ids, of = causal_lm("softmax", mlp_bias=True), tokens(2, 7), kinds(2, 7)
+    settings = {"adapter_size": 4} if "adapter" in parts else {}
+    made = extended(model, num_token_kinds=KINDS, by_kind=parts, **settings)
+    assert_close(made(ids, token_kinds=of).logits, model(ids).logits)
+    fresh = {name for name, _ in made.named_parameters()} - {name for name, _ in model.named_parameters()}
+    for name, parameter in made.named_parameters():
+        if name in fresh and (".kinds.1." in name or ".adapters.1." in name):
+            parameter.add_(0.1)
+    moved = (made(ids, token_kinds=of).logits - model(ids).logits).abs().amax(-1)
+    assert_close(made(ids, token_kinds=of * 0).logits, model(ids).logits)
+    assert moved[of == 1].max() > 1e-4
+    for wrong in ({"layer_scale": 0.1}, {"num_token_kinds": 2, "by_kind": "embedding"}):
+        with pytest.raises(ValueError, match="on a model without them"):
+            extended(model, **wrong)
+    with pytest.raises(ValueError, match="has kinds or adapters already"):
+        extended(made, num_token_kinds=2, by_kind="mlp")

@@ -132,7 +132,8 @@ def test_another_model_attends_by_the_mask() -> None:
     config = BertConfig(vocab_size=29, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
     config._attn_implementation = "eager"
     bert = BertModel(config, add_pooling_layer=False).double().eval()
-    out = bert(ids(2, 6), attention_mask=mask, output_attentions=True)
+    added = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+    out = bert(ids(2, 6), attention_mask=added, output_attentions=True)
     for found in out.attentions:
         assert float(found.masked_fill(mask, 0).max()) == 0
     with pytest.raises(ValueError, match="top_k=0 must be positive"):

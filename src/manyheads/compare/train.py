@@ -159,7 +159,8 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
     from manyheads import models
 
     settings = task.model_settings()
-    if not size["by_kind"]:
+    by_kind = list(size.get("by_kind", ()))  # older settings have none of these
+    if not by_kind:
         settings.pop("num_token_kinds", None)
     if "max_length" in settings:
         settings["max_position_embeddings"] = settings.pop("max_length")
@@ -170,8 +171,8 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
         "intermediate_size": size["intermediate_size"],
         "short_conv": size["short_conv"],
         "positions": size["positions"],
-        "by_kind": size["by_kind"],
-        "adapter_size": size["adapter_size"],
+        "by_kind": by_kind,
+        "adapter_size": size.get("adapter_size", 0),
         "is_encoder_decoder": task.head == "seq2seq-lm",
         "use_cache": False,
     }
