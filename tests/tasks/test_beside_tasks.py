@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import pytest
@@ -25,8 +25,8 @@ def test_each_modality_goes_on_by_its_own_rule() -> None:
     lengths = []
     for row, of in zip(ids.tolist(), kinds.tolist(), strict=True):
         starts = [0, *(i for i in range(1, 40) if of[i] != of[i - 1]), 40]
-        lengths += [b - a for a, b in zip(starts[:-2], starts[1:-1], strict=True)]
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        lengths += [b - a for a, b in pairwise(starts[:-1])]
+        for start, stop in pairwise(starts):
             for at in range(start + 1 + of[start], stop):
                 assert row[at] == tables[of[start]][row[at - 1 - of[start]]]
     assert (min(lengths), max(lengths)) == (4, 12)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from manyheads.card import Pattern
+from manyheads.card import Card, Pattern
 from manyheads.registry import mechanism_class
 from manyheads.tasks import Batch, Task, create_task, list_tasks, task_class
 
@@ -198,13 +198,9 @@ def placed(task: Task | type[Task], spec: Mapping[str, Any], layers: int | None 
         raise ValueError(missing)
     card = mechanism_class(spec["name"]).card
     patterns = card.patterns
-    if task.pattern == Pattern.CAUSAL_SELF and "higher" in card.takes:
-        return {"layers": ["softmax"], "is_causal": True, "back": dict(spec)}
-    if task.pattern == Pattern.CAUSAL_SELF and "earlier" in card.takes:
-        return {"layers": ["softmax"] * ((layers or 2) - 1) + [dict(spec)], "is_causal": True}
-    if task.pattern in patterns and "weights_below" in card.takes:
-        causal = task.pattern == Pattern.CAUSAL_SELF
-        return {"layers": ["softmax"] + [dict(spec)] * ((layers or 2) - 1), "is_causal": causal}
+    if task.pattern in patterns and task.pattern in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
+        own = _beside_others(card, dict(spec), (layers or 2) - 1)
+        return {**own, "is_causal": task.pattern == Pattern.CAUSAL_SELF}
     if task.pattern in patterns:
         if Pattern(task.pattern).cross:
             return {"layers": ["softmax"], "cross_layers": [dict(spec)]}
@@ -219,6 +215,16 @@ def placed(task: Task | type[Task], spec: Mapping[str, Any], layers: int | None 
         return {"layers": ["softmax"], "pooling": dict(spec)}
     declared = ", ".join(sorted(patterns))
     raise ValueError(f"{task.name} needs {task.pattern}; {spec['name']} declares {declared}")
+
+
+def _beside_others(card: Card, spec: dict[str, Any], others: int) -> dict[str, Any]:
+    """In every layer; but what reads a higher one's output stands before layers of softmax, what reads the weights
+    below stands on one, and what reads all outputs below is the last."""
+    if "higher" in card.takes:
+        return {"layers": ["softmax"], "back": spec}
+    if "weights_below" in card.takes:
+        return {"layers": ["softmax"][:others] + [spec] * max(1, others)}  # alone, it is refused by the model
+    return {"layers": ["softmax"] * others + [spec] if "earlier" in card.takes else [spec]}
 
 
 def unpassed(name: str, task: Task | type[Task] | None = None) -> str:
