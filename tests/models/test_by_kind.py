@@ -216,6 +216,17 @@ def test_the_block_of_one_peace() -> None:
 
 
 @torch.no_grad()
+def test_half_precision_goes_through_all_parts() -> None:
+    ids, of = tokens(2, 7), kinds(2, 7)
+    model = built("one-peace", num_token_kinds=KINDS, by_kind=["mlp", "adapter"], adapter_size=4).float()
+    wanted = model(ids, token_kinds=of).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids, token_kinds=of).logits
+    assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()
+    assert model.bfloat16()(ids, token_kinds=of).logits.dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_positions_count_each_kind_apart() -> None:
     stack = built("places").model.stack
     of = torch.tensor([[0, 0, 1, 1, 0, 2, 1]])
@@ -274,6 +285,17 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="token_kinds was given, and no layer takes it"):
         randomised(ManyheadsForCausalLM(tiny(back="back-attention")))(tokens(1, 3), token_kinds=kinds(1, 3))
     assert ManyheadsForSeq2SeqLM(tiny(is_encoder_decoder=True, layer_scale=0.1)).model.decoder.layers[0].cross_scale
+
+
+def test_what_no_shard_and_no_policy_has_is_refused() -> None:
+    from manyheads.hosts.own_cache import own_windows
+    from manyheads.parallel import sequence_parallel
+
+    one = built("mlp", layers=["softmax"])
+    with pytest.raises(ValueError, match="reads token_kinds beside its tokens"), sequence_parallel(one):
+        pass
+    with pytest.raises(ValueError, match=r"remembers more than its layers do \(back, first\)"):
+        own_windows(causal_lm(back="back-attention"))
 
 
 @torch.no_grad()
