@@ -12,7 +12,6 @@ from manyheads.runs.page import charts_html, settings_html, table_html, write_pa
 from manyheads.runs.results import number
 from manyheads.runs.tables import Column, Entry
 
-PAGE, DATA = "steer.html", "steer.json"
 NOTES = (
     "Both sides read the same prompt. Answers are greedy. KL is in bits, of the model's own distribution from the one "
     "with the intervention, at the next token and on average along the model's own answer.",
@@ -87,15 +86,24 @@ def _answer_html(record: Mapping[str, Any]) -> str:
     return f'{table}<div class="answer"><ul>{items}</ul></div>'
 
 
-def _share(value: float) -> Entry:
+def percent(value: float) -> Entry:
     return Entry(f"{value:.1%}", value)
+
+
+def text_of(record: Mapping[str, Any]) -> list[str]:
+    return [f"{side:>7}: {record['answers'][side]!r}" for side in ("without", "with")]
+
+
+def tables(record: Mapping[str, Any]) -> list[Table]:
+    made = [next_table(record), attention_table(record), cost_table(record)]
+    return made + ([sweep_table(record)] if "sweep" in record else [])
 
 
 def next_table(record: Mapping[str, Any]) -> Table:
     columns = [Column("token", number=False), Column("without"), Column("with")]
     rows = record["next"]["tokens"]
     return columns, [
-        [Entry(repr(row["token"]), row["token"]), _share(row["without"]), _share(row["with"])] for row in rows
+        [Entry(repr(row["token"]), row["token"]), percent(row["without"]), percent(row["with"])] for row in rows
     ]
 
 
@@ -107,7 +115,7 @@ def attention_table(record: Mapping[str, Any]) -> Table:
     count = len(record["attention"][names[0]]["without"]) if names else 0
     lines = []
     for layer in range(count):
-        cells = [_share(record["attention"][name][side][layer]) for name in names for side in ("without", "with")]
+        cells = [percent(record["attention"][name][side][layer]) for name in names for side in ("without", "with")]
         lines.append([Entry(str(layer), layer), *cells])
     return columns, lines
 
@@ -132,7 +140,7 @@ def sweep_table(record: Mapping[str, Any]) -> Table:
         value, answer = point["value"], point["answer"] if point["changed"] else "the same"
         name = f"{value:g}" if isinstance(value, int | float) else str(value)
         line = [Entry(name, value), Entry(f"{point['kl_bits']:.3f}", point["kl_bits"])]
-        line += [_share(point["wanted"]["with"])] if told else []
+        line += [percent(point["wanted"]["with"])] if told else []
         lines.append([*line, Entry(f"{point['lost']:+.3f}", point["lost"]), Entry(answer, answer)])
     return columns, lines
 
