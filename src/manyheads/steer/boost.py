@@ -62,6 +62,7 @@ def boost(
     kinds=("language", "vision-language"),
     neutral={"factor": 1.0},
     strength="factor",
+    reach=(0.0, 20.0),
 )
 def _open(
     model: nn.Module, prompt: Prompt, *, span: str = "text", factor: float = 3.0, heads: str | None = None

@@ -61,9 +61,10 @@ def facts(method: Any) -> dict[str, Any]:
         "source": method.source,
         "kinds": list(method.kinds),
         "arguments": {name: None if default is empty else default for name, default in given.items()},
-        "needs": [name for name, default in given.items() if default is empty],
+        "needs": method.needs,
         "neutral": dict(method.neutral),
         "strength": method.strength,
+        "reach": method.reach,
         "towers": list(method.towers),
         "takes_picture": method.takes_picture,
         "notes": inspect.getdoc(method.open) or "",
@@ -143,10 +144,9 @@ class Asked:
     def run(self, name: str | None) -> tuple[dict[str, Any], Any]:
         """The record of both runs, and the module that shows it."""
         from manyheads.hosts.loading import load_any
-        from manyheads.hosts.seeing import load_seeing
+        from manyheads.hosts.seeing import seen_by
         from manyheads.steer.prompting import kind_of
 
-        # A name that means nothing is refused before a picture is read.
         loaded = load_any(name)
         if draws(loaded.model):
             return self._drawn(loaded)
@@ -157,7 +157,7 @@ class Asked:
             from manyheads.hosts.image_files import opened_image
             from manyheads.steer.prompting import picture_prompt
 
-            picture, seeing = opened_image(self.image), load_seeing(name)
+            picture, seeing = opened_image(self.image), seen_by(loaded)
             prompt = picture_prompt(seeing, picture, self.text, self.marks)
             return self._answered(seeing.loaded, kind_of(seeing.model), prompt)
         from manyheads.steer.prompting import text_prompt

@@ -202,11 +202,11 @@ def _grid_html(head: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) 
 def _drawings_html(record: Mapping[str, Any]) -> str:
     captions = record["drawing"]["captions"]
     lines = []
-    for side in SIDES:
-        named = zip(record["pictures"][side], captions, strict=True)
-        lines.append((side, [picture_html(own, f"{caption}, {side}", 160) for own, caption in named]))
+    for row, caption in enumerate(captions):
+        both = [picture_html(record["pictures"][side][row], f"{caption}, {side}", 200) for side in SIDES]
+        lines.append((caption, both))
     items = "".join(f"<li>{escape(line)}</li>" for line in headline(record))
-    return f'{_grid_html(captions, lines)}<div class="answer"><ul>{items}</ul></div>'
+    return f'{_grid_html(SIDES, lines)}<div class="answer"><ul>{items}</ul></div>'
 
 
 def _path_html(record: Mapping[str, Any]) -> str:

@@ -23,6 +23,8 @@ KINDS = ("language", "vision-language", "dual-encoder", "diffusion")
 TOWERS = ("text", "image", "patches", "words", "inputs", "logits")
 # The argument that names the caption of a reference picture: an intervention that has it takes one.
 REFERENCE = "source"
+# Arguments that name a file.
+FILES = ("file", "gates", "interpreters")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,15 @@ class Method:
     def takes_picture(self) -> bool:
         """Whether a drawing can be given a reference picture."""
         return REFERENCE in self.arguments
+
+    @property
+    def files(self) -> list[str]:
+        """Arguments that name files, which a form on the network may not."""
+        return [name for name in self.arguments if name in FILES]
+
+    @property
+    def needs(self) -> list[str]:
+        return [name for name, default in self.arguments.items() if default is inspect.Parameter.empty]
 
     @property
     def arguments(self) -> dict[str, Any]:
