@@ -193,9 +193,9 @@ class Asked:
 
         typed = {"--span": self.marks or None, "--chat": self.chat or None, "--new": self.new}
         self._refuse(typed, f"{loaded.name} draws what a caption says")
+        check_drawing(loaded, self.method, self.text, self.image is not None)
         picture = None if self.image is None else pixels_of(loaded.model, opened_image(self.image))
         drawing = Drawing(self.text, steps=self.steps or 20, seed=self.seed or 0, picture=picture)
-        check_drawing(loaded, self.method, drawing)
         record = steered_drawing(
             loaded, self.method, self.arguments, drawing, wanted=self.wanted, sweep=self.sweep, tell=_tell
         )

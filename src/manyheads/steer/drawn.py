@@ -51,11 +51,12 @@ def steered_drawing(
     *,
     wanted: str | None = None,
     sweep: tuple[str, Sequence[Any]] | None = None,
+    timed: bool = True,
     tell: Callable[[str, float], None] = lambda what, share: None,
 ) -> dict[str, Any]:
     """Draws without and with, whatever the intervention wants drawn beside it included. wanted: a caption whose fit is
     followed. ValueError for what the intervention does not take."""
-    check_drawing(loaded, chosen, drawing)
+    check_drawing(loaded, chosen, drawing.caption, drawing.picture is not None)
     model = loaded.model
     model.encode([wanted] if wanted is not None else [])
     tell("opening the intervention", 0.0)
@@ -63,12 +64,10 @@ def steered_drawing(
     def begin(own: Mapping[str, Any]) -> Any:
         return chosen.open(model, drawing, **own)
 
-    tell("drawing with it", 0.1)
-    given = watched(model, drawing, lambda: begin(arguments))
-    tell("drawing without it", 0.4)
-    plain = watched(model, drawing, None, given.rows)
-    told = [drawing.caption, *([wanted] if wanted is not None else [])]
-    known = {side: _known(model, own, told) for side, own in (("without", plain), ("with", given))}
+    given = watched(model, drawing, lambda: begin(arguments), told=lambda share: tell("drawing with it", 0.3 * share))
+    plain = watched(model, drawing, None, given.rows, told=lambda share: tell("drawing without it", 0.3 + 0.3 * share))
+    captions = [drawing.caption, *([wanted] if wanted is not None else [])]
+    known = {side: _known(model, own, captions) for side, own in (("without", plain), ("with", given))}
     report = {
         "model": {"name": loaded.name, "class": type(model).__name__, "kind": "diffusion"},
         "method": {
@@ -86,36 +85,44 @@ def steered_drawing(
         "words": _words(model, drawing, plain, given),
         "moved": _moved(plain, given),
     }
-    tell("timing", 0.6)
-    report["cost"] = _cost(model, drawing, lambda: begin(arguments), given.rows)
+    if timed:
+        tell("timing", 0.6)
+        report["cost"] = _cost(model, drawing, lambda: begin(arguments), given.rows)
     if sweep is not None:
         key, values = sweep
         points = []
         for number, value in enumerate(values):
             tell(f"{key}={value}", 0.7 + 0.3 * number / len(values))
             own = watched(model, drawing, lambda value=value: begin({**arguments, key: value}), words=False)  # type: ignore[misc]
-            points.append(_point(model, value, plain, own, told, known["without"]))
+            points.append(_point(model, value, plain, own, captions, known["without"]))
         report["sweep"] = {"argument": key, "points": points}
     tell("done", 1.0)
     return report
 
 
-def check_drawing(loaded: Loaded, chosen: Method, drawing: Drawing) -> None:
+def check_drawing(loaded: Loaded, chosen: Method, caption: str, pictured: bool) -> None:
     if "diffusion" not in chosen.kinds:
         raise ValueError(f"{chosen.name} takes {', '.join(chosen.kinds)} models; {loaded.name} is a diffusion model")
-    if drawing.picture is not None and not chosen.takes_picture:
+    if pictured and not chosen.takes_picture:
         raise ValueError(
             f"{chosen.name} takes no reference picture (it has no argument {REFERENCE!r}): leave --image out"
         )
-    if not drawing.caption.strip():
+    if not caption.strip():
         raise ValueError("the text is empty: give --text a caption")
-    loaded.model.encode([drawing.caption])
+    loaded.model.encode([caption])
 
 
 def watched(
-    model: Any, drawing: Drawing, make: Callable[[], Any] | None, rows: Rows | None = None, *, words: bool = True
+    model: Any,
+    drawing: Drawing,
+    make: Callable[[], Any] | None,
+    rows: Rows | None = None,
+    *,
+    words: bool = True,
+    told: Callable[[float], None] = lambda share: None,
 ) -> Drawn:
-    """One drawing with what attended meanwhile. words: whether attention is read at all."""
+    """One drawing with what attended meanwhile. words: whether attention is read at all. told: of each step's
+    beginning, by the share of all that is done."""
     with ExitStack() as inside:
         ear = _Ear(model)
         if words:
@@ -129,6 +136,7 @@ def watched(
 
         def keep(pictures: Tensor, step: Any) -> Tensor:
             found.pictures.append(pictures)
+            told(step.index / step.count)
             return pictures
 
         found.pictures.append(sampled(model, drawing, rows, watch=keep))
@@ -273,11 +281,11 @@ def _timed(model: Any, drawing: Drawing, rows: Rows, make: Callable[[], Any] | N
 
 
 def _point(
-    model: Any, value: Any, plain: Drawn, own: Drawn, told: Sequence[str], before: Mapping[str, float]
+    model: Any, value: Any, plain: Drawn, own: Drawn, captions: Sequence[str], before: Mapping[str, float]
 ) -> dict[str, Any]:
     """Effect: how much the picture changes, or how much better the wanted caption fits. Damage: how much worse the
     model knows the picture, whatever caption."""
-    known = _known(model, own, told)
+    known = _known(model, own, captions)
     found = {"value": value, **difference(plain.pictures[-1][:1], own.pictures[-1][:1]), "known": known}
     found |= {"lost": known["none"] - before["none"], "picture": _rounded(own.pictures[-1][:1])}
     if "wanted" in known:

@@ -61,7 +61,7 @@ def write_report(record: Mapping[str, Any], path: Path) -> Path:
 
 
 def headline(record: Mapping[str, Any]) -> list[str]:
-    change, known, cost = record["difference"], record["known"], record["cost"]
+    change, known = record["difference"], record["known"]
     if change["rms"] == 0:
         said = ["The drawing stays as it was, to the bit."]
     else:
@@ -74,7 +74,9 @@ def headline(record: Mapping[str, Any]) -> list[str]:
         said.append(_known_line(known, "wanted", f"{record['drawing']['wanted']!r}"))
     told = max(record["words"][1:], key=lambda row: row["moved"], default=record["words"][0])
     said.append(f"Of the words, {told['word']!r} is looked at elsewhere most: {told['moved']:.0%} of its map moved.")
-    rows = cost["step_rows"]
+    if "cost" not in record:
+        return said
+    cost, rows = record["cost"], record["cost"]["step_rows"]
     said.append(
         f"A step takes {cost['step_ratio']:.2f} of its time without; {rows['with']:g} rows go through the model in it, "
         f"without it {rows['without']:g}."

@@ -54,21 +54,26 @@ def write_report(record: Mapping[str, Any], path: Path) -> Path:
 
 
 def headline(record: Mapping[str, Any]) -> list[str]:
-    own, cost = record["answers"], record["cost"]
+    own = record["answers"]
     said = [
         f"The answer {'stays' if own['same'] else 'changes'}; the next token's distribution moves by "
         f"{record['next']['kl_bits']:.3f} bits, along the answer by {record['answer_kl_bits']:.3f}.",
-        f"A token takes {cost['token_ratio']:.2f} of its time without, the prompt {cost['prompt_ratio']:.2f}.",
+        *(_cost_lines(record["cost"]) if "cost" in record else []),
     ]
-    held = cost["cache_bytes"]
-    if held["with"] != held["without"]:
-        said.append(f"Keys and values take {held['with'] / held['without']:.2f} of their {held['without']:,} bytes.")
     if "wanted" in record:
         wanted = record["wanted"]
         said.append(f"p({wanted['text']!r}) goes from {wanted['without']:.3%} to {wanted['with']:.3%}.")
     for name, shares in record["attention"].items():
         before, after = (sum(shares[side]) / len(shares[side]) for side in ("without", "with"))
         said.append(f"Attention on {TITLES.get(name, name)}: {before:.1%} to {after:.1%} on average over layers.")
+    return said
+
+
+def _cost_lines(cost: Mapping[str, Any]) -> list[str]:
+    said = [f"A token takes {cost['token_ratio']:.2f} of its time without, the prompt {cost['prompt_ratio']:.2f}."]
+    held = cost["cache_bytes"]
+    if held["with"] != held["without"]:
+        said.append(f"Keys and values take {held['with'] / held['without']:.2f} of their {held['without']:,} bytes.")
     return said
 
 

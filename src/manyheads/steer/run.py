@@ -28,6 +28,7 @@ def steered(
     new: int = 24,
     wanted: tuple[str, int] | None = None,
     sweep: tuple[str, Sequence[Any]] | None = None,
+    timed: bool = True,
     tell: Callable[[str, float], None] = lambda what, share: None,
 ) -> dict[str, Any]:
     """Runs without and with. wanted: a text that the answer might begin with, and its first token. sweep: an argument
@@ -61,8 +62,9 @@ def steered(
     }
     if wanted is not None:
         report["wanted"] = _wanted(wanted, before.logits, after.logits)
-    tell("timing", 0.5)
-    report["cost"] = cost(model, prompt, make, plain)
+    if timed:
+        tell("timing", 0.5)
+        report["cost"] = cost(model, prompt, make, plain)
     if sweep is not None:
         report["sweep"] = swept(loaded, chosen, arguments, prompt, sweep, plain, wanted, tell)
     tell("done", 1.0)
