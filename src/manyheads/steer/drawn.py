@@ -66,6 +66,7 @@ def steered_drawing(
 
     given = watched(model, drawing, lambda: begin(arguments), told=lambda share: tell("drawing with it", 0.3 * share))
     plain = watched(model, drawing, None, given.rows, told=lambda share: tell("drawing without it", 0.3 + 0.3 * share))
+    chosen.check_changed(arguments, not torch.equal(plain.pictures[-1], given.pictures[-1]))
     captions = [drawing.caption, *([wanted] if wanted is not None else [])]
     known = {side: _known(model, own, captions) for side, own in (("without", plain), ("with", given))}
     report = {

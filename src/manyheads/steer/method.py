@@ -74,6 +74,16 @@ class Method:
         """Whether a drawing can be given a reference picture."""
         return REFERENCE in self.arguments
 
+    def check_changed(self, arguments: Mapping[str, Any], changed: bool) -> None:
+        """ValueError where it was not set to its neutral point, and nothing at all is other than without it."""
+        given = {**self.arguments, **arguments}
+        if not changed and any(given[name] != value for name, value in self.neutral.items()):
+            own = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(
+                f"{self.name} changes nothing at all here ({own}): it found nothing to change, or does not reach far "
+                "enough; give other arguments"
+            )
+
     @property
     def files(self) -> list[str]:
         """Arguments that name files, which a form on the network may not."""

@@ -46,6 +46,7 @@ def steered(
     tell("answering", 0.2)
     plain, given = answer(model, prompt, nullcontext, new), answer(model, prompt, make, new)
     follow = kl_bits(along(model, prompt, nullcontext, plain), along(model, prompt, make, plain)) if plain else 0.0
+    chosen.check_changed(arguments, plain != given or follow > 0 or not torch.equal(before.logits, after.logits))
     report: dict[str, Any] = {
         "model": {"name": loaded.name, "class": type(model).__name__, "kind": kind},
         "method": {
