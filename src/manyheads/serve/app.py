@@ -163,7 +163,7 @@ def _facts(loaded: Loaded) -> dict[str, Any]:
         "answers": answers,
         "kinds": [kind.told() for kind in KINDS.values()] if open_inside else [],
         "steer": steer_facts(loaded) if open_inside else None,
-        "begin": BEGIN,
+        "begin": "" if kind_or_none(model) == "vision-language" else BEGIN,
     }
 
 

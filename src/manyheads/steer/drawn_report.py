@@ -66,7 +66,7 @@ def headline(record: Mapping[str, Any]) -> list[str]:
         said = ["The drawing stays as it was, to the bit."]
     else:
         said = [
-            f"{change['pixels']:.1%} of the pixels change visibly; {change['rms']:.3f} on average (root mean square)."
+            f"{change['pixels']:.1%} of the pixels change visibly; root mean square of the change: {change['rms']:.3f}."
         ]
     said.append(_known_line(known, "caption", "the caption"))
     said.append(_known_line(known, "none", "no caption"))

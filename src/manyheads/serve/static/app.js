@@ -327,7 +327,7 @@
   manyheads.views.steer = function (pane) {
     const offered = facts.steer, drawing = offered.kind === "diffusion", reads = offered.kind === "vision-language";
     let chosen = null, fields = [], image = null, typed = 0;
-    const says = el("p", { class: "mh-note" }), label = el("span", {}), places = el("div", { class: "ms-row" });
+    const says = el("p", { class: "mh-note" }), label = el("span", {}), places = el("div", { class: "ms-row ms-places" });
     const slider = el("input", { type: "range", "aria-label": "Strength by slider" }), tick = el("i", { class: "ms-tick", "aria-hidden": "true" });
     const number = el("input", { type: "number", step: "any" }), neutral = el("button", { type: "button" });
     const strength = el("div", { class: "ms-row" }, el("label", { class: "mh-field" }, label, number), el("span", { class: "ms-slide" }, slider, tick), neutral);
