@@ -80,7 +80,6 @@ def test_names() -> None:
         "maze",
         "maze-masked",
         "nucleotides",
-        "pointed",
         "recall",
         "segmented",
         "selective-copy",
