@@ -30,7 +30,7 @@ from reasons import REASONS
 HERE = Path(__file__).parent
 # Imported by the tests of models, and left out of the sdist.
 LEFT_OUT = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
-CLIENTS = ("torch", "transformers", "peft", "accelerate", "captum", "lm_eval")
+CLIENTS = ("torch", "transformers", "peft", "accelerate", "captum", "lm_eval", "diffusers")
 
 
 def main() -> int:
@@ -42,7 +42,7 @@ def main() -> int:
     start, cases = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         tests = unpacked(given.sdist or downloaded(Path(folder)), Path(folder))
-        for file in ("model_tests.py", "client_tests.py"):
+        for file in ("model_tests.py", "client_tests.py", "pipeline_tests.py"):
             cases += run(file, tests, given.kinds, Path(folder) / f"{file}.xml")
     report = summary(cases) | {
         "kinds": given.kinds.split(","),

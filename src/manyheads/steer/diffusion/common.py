@@ -40,7 +40,9 @@ def layers_in(model: nn.Module, part: str, *, kind: str = "self") -> list[int]:
     found = choose(model, kind=kind)
     layers = [site.layer for site in found if any(own.startswith(part) for own in site.path.split("."))]
     if not layers or not part:
-        parts = ", ".join(dict.fromkeys(site.path.split(".")[0] for site in found))
+        paths = [site.path.split(".") for site in found]
+        depth = next(i for i in range(len(paths[0])) if len({own[i] for own in paths}) > 1 or i == len(paths[0]) - 1)
+        parts = ", ".join(dict.fromkeys(own[depth] for own in paths))
         raise ValueError(f"layers_in: {type(model).__name__} has no part {part!r} that attends so; it has {parts}")
     return layers
 
