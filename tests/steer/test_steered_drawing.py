@@ -91,6 +91,12 @@ CHANGED: dict[str, Opened] = {
 }
 
 
+def broken(pictures: Tensor, step: Any) -> Tensor:
+    if step.index == 1:
+        raise KeyError
+    return pictures
+
+
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_a_neutral_setting_changes_no_bit(model: Any, name: str) -> None:
     plain = model.sample(CAPTIONS, steps=3)
@@ -104,7 +110,11 @@ def test_another_setting_changes_pictures_and_nothing_stays_behind(model: Any, n
     with CHANGED[name](model):
         assert (model.sample(CAPTIONS, steps=3) - plain).abs().max() > 1e-5
     with pytest.raises(KeyError), CHANGED[name](model):
-        raise KeyError
+        model.sample(CAPTIONS, steps=3, watch=broken)
+    assert model.step is None
+    assert not model.moves()
+    assert not model.corrections()
+    assert not any(own._forward_hooks or own._forward_pre_hooks for own in model.modules())
     assert torch.equal(model.sample(CAPTIONS, steps=3), plain)
 
 
