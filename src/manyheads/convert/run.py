@@ -10,10 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.keeping import forget
 from manyheads.convert.method import Method, Rows, prove
+from manyheads.convert.ranks import is_first
 from manyheads.convert.report import AFTER, CONTROL, HEALED, ORIGINAL, TAUGHT
 from manyheads.convert.saving import check_target, narrowed, save_conversion, stored_dtype, write_record
 from manyheads.hosts.fingerprint import fingerprint
@@ -71,7 +74,9 @@ def run_conversion(
     try:
         made = _convert(run, method, plan, rows, teacher, write)
         record = {**_record(loaded, method, plan, run.lines), "identities": identities}
-        if write:
+        if not is_first():
+            _allow(plan, run.lines, "nothing is written")
+        elif write:
             stored = narrowed(method.settled(made), plan.dtype or stored_dtype(loaded))
             save_conversion(stored, loaded, out, record)
         else:
@@ -85,6 +90,11 @@ def run_conversion(
     return record
 
 
+def _progress() -> Progress:
+    """Of processes that were launched together the first one tells."""
+    return Progress() if is_first() else Progress(Console(quiet=True))
+
+
 @dataclass
 class _Run:
     """Measures and trains models one after the other; what has been trained is kept until the whole run has ended."""
@@ -93,7 +103,7 @@ class _Run:
     judge: Judge
     text: Questions
     out: Path
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress = field(default_factory=_progress)
     lines: list[dict[str, Any]] = field(default_factory=list)
     kept: list[Path] = field(default_factory=list)
 

@@ -47,9 +47,12 @@ class PipelineHost(nn.Module):
     passes, as diffusers lays them out. Steps are those of the pipeline's scheduler, found by the time that the denoiser
     is given; time is its share of the training's, 1 at most noise."""
 
+    pipe: Any
+    denoiser: Any
+
     def __init__(self, pipe: Any) -> None:
         super().__init__()
-        denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+        denoiser: Any = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
         name = type(denoiser).__name__
         if name not in KNOWN:
             raise ValueError(
@@ -87,11 +90,13 @@ class PipelineHost(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        found: torch.device = next(self.denoiser.parameters()).device
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.denoiser.parameters()).dtype
+        found: torch.dtype = next(self.denoiser.parameters()).dtype
+        return found
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from manyheads.models.images import ManyheadsForImageClassification, ManyheadsForSemanticSegmentation
     from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
+    from manyheads.models.tagging import ManyheadsForTokenClassification
     from manyheads.models.unet import DiffusionUNet, UNetConfig
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "ManyheadsForSemanticSegmentation",
     "ManyheadsForSeq2SeqLM",
     "ManyheadsForSequenceClassification",
+    "ManyheadsForTokenClassification",
     "ManyheadsModel",
     "ManyheadsPreTrainedModel",
     "ManyheadsSeq2SeqModel",

@@ -1,4 +1,4 @@
-"""What models that draw by captions share: words, times and residual maps that begin at nothing."""
+"""What models that draw by captions share: their words, the time, norms, and layers that begin at zero."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manyheads.registry import suggest
+from manyheads.near import suggest
 
 START = "<start>"
 
@@ -67,7 +67,7 @@ def normed(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def zero(*modules: nn.Module) -> None:
+def zero(*modules: Any) -> None:
     for module in modules:
         for parameter in module.parameters():
             nn.init.zeros_(parameter)

@@ -117,6 +117,7 @@ class Study:
             "device": parameter.device.type,
             "seed": self.plan.seed,
             "text": hashlib.sha256(self.questions.text.encode()).hexdigest()[:16],
+            **({} if self.questions.turn is None else {"turn": self.questions.turn}),
         }
 
     def measure(self, cell: Cell) -> dict[str, Any]:
