@@ -14,6 +14,7 @@ import typer
 
 from manyheads.runs.given import shown
 from manyheads.runs.names import parse_name
+from manyheads.runs.options import Scheduler
 
 MOST_SEEDS = 10_000
 
@@ -43,7 +44,7 @@ def compare(
         list[str] | None, typer.Option(help="Only quality, speed, memory or decode; may be repeated.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results; one that is there is continued.")] = Path("results"),
-    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler that runs the cells.")] = None,
+    scheduler: Scheduler = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run stored failures again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
