@@ -11,12 +11,13 @@ from manyheads.parallel import (
     Layout,
     heads_attention,
     ring_attention,
+    sequence_parallel,
     state_attention,
     tokens_before,
     traffic,
     windowed_attention,
 )
-from manyheads.parallel.plan import SENT, Imagined, Shape, costs
+from manyheads.parallel.plan import SENT, Imagined, Shape, costs, shape_of
 
 B, N, D, E = 2, 37, 4, 6
 
@@ -44,6 +45,24 @@ def rows(q, k, v, layout):
     return tokens_before(q.transpose(1, 2).flatten(2), 5, layout)
 
 
+def lln() -> None:
+    """A whole model of one layer, whose own traffic is what all calls under it have."""
+    from switch_cases import batch_of, ours
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model, batch = ours({"name": "lln", "block": 5}).float(), batch_of(N)
+    with sequence_parallel(model) as spread:
+        mine = spread.shard(batch)
+        with traffic() as forward:
+            loss = model(**mine).loss
+        with traffic() as backward:
+            loss.backward()
+    shape = shape_of("lln", length=N, width=16, heads=4, batch=2, dtype="float32", config={"block": 5})
+    assert (shape.moments, shape.rows, shape.memory) == (6, (4, 33), (4, 5))
+    ahead = 5 * 8 * (size - 1)  # whose shard it is
+    assert (forward.bytes - ahead, backward.bytes) == SENT["state"](shape, Imagined(N, "contiguous", rank, size))
+
+
 PAIRS = Shape(B, N, 6, 6, D, E, 4)
 GROUPED = Shape(B, N, 6, 2, D, E, 4)
 NARROW = Shape(B, N, 6, 6, D, E, 2)
@@ -63,6 +82,7 @@ CASES = {
     "state": lambda: exact(
         "state", "contiguous", MEMORY, functools.partial(state_attention, kernel=Kernel(floor=None), causal=True)
     ),
+    "state, moments and a block": lln,
     "halo": lambda: exact("halo", "contiguous", WINDOWS, functools.partial(windowed_attention, windows=[9] * 6)),
     "rows": lambda: exact("halo", "contiguous", ROWS, rows),
 }

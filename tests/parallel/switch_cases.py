@@ -182,6 +182,10 @@ CASES = {
     "lightning": lambda: equal(ours("lightning", "lightning"), padded="left"),
     "hybrid": lambda: equal(ours("based", "softmax", "lightning"), padded="left"),
     "hedgehog, fastmax, transnormerllm": lambda: equal(ours("hedgehog", "fastmax", "transnormerllm"), padded="right"),
+    "lln": lambda: equal(ours("lln", {"name": "lln", "block": 7}), padded="left"),
+    "lln, mixed, blocks longer than shards": lambda: equal(
+        ours({"name": "lln", "block": 16, "mixing": "scale"}, {"name": "lln", "diagonal": False}), 13
+    ),
     "windows": lambda: equal(ours(rope("mswa", window=4), "softmax"), padded="left"),
     "windows longer than shards": lambda: equal(ours(rope("mswa", window=16)), 13),
     "convolutions": lambda: equal(
@@ -198,6 +202,10 @@ CASES = {
     "gemma3": lambda: equal(
         hosted("gemma3_text", sliding_window=4, layer_types=["sliding_attention", "full_attention"]), padded="left"
     ),
+    "phi3": lambda: equal(hosted("phi3"), padded="left"),
+    "olmo2": lambda: equal(hosted("olmo2", num_key_value_heads=4), packed=True),
+    # Its second layer has no rotary embedding.
+    "smollm3": lambda: equal(hosted("smollm3", no_rope_layers=[1, 0]), padded="right"),
     "gpt2": lambda: equal(hosted("gpt2", n_embd=16, n_head=4, n_layer=2, n_positions=64)),
     "gpt_neox": lambda: equal(hosted("gpt_neox"), padded="left"),
     "no scheme": lambda: refused(ours("softmax", "titans"), "titans cannot be spread"),

@@ -117,7 +117,12 @@ def reopened_as(loaded: Loaded) -> str | None:
         raise ValueError(f"{loaded.name} was made here: save it, and open its folder, for others to open it too")
     if loaded.name == BUNDLED.name:
         return None
-    return str(Path(loaded.name).resolve()) if Path(loaded.name).exists() else loaded.name
+    return anywhere(loaded.name)
+
+
+def anywhere(name: str) -> str:
+    """A model's name that means the same from any folder."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def load_any(name: str | Path | None) -> Loaded:

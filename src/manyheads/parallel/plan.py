@@ -8,7 +8,7 @@ b rows, n tokens, h query heads, g key/value heads, d and e features of keys and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ class Imagined(Layout):
 @dataclass(frozen=True)
 class Shape:
     """One attention over the sequence: its widths; bytes of a number. windows: of each head, or None. features, width:
-    of the memory of a linear one, or None. rows: (count, width) of what a convolution reads before its own tokens."""
+    of the memory of a linear one, or None. rows: (count, width) of what a convolution reads before its own tokens, or a linear one
+    beside its memory. moments: numbers of each row of the batch that are summed up before that memory is."""
 
     batch: int
     length: int
@@ -55,6 +56,7 @@ class Shape:
     windows: tuple[int, ...] | None = None
     memory: tuple[int, int] | None = None
     rows: tuple[int, int] | None = None
+    moments: int = 0
 
     @property
     def wide(self) -> int:
@@ -129,9 +131,11 @@ def sent_heads(shape: Shape, layout: Layout) -> tuple[int, int]:
 
 def sent_state(shape: Shape, layout: Layout) -> tuple[int, int]:
     assert shape.memory is not None
-    features, width = shape.memory
-    once = (layout.place.size - 1) * shape.batch * shape.heads * features * width * shape.wide
-    return once, once
+    (features, width), others = shape.memory, layout.place.size - 1
+    once = others * shape.batch * shape.heads * features * width * shape.wide
+    counted = others * shape.batch * shape.moments * shape.wide
+    near = (0, 0) if shape.rows is None else sent_halo(replace(shape, item=shape.wide), layout)
+    return once + counted + near[0], once + near[1]
 
 
 def sent_halo(shape: Shape, layout: Layout) -> tuple[int, int]:
@@ -237,7 +241,7 @@ def _flops(shape: Shape, layout: Layout, scheme: str) -> float:
     four where autograd kept them."""
     d, e, rows = shape.key_dim, shape.value_dim, shape.batch * shape.heads
     mine = layout.count()
-    if shape.rows is not None:
+    if shape.rows is not None and shape.memory is None:
         return 6.0 * shape.batch * mine * (shape.rows[0] + 1) * shape.rows[1]
     if shape.memory is not None:
         features, width = shape.memory
@@ -268,6 +272,11 @@ class _Asked:
 
     def __init__(self) -> None:
         self.found: list[dict[str, Any]] = []
+        self.moments = 0
+
+    def sums(self, x: Tensor, *, causal: bool) -> Tensor:
+        self.moments += x[0].numel()
+        return torch.empty_like(x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, windows: Sequence[int] | None) -> Tensor:
         widths = {"heads": q.shape[1], "kv_heads": k.shape[1], "key_dim": k.shape[-1], "value_dim": v.shape[-1]}
@@ -311,5 +320,10 @@ def shape_of(
     with torch.device("meta"), torch.no_grad():
         mechanism = create_attention(name, width, heads, **{**(config or {}), "causal": True})
         mechanism.attend(torch.empty(1, 1, width), None, Call(Pattern.CAUSAL_SELF, across=asked))
-    (found,) = asked.found
-    return Shape(batch=batch, length=length, item=DTYPES[dtype], **found)
+    found: dict[str, Any] = {}
+    # Widths are those of what attends; what is read beside a memory has only its own.
+    for part in sorted(asked.found, key=lambda part: "memory" in part):
+        found |= part
+    if asked.moments and "memory" not in found:
+        raise ValueError(f"plan: {name} sums up moments and no memory, which is not planned here")
+    return Shape(batch=batch, length=length, item=DTYPES[dtype], moments=asked.moments, **found)
