@@ -45,6 +45,9 @@ def compare(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results; one that is there is continued.")] = Path("results"),
     scheduler: Scheduler = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Train each cell over so many processes, each with a part of the sequence.")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run stored failures again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -62,6 +65,8 @@ def compare(
             words = "left out, as they read more than their tokens and no task has it"
             typer.echo(f"{words}: {', '.join(left_out)} (`manyheads show NAME` says what)", err=True)
     changes |= changes_of(changes, names, preset, task, seeds, section)
+    if processes is not None:
+        changes["processes"] = processes
     if everything:
         changes["mechanisms"] = [as_on_card(entry) for entry in changes["mechanisms"]]
     built = create_experiment(changes, where=str(experiment or "compare"))

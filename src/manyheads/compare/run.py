@@ -16,7 +16,8 @@ from manyheads.runs.cells import Cell
 from manyheads.runs.cluster import run_anywhere
 from manyheads.runs.environment import environment
 from manyheads.runs.loop import Outcome, public
-from manyheads.runs.outcome import machine
+from manyheads.runs.outcome import machine, outcome_of
+from manyheads.runs.processes import in_processes
 from manyheads.runs.progress import Progress
 from manyheads.runs.results import SCHEMA, done, number, write_json
 from manyheads.runs.store import Store, now
@@ -55,7 +56,10 @@ def run_experiment(
 
 
 def _measured(run_cell: Callable[[str, Mapping[str, Any]], Outcome], cell: Cell) -> Outcome:
-    return run_cell(cell.kind, cell.settings)
+    count = cell.settings.get("processes", 1)
+    if count == 1:
+        return run_cell(cell.kind, cell.settings)
+    return outcome_of(lambda: in_processes(count, f"{worker.__name__}:run_cell", cell.kind, cell.settings))
 
 
 def _mixed(stored: Iterable[Outcome]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Pattern
+from manyheads.compare.passes import Alone, Passes, passes_of
 from manyheads.registry import mechanism_class
 from manyheads.tasks import Batch, Task, create_task, list_tasks, task_class
 
@@ -39,22 +40,33 @@ def train_cell(settings: Mapping[str, Any]) -> dict[str, Any]:
         "device": accelerator.device.type,
     }
     batches = task.train_batches(training["batch_size"], settings["seed"])
-    return outcome | _train(task, model, optimizer, scheduler, accelerator, batches, training)
+    with passes_of(accelerator, model, training["router_weight"]) as passes:
+        run = _Run(task, model, optimizer, scheduler, accelerator, training, passes)
+        return outcome | _train(run, batches)
 
 
-def _train(
-    task: Task, model: Any, optimizer: Any, scheduler: Any, accelerator: Any, batches: Iterator[Batch], training: Any
-) -> dict[str, Any]:
+class _Run(NamedTuple):
+    task: Task
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    accelerator: Any
+    training: Mapping[str, Any]
+    passes: Passes
+
+
+def _train(run: _Run, batches: Iterator[Batch]) -> dict[str, Any]:
+    task, training = run.task, run.training
     curve: list[dict[str, Any]] = []
     outcome: dict[str, Any] = {"status": "done", "curve": curve, "stopped": "at the last step"}
     losses: list[Tensor] = []
     spent, began = 0.0, time.perf_counter()
     for step, batch in enumerate(islice(batches, training["steps"]), start=1):
-        losses.append(_step(task, model, optimizer, scheduler, accelerator, batch, training))
+        losses.append(_step(run, batch))
         spent += time.perf_counter() - began
-        in_time = training["seconds"] is None or spent < training["seconds"]
+        in_time = training["seconds"] is None or run.passes.agreed(spent < training["seconds"])
         if step == 1 or step % training["eval_every"] == 0 or step == training["steps"] or not in_time:
-            score, loss = evaluate(task, model, accelerator.device), float(torch.stack(losses).mean())
+            score, loss = evaluate(task, run.model, run.passes.device, run.passes), float(torch.stack(losses).mean())
             value = score.value
             losses.clear()
             curve.append({"step": step, "loss": loss, "value": value})
@@ -71,20 +83,15 @@ def _train(
     return outcome
 
 
-def _step(
-    task: Task, model: Any, optimizer: Any, scheduler: Any, accelerator: Any, batch: Batch, training: Any
-) -> Tensor:
-    model.train()
-    with accelerator.autocast():
-        answer = model(**{name: rows.to(accelerator.device) for name, rows in batch.inputs.items()})
-    loss = task.loss(task.aligned(task.answered(answer)), batch.targets.to(accelerator.device))
-    routed = getattr(answer, "aux_loss", None)
-    total = loss if routed is None else loss + training["router_weight"] * routed
-    accelerator.backward(total)
-    accelerator.clip_grad_norm_(model.parameters(), training["clip"])
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad(set_to_none=True)
+def _step(run: _Run, batch: Batch) -> Tensor:
+    run.model.train()
+    with run.accelerator.autocast():
+        loss, total = run.passes.learn(run.task, run.model, batch)
+    run.accelerator.backward(total)
+    run.accelerator.clip_grad_norm_(run.model.parameters(), run.training["clip"])
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
     return loss.detach()
 
 
@@ -98,13 +105,13 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: Any, device: torch.device) -> Score:
-    """The task's metric over all of its evaluation examples."""
+def evaluate(task: Task, model: Any, device: torch.device, passes: Passes | None = None) -> Score:
+    """The task's metric over all of its evaluation examples. passes: by this process alone without them."""
+    passes = Alone(device) if passes is None else passes
     model.eval()
     examples: list[tuple[float, int]] = []
     for batch in task.eval_batches(_EVAL_BATCH):
-        output = model(**{name: rows.to(device) for name, rows in batch.inputs.items()})
-        logits = task.aligned(task.answered(output)).float()
+        logits = task.aligned(passes.answers(task, model, batch.inputs)).float()
         targets = batch.targets.to(device)
         examples += [task.score(logits[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
     total, count = sum(value for value, _ in examples), sum(asked for _, asked in examples)

@@ -1,4 +1,4 @@
-"""Several values of a method's knob: the original, each value and the control are cells, kept and resumed one by one."""
+"""Several values of a method's knob: the original, each value and the control are cells, kept and gone on from."""
 
 from __future__ import annotations
 

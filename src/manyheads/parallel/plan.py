@@ -43,8 +43,8 @@ class Imagined(Layout):
 @dataclass(frozen=True)
 class Shape:
     """One attention over the sequence: its widths; bytes of a number. windows: of each head, or None. features, width:
-    of the memory of a linear one, or None. rows: (count, width) of what a convolution reads before its own tokens, or a linear one
-    beside its memory. moments: numbers of each row of the batch that are summed up before that memory is."""
+    of the memory of a linear one, or None. rows: (count, width) of what a convolution reads before its own tokens, or a
+    linear one beside its memory. moments: numbers of each row of the batch that are summed up before that memory is."""
 
     batch: int
     length: int

@@ -25,8 +25,8 @@ EXPONENTIAL = Kernel(query=lambda x: (x - x.amax(-1, keepdim=True)).exp(), key=t
 
 
 def moments(x: Tensor, padding: Tensor, *, causal: bool) -> Tensor:
-    """x [b, h, n, d] -> count, sum and sum of squares over heads, features and real tokens, up to each one where causal:
-    [b, n or 1, 3]."""
+    """x [b, h, n, d] -> count, sum and sum of squares over heads, features and real tokens, up to each one where
+    causal: [b, n or 1, 3]."""
     rows = hide(x, padding).transpose(1, 2).flatten(2)
     sums = torch.stack((padding.to(rows.dtype) * rows.shape[-1], rows.sum(-1), rows.square().sum(-1)), -1)
     return sums.cumsum(1) if causal else sums.sum(1, keepdim=True)
