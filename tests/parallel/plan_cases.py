@@ -45,20 +45,20 @@ def rows(q, k, v, layout):
     return tokens_before(q.transpose(1, 2).flatten(2), 5, layout)
 
 
-def lln() -> None:
-    """A whole model of one layer, whose own traffic is what all calls under it have."""
+def whole(name: str, wanted: tuple[object, ...], **config) -> None:
+    """A whole model of one layer, which exchanges more than one thing, beside what is told of that layer."""
     from switch_cases import batch_of, ours
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    model, batch = ours({"name": "lln", "block": 5}).float(), batch_of(N)
+    model, batch = ours({"name": name, **config}).float(), batch_of(N)
     with sequence_parallel(model) as spread:
         mine = spread.shard(batch)
         with traffic() as forward:
             loss = model(**mine).loss
         with traffic() as backward:
             loss.backward()
-    shape = shape_of("lln", length=N, width=16, heads=4, batch=2, dtype="float32", config={"block": 5})
-    assert (shape.moments, shape.rows, shape.memory) == (6, (4, 33), (4, 5))
+    shape = shape_of(name, length=N, width=16, heads=4, batch=2, dtype="float32", config=config)
+    assert (shape.memory, shape.rows, shape.moments, shape.more) == wanted
     ahead = 5 * 8 * (size - 1)  # whose shard it is
     assert (forward.bytes - ahead, backward.bytes) == SENT["state"](shape, Imagined(N, "contiguous", rank, size))
 
@@ -82,7 +82,8 @@ CASES = {
     "state": lambda: exact(
         "state", "contiguous", MEMORY, functools.partial(state_attention, kernel=Kernel(floor=None), causal=True)
     ),
-    "state, moments and a block": lln,
+    "state, moments and a block": lambda: whole("lln", ((4, 5), (4, 33), 6, 0), block=5),
+    "state, several": lambda: whole("flow", ((4, 4), None, 0, 4 * (1 + 4 * 4 + 1))),
     "halo": lambda: exact("halo", "contiguous", WINDOWS, functools.partial(windowed_attention, windows=[9] * 6)),
     "rows": lambda: exact("halo", "contiguous", ROWS, rows),
 }

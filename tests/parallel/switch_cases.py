@@ -182,6 +182,10 @@ CASES = {
     "lightning": lambda: equal(ours("lightning", "lightning"), padded="left"),
     "hybrid": lambda: equal(ours("based", "softmax", "lightning"), padded="left"),
     "hedgehog, fastmax, transnormerllm": lambda: equal(ours("hedgehog", "fastmax", "transnormerllm"), padded="right"),
+    "flow, aaren": lambda: equal(ours({"name": "flow", "chunk": 4}, {"name": "aaren", "chunk": 4}), padded="left"),
+    "context-broadcasting": lambda: equal(
+        ours("context-broadcasting", {"name": "context-broadcasting", "scaled": True}), padded="right"
+    ),
     "lln": lambda: equal(ours("lln", {"name": "lln", "block": 7}), padded="left"),
     "lln, mixed, blocks longer than shards": lambda: equal(
         ours({"name": "lln", "block": 16, "mixing": "scale"}, {"name": "lln", "diagonal": False}), 13

@@ -7,6 +7,7 @@ b rows, n tokens, h query heads, g key/value heads, d and e features of keys and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,7 +45,8 @@ class Imagined(Layout):
 class Shape:
     """One attention over the sequence: its widths; bytes of a number. windows: of each head, or None. features, width:
     of the memory of a linear one, or None. rows: (count, width) of what a convolution reads before its own tokens, or a
-    linear one beside its memory. moments: numbers of each row of the batch that are summed up before that memory is."""
+    linear one beside its memory. moments: numbers of each row of the batch that are summed up before that memory is;
+    more: numbers of further memories, which are sent back and forth as it is."""
 
     batch: int
     length: int
@@ -57,6 +59,7 @@ class Shape:
     memory: tuple[int, int] | None = None
     rows: tuple[int, int] | None = None
     moments: int = 0
+    more: int = 0
 
     @property
     def wide(self) -> int:
@@ -132,7 +135,7 @@ def sent_heads(shape: Shape, layout: Layout) -> tuple[int, int]:
 def sent_state(shape: Shape, layout: Layout) -> tuple[int, int]:
     assert shape.memory is not None
     (features, width), others = shape.memory, layout.place.size - 1
-    once = others * shape.batch * shape.heads * features * width * shape.wide
+    once = others * shape.batch * (shape.heads * features * width + shape.more) * shape.wide
     counted = others * shape.batch * shape.moments * shape.wide
     near = (0, 0) if shape.rows is None else sent_halo(replace(shape, item=shape.wide), layout)
     return once + counted + near[0], once + near[1]
@@ -272,7 +275,7 @@ class _Asked:
 
     def __init__(self) -> None:
         self.found: list[dict[str, Any]] = []
-        self.moments = 0
+        self.moments, self.memories = 0, list[int]()
 
     def sums(self, x: Tensor, *, causal: bool) -> Tensor:
         self.moments += x[0].numel()
@@ -288,6 +291,7 @@ class _Asked:
         memory = (kernel.features(kernel.key(k)).shape[-1], width + (kernel.floor is not None))
         widths = {"heads": heads, "kv_heads": heads, "key_dim": k.shape[-1], "value_dim": width}
         self.found.append(widths | {"memory": memory})
+        self.memories.append(heads * memory[0] * memory[1])
         return q.new_empty((*q.shape[:-1], width))
 
     def before(self, x: Tensor, count: int) -> Tensor:
@@ -321,9 +325,10 @@ def shape_of(
         mechanism = create_attention(name, width, heads, **{**(config or {}), "causal": True})
         mechanism.attend(torch.empty(1, 1, width), None, Call(Pattern.CAUSAL_SELF, across=asked))
     found: dict[str, Any] = {}
-    # Widths are those of what attends; what is read beside a memory has only its own.
-    for part in sorted(asked.found, key=lambda part: "memory" in part):
+    # Widths are those of the largest memory; what is read beside it has only its own.
+    for part in sorted(asked.found, key=lambda part: math.prod(part.get("memory") or (0,))):
         found |= part
     if asked.moments and "memory" not in found:
         raise ValueError(f"plan: {name} sums up moments and no memory, which is not planned here")
-    return Shape(batch=batch, length=length, item=DTYPES[dtype], moments=asked.moments, **found)
+    more = sum(asked.memories) - max(asked.memories, default=0)
+    return Shape(batch=batch, length=length, item=DTYPES[dtype], moments=asked.moments, more=more, **found)

@@ -28,12 +28,24 @@ def in_processes(count: int, function: str, *arguments: Any) -> dict[str, Any]:
         job.write_text(json.dumps({"function": function, "arguments": arguments}), encoding="utf-8")
         start = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         command = [sys.executable, "-m", *start, "-m", "manyheads.runs.processes", str(job), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | _told())
-        if done.returncode or not answer.is_file():
-            words = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()
-            raise RuntimeError(f"{count} processes ended with {done.returncode}: {words[-1] if words else 'no words'}")
+        code, lines = _run(command)
+        if code or not answer.is_file():
+            words = [line for line in lines if "Error" in line] or lines or ["no words"]
+            raise RuntimeError(f"{count} processes ended with {code}: {words[-1]}")
         found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         return found
+
+
+def _run(command: list[str]) -> tuple[int, list[str]]:
+    """The exit code, and what was said on stderr."""
+    quiet, heard = subprocess.DEVNULL, subprocess.PIPE
+    with subprocess.Popen(command, text=True, env=os.environ | _told(), stdout=quiet, stderr=heard) as started:
+        try:
+            _, told = started.communicate()
+        except BaseException:
+            started.terminate()  # killed outright it would leave those that it started behind
+            raise
+    return started.returncode, told.splitlines()
 
 
 def _told() -> dict[str, str]:
