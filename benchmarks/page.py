@@ -103,10 +103,10 @@ DRAWING = (
     "the change is beyond twice its standard error. Costs are no claims."
 )
 SPEECH = (
-    "`python benchmarks/speech.py`: an encoder-decoder on utterances of 12 tokens whose frames show their tokens, the same "
-    "training for each depth; right: next tokens under the true text, mean of the seeds; speeds are ratios within one "
-    "run. Below it one pass of training over utterances of very different lengths, by a fixed batch size and by buckets "
-    "whose batch sizes were found by measuring in the memory that the fixed size takes at the longest lengths."
+    "`python benchmarks/speech.py`: an encoder-decoder on utterances of 12 tokens whose frames show their tokens, the "
+    "same training for each depth; right: next tokens under the true text, mean of the seeds; speeds are ratios within "
+    "one run. Below it one pass of training over utterances of very different lengths, by a fixed batch size and by "
+    "buckets whose batch sizes were found by measuring in the memory that the fixed size takes at the longest lengths."
 )
 CONVERT = (
     "`python benchmarks/convert.py`: what [conversions](converting.md) cost right after them, before any training "

@@ -102,6 +102,17 @@ def too_short() -> None:
             shard(batch_of(size - 1))
 
 
+def elsewhere() -> None:
+    """A model that the group cannot send from, and one that lies in two places."""
+    away, torn = ours("softmax").to("meta"), ours("softmax")
+    torn.lm_head.to("meta")
+    with pytest.raises(ValueError, match=r"the model lies on \['cpu', 'meta'\]"), sequence_parallel(torn):
+        pass
+    if dist.get_world_size() > 1:
+        with pytest.raises(ValueError, match="lies on meta, and gloo sends"), sequence_parallel(away):
+            pass
+
+
 def unlike() -> None:
     """Processes with shards of different batches are told so, where they would wait for each other."""
     model, size, rank = ours("softmax"), dist.get_world_size(), dist.get_rank()
@@ -225,6 +236,7 @@ CASES = {
     ),
     "listened": listened,
     "too short": too_short,
+    "elsewhere": elsewhere,
     "unlike": unlike,
     "two groups": two_groups,
     "twice": twice,
