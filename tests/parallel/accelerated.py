@@ -77,14 +77,12 @@ def gap(model, alone) -> float:
 
 def main() -> int:
     accelerator = Accelerator(cpu=True)
+    size = accelerator.num_processes
     first = ours("softmax", "lightning").train()
     model, alone = copy.deepcopy(first), copy.deepcopy(first)
     batches = [batch_of(17, padded="left"), batch_of(23)]
     wanted, found = alone_on(alone, batches), by_hand(accelerator, model, batches)
-    print(
-        f"{accelerator.num_processes} processes, {found} and {wanted}, weights within {gap(model, alone):.1e}",
-        flush=True,
-    )
+    print(f"{size} processes, {found} and {wanted}, weights within {gap(model, alone):.1e}", flush=True)
     right = gap(model, alone) < 1e-6 and all(abs(a - b) < 1e-6 for a, b in zip(found, wanted, strict=True))
 
     trained, alone = copy.deepcopy(first), copy.deepcopy(first)
