@@ -83,7 +83,7 @@ CASES = {
         "state", "contiguous", MEMORY, functools.partial(state_attention, kernel=Kernel(floor=None), causal=True)
     ),
     "state, moments and a block": lambda: whole("lln", ((4, 5), (4, 33), 6, 0), block=5),
-    "state, several": lambda: whole("flow", ((4, 4), None, 0, 4 * (1 + 4 * 4 + 1))),
+    "state, several": lambda: whole("flow", ((4, 4), None, 1, 4 * (4 * 4 + 1))),
     "halo": lambda: exact("halo", "contiguous", WINDOWS, functools.partial(windowed_attention, windows=[9] * 6)),
     "rows": lambda: exact("halo", "contiguous", ROWS, rows),
 }

@@ -133,7 +133,7 @@ class FlowAttention(Mechanism):
 
     def _running(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, call: Call) -> Flow:
         there = real[:, None, :, None]
-        count = self._sum("count", there.to(q.dtype).expand(-1, self.heads, -1, -1), call).clamp(min=1.0)
+        count = self._count(there.to(q.dtype), call).clamp(min=1.0)
         incoming = count / _dot(q, self._sum("keys", k, call))
         outgoing = count / _dot(k, self._sum("queries", q, call))
         conserved_in = _dot(q, self._sum("outgoing", k * outgoing, call)) / count
@@ -141,6 +141,13 @@ class FlowAttention(Mechanism):
         shares = conserved_out.exp().masked_fill(~there, 0.0)
         given = shares / self._sum("shares", shares, call).clamp(min=EPS) * count
         return Flow(q * incoming / count, v * given, given, conserved_in.sigmoid())
+
+    def _count(self, there: Tensor, call: Call) -> Tensor:
+        """Real tokens up to and with each, [b, h or 1, n, 1]: constants, so that nothing is passed back for them."""
+        if call.across is None:
+            return self._sum("count", there.expand(-1, self.heads, -1, -1), call)
+        count = there.cumsum(2)
+        return count + call.across.sums(count[:, :, -1:], causal=True)
 
     def _sum(self, name: str, rows: Tensor, call: Call) -> Tensor:
         """Sums of [b, h, n, .] up to and with each token, those of the state's passes too, or of other processes."""
