@@ -194,6 +194,7 @@ CASES = {
     "hybrid": lambda: equal(ours("based", "softmax", "lightning"), padded="left"),
     "hedgehog, fastmax, transnormerllm": lambda: equal(ours("hedgehog", "fastmax", "transnormerllm"), padded="right"),
     "flow, aaren": lambda: equal(ours({"name": "flow", "chunk": 4}, {"name": "aaren", "chunk": 4}), padded="left"),
+    "aaren": lambda: equal(ours("aaren", "softmax"), packed=True),
     "context-broadcasting": lambda: equal(
         ours("context-broadcasting", {"name": "context-broadcasting", "scaled": True}), padded="right"
     ),

@@ -25,7 +25,7 @@ Measure = Callable[[Cell], Mapping[str, Any]]
 
 
 class Showing(Protocol):
-    def __call__(self, cells: Sequence[Cell], *, at_once: int) -> Progress: ...
+    def __call__(self, cells: Sequence[Cell], /, *, at_once: int) -> Progress: ...
 
 
 def run_anywhere(
