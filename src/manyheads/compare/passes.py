@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -80,10 +80,11 @@ def passes_of(accelerator: Any, model: Any, router_weight: float) -> Iterator[Pa
         yield Shared(spread, accelerator.num_processes, accelerator.device)
 
 
-def unspread(task: Task, name: str) -> str:
-    """'' where the task's model with this mechanism can be trained over several processes, or why it cannot."""
+def unspread(task: Task, names: Sequence[str]) -> str:
+    """'' where the task's model with these mechanisms can be trained over several processes, or why it cannot."""
     if task.head != "causal-lm":
         return f"{task.name} is not for causal language models, the only ones that are trained over processes"
     if type(task).loss is not Task.loss:
         return f"{task.name} has a loss of its own, which is no sum over tokens; it is trained in one process"
-    return "" if mechanism_class(name).card.parallel else f"{name} cannot be spread over processes"
+    without = dict.fromkeys(name for name in names if not mechanism_class(name).card.parallel)
+    return f"{', '.join(without)} cannot be spread over processes" if without else ""

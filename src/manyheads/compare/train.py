@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Pattern
+from manyheads.compare.hybrid import common_patterns, deepened, specs_of
+from manyheads.compare.measure import live_bytes
 from manyheads.compare.passes import Alone, Passes, passes_of
 from manyheads.registry import mechanism_class
 from manyheads.tasks import Batch, Task, create_task, list_tasks, task_class
 
+Specs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 _EVAL_BATCH = 128
 _SHAPED = (Pattern.GRID, Pattern.GRAPH)  # noncausal mechanisms see these as a sequence, or a set
 
@@ -23,9 +26,8 @@ _SHAPED = (Pattern.GRID, Pattern.GRAPH)  # noncausal mechanisms see these as a s
 def train_cell(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Trains and evaluates one quality cell. The settings are those of `Cell`; the outcome is its measured columns."""
     task = create_task(settings["task"]["name"], **settings["task"]["args"])
-    mechanism = settings["mechanism"]
     torch.manual_seed(settings["seed"])
-    model = build_model(task, {"name": mechanism["name"], **mechanism["args"]}, settings["model"])
+    model = build_model(task, specs_of(settings["mechanism"]), settings["model"])
     training = settings["training"]
     accelerator = _accelerator(settings["device"], settings["precision"])
     optimizer = torch.optim.AdamW(
@@ -41,8 +43,11 @@ def train_cell(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
     batches = task.train_batches(training["batch_size"], settings["seed"])
     with passes_of(accelerator, model, training["router_weight"]) as passes:
-        run = _Run(task, model, optimizer, scheduler, accelerator, training, passes)
-        return outcome | _train(run, batches)
+        outcome |= _train(_Run(task, model, optimizer, scheduler, accelerator, training, passes), batches)
+    if outcome["status"] != "done":
+        return outcome
+    held = state_bytes(task, accelerator.unwrap_model(model), accelerator.device)
+    return outcome if held is None else outcome | {"model_state_bytes": held}
 
 
 class _Run(NamedTuple):
@@ -93,6 +98,19 @@ def _step(run: _Run, batch: Batch) -> Tensor:
     run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
     return loss.detach()
+
+
+@torch.no_grad()
+def state_bytes(task: Task, model: Any, device: torch.device) -> int | None:
+    """Bytes that the mechanisms of all layers remember of the task's first example, for the next token; None where the
+    model does not decode."""
+    if task.head != "causal-lm" or task.pattern != Pattern.CAUSAL_SELF or not model.decoder_stack.can_cache:
+        return None
+    inputs = next(iter(task.eval_batches(1))).inputs
+    model.eval()
+    output = model(**{name: rows.to(device) for name, rows in inputs.items()}, use_cache=True)
+    layers = output.past_key_values.layers
+    return sum(live_bytes(layer.self_attention.states["mechanism"]) for layer in layers)
 
 
 class Score(NamedTuple):
@@ -147,8 +165,9 @@ def rate_at(step: int, training: Mapping[str, Any]) -> float:
     return 0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, part))) / 2
 
 
-def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) -> Any:
-    """The task's model with the mechanism where the task needs it, and softmax everywhere else.
+def build_model(task: Task, spec: Specs, size: Mapping[str, Any]) -> Any:
+    """The task's model with the mechanism where the task needs it, and softmax everywhere else. Several specs: those
+    of the layers, again from the first where the model has more.
 
     In an encoder-decoder the mechanism is what the decoder reads the encoder with; in a detector, unless it attends
     over images, what the queries read the image with; where it pools, it is the classifier's pooling.
@@ -172,34 +191,41 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
         "causal-lm": models.ManyheadsForCausalLM,
         "seq2seq-lm": models.ManyheadsForSeq2SeqLM,
         "sequence-classification": models.ManyheadsForSequenceClassification,
+        "token-classification": models.ManyheadsForTokenClassification,
         "image-classification": models.ManyheadsForImageClassification,
         "semantic-segmentation": models.ManyheadsForSemanticSegmentation,
         "object-detection": models.ManyheadsForObjectDetection,
         "node-classification": models.ManyheadsForNodeClassification,
     }[task.head]
-    return cls(models.ManyheadsConfig(**settings, **placed(task, spec)))
+    where = placed(task, spec)
+    for key in ("layers", "cross_layers"):
+        if len(where.get(key, ())) > 1:
+            where[key] = deepened(where[key], size["layers"])
+    return cls(models.ManyheadsConfig(**settings, **where))
 
 
-def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the mechanism goes in the model. Raises ValueError where the task has no place for it."""
-    missing = unpassed(spec["name"], task)
-    if missing:
-        raise ValueError(missing)
-    patterns = mechanism_class(spec["name"]).card.patterns
+def placed(task: Task | type[Task], spec: Specs) -> dict[str, Any]:
+    """Where the mechanism, or those of a hybrid, go in the model. Raises ValueError where the task has no place."""
+    specs = [dict(one) for one in ([spec] if isinstance(spec, Mapping) else spec)]
+    names = [one["name"] for one in specs]
+    for name in names:
+        if missing := unpassed(name, task):
+            raise ValueError(missing)
+    patterns = common_patterns(names)
     if task.pattern in patterns:
         if Pattern(task.pattern).cross:
-            return {"layers": ["softmax"], "cross_layers": [dict(spec)]}
+            return {"layers": ["softmax"], "cross_layers": specs}
         causal = None if task.pattern in _SHAPED else task.pattern == Pattern.CAUSAL_SELF
-        return {"layers": [dict(spec)], "is_causal": causal}
-    classifies = task.head.endswith("classification")
+        return {"layers": specs, "is_causal": causal}
+    pools = task.head in ("sequence-classification", "image-classification")
     if task.pattern in _SHAPED and Pattern.NONCAUSAL_SELF in patterns:
-        return {"layers": [dict(spec)], "is_causal": False}
+        return {"layers": specs, "is_causal": False}
     if task.head == "object-detection" and Pattern.NONCAUSAL_CROSS in patterns:
-        return {"layers": ["softmax"], "cross_layers": [dict(spec)]}
-    if classifies and Pattern.POOL in patterns:
-        return {"layers": ["softmax"], "pooling": dict(spec)}
+        return {"layers": ["softmax"], "cross_layers": specs}
+    if pools and Pattern.POOL in patterns and len(specs) == 1:  # there is one pooling in a model
+        return {"layers": ["softmax"], "pooling": specs[0]}
     declared = ", ".join(sorted(patterns))
-    raise ValueError(f"{task.name} needs {task.pattern}; {spec['name']} declares {declared}")
+    raise ValueError(f"{task.name} needs {task.pattern}; {','.join(names)} declares {declared}")
 
 
 def unpassed(name: str, task: Task | type[Task] | None = None) -> str:

@@ -13,7 +13,8 @@ from transformers import PreTrainedConfig
 
 from manyheads.card import Pattern
 from manyheads.models.saved import AUTO_MAP, write_beside
-from manyheads.registry import mechanism_class, suggest
+from manyheads.near import suggest
+from manyheads.registry import mechanism_class
 
 POSITIONS = ("learned", "rotary", "none")
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "gelu")
