@@ -224,7 +224,7 @@ class Experiment(Settings):
     decode: Decode = Decode()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
-    processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
 
     @field_validator("seeds", "sections")
     @classmethod
