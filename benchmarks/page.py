@@ -249,11 +249,16 @@ def _convert(rows: list[Row]) -> list[str]:
         "| model | conversion | cache per token | bits per token | KL to the original | hidden keys |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in (row for row in rows if "conversion" in row):
         keys = f"{row['passkeys']:.0%} of {row['keys'] * len(row['passkeys_of'])}"
         figures = f"{row['cache']:,} numbers | {row['bits_per_token']:.3f} | {row['kl_bits']:.3f} | {keys}"
         lines.append(f"| {row['model']} | {row['conversion']} | {figures} |")
-    return lines
+    claims = [row for row in rows if "claim" in row]
+    return lines + ([""] if claims else []) + [
+        f"- {row['model']}, {row['claim']}: {'shows' if row['shows'] else 'does not show'} "
+        f"({len(row['kl_by_seed'])} seeds, KL)"
+        for row in claims
+    ]  # fmt: skip
 
 
 def _vlm(rows: list[Row]) -> list[str]:

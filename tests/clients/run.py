@@ -27,6 +27,11 @@ from typing import Any
 import models
 from reasons import REASONS
 
+from manyheads.runs.environment import environment
+
+# As benchmarks name it for benchmarks/stale.py.
+MEASURES = ("src/manyheads/models", "src/manyheads/mechanisms", "src/manyheads/softmax.py", "tests/clients")
+WRITES = ("clients",)
 HERE = Path(__file__).parent
 # Imported by the tests of models, and left out of the sdist.
 LEFT_OUT = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
@@ -48,6 +53,7 @@ def main() -> int:
         "kinds": given.kinds.split(","),
         "versions": {name: version(name) for name in CLIENTS},
         "python": platform.python_version(),
+        "environment": environment(),
         "minutes": round((time.monotonic() - start) / 60, 1),
     }
     given.out.write_text(json.dumps(report, indent=1) + "\n")

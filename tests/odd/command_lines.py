@@ -281,7 +281,7 @@ class Lines:
         some = {
             "--policy": lambda: self.one(POLICIES, WORDS), "--budget-tokens": self.number, "--budget-bytes": self.number, "--compression-ratio": self.number,
             "--heads": lambda: self.one(self.made["paths"], self.made["profiles"]), "--text": self.path, "--tasks": self.word, "--length": self.number, "--trials": self.number,
-            "--scheduler": self.scheduler, "--thorough": None, "--ask": self.word, "--sweep": None, "--device": lambda: self.one(WORDS, ["cpu", "cuda", "cuda:x", "cpu:7", "meta", "cpu:", "mps"]), "--dtype": lambda: self.one(WORDS, ["float32", "bfloat16", "float64"]), "--retry-failed": None, "--json": None,
+            "--scheduler": self.scheduler, "--thorough": None, "--ask": self.word, "--chat": lambda: self.one(WORDS, ["open", "protected"]), "--sweep": None, "--device": lambda: self.one(WORDS, ["cpu", "cuda", "cuda:x", "cpu:7", "meta", "cpu:", "mps"]), "--dtype": lambda: self.one(WORDS, ["float32", "bfloat16", "float64"]), "--retry-failed": None, "--json": None,
         }  # fmt: skip
         good = self.made["models"][0]
         return [
@@ -338,7 +338,7 @@ class Lines:
                     "--list": None,
                     "--model": self.word,
                 }
-            ),  # fmt: skip
+            ),
         ]
 
     def serve(self) -> list[str]:

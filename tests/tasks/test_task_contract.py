@@ -24,6 +24,8 @@ SETTINGS = {
     "decoder_causal",
     "num_queries",
     "num_node_features",
+    "num_token_kinds",
+    "max_2d_position_embeddings",
 }
 METRICS = {
     ("accuracy", True),

@@ -57,12 +57,16 @@ class Heads(Settings):
 
 class Model(Heads):
     """The model around the mechanism. intermediate_size: of the MLP, 0 for none. short_conv: width of a causal
-    depthwise convolution before the projections, 0 for none."""
+    depthwise convolution before the projections, 0 for none. positions: "boxes" where the task has them. by_kind: what
+    each kind of token has of its own, where the task has several ("mlp", "adapter", "embedding", "positions").
+    adapter_size: of adapters before each mixer and MLP, 0 for none."""
 
     layers: Whole = 2
     intermediate_size: Annotated[int, Field(ge=0)] = 0
     short_conv: Annotated[int, Field(ge=0, le=64)] = 0
-    positions: Literal["learned", "rotary", "none"] = "learned"
+    positions: Literal["learned", "rotary", "boxes", "none"] = "learned"
+    by_kind: tuple[Literal["mlp", "adapter", "embedding", "positions"], ...] = ()
+    adapter_size: Annotated[int, Field(ge=0)] = 0
 
 
 class Training(Settings):

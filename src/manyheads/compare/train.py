@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from manyheads.card import Pattern
 from manyheads.compare.hybrid import common_patterns, deepened, specs_of
 from manyheads.compare.measure import live_bytes
-from manyheads.compare.passes import Alone, Passes, passes_of
+from manyheads.compare.passes import Alone, Passes, inputs_of, passes_of
 from manyheads.registry import mechanism_class
 from manyheads.tasks import Batch, Task, create_task, list_tasks, task_class
 
@@ -90,8 +90,7 @@ def _train(run: _Run, batches: Iterator[Batch]) -> dict[str, Any]:
 
 def _step(run: _Run, batch: Batch) -> Tensor:
     run.model.train()
-    with run.accelerator.autocast():
-        loss, total = run.passes.learn(run.task, run.model, batch)
+    loss, total = run.passes.learn(run.task, run.model, batch)
     run.accelerator.backward(total)
     run.accelerator.clip_grad_norm_(run.model.parameters(), run.training["clip"])
     run.optimizer.step()
@@ -106,9 +105,8 @@ def state_bytes(task: Task, model: Any, device: torch.device) -> int | None:
     model does not decode."""
     if task.head != "causal-lm" or task.pattern != Pattern.CAUSAL_SELF or not model.decoder_stack.can_cache:
         return None
-    inputs = next(iter(task.eval_batches(1))).inputs
     model.eval()
-    output = model(**{name: rows.to(device) for name, rows in inputs.items()}, use_cache=True)
+    output = model(**inputs_of(task, model, next(iter(task.eval_batches(1))), device), use_cache=True)
     layers = output.past_key_values.layers
     return sum(live_bytes(layer.self_attention.states["mechanism"]) for layer in layers)
 
@@ -129,7 +127,7 @@ def evaluate(task: Task, model: Any, device: torch.device, passes: Passes | None
     model.eval()
     examples: list[tuple[float, int]] = []
     for batch in task.eval_batches(_EVAL_BATCH):
-        logits = task.aligned(passes.answers(task, model, batch.inputs)).float()
+        logits = task.aligned(passes.answers(task, model, batch)).float()
         targets = batch.targets.to(device)
         examples += [task.score(logits[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
     total, count = sum(value for value, _ in examples), sum(asked for _, asked in examples)
@@ -175,6 +173,8 @@ def build_model(task: Task, spec: Specs, size: Mapping[str, Any]) -> Any:
     from manyheads import models
 
     settings = task.model_settings()
+    if not size["by_kind"]:
+        settings.pop("num_token_kinds", None)
     if "max_length" in settings:
         settings["max_position_embeddings"] = settings.pop("max_length")
     settings |= {
@@ -184,6 +184,8 @@ def build_model(task: Task, spec: Specs, size: Mapping[str, Any]) -> Any:
         "intermediate_size": size["intermediate_size"],
         "short_conv": size["short_conv"],
         "positions": size["positions"],
+        "by_kind": size["by_kind"],
+        "adapter_size": size["adapter_size"],
         "is_encoder_decoder": task.head == "seq2seq-lm",
         "use_cache": False,
     }
@@ -197,21 +199,24 @@ def build_model(task: Task, spec: Specs, size: Mapping[str, Any]) -> Any:
         "object-detection": models.ManyheadsForObjectDetection,
         "node-classification": models.ManyheadsForNodeClassification,
     }[task.head]
-    where = placed(task, spec)
+    where = placed(task, spec, size["layers"])
     for key in ("layers", "cross_layers"):
         if len(where.get(key, ())) > 1:
             where[key] = deepened(where[key], size["layers"])
     return cls(models.ManyheadsConfig(**settings, **where))
 
 
-def placed(task: Task | type[Task], spec: Specs) -> dict[str, Any]:
-    """Where the mechanism, or those of a hybrid, go in the model. Raises ValueError where the task has no place."""
+def placed(task: Task | type[Task], spec: Specs, layers: int | None = None) -> dict[str, Any]:
+    """Where the mechanism, or those of a hybrid, go in a model of so many layers. Raises ValueError where the task has
+    no place."""
     specs = [dict(one) for one in ([spec] if isinstance(spec, Mapping) else spec)]
     names = [one["name"] for one in specs]
     for name in names:
         if missing := unpassed(name, task):
             raise ValueError(missing)
     patterns = common_patterns(names)
+    if task.pattern in patterns and len(specs) == 1 and (among := _among_others(specs[0], layers or 2)):
+        return {**among, "is_causal": task.pattern == Pattern.CAUSAL_SELF}
     if task.pattern in patterns:
         if Pattern(task.pattern).cross:
             return {"layers": ["softmax"], "cross_layers": specs}
@@ -228,17 +233,37 @@ def placed(task: Task | type[Task], spec: Specs) -> dict[str, Any]:
     raise ValueError(f"{task.name} needs {task.pattern}; {','.join(names)} declares {declared}")
 
 
+def _among_others(spec: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Where a mechanism goes that reads other layers: what reads those below it is the last one, or follows one whose
+    weights it shares, and what reads a higher one's output stands before the first. Empty for every other."""
+    takes = mechanism_class(spec["name"]).card.takes
+    if "higher" in takes:
+        return {"layers": ["softmax"], "back": spec}
+    if "earlier" in takes:
+        return {"layers": ["softmax"] * (layers - 1) + [spec]}
+    if "weights_below" in takes:
+        return {"layers": ["softmax"] + [spec] * (layers - 1)}
+    return {}
+
+
 def unpassed(name: str, task: Task | type[Task] | None = None) -> str:
     """'' where the task's tokens, and what it gives beside them, are all that the mechanism must have; else what it
     reads that the task (None: any task) has not, as a reason to train nothing."""
     card = mechanism_class(name).card
     # Of another pattern, what goes by the same name is another thing.
     tasks = [each for each in ([task] if task else map(task_class, list_tasks())) if each.pattern in card.patterns]
-    given = {key for each in tasks for key in each.beside}
+    given = {key for each in tasks for key in each.beside} | _had(card.patterns)
     read = {key: what for key, what in card.takes.items() if key not in given and not what.startswith("optional")}
     words = "; ".join(f"{key} ({what})" for key, what in read.items())
     which = f"{task.name} has it not" if task else "no task has it"
     return f"{name} reads more than its tokens, and {which}: {words}" if read else ""
+
+
+def _had(patterns: Set[Pattern]) -> set[str]:
+    """What every model has itself for a mechanism of these patterns."""
+    had = {Pattern.CAUSAL_SELF: {"earlier", "higher", "weights_below"}, Pattern.NONCAUSAL_SELF: {"weights_below"}}
+    had |= {Pattern.POOL: {"earlier"}}
+    return {name for pattern, names in had.items() if pattern in patterns for name in names}
 
 
 def has_place(task: Task | type[Task], name: str) -> bool:

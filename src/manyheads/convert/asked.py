@@ -17,6 +17,8 @@ from manyheads.convert.layout import cache_numbers
 from manyheads.convert.lessons import check_teacher
 from manyheads.convert.method import Method
 from manyheads.convert.methods import METHODS, Distilled, Hosted
+from manyheads.convert.pictures import Thinned, classifies_images, prune_images
+from manyheads.convert.ranks import Ranks
 from manyheads.convert.run import Conversion, Plan, run_conversion
 from manyheads.convert.saving import check_target
 from manyheads.convert.streamed import Change, Cutting, Pooling, read_scores, stream
@@ -82,13 +84,18 @@ def run_asked(
     """Loads, converts, measures and writes what was asked for; returns the record. scheduler: address of a Dask
     scheduler, whose workers take a value each."""
     check_target(out)
+    if models and classifies_images(where := find_model(models[0])):
+        if scheduler is not None:
+            raise ValueError(f"--scheduler does not go with {models[0]}, which is an image classifier: leave it out")
+        return prune_images(where, str(models[0]), _thinned(asked, str(models[0]), text), out, write=write)
     if scheduler is not None and (write or len(asked.values or ()) < 2):
         raise ValueError(
             "--scheduler spreads the values of a sweep over workers, and this is one conversion: give several values, "
             "such as --kv-heads 4,2,1, and --dry-run"
         )
     made = conversion_of(asked, models, text)
-    if not write and len(made.plan.values) > 1:
+    # Processes that were launched together share out the rows of every step, and have no folder to each.
+    if not write and len(made.plan.values) > 1 and Ranks.here().world == 1:
         return run_sweep(made, out, scheduler=scheduler, again=_again(asked, models, text))
     return run_conversion(made, out, write=write)
 
@@ -180,10 +187,39 @@ def _check_strangers(asked: Asked) -> None:
         raise ValueError("--transfer-loss says what is learnt: give --transfer STEPS with it")
 
 
+def _thinned(asked: Asked, name: str, text: Path | None) -> Thinned:
+    """How an image classifier is pruned; ValueError for what is asked of it besides."""
+    own, values = asked.own["prune"], asked.values if asked.to == "prune" else None
+    if asked.to != "prune":
+        raise ValueError(f"{name} is an image classifier, and --to {asked.to} takes a language model: want --to prune")
+    if own["by"] not in (None, "dimap"):
+        raise ValueError(f"--by {own['by']} asks for text, and {name} is an image classifier: want --by dimap")
+    strange = {"--uniform/--global": own["uniform"], "--budget-bytes": asked.budget_bytes, "--text": text}
+    strange |= {f"--{key}": value for key, value in asked.training.items()}
+    for option, value in strange.items():
+        if value is not None:
+            raise ValueError(f"{option} does not go with {name}, which is an image classifier: leave it out")
+    sparsity, heads = own["sparsity"], values
+    if sparsity is not None and heads is not None:
+        raise ValueError("--heads takes heads out and --sparsity sets single weights to zero: give one of them")
+    if heads is not None and len(heads) > 1:
+        raise ValueError(f"--heads {','.join(map(str, heads))}: an image classifier takes one number at a time")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"--sparsity {sparsity}: want a share of the weights from 0 up to, but not, 1")
+    if heads is None:
+        return Thinned(0.5 if sparsity is None else sparsity, None, asked.max_damage, asked.dtype)
+    return Thinned(None, heads[0], asked.max_damage, asked.dtype)
+
+
 def _method(asked: Asked, loaded: Loaded) -> Method:
     spec, beside = asked.spec, asked.beside
     if spec is None:
         given = dict(asked.own[asked.to])
+        if given.pop("sparsity", None) is not None or given.get("by") == "dimap":
+            raise ValueError(
+                f"--sparsity and --by dimap are for image classifiers such as Swin, and {loaded.name} is a "
+                f"{type(loaded.model).__name__}: give --heads, and --by importance"
+            )
         if asked.to == "bam" and beside["active"] is not None:
             given["active"] = _whole("--active", beside["active"])
         return METHODS[asked.to](**{key: value for key, value in given.items() if value is not None})

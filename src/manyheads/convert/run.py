@@ -10,10 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.keeping import forget
 from manyheads.convert.method import Method, Rows, prove
+from manyheads.convert.ranks import is_first
 from manyheads.convert.report import AFTER, CONTROL, HEALED, ORIGINAL, TAUGHT
 from manyheads.convert.saving import check_target, narrowed, save_conversion, stored_dtype, write_record
 from manyheads.hosts.fingerprint import fingerprint
@@ -45,11 +48,10 @@ class Plan:
 
 
 def run_conversion(made: Conversion, out: Path, *, write: bool = True) -> dict[str, Any]:
-    """Converts with one value, measures, heals and writes; returns the record. write: False measures and writes no
-    weights."""
+    """Converts, measures, heals and writes; returns the record. write: False measures and writes no weights."""
     loaded, method, plan = made.loaded, made.method, made.plan
     check_target(out, loaded.where)
-    if len(plan.values) != 1:
+    if write and len(plan.values) != 1:
         given = ",".join(map(str, plan.values))
         raise ValueError(f"{method.knob} {given}: several are measured with --dry-run only")
     identities = prove(method, loaded.model, plan.values, made.rows)
@@ -57,7 +59,9 @@ def run_conversion(made: Conversion, out: Path, *, write: bool = True) -> dict[s
     try:
         converted = _convert(run, made, write)
         record = {**made_record(made, run.lines), "identities": identities}
-        if write:
+        if not is_first():
+            allow(plan, run.lines, "nothing is written")
+        elif write:
             stored = narrowed(method.settled(converted), plan.dtype or stored_dtype(loaded))
             save_conversion(stored, loaded, out, record)
         else:
@@ -129,6 +133,11 @@ class Conversion:
             run.measure(run.heal(model, training, self.teacher, "trained control"), title, CONTROL, None)
 
 
+def _progress() -> Progress:
+    """Of processes that were launched together the first one tells."""
+    return Progress() if is_first() else Progress(Console(quiet=True))
+
+
 @dataclass
 class _Run:
     """Measures and trains models one after the other; what has been trained is kept until the whole run has ended."""
@@ -137,7 +146,7 @@ class _Run:
     judge: Judge
     text: Questions
     out: Path
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress = field(default_factory=_progress)
     lines: list[dict[str, Any]] = field(default_factory=list)
     kept: list[Path] = field(default_factory=list)
 
@@ -163,13 +172,13 @@ class _Run:
 
 
 def _convert(run: _Run, made: Conversion, write: bool) -> Any:
-    """The model made with the only value."""
-    made.original(run)
-    value = made.plan.values[0]
-    found = made.value(run, value)
-    if write:
-        allow(made.plan, run.lines, "nothing is written")
-    made.control(run, value)
+    """The last model made; every line is measured on the way."""
+    found = made.original(run)
+    for value in made.plan.values:
+        found = made.value(run, value)
+        if write:
+            allow(made.plan, run.lines, "nothing is written")
+    made.control(run, made.plan.values[-1])
     return found
 
 

@@ -118,6 +118,7 @@ class Study:
             "device": parameter.device.type,
             "seed": self.plan.seed,
             "text": hashlib.sha256(self.questions.text.encode()).hexdigest()[:16],
+            **({} if self.questions.turn is None else {"turn": self.questions.turn}),
         }
 
     def measure(self, cell: Cell) -> dict[str, Any]:
@@ -240,6 +241,7 @@ class Elsewhere:
     plan: Plan = field(compare=False)
     text: str = field(compare=False)
     where: str = field(compare=False)
+    turn: tuple[list[int], list[int]] | None = field(compare=False)
 
     @classmethod
     def of(cls, study: Study) -> Elsewhere:
@@ -253,6 +255,7 @@ class Elsewhere:
             study.plan,
             study.questions.text,
             study.questions.where,
+            study.questions.turn,
         )
 
 
@@ -260,7 +263,7 @@ class Elsewhere:
 def _opened(place: Elsewhere) -> Study:
     loaded = load_model(place.model, dtype=place.dtype)
     loaded.model.to(place.device)
-    return Study(loaded, place.plan, Questions(loaded, text=place.text, where=place.where))
+    return Study(loaded, place.plan, Questions(loaded, text=place.text, where=place.where, turn=place.turn))
 
 
 def _run_away(place: Elsewhere, cell: Cell) -> Outcome:
