@@ -14,6 +14,7 @@ import typer
 
 from manyheads.runs.given import shown
 from manyheads.runs.names import parse_name, parse_names
+from manyheads.runs.options import Scheduler
 
 MOST_SEEDS = 10_000
 
@@ -51,7 +52,10 @@ def compare(
         list[str] | None, typer.Option(help="Only quality, speed, memory or decode; may be repeated.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results; one that is there is continued.")] = Path("results"),
-    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler that runs the cells.")] = None,
+    scheduler: Scheduler = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Train each cell over so many processes, each with a part of the sequence.")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run stored failures again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -69,6 +73,8 @@ def compare(
             words = "left out, as they read more than their tokens and no task has it"
             typer.echo(f"{words}: {', '.join(left_out)} (`manyheads show NAME` says what)", err=True)
     changes |= changes_of(changes, names, preset, task, seeds, section)
+    if processes is not None:
+        changes["processes"] = processes
     changes |= resized(changes, width or [], layers)
     if everything:
         changes["mechanisms"] = [as_on_card(entry) for entry in changes["mechanisms"]]
