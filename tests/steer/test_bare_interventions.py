@@ -90,3 +90,5 @@ def test_visual_exit_says_what_to_give() -> None:
     assert moved("vision-language", False, "visual_exit[layer=0]") == 0
     with pytest.raises(ValueError, match="layer=9: the model has layers 0 to 3; 0 lets no token leave"):
         moved("vision-language", False, "visual_exit[layer=9]")
+    with pytest.raises(ValueError, match="none holds no trained gates of this model"):
+        moved("vision-language", False, "visual_exit[gates=none]")

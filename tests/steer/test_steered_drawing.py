@@ -444,6 +444,13 @@ def test_a_part_of_a_unet_is_chosen_by_name_and_everything_else_is_left_alone() 
     ] * 2
 
 
-def test_the_command_says_where_interventions_on_a_drawing_model_are() -> None:
-    with pytest.raises(ValueError, match=r"manyheads\.steer\.diffusion"):
-        kind_of(MODEL)
+def test_a_model_that_draws_is_of_a_kind_of_its_own() -> None:
+    assert kind_of(MODEL) == "diffusion"
+    with pytest.raises(ValueError, match="or one that draws"):
+        kind_of(_Encoder())
+
+
+class _Encoder:
+    """Of no kind that interventions take."""
+
+    config = type("Config", (), {"is_encoder_decoder": True})()

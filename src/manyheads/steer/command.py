@@ -94,7 +94,7 @@ def run(
     ] = None,
     new: Annotated[int | None, typer.Option(min=1, max=MOST_NEW, help="Tokens of the answer; 24 by default.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help="Steps of a drawing; 20 by default.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of a drawing's noise; 0 by default.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of a drawing's noise; 0 by default.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for steer.html and steer.json.")] = Path("steered"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

@@ -375,7 +375,7 @@
       if (chosen.reach) {
         const [low, high] = chosen.reach, still = Number(chosen.neutral[chosen.strength]);
         label.textContent = own.name;
-        Object.assign(slider, { min: low, max: high, step: own.whole ? 1 : (high - low) / 100, value: own.default ?? high });
+        Object.assign(slider, { min: low, max: high, step: own.whole ? 1 : (high - low) / 100, value: own.default ?? Math.round((low + high) / 2) });
         number.value = slider.value;
         tick.style.setProperty("--at", (still - low) / (high - low));
         tick.title = neutral.textContent = `Neutral: ${chosen.neutral[chosen.strength]}`;

@@ -166,9 +166,17 @@ def _open(
         raise ValueError(f"visual_exit: layer={layer}: the model has layers 0 to {depth - 1}; 0 lets no token leave")
     if not gates:
         return visual_exit(model, None, layer or None)
+    return visual_exit(model, _trained(model, gates), layer or None)
+
+
+def _trained(model: nn.Module, path: str) -> ExitGates:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    weights = load_file(gates)
-    made = gates_for(model, len(weights["into.0.weight"]))
-    made.load_state_dict(weights)
-    return visual_exit(model, made, layer or None)
+    try:
+        weights = load_file(path)
+        made = gates_for(model, len(weights["into.0.weight"]))
+        made.load_state_dict(weights)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"visual_exit: {path} holds no trained gates of this model: {error!r}") from error
+    return made
