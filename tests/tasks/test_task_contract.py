@@ -84,7 +84,6 @@ def test_names() -> None:
         "maze",
         "maze-masked",
         "nucleotides",
-        "pointed",
         "recall",
         "segmented",
         "selective-copy",

@@ -147,6 +147,15 @@ class Spread:
             self._memory.keep_rows(x, count)
         return tokens_before(x, count, self._alone("a convolution").layout)
 
+    def sums(self, x: Tensor, *, causal: bool) -> Tensor:
+        if self._memory is not None and self._one_token:
+            return self._memory.read_total(x)
+        at = self._alone("moments of all that came before").layout.place
+        everyone = all_gather(x.detach(), at)
+        if self._memory is not None:
+            self._memory.keep_total(everyone.sum(0))
+        return everyone[: at.rank if causal else None].sum(0)
+
     def _alone(self, what: str) -> Part:
         part = self._now()
         if part.documents is not None:
