@@ -19,9 +19,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from manyheads.compare.hybrid import common_patterns, deepened
-from manyheads.registry import create_attention, mechanism_class, suggest
+from manyheads.near import suggest
+from manyheads.registry import create_attention, mechanism_class
 from manyheads.runs.given import MOST_YAML, parse_yaml, read_text, shown
-from manyheads.tasks import create_task, list_tasks
+from manyheads.tasks import create_task, list_tasks, task_group
 
 PRESETS = ("quick", "standard", "full")
 Kind = Literal["quality", "speed", "memory", "decode"]
@@ -56,12 +57,16 @@ class Heads(Settings):
 
 class Model(Heads):
     """The model around the mechanism. intermediate_size: of the MLP, 0 for none. short_conv: width of a causal
-    depthwise convolution before the projections, 0 for none."""
+    depthwise convolution before the projections, 0 for none. positions: "boxes" where the task has them. by_kind: what
+    each kind of token has of its own, where the task has several ("mlp", "adapter", "embedding", "positions").
+    adapter_size: of adapters before each mixer and MLP, 0 for none."""
 
     layers: Whole = 2
     intermediate_size: Annotated[int, Field(ge=0)] = 0
     short_conv: Annotated[int, Field(ge=0, le=64)] = 0
-    positions: Literal["learned", "rotary", "none"] = "learned"
+    positions: Literal["learned", "rotary", "boxes", "none"] = "learned"
+    by_kind: tuple[Literal["mlp", "adapter", "embedding", "positions"], ...] = ()
+    adapter_size: Annotated[int, Field(ge=0)] = 0
 
 
 class Training(Settings):
@@ -210,7 +215,8 @@ class TaskEntry(Entry):
 
 
 class Experiment(Settings):
-    """A whole comparison with every setting filled in."""
+    """A whole comparison with every setting filled in. processes: over which a quality cell spreads its sequence, as
+    `torchrun` starts them."""
 
     preset: Literal["quick", "standard", "full"] = "quick"
     mechanisms: Annotated[tuple[MechanismEntry, ...], Field(min_length=1)]
@@ -222,6 +228,7 @@ class Experiment(Settings):
     decode: Decode = Decode()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
 
     @field_validator("seeds", "sections")
     @classmethod
@@ -241,6 +248,12 @@ class Experiment(Settings):
                 deepened([layer.model_dump() for layer in entry.each], task.model.layers)
         if "quality" in self.sections and not self.tasks:
             raise ValueError(f"the quality section needs a task; want some of {list_tasks()}, or no 'quality'")
+        others = [kind for kind in self.sections if kind != "quality"]
+        if self.processes > 1 and others:
+            raise ValueError(
+                f"processes={self.processes} train the cells of quality, and {', '.join(others)} are measured in one: "
+                "want quality as the only section"
+            )
         return self
 
 
@@ -289,7 +302,8 @@ def _resolve(changes: dict[str, Any], where: str) -> dict[str, Any]:
         whole[key] = _over(whole.get(key, {}), value) if key in _NESTED else value
     tasks, cycle = whole.get("tasks", []), _cycle(whole.get("mechanisms"))
     if isinstance(tasks, Sequence) and not isinstance(tasks, str):
-        whole["tasks"] = [_task(entry, recipes, shared, cycle) for entry in tasks]
+        named = [one for task in tasks for one in (task_group(task) if isinstance(task, str) else [task])]
+        whole["tasks"] = [_task(entry, recipes, shared, cycle) for entry in named]
     return whole
 
 
