@@ -76,7 +76,7 @@ class NAtS(SoftmaxAttention):
         state="n",
         example={"window": 2, "kv_heads": 2},
         notes="How much of the cache is saved depends on the kinds that were learnt: global tokens stay for good, and "
-        "the state is as wide as the head that keeps most. Random weights make a third of them global.",
+        "the state is as wide as the head that keeps most. Random weights make about a third of them global.",
     )
 
     def __init__(
