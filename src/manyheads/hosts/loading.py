@@ -110,6 +110,21 @@ def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausa
     return Loaded(model.eval(), _tokenizer(where, model), "byte_llama" if name is None else str(name), where)
 
 
+def reopened_as(loaded: Loaded) -> str | None:
+    """The name by which `load_model` opens the model once more, in any folder or, where it has the same files, on
+    another machine. ValueError where it was not opened by a name."""
+    if loaded.where is None:
+        raise ValueError(f"{loaded.name} was made here: save it, and open its folder, for others to open it too")
+    if loaded.name == BUNDLED.name:
+        return None
+    return anywhere(loaded.name)
+
+
+def anywhere(name: str) -> str:
+    """A model's name that means the same from any folder."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
 def load_any(name: str | Path | None) -> Loaded:
     """A model by its own class, as its config names it: decoders, encoders, both, vision."""
     if name is None:

@@ -91,7 +91,7 @@ def _heads(attn: Any, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
         call.output, call.memo = output, memo
         found = reader(call)
         if found is not None:
-            output = fitting(found, output, site)
+            output = fitting(found, output.shape, site)
     return output
 
 

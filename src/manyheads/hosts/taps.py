@@ -20,7 +20,7 @@ Legend: b batch, h query heads, g KV heads, n queries, m keys, d key dim, e valu
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -178,14 +178,34 @@ def _attention(
     mask = attention_mask
     if position_bias is not None:
         mask, causal = _biased(mask, position_bias, causal, query), False
-    output = _output(module, query, key, value, mask, dropout, causal, scoring)
-    for site, reader, memo in readings(module):
+    own = list(readings(module))
+
+    def make() -> Tensor:
+        return _output(module, query, key, value, mask, dropout, causal, scoring)
+
+    # A graph, drawn dropout and what several readers see have their place in time; a sole reader may leave it away.
+    if len(own) == 1 and not dropout and not torch.is_grad_enabled():
+        output = _read_once(own[0], AttentionCall(own[0][0], query, key, value, mask, causal, scoring), make)
+        return output.transpose(1, 2).contiguous(), None
+    output = make()
+    for site, reader, memo in own:
         call = AttentionCall(site, query, key, value, mask, causal, scoring)
         call.output, call.memo, call.dropout = output, memo, dropout
         changed = reader(call)
         if changed is not None:
-            output = fitting(changed, output, site)
+            output = fitting(changed, output.shape, site)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _read_once(reading: tuple[Site, Reader, dict[str, Any]], call: AttentionCall, make: Callable[[], Tensor]) -> Tensor:
+    """What the one reader makes of a call whose output is computed when it is asked for."""
+    site, reader, call.memo = reading
+    call.output = make
+    changed = reader(call)
+    if changed is None:
+        return call.output
+    shape = torch.Size((*call.query.shape[:3], call.value.shape[-1]))
+    return fitting(changed, shape, site)
 
 
 def _biased(mask: Tensor | None, bias: Tensor, causal: bool, query: Tensor) -> Tensor:
