@@ -23,6 +23,7 @@ def measured_page() -> str:
         ("Time over the length", "linear", LENGTH, _linear),
         ("Against other packages", "peers", PEERS, _peers),
         ("A real model with a smaller cache", "real", REAL, _real),
+        ("Published claims, repeated", "studies", STUDIES, _studies),
         ("Conversions", "convert", CONVERT, _convert),
         ("A small model that reads pictures", "vlm", VLM, _vlm),
         ("The same model, steered", "steer", STEER, _steer),
@@ -62,9 +63,15 @@ DIGITS = (
 )
 CANVASES = (
     "`python benchmarks/canvases.py`: a digit among distractors on 64 x 64 pixels, in 8 x 8 patches on which digits "
-    "stand whole, two layers of width 64, one seed, 200 steps of 32, 256 images to answer. What a cell sees in one "
-    "layer tells mechanisms apart here as 8 x 8 digits do not; a block that brings a convolution of its own learns "
-    "sooner than one that must learn it. Seconds are of a machine shared with other work."
+    "stand whole, two layers of width 64, 200 steps of 32, 256 images to answer. What a cell sees in one layer tells "
+    "mechanisms apart here as 8 x 8 digits do not; a block that brings a convolution of its own learns sooner than one "
+    "that must learn it. The error is the spread over seeds where there are several, else that of 256 answers. Seconds "
+    "are of a machine shared with other work."
+)
+STUDIES = (
+    "`python benchmarks/studies.py`: each study of `manyheads explain study --list` at its own size. A claim counts as "
+    "seen where it holds in the mean or in every seed, as the study says, over three seeds at least; where it is not "
+    "seen, the small model may be the reason."
 )
 LENGTH = (
     "`python benchmarks/linear.py`: width 256, 4 heads; forward milliseconds of the mechanism alone, and the slope "
@@ -125,18 +132,31 @@ def _quality(rows: list[Row]) -> list[str]:
 
 
 def _canvases(rows: list[Row]) -> list[str]:
-    head = ["mechanism", "sees in a layer", "parameters", "accuracy", "error", "seconds"]
+    head = ["mechanism", "sees in a layer", "parameters", "accuracy", "error", "seeds", "seconds"]
+    body = []
+    for row in sorted(rows, key=lambda row: -(row["accuracy"] or 0.0)):
+        cells = [row["mechanism"], row.get("sees", ""), f"{row['parameters']:,}" if row["parameters"] else ""]
+        if row["accuracy"] is not None:
+            measured = [f"{100 * row['accuracy_error']:.1f}", str(row["seeds"]), f"{row['seconds']:.0f}"]
+            body.append([*cells, _percent(row), *measured])
+        else:
+            body.append([*cells, _percent(row), "", "", ""])
+    return _table(head, body)
+
+
+def _studies(rows: list[Row]) -> list[str]:
+    words = {True: "seen", False: "not seen", None: "not decided"}
+    head = ["study", "paper", "model", "seeds", "claim", "what it rests on"]
     body = (
         [
-            row["mechanism"],
-            row["sees"],
-            f"{row['parameters']:,}",
-            _percent(row, "cluttered"),
-            f"{100 * row['cluttered_error']:.1f}",
-            f"{row['cluttered_seconds']:.0f}",
+            row["study"],
+            row["reference"],
+            row["model"],
+            str(row["seeds"]),
+            words[row["seen"]],
+            " ".join(row["lines"]).replace("|", "/"),
         ]
-        for row in sorted(rows, key=lambda row: -(row["cluttered"] or 0.0))
-        if row["parameters"]
+        for row in rows
     )
     return _table(head, body)
 

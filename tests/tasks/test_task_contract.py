@@ -13,7 +13,7 @@ from manyheads.tasks import IGNORED, Batch, Task, create_task, list_tasks, regis
 from manyheads.tasks.task import regrouped
 
 HEADS = {"causal-lm", "seq2seq-lm", "sequence-classification", "image-classification", "semantic-segmentation"}
-HEADS |= {"object-detection", "node-classification"}
+HEADS |= {"object-detection", "node-classification", "token-classification"}
 SETTINGS = {
     "vocab_size",
     "num_labels",
@@ -24,6 +24,8 @@ SETTINGS = {
     "decoder_causal",
     "num_queries",
     "num_node_features",
+    "num_token_kinds",
+    "max_2d_position_embeddings",
 }
 METRICS = {
     ("accuracy", True),
@@ -65,6 +67,7 @@ def test_names() -> None:
     assert list_tasks() == [
         "cluttered",
         "communities",
+        "completion",
         "counted",
         "counting",
         "digits-grid",
@@ -77,6 +80,7 @@ def test_names() -> None:
         "induction",
         "locate",
         "lookup",
+        "masked-text",
         "maze",
         "maze-masked",
         "nucleotides",
@@ -136,7 +140,11 @@ def test_inputs_fit_the_model_settings(name: str) -> None:
         assert len(asked) >= 5
         assert asked.min() >= 0
         assert asked.max() < classes
-        answering = {"causal-lm": "input_ids", "seq2seq-lm": "decoder_input_ids"}.get(task.head)
+        answering = {
+            "causal-lm": "input_ids",
+            "token-classification": "input_ids",
+            "seq2seq-lm": "decoder_input_ids",
+        }.get(task.head)
         expected = (5,) if answering is None else batch.inputs[answering].shape
         if task.head == "semantic-segmentation":
             expected = (5, settings["image_size"], settings["image_size"])
@@ -149,6 +157,7 @@ def test_inputs_fit_the_model_settings(name: str) -> None:
                 "causal-lm": {"input_ids"},
                 "seq2seq-lm": {"input_ids", "decoder_input_ids"},
                 "sequence-classification": {"input_ids"},
+                "token-classification": {"input_ids"},
                 "image-classification": {"pixel_values"},
                 "semantic-segmentation": {"pixel_values"},
                 "node-classification": {"node_features", "edges", "edge_labels"},

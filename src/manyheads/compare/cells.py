@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from manyheads.compare.hybrid import common_patterns, names_of, specs_of
 from manyheads.registry import mechanism_class
 from manyheads.runs.cells import Cell
 from manyheads.tasks import Task, create_task
@@ -25,7 +26,8 @@ def cells_of_experiment(experiment: Experiment) -> list[Cell]:
 
 def _mechanisms(experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
     for entry in experiment.mechanisms:
-        settings = {"name": entry.name, "args": entry.args, "source": source_hash(entry.name)}
+        layers = [{"name": one.name, "args": one.args, "source": source_hash(one.name)} for one in entry.each]
+        settings = layers[0] if len(layers) == 1 else {"layers": layers}
         yield entry.label, {"mechanism": settings, "device": experiment.device, "precision": experiment.precision}
 
 
@@ -65,7 +67,7 @@ def _quality_cell(
     }
     missing = ""
     try:
-        placed(task, shared["mechanism"])
+        placed(task, specs_of(shared["mechanism"]))
     except ValueError as error:
         missing = str(error)
     return Cell("quality", label, place, settings, "", missing)
@@ -82,10 +84,10 @@ def _named(task: Task, differs: dict[str, Any]) -> str:
     return f"{task.name}[{inner}]" if inner else task.name
 
 
-def measured_pattern(name: str) -> str:
-    """The pattern by which speed and memory are measured: causal self-attention where it is declared."""
+def measured_pattern(*names: str) -> str:
+    """The pattern by which speed and memory are measured, of all layers: causal self-attention where it is declared."""
     order = ["causal-self", "noncausal-self", "grid", "causal-cross", "noncausal-cross"]
-    declared = [p.value for p in mechanism_class(name).card.patterns]
+    declared = [p.value for p in common_patterns(names)]
     return min(declared, key=lambda p: (order.index(p) if p in order else len(order), p))
 
 
@@ -104,7 +106,7 @@ def _lengths(
     kind: str, experiment: Experiment, lengths: tuple[int, ...], settings: dict[str, Any], turn: int
 ) -> Iterator[Cell]:
     for label, shared in _mechanisms(experiment):
-        pattern = measured_pattern(shared["mechanism"]["name"])
+        pattern = measured_pattern(*names_of(shared["mechanism"]))
         for n in sorted(set(lengths)):
             place = {"n": n, "causal": pattern.startswith("causal"), "pattern": pattern, "turn": turn}
             whole = shared | {kind: settings, "n": n, "pattern": pattern, "turn": turn}
@@ -115,8 +117,9 @@ def _decode(experiment: Experiment) -> Iterator[Cell]:
     settings = experiment.decode.model_dump(mode="json", exclude={"contexts", "turns"})
     for turn in range(1, experiment.decode.turns + 1):
         for label, shared in _mechanisms(experiment):
-            card = mechanism_class(shared["mechanism"]["name"]).card
-            missing = "" if card.decodes and "causal-self" in card.patterns else f"{label} does not decode step by step"
+            cards = [mechanism_class(name).card for name in names_of(shared["mechanism"])]
+            decodes = all(card.decodes and "causal-self" in card.patterns for card in cards)
+            missing = "" if decodes else f"{label} does not decode step by step"
             for context in sorted(set(experiment.decode.contexts)):
                 whole = shared | {"decode": settings, "context": context, "turn": turn}
                 yield Cell(

@@ -203,7 +203,10 @@ def transfer(
     stack.layers = stack.layers[: max(layers) + 1]
     both = {i: [own.layers[i].self_attn.mechanism for own in (made.model.stack, stack)] for i in layers}
     weights = [p for learner, softmax in both.values() for p in learnt(learner, softmax, measure)]
-    pairs = {i: _Pair(*own, same_projections(*own, weights)) for i, own in both.items()}
+    pairs = {
+        i: _Pair(learner, softmax, same_projections(learner, softmax, weights))
+        for i, (learner, softmax) in both.items()
+    }
     rate = measure.rate if rate is None else rate
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     keeping = None

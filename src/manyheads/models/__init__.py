@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from manyheads.models.images import ManyheadsForImageClassification, ManyheadsForSemanticSegmentation
     from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
+    from manyheads.models.tagging import ManyheadsForTokenClassification
 
 __all__ = [
     "DiffusionConfig",
@@ -37,6 +38,7 @@ __all__ = [
     "ManyheadsForSemanticSegmentation",
     "ManyheadsForSeq2SeqLM",
     "ManyheadsForSequenceClassification",
+    "ManyheadsForTokenClassification",
     "ManyheadsModel",
     "ManyheadsPreTrainedModel",
     "ManyheadsSeq2SeqModel",

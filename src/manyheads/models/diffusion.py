@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils.generic import ModelOutput
 
 from manyheads.models.flow import Flow
-from manyheads.registry import mechanism_class, suggest
+from manyheads.near import suggest
+from manyheads.registry import mechanism_class
 
 START = "<start>"
 

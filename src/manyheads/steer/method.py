@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import manyheads.steer
-from manyheads.registry import suggest
+from manyheads.near import suggest
 
 # What a model is, as far as an intervention asks: it reads text; text and images; pairs of both (CLIP); or it draws.
 KINDS = ("language", "vision-language", "dual-encoder", "diffusion")

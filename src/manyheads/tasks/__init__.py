@@ -8,7 +8,7 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
-from manyheads.registry import suggest
+from manyheads.near import suggest
 from manyheads.tasks.task import IGNORED, Batch, Generated, Task, register_task, registered
 
 __all__ = [
