@@ -13,8 +13,8 @@ from manyheads.testing import examine_mechanism
 from manyheads.training.hashed import Hashed
 
 SUITE = [
-    "card", "shapes", "dtype", "extreme", "round-trip", "weights", "gradients", "gradcheck", "batch", "padding", "left-padding",
-    "all-padding", "dense-mask", "no-numbers-padded",
+    "card", "shapes", "dtype", "extreme", "round-trip", "weights", "gradients", "gradcheck", "batch", "padding",
+    "left-padding", "all-padding", "dense-mask", "no-numbers-padded",
 ]  # fmt: skip
 
 
