@@ -30,7 +30,10 @@ def measured_page() -> str:
         ("Fewer image tokens: time and bytes", "thinning", THINNING, _thinning),
         ("Fewer image tokens: answers", "thinning_answers", THINNING_ANSWERS, _thinned),
         ("Interventions while a model draws", "steer_diffusion", DRAWING, _drawing),
+        ("Pairs like speech and its text", "speech", SPEECH, _speech),
     ):
+        if not (RESULTS / f"{name}.json").is_file():
+            continue  # not measured yet
         results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         words += _unpassed() if table is _quality else ""
         parts += ["", f"## {title}", "", words, "", *table(results["rows"]), "", _where(results["environment"])]
@@ -105,6 +108,12 @@ THINNING_ANSWERS = (
 DRAWING = (
     "`python benchmarks/steer_diffusion.py`: the packaged `dit`, the same noise with and without; a claim shows where "
     "the change is beyond twice its standard error. Costs are no claims."
+)
+SPEECH = (
+    "`python benchmarks/speech.py`: an encoder-decoder on utterances of 12 tokens whose frames show their tokens, the "
+    "same training for each depth; right: next tokens under the true text, mean of the seeds; speeds are ratios within "
+    "one run. Below it one pass of training over utterances of very different lengths, by a fixed batch size and by "
+    "buckets whose batch sizes were found by measuring in the memory that the fixed size takes at the longest lengths."
 )
 CONVERT = (
     "`python benchmarks/convert.py`: what [conversions](converting.md) cost right after them, before any training "
@@ -326,6 +335,26 @@ def _drawing(rows: list[Row]) -> list[str]:
             for row in rows
         ),
     )
+
+
+def _speech(rows: list[Row]) -> list[str]:
+    depths, batches = ([row for row in rows if row["part"] == part] for part in ("depth", "batches"))
+    told = _table(
+        ["encoder layers", "decoder layers", "parameters", "right", "greedy tokens per second", "times the first"],
+        (
+            [row["encoder"], row["decoder"], f"{row['parameters']:,}", f"{row['right']:.1%}",
+             f"{row['decoded_per_second']:,.0f}", f"{row['times_the_first']:.2f}"]
+            for row in depths
+        ),
+    )  # fmt: skip
+    return [*told, "", *_table(
+        ["buckets of", "batch sizes", "padding of frames", "padding of tokens", "tokens per second", "times the fixed"],
+        (
+            [row["buckets"], ", ".join(map(str, row["sizes"])), f"{row['padding_frames']:.1%}",
+             f"{row['padding_tokens']:.1%}", f"{row['tokens_per_second']:,.0f}", f"{row['times_the_fixed']:.2f}"]
+            for row in batches
+        ),
+    )]  # fmt: skip
 
 
 def _where(environment: Row) -> str:

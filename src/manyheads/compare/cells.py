@@ -12,6 +12,7 @@ from manyheads.registry import mechanism_class
 from manyheads.runs.cells import Cell
 from manyheads.tasks import Task, create_task
 
+from .passes import unspread
 from .train import placed
 
 if TYPE_CHECKING:
@@ -50,11 +51,18 @@ def _quality(experiment: Experiment) -> Iterator[Cell]:
         for seed in experiment.seeds:
             for rate in entry.training.learning_rates:
                 for label, shared in _mechanisms(experiment):
-                    yield _quality_cell(label, shared, entry, title, task, seed, rate)
+                    yield _quality_cell(label, shared, entry, title, task, seed, rate, experiment.processes)
 
 
 def _quality_cell(
-    label: str, shared: dict[str, Any], entry: TaskEntry, title: str, task: Task, seed: int, rate: float
+    label: str,
+    shared: dict[str, Any],
+    entry: TaskEntry,
+    title: str,
+    task: Task,
+    seed: int,
+    rate: float,
+    processes: int,
 ) -> Cell:
     place = {"task": title, "n": task.n, "seed": seed, "learning_rate": rate}
     training = entry.training.model_dump(mode="json", exclude={"learning_rates"})
@@ -66,6 +74,9 @@ def _quality_cell(
         "learning_rate": rate,
     }
     missing = ""
+    if processes > 1:  # figures of one process are stored without
+        settings["processes"] = processes
+        missing = unspread(task, names_of(shared["mechanism"]))
     try:
         placed(task, specs_of(shared["mechanism"]))
     except ValueError as error:

@@ -14,6 +14,7 @@ import typer
 
 from manyheads.runs.given import shown
 from manyheads.runs.names import parse_name, parse_names
+from manyheads.runs.options import Scheduler
 
 MOST_SEEDS = 10_000
 
@@ -38,7 +39,10 @@ def compare(
     ] = False,
     experiment: Annotated[Path | None, typer.Option(help="A YAML file that says what to run.")] = None,
     preset: Annotated[str | None, typer.Option(help="quick (minutes), standard, or full.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this task; may be repeated. cab: seven, in four patterns, and an index over them."),
+    ] = None,
     width: Annotated[
         list[int] | None, typer.Option(help="Width of the tasks' models; may be repeated, for one model each.")
     ] = None,
@@ -48,7 +52,10 @@ def compare(
         list[str] | None, typer.Option(help="Only quality, speed, memory or decode; may be repeated.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results; one that is there is continued.")] = Path("results"),
-    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler that runs the cells.")] = None,
+    scheduler: Scheduler = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Train each cell over so many processes, each with a part of the sequence.")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run stored failures again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -66,6 +73,8 @@ def compare(
             words = "left out, as they read more than their tokens and no task has it"
             typer.echo(f"{words}: {', '.join(left_out)} (`manyheads show NAME` says what)", err=True)
     changes |= changes_of(changes, names, preset, task, seeds, section)
+    if processes is not None:
+        changes["processes"] = processes
     changes |= resized(changes, width or [], layers)
     if everything:
         changes["mechanisms"] = [as_on_card(entry) for entry in changes["mechanisms"]]
@@ -137,8 +146,11 @@ def changes_of(
     sections: list[str] | None = None,
 ) -> dict[str, Any]:
     """What the command line asks for on top of the given experiment, as `create_experiment` takes it."""
+    from manyheads.tasks import task_group
+
     from .experiment import preset as read_preset
 
+    tasks = tasks and [one for name in tasks for one in task_group(name)]
     changes: dict[str, Any] = {} if preset is None else {"preset": preset}
     for key, wanted in (("mechanisms", names), ("tasks", tasks)):
         if wanted:

@@ -22,7 +22,7 @@ from manyheads.compare.hybrid import common_patterns, deepened
 from manyheads.near import suggest
 from manyheads.registry import create_attention, mechanism_class
 from manyheads.runs.given import MOST_YAML, parse_yaml, read_text, shown
-from manyheads.tasks import create_task, list_tasks
+from manyheads.tasks import create_task, list_tasks, task_group
 
 PRESETS = ("quick", "standard", "full")
 Kind = Literal["quality", "speed", "memory", "decode"]
@@ -215,7 +215,8 @@ class TaskEntry(Entry):
 
 
 class Experiment(Settings):
-    """A whole comparison with every setting filled in."""
+    """A whole comparison with every setting filled in. processes: over which a quality cell spreads its sequence, as
+    `torchrun` starts them."""
 
     preset: Literal["quick", "standard", "full"] = "quick"
     mechanisms: Annotated[tuple[MechanismEntry, ...], Field(min_length=1)]
@@ -227,6 +228,7 @@ class Experiment(Settings):
     decode: Decode = Decode()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
 
     @field_validator("seeds", "sections")
     @classmethod
@@ -246,6 +248,12 @@ class Experiment(Settings):
                 deepened([layer.model_dump() for layer in entry.each], task.model.layers)
         if "quality" in self.sections and not self.tasks:
             raise ValueError(f"the quality section needs a task; want some of {list_tasks()}, or no 'quality'")
+        others = [kind for kind in self.sections if kind != "quality"]
+        if self.processes > 1 and others:
+            raise ValueError(
+                f"processes={self.processes} train the cells of quality, and {', '.join(others)} are measured in one: "
+                "want quality as the only section"
+            )
         return self
 
 
@@ -294,7 +302,8 @@ def _resolve(changes: dict[str, Any], where: str) -> dict[str, Any]:
         whole[key] = _over(whole.get(key, {}), value) if key in _NESTED else value
     tasks, cycle = whole.get("tasks", []), _cycle(whole.get("mechanisms"))
     if isinstance(tasks, Sequence) and not isinstance(tasks, str):
-        whole["tasks"] = [_task(entry, recipes, shared, cycle) for entry in tasks]
+        named = [one for task in tasks for one in (task_group(task) if isinstance(task, str) else [task])]
+        whole["tasks"] = [_task(entry, recipes, shared, cycle) for entry in named]
     return whole
 
 

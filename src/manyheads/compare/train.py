@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from manyheads.card import Pattern
 from manyheads.compare.hybrid import common_patterns, deepened, specs_of
 from manyheads.compare.measure import live_bytes
+from manyheads.compare.passes import Alone, Passes, inputs_of, passes_of
 from manyheads.registry import mechanism_class
 from manyheads.tasks import Batch, Task, create_task, list_tasks, task_class
 
@@ -41,26 +42,36 @@ def train_cell(settings: Mapping[str, Any]) -> dict[str, Any]:
         "device": accelerator.device.type,
     }
     batches = task.train_batches(training["batch_size"], settings["seed"])
-    outcome |= _train(task, model, optimizer, scheduler, accelerator, batches, training)
+    with passes_of(accelerator, model, training["router_weight"]) as passes:
+        outcome |= _train(_Run(task, model, optimizer, scheduler, accelerator, training, passes), batches)
     if outcome["status"] != "done":
         return outcome
     held = state_bytes(task, accelerator.unwrap_model(model), accelerator.device)
     return outcome if held is None else outcome | {"model_state_bytes": held}
 
 
-def _train(
-    task: Task, model: Any, optimizer: Any, scheduler: Any, accelerator: Any, batches: Iterator[Batch], training: Any
-) -> dict[str, Any]:
+class _Run(NamedTuple):
+    task: Task
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    accelerator: Any
+    training: Mapping[str, Any]
+    passes: Passes
+
+
+def _train(run: _Run, batches: Iterator[Batch]) -> dict[str, Any]:
+    task, training = run.task, run.training
     curve: list[dict[str, Any]] = []
     outcome: dict[str, Any] = {"status": "done", "curve": curve, "stopped": "at the last step"}
     losses: list[Tensor] = []
     spent, began = 0.0, time.perf_counter()
     for step, batch in enumerate(islice(batches, training["steps"]), start=1):
-        losses.append(_step(task, model, optimizer, scheduler, accelerator, batch, training))
+        losses.append(_step(run, batch))
         spent += time.perf_counter() - began
-        in_time = training["seconds"] is None or spent < training["seconds"]
+        in_time = training["seconds"] is None or run.passes.agreed(spent < training["seconds"])
         if step == 1 or step % training["eval_every"] == 0 or step == training["steps"] or not in_time:
-            score, loss = evaluate(task, model, accelerator.device), float(torch.stack(losses).mean())
+            score, loss = evaluate(task, run.model, run.passes.device, run.passes), float(torch.stack(losses).mean())
             value = score.value
             losses.clear()
             curve.append({"step": step, "loss": loss, "value": value})
@@ -77,20 +88,14 @@ def _train(
     return outcome
 
 
-def _step(
-    task: Task, model: Any, optimizer: Any, scheduler: Any, accelerator: Any, batch: Batch, training: Any
-) -> Tensor:
-    model.train()
-    with accelerator.autocast():
-        answer = model(**inputs_of(task, model, batch, accelerator.device))
-    loss = task.loss(task.aligned(task.answered(answer)), batch.targets.to(accelerator.device))
-    routed = getattr(answer, "aux_loss", None)
-    total = loss if routed is None else loss + training["router_weight"] * routed
-    accelerator.backward(total)
-    accelerator.clip_grad_norm_(model.parameters(), training["clip"])
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad(set_to_none=True)
+def _step(run: _Run, batch: Batch) -> Tensor:
+    run.model.train()
+    loss, total = run.passes.learn(run.task, run.model, batch)
+    run.accelerator.backward(total)
+    run.accelerator.clip_grad_norm_(run.model.parameters(), run.training["clip"])
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
     return loss.detach()
 
 
@@ -106,16 +111,6 @@ def state_bytes(task: Task, model: Any, device: torch.device) -> int | None:
     return sum(live_bytes(layer.self_attention.states["mechanism"]) for layer in layers)
 
 
-def inputs_of(task: Task, model: Any, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """What the model is called with: of what the task gives beside its tokens no more than it reads, as a contestant
-    that reads none of it is shown the tokens alone."""
-    from manyheads.models.beside import GIVEN
-
-    own = getattr(model, "module", model)  # behind a wrapper for several processes
-    left_out = set(task.beside) & set(GIVEN) - (own.reads if task.beside else set())
-    return {name: rows.to(device) for name, rows in batch.inputs.items() if name not in left_out}
-
-
 class Score(NamedTuple):
     """A task's metric over its evaluation examples, its standard error as a sample of what the task could have asked
     (None where one example tells nothing of it), and how many answers it is of."""
@@ -126,13 +121,13 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: Any, device: torch.device) -> Score:
-    """The task's metric over all of its evaluation examples."""
+def evaluate(task: Task, model: Any, device: torch.device, passes: Passes | None = None) -> Score:
+    """The task's metric over all of its evaluation examples. passes: by this process alone without them."""
+    passes = Alone(device) if passes is None else passes
     model.eval()
     examples: list[tuple[float, int]] = []
     for batch in task.eval_batches(_EVAL_BATCH):
-        output = model(**inputs_of(task, model, batch, device))
-        logits = task.aligned(task.answered(output)).float()
+        logits = task.aligned(passes.answers(task, model, batch)).float()
         targets = batch.targets.to(device)
         examples += [task.score(logits[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
     total, count = sum(value for value, _ in examples), sum(asked for _, asked in examples)
@@ -178,7 +173,8 @@ def build_model(task: Task, spec: Specs, size: Mapping[str, Any]) -> Any:
     from manyheads import models
 
     settings = task.model_settings()
-    if not size["by_kind"]:
+    by_kind = list(size.get("by_kind", ()))  # older settings have none of these
+    if not by_kind:
         settings.pop("num_token_kinds", None)
     if "max_length" in settings:
         settings["max_position_embeddings"] = settings.pop("max_length")
@@ -189,8 +185,8 @@ def build_model(task: Task, spec: Specs, size: Mapping[str, Any]) -> Any:
         "intermediate_size": size["intermediate_size"],
         "short_conv": size["short_conv"],
         "positions": size["positions"],
-        "by_kind": size["by_kind"],
-        "adapter_size": size["adapter_size"],
+        "by_kind": by_kind,
+        "adapter_size": size.get("adapter_size", 0),
         "is_encoder_decoder": task.head == "seq2seq-lm",
         "use_cache": False,
     }
@@ -247,7 +243,7 @@ def _among_others(spec: dict[str, Any], layers: int) -> dict[str, Any]:
     if "earlier" in takes:
         return {"layers": ["softmax"] * (layers - 1) + [spec]}
     if "weights_below" in takes:
-        return {"layers": ["softmax"] + [spec] * (layers - 1)}
+        return {"layers": ["softmax"][: layers - 1] + [spec] * max(1, layers - 1)}  # alone, the model refuses it
     return {}
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from manyheads.runs.options import Scheduler
+
 METHODS = ("gqa", "mla", "prune", "distil", "bam", "shiftadd")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -103,6 +105,7 @@ def convert(
     length: Annotated[int, typer.Option(help="Tokens of a window, and of a haystack.")] = 512,
     max_damage: Annotated[float | None, typer.Option(help="Bits per token that may be lost; exit 3 above.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure, and write no weights.")] = False,
+    scheduler: Scheduler = None,
     dtype: Annotated[
         str | None, typer.Option(help=f"{', '.join(DTYPES)}. Without it: float32, and written as it came.")
     ] = None,
@@ -152,12 +155,12 @@ def convert(
         dtype=dtype,
     )
     if stream:
-        strange = {"--dry-run": dry_run or None, "--text": text}
+        strange = {"--dry-run": dry_run or None, "--text": text, "--scheduler": scheduler}
         return _tell_streamed(stream_asked(asked, given, scores, strange, out), out, as_json)
     if scores is not None:
         raise ValueError("--scores belongs to --stream: without it, --by says how heads are scored")
     try:
-        record = run_asked(asked, given, text, out, write=not dry_run)
+        record = run_asked(asked, given, text, out, write=not dry_run, scheduler=scheduler)
     except Damaged as error:
         typer.echo(f"manyheads: {error}", err=True)
         raise typer.Exit(3) from None

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyheads.runs.options import Scheduler
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -68,6 +70,7 @@ def shrink(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
     out: Annotated[Path, typer.Option(help="Folder for results; one that is there is continued.")] = Path("shrunk"),
+    scheduler: Scheduler = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run stored failures again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -104,7 +107,7 @@ def shrink(
     if not thorough and not (length and trials):
         asked = within_time(loaded, asked, out, lengths=not length, trials=trials is None)
     questions = Questions(loaded, text=content, where=f"--text {text}", turn=turn)
-    results = run_study(Study(loaded, asked, questions), out, retry_failed=retry_failed)
+    results = run_study(Study(loaded, asked, questions), out, retry_failed=retry_failed, scheduler=scheduler)
     tell(results, out, as_json)
 
 
