@@ -24,7 +24,7 @@ from manyheads.functional.grouped import (
     grouped_scores,
     masked_softmax,
 )
-from manyheads.functional.layers import rms_norm
+from manyheads.functional.layers import RMSNorm, rms_norm
 from manyheads.functional.lengths import within
 from manyheads.functional.rotary import Rotary, rotate
 from manyheads.functional.where import Where as Where
@@ -121,7 +121,7 @@ class SoftmaxAttention(Mechanism):
             sizes = (self.head_dim, self.head_dim) if shell.qk_norm == "head" else (widths["q"], widths["k"])
             self.q_norm, self.k_norm = (rms_norm(size, shell.norm_eps, shell.norm_offset) for size in sizes)
         if shell.out_norm:
-            self.out_norm = rms_norm(widths["q"], shell.norm_eps, shell.norm_offset)
+            self.out_norm = RMSNorm(widths["q"], eps=shell.norm_eps)
 
     # -- stages ----------------------------------------------------------------------------------------------------
 

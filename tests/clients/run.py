@@ -35,7 +35,7 @@ WRITES = ("clients",)
 HERE = Path(__file__).parent
 # Imported by the tests of models, and left out of the sdist.
 LEFT_OUT = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
-CLIENTS = ("torch", "transformers", "peft", "accelerate", "captum", "lm_eval")
+CLIENTS = ("torch", "transformers", "peft", "accelerate", "captum", "lm_eval", "diffusers")
 
 
 def main() -> int:
@@ -47,7 +47,7 @@ def main() -> int:
     start, cases = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         tests = unpacked(given.sdist or downloaded(Path(folder)), Path(folder))
-        for file in ("model_tests.py", "client_tests.py"):
+        for file in ("model_tests.py", "client_tests.py", "pipeline_tests.py"):
             cases += run(file, tests, given.kinds, Path(folder) / f"{file}.xml")
     report = summary(cases) | {
         "kinds": given.kinds.split(","),

@@ -18,7 +18,8 @@ from manyheads.registry import list_attentions, mechanism_class
 from manyheads.tasks import create_task, list_tasks, task_class
 
 READ_MORE = [
-    "conditional-attention", "dare", "global-local", "largegt", "scale-adaptive", "theme-transformer", "vitgaze",
+    "conditional-attention", "dare", "global-local", "largegt",
+    "modality-mutual", "scale-adaptive", "theme-transformer", "vitgaze",
 ]  # fmt: skip
 # How docstrings speak of features, or rows, of x that are no states of its tokens.
 SMUGGLED = re.compile(r"\blast (`\w+`\s+|three\s+)?features?\b|\bx \[b, n, dim\] holds\b|x: \[b, layers, dim\]")

@@ -216,6 +216,17 @@ def test_the_block_of_one_peace() -> None:
 
 
 @torch.no_grad()
+def test_half_precision_goes_through_all_parts() -> None:
+    ids, of = tokens(2, 7), kinds(2, 7)
+    model = built("one-peace", num_token_kinds=KINDS, by_kind=["mlp", "adapter"], adapter_size=4).float()
+    wanted = model(ids, token_kinds=of).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids, token_kinds=of).logits
+    assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()
+    assert model.bfloat16()(ids, token_kinds=of).logits.dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_positions_count_each_kind_apart() -> None:
     stack = built("places").model.stack
     of = torch.tensor([[0, 0, 1, 1, 0, 2, 1]])
@@ -276,6 +287,17 @@ def test_what_does_not_fit_is_refused() -> None:
     assert ManyheadsForSeq2SeqLM(tiny(is_encoder_decoder=True, layer_scale=0.1)).model.decoder.layers[0].cross_scale
 
 
+def test_what_no_shard_and_no_policy_has_is_refused() -> None:
+    from manyheads.hosts.own_cache import own_windows
+    from manyheads.parallel import sequence_parallel
+
+    one = built("mlp", layers=["softmax"])
+    with pytest.raises(ValueError, match="reads token_kinds beside its tokens"), sequence_parallel(one):
+        pass
+    with pytest.raises(ValueError, match=r"remembers more than its layers do \(back, first\)"):
+        own_windows(causal_lm(back="back-attention"))
+
+
 @torch.no_grad()
 def test_boxes_are_embedded_where_positions_are_boxes() -> None:
     model = causal_lm(positions="boxes", max_2d_position_embeddings=20)
@@ -295,3 +317,48 @@ def test_boxes_are_embedded_where_positions_are_boxes() -> None:
         model(ids)
     with pytest.raises(ValueError, match="the model: boxes go from 0 to 20; want x0 <= x1"):
         model(ids, boxes=boxes.masked_fill(boxes == boxes.max(), 20))
+
+
+@pytest.mark.parametrize("parts", [["mlp"], ["adapter"], ["mlp", "adapter"]])
+@torch.no_grad()
+def test_a_trained_model_with_new_parts_computes_the_same(parts: list[str]) -> None:
+    from manyheads.models.extended import extended
+
+    model, ids, of = causal_lm("softmax", mlp_bias=True), tokens(2, 7), kinds(2, 7)
+    settings = {"adapter_size": 4} if "adapter" in parts else {}
+    made = extended(model, num_token_kinds=KINDS, by_kind=parts, **settings)
+    assert_close(made(ids, token_kinds=of).logits, model(ids).logits)
+    fresh = {name for name, _ in made.named_parameters()} - {name for name, _ in model.named_parameters()}
+    for name, parameter in made.named_parameters():
+        if name in fresh and (".kinds.1." in name or ".adapters.1." in name):
+            parameter.add_(0.1)
+    moved = (made(ids, token_kinds=of).logits - model(ids).logits).abs().amax(-1)
+    assert_close(made(ids, token_kinds=of * 0).logits, model(ids).logits)
+    assert moved[of == 1].max() > 1e-4
+    for wrong in ({"layer_scale": 0.1}, {"num_token_kinds": 2, "by_kind": "embedding"}):
+        with pytest.raises(ValueError, match="on a model without them"):
+            extended(model, **wrong)
+    with pytest.raises(ValueError, match="has kinds or adapters already"):
+        extended(made, num_token_kinds=2, by_kind="mlp")
+
+
+@torch.no_grad()
+def test_a_model_of_partial_attention_reads_its_source_from_kinds() -> None:
+    """Sources of two lengths, positions that start again at the target, behind padding, over passes and generated."""
+    settings = {"num_token_kinds": 2, "by_kind": ["embedding", "positions"], "positions": "learned"}
+    model, ids, mask = causal_lm("partial-attention", **settings), tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
+    of = (torch.arange(8) >= torch.tensor([[3], [5]])).long()
+    mask[1, :2] = 0
+    whole = model(ids, mask, token_kinds=of).logits
+    assert_close(whole[1, 2:], model(ids[1:, 2:], token_kinds=of[1:, 2:]).logits[0])
+    cache, parts = None, []
+    for start, stop in ((0, 4), (4, 7), (7, 8)):
+        now = slice(start, stop)
+        out = model(ids[:, now], mask[:, :stop], token_kinds=of[:, now], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits)
+    assert_close(torch.cat(parts, 1)[0], whole[0])
+    assert_close(torch.cat(parts, 1)[1, 2:], whole[1, 2:])
+    how = {"attention_mask": mask, "token_kinds": of, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    assert model.generate(ids, **how).equal(model.generate(ids, use_cache=False, **how))
+    assert (whole - model(ids, mask, token_kinds=(torch.arange(8) >= 2).long().expand(2, -1)).logits).abs().max() > 1e-3

@@ -390,12 +390,14 @@ class Lines:
         if self.rng.random() < 0.2:
             return ["steer", "list", *self.some({"--kind": self.word, "--json": None})]
         named = ["boost", "boost[factor=2]", "boost[factor=-1]", "boost[span=x]", "scaled[heads=0.9]", "perturb[amount=nan]",
-                 "buckets[bases=1]", "offsets", "pick", "boost[factor=1e999]", "boost[heads=0.0,0.x]", "redistribute", "juice"]  # fmt: skip
+                 "buckets[bases=1]", "offsets", "pick", "boost[factor=1e999]", "boost[heads=0.0,0.x]", "redistribute", "juice",
+                 "perturbed_guidance", "edit_words[words=3,steps=9-1]",
+                 "regional_prompts[regions={}]", "isolate[boxes=[[0]]]", "plug_and_play[source=]"]  # fmt: skip
         some = {
             "--with": lambda: self.one(named, named, POLICIES, WORDS), "--text": lambda: self.one(WORDS, ["Some words."]),
             "--file": self.path, "--image": self.path, "--span": self.word, "--chat": None, "--wanted": self.word,
             "--sweep": lambda: self.one(WORDS, ["factor=1,2", "factor=", "factor=nan", "nope=1", "=1", "factor=1,,2"]),
-            "--new": self.number, "--json": None,
+            "--new": self.number, "--steps": self.number, "--seed": self.number, "--json": None,
         }  # fmt: skip
         good = self.made["models"][0]
         well = ["--with", self.rng.choice(named), "--text", "Some words."] if self.calm else []

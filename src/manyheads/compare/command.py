@@ -39,7 +39,10 @@ def compare(
     ] = False,
     experiment: Annotated[Path | None, typer.Option(help="A YAML file that says what to run.")] = None,
     preset: Annotated[str | None, typer.Option(help="quick (minutes), standard, or full.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this task; may be repeated. cab: seven, in four patterns, and an index over them."),
+    ] = None,
     width: Annotated[
         list[int] | None, typer.Option(help="Width of the tasks' models; may be repeated, for one model each.")
     ] = None,
@@ -143,8 +146,11 @@ def changes_of(
     sections: list[str] | None = None,
 ) -> dict[str, Any]:
     """What the command line asks for on top of the given experiment, as `create_experiment` takes it."""
+    from manyheads.tasks import task_group
+
     from .experiment import preset as read_preset
 
+    tasks = tasks and [one for name in tasks for one in task_group(name)]
     changes: dict[str, Any] = {} if preset is None else {"preset": preset}
     for key, wanted in (("mechanisms", names), ("tasks", tasks)):
         if wanted:

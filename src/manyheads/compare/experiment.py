@@ -22,7 +22,7 @@ from manyheads.compare.hybrid import common_patterns, deepened
 from manyheads.near import suggest
 from manyheads.registry import create_attention, mechanism_class
 from manyheads.runs.given import MOST_YAML, parse_yaml, read_text, shown
-from manyheads.tasks import create_task, list_tasks
+from manyheads.tasks import create_task, list_tasks, task_group
 
 PRESETS = ("quick", "standard", "full")
 Kind = Literal["quality", "speed", "memory", "decode"]
@@ -302,7 +302,8 @@ def _resolve(changes: dict[str, Any], where: str) -> dict[str, Any]:
         whole[key] = _over(whole.get(key, {}), value) if key in _NESTED else value
     tasks, cycle = whole.get("tasks", []), _cycle(whole.get("mechanisms"))
     if isinstance(tasks, Sequence) and not isinstance(tasks, str):
-        whole["tasks"] = [_task(entry, recipes, shared, cycle) for entry in tasks]
+        named = [one for task in tasks for one in (task_group(task) if isinstance(task, str) else [task])]
+        whole["tasks"] = [_task(entry, recipes, shared, cycle) for entry in named]
     return whole
 
 

@@ -173,7 +173,8 @@ def build_model(task: Task, spec: Specs, size: Mapping[str, Any]) -> Any:
     from manyheads import models
 
     settings = task.model_settings()
-    if not size["by_kind"]:
+    by_kind = list(size.get("by_kind", ()))  # older settings have none of these
+    if not by_kind:
         settings.pop("num_token_kinds", None)
     if "max_length" in settings:
         settings["max_position_embeddings"] = settings.pop("max_length")
@@ -184,8 +185,8 @@ def build_model(task: Task, spec: Specs, size: Mapping[str, Any]) -> Any:
         "intermediate_size": size["intermediate_size"],
         "short_conv": size["short_conv"],
         "positions": size["positions"],
-        "by_kind": size["by_kind"],
-        "adapter_size": size["adapter_size"],
+        "by_kind": by_kind,
+        "adapter_size": size.get("adapter_size", 0),
         "is_encoder_decoder": task.head == "seq2seq-lm",
         "use_cache": False,
     }
@@ -242,7 +243,7 @@ def _among_others(spec: dict[str, Any], layers: int) -> dict[str, Any]:
     if "earlier" in takes:
         return {"layers": ["softmax"] * (layers - 1) + [spec]}
     if "weights_below" in takes:
-        return {"layers": ["softmax"] + [spec] * (layers - 1)}
+        return {"layers": ["softmax"][: layers - 1] + [spec] * max(1, layers - 1)}  # alone, the model refuses it
     return {}
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manyheads.functional.layers import rms_norm
+from manyheads.functional.layers import RMSNorm, rms_norm
 from manyheads.functional.routing import balance_loss, top_k_mask
 from manyheads.models.configuration import ManyheadsConfig
 
@@ -98,7 +98,7 @@ class MLP(nn.Module):
         dim, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = nn.Linear(dim, inner, bias=bias) if self.gate else None
         self.up_proj = nn.Linear(dim, inner, bias=bias)
-        self.norm_inner = rms_norm(inner, config.rms_norm_eps, config.norm_offset) if config.mlp_norm else nn.Identity()
+        self.norm_inner = RMSNorm(inner, eps=config.rms_norm_eps) if config.mlp_norm else nn.Identity()
         self.down_proj = nn.Linear(inner, dim, bias=bias)
 
     def forward(self, x: Tensor, kinds: Tensor | None = None) -> Tensor:

@@ -309,6 +309,11 @@ def _check_mechanisms(model: Any) -> Kind:
         raise ValueError(
             f"sequence_parallel: {', '.join(without)} cannot be spread over processes; these can: {', '.join(known)}"
         )
+    if told := sorted(model.reads):
+        raise ValueError(
+            f"sequence_parallel: {name} reads {', '.join(told)} beside its tokens, which no shard has; want a model "
+            "without (see its by_kind, positions and layers)"
+        )
     pairs = all(m.card.parallel in ("ring", "heads") and getattr(m, "span", None) is None for m in mechanisms)
     return "zigzag" if pairs and not model.config.short_conv else "contiguous"
 

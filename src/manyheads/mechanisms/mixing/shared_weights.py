@@ -46,10 +46,8 @@ class SharedWeights(Mechanism):
         self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(2))
 
     def example_inputs(self, n: int, edges: Tensor | None = None) -> Mapping[str, Tensor]:
-        i = torch.arange(n)
-        near = torch.sin(0.7 * i[:, None] * i + i) ** 2 + 0.1
-        turned = torch.stack([near.roll(h, 1) for h in range(self.heads)])
-        return {"weights_below": (turned / (1 + near.sum(-1).max()))[None]}
+        i, h = torch.arange(n), torch.arange(self.heads)[:, None, None]
+        return {"weights_below": (torch.sin(0.7 * i[:, None] * (i + 1) + i + h) ** 2 / 8 + 0.01)[None]}
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         v, padding, state = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2), call.padding, call.state

@@ -105,7 +105,8 @@ class Skim(Mechanism):
     @torch.no_grad()
     def skimmed(self, boxes: Tensor, top_k: int, *, mask: Tensor | None = None) -> Tensor:
         """The keys that each query may attend to, [b, heads, n, n], True = may: the top_k largest A. mask: [b, n], True
-        = real. A model that takes a boolean mask for each head attends by it (BERT's attention_mask, heads alike)."""
+        = real. For BERT and its like, of as many heads, as what is added to scores: attention_mask =
+        zeros.masked_fill(~skimmed, finfo(dtype).min); a boolean one its eager attention would add as 0 and 1."""
         if top_k < 1:
             raise ValueError(f"skim: top_k={top_k} must be positive")
         if not isinstance(boxes, Tensor) or boxes.ndim != 3:
