@@ -55,6 +55,9 @@ def windowed_attention(
         )
     reach, width = max(windows) - 1, k.shape[-1]
     both = tokens_before(torch.cat((k, v), -1), reach, layout, 2)
+    if q.shape[2] == 0:
+        # No token of this process asks, and still its gradients, of no elements, hang on what was given.
+        return q.sum(-1, keepdim=True).expand(*q.shape[:-1], v.shape[-1]) + 0.0 * both.sum()
     # Rows of a sequence that has not begun are hidden, as padding is.
     first = layout.pieces()[0].first if layout.count() else 0
     missing = max(0, reach - first)
