@@ -210,7 +210,8 @@ class Bench:
     def save(self, *, tell: bool = False) -> None:
         rows = judged(self.loaded, self.lines)
         if self.given.dry:
-            print(*rows if tell else (), sep="\n")
+            if tell:
+                print(*rows, sep="\n")
             return
         again = {line["conversion"] for line in self.lines}
         kept = [] if self.given.only is None else [

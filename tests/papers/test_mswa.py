@@ -10,7 +10,8 @@ from torch import Tensor
 
 from manyheads.functional.banded import banded_attention
 from manyheads.mechanisms.plain.softmax import Softmax
-from manyheads.mechanisms.selection.mswa import MSWA
+from manyheads.mechanisms.selection.mswa import MSWA, mswa_layers
+from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
 from manyheads.testing import LargestTensor
 
 
@@ -114,3 +115,23 @@ def test_state_holds_the_widest_window_only() -> None:
 def test_refuses(heads: int, window: int, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         MSWA(16, heads, window=window)
+
+
+def test_windows_grow_over_depth_within_the_budget_of_one_window() -> None:
+    """Every window of every head of every layer, summed: 225/256 of one window everywhere, and each of the sixteen
+    combinations as often."""
+    layers, heads, window = 8, 4, 64
+    specs = mswa_layers(layers, window)
+    assert [spec["window"] for spec in specs] == [16, 16, 32, 32, 64, 64, 128, 128]
+    seen = [w for spec in specs for w in MSWA(16, heads, window=spec["window"]).windows]
+    assert sum(seen) * 256 == 225 * layers * heads * window
+    assert sorted(seen) == sorted(2 * [window // 16 * 2**depth * 2**head for depth in range(4) for head in range(4)])
+    model = ManyheadsForCausalLM(
+        ManyheadsConfig(vocab_size=9, hidden_size=16, intermediate_size=0, num_hidden_layers=8, layers=specs)
+    )
+    assert [block.self_attn.mechanism.span for block in model.base_model.stack.layers] == [
+        2 * spec["window"] for spec in specs
+    ]
+    for wrong in ((6, 64), (0, 64), (4, 8), (4, 24), (True, 64)):
+        with pytest.raises(ValueError, match="want a multiple of"):
+            mswa_layers(*wrong)

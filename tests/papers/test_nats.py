@@ -125,7 +125,7 @@ def test_the_state_holds_what_a_later_token_can_see_and_no_more(window: int, kv_
         assert found == wanted
         widest = max(len(heads) for row in wanted for heads in row)
         assert state.fixed["keys"].shape == (2, kv_heads, widest, 4)
-        assert state.nbytes == 2 * kv_heads * widest * (2 * 4 * 8 + 3 * 8 + 8 + 1) + 2
+        assert state.nbytes == 2 * kv_heads * widest * (2 * 4 * 8 + 3 * 8 + 3 * 8 + 1) + 2
     torch.testing.assert_close(torch.cat(outputs, 1), module(x).output)
     assert widest < 60
 

@@ -78,6 +78,15 @@ def test_who_reads_is_shown(task: str, mechanism: str, settings: dict[str, Any],
     assert made.aligned(made.answered(model(**inputs))).shape[0] == 3
 
 
+def test_what_shares_weights_never_stands_for_plain_layers() -> None:
+    """In a model of one layer there is none below it: refused in the pass, and not left out."""
+    task = create_task("induction", n=16, vocabulary=32, queries=4)
+    model = build_model(task, {"name": "shared-weights"}, {**SIZE, "layers": 1, "positions": "learned"})
+    (batch,) = islice(task.train_batches(2, 0), 1)
+    with pytest.raises(ValueError, match="layer 0, shared-weights, takes the weights of the layer below it"):
+        model(**batch.inputs)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     for name, wrong, told in (
         ("modalities", {"symbols": 1}, "symbols=1; want a whole number from 2"),

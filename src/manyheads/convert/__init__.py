@@ -16,7 +16,7 @@ from manyheads.convert.hosted import hosted, unhosted
 from manyheads.convert.imitation import transfer
 from manyheads.convert.importance import head_scores
 from manyheads.convert.latent import latent
-from manyheads.convert.primitives import primitive_mixture, settled_mixture
+from manyheads.convert.primitives import measured_latencies, primitive_mixture, settled_mixture
 from manyheads.convert.prompted import add_prompts, load_prompts, remove_prompts, save_prompts, without_prompts
 from manyheads.convert.pruned import as_mistral, pruned
 from manyheads.convert.rorope import rorope
@@ -45,6 +45,7 @@ __all__ = [
     "load_dimap",
     "load_fused",
     "load_prompts",
+    "measured_latencies",
     "primitive_mixture",
     "pruned",
     "remove_prompts",

@@ -5,7 +5,8 @@
     balance = SCV_e(a_e sum_i p_ie) + SCV_e(a_e sum_i q_ie),  SCV(z) = variance / mean^2
 
 p_i = softmax(W x_i); q_ie = Phi(2 ((W x_i)_e - the other's noisy score)), how likely e would win under other noise.
-a: what a token costs in each, so that the dearer one gets fewer; 6 to 4 in the released code, measured on a GPU there.
+a: what a token costs in each, so that the dearer one gets fewer; 6 to 4 in the released code, measured on a GPU there;
+`measured_latencies` measures it here.
 Projections of attention stay products, as what is mixed are MLPs.
 
 Source: You et al., ShiftAddViT, arXiv:2306.06446, stage 3, and its `NoisyGate_V2`. There E_c is multiplied by p_ic,
@@ -19,10 +20,13 @@ from __future__ import annotations
 
 import copy
 import math
+import time
+from statistics import median
 from typing import Any
 
 import torch
 
+from manyheads.convert.damage import settle
 from manyheads.convert.hosted import check_hosted, hosted
 from manyheads.convert.shifted import BITS, check_bits, linears, put_shifts
 from manyheads.convert.shifted import settled as _plain
@@ -67,6 +71,30 @@ def primitive_mixture(
             put_shifts(layer.mlp.experts[1], set(linears(layer.mlp.experts[1])), bits)
     made.generation_config = copy.deepcopy(base.generation_config)
     return made.to(base.device).eval()
+
+
+@torch.no_grad()
+def measured_latencies(model: Any, *, tokens: int = 256, turns: int = 5) -> tuple[float, float]:
+    """Microseconds that a token takes in the two experts of what `primitive_mixture` made, with products and with
+    shifts: medians over turns, the sum of all layers. In torch the two are about alike; measure in the engine that will
+    run it, where there is one, and give those."""
+    if tokens < 1 or turns < 1:
+        raise ValueError(f"tokens={tokens}, turns={turns}: want 1 of each or more")
+    # Weights that are rounded once: in training every pass rounds them.
+    stack = settled_mixture(model).model.stack
+    x = torch.randn(tokens, model.config.hidden_size, device=model.device, dtype=model.dtype)
+    taken: list[list[float]] = [[], []]
+    for _ in range(turns):
+        for number, own in enumerate(taken):
+            experts = [layer.mlp.experts[number] for layer in stack.layers]
+            settle(x.device)
+            begun = time.perf_counter()
+            for expert in experts:
+                expert(x)
+            settle(x.device)
+            own.append(time.perf_counter() - begun)
+    products, shifts = (1e6 * median(own) / tokens for own in taken)
+    return products, shifts
 
 
 def settled_mixture(model: Any) -> Any:

@@ -30,6 +30,7 @@ from manyheads.training.head_mask import HeadMask
 from manyheads.training.lamb import Lamb, lamb_groups
 from manyheads.training.multi_route import MultiRoute, one_to_many
 from manyheads.training.relations import minilm_loss, relation_loss
+from manyheads.training.sink_token import add_sink_token, with_sink_token
 from manyheads.training.subsampled import LocallySubsampled, SubsampledAttention, locally_subsampled, sampling
 from manyheads.training.token_pooling import TokenAwarePooling, attention_diversification
 from manyheads.training.virtual_adversarial import virtual_adversarial_attention_loss
@@ -49,6 +50,7 @@ __all__ = [
     "SubsampledAttention",
     "TokenAwarePooling",
     "VisualFactors",
+    "add_sink_token",
     "adversarial_attention_loss",
     "alignment",
     "alignment_loss",
@@ -82,4 +84,5 @@ __all__ = [
     "sentence_numbers",
     "token_match",
     "virtual_adversarial_attention_loss",
+    "with_sink_token",
 ]

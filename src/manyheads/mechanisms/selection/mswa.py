@@ -24,8 +24,7 @@ class MSWA(SoftmaxAttention):
         w_h = window / 4, window / 2, window, 2 window for the four quarters of the heads, in this order.
 
     window: the base size; a multiple of 4, so that nothing is rounded; a token counts itself. heads: a multiple of 4.
-    The paper varies the base over depth as well (a quarter of the layers each at w/4, w/2, w, 2w, shallow ones small):
-    give each layer its own `window`.
+    The paper varies the base over depth as well: `mswa_layers`.
     Source: arXiv:2501.01039; no code was released. The state keeps 2 window tokens of all heads, as far as the widest
     sees, where the paper's cache has a length per group of heads, 15/16 window on average.
     """
@@ -77,3 +76,18 @@ class MSWA(SoftmaxAttention):
         if where.dense is not None or within(q.shape[2], self.window):
             return super().fused(q, k, v, where)
         return banded_attention(q, k, v, self.windows, scale=self.scale, padding=where.padding)
+
+
+def mswa_layers(layers: int, window: int) -> list[dict[str, Any]]:
+    """A mechanism per layer, as models and comparisons take them: the base window grows with depth, w/4, w/2, w, 2w for
+    the four quarters of the layers, and over the heads of each layer as `MSWA` has it.
+
+    With both, the keys that a query sees in all heads and layers are (15/16)^2, some 7/8, of those of one window w
+    everywhere. layers: a multiple of 4. window: w, a multiple of 16, so that nothing is rounded.
+    Source: arXiv:2501.01039 (MSWA-l within MSWA).
+    """
+    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 4 or layers % 4:
+        raise ValueError(f"mswa_layers: layers={layers!r} cannot be cut into four equal groups; want a multiple of 4")
+    if isinstance(window, bool) or not isinstance(window, int) or window < 16 or window % 16:
+        raise ValueError(f"mswa_layers: window={window!r}; want a multiple of 16, as its quarter is cut in four again")
+    return [{"name": MSWA.card.name, "window": window // 4 * 2 ** (layer * 4 // layers)} for layer in range(layers)]

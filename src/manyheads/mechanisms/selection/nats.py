@@ -21,16 +21,31 @@ GLOBAL, LOCAL, SLIDING = range(3)
 # What the released code adds to the score of "global" outside of training.
 FAVOUR = 0.1
 BEYOND = 1 << 30
+# What of the keys a state holds, and under which name.
+_NAMES = {"kind": "kinds", "place": "places", "stand": "stands", "hidden": "hidden", "real": "real"}
 
 
 class _Keys(NamedTuple):
     """Per key/value head and key (or [1, 1, m] where it is the same for all): the kind [b, g, m, 3], one-hot; the last
-    query that sees it if it is local; its place in the sequence; whether it is a token that may be seen at all."""
+    query that sees it if it is local; its place in the sequence; where it stands for a window, as `_Dropping` has it;
+    how many hidden tokens came behind it; whether it is a token that may be seen at all."""
 
     kind: Tensor
     until: Tensor
     place: Tensor
+    stand: Tensor
+    hidden: Tensor
     real: Tensor
+
+
+class _Dropping(State):
+    """Told which of the tokens seen are real, and it is those that were: windows count real tokens from then on, as if
+    hidden ones had been padding on the left."""
+
+    def tell(self, real: Tensor) -> None:
+        super().tell(real)
+        if "places" in self.fixed:
+            self.fixed["stands"] = self.fixed["places"] + self.fixed["hidden"]
 
 
 @register
@@ -61,7 +76,7 @@ class NAtS(SoftmaxAttention):
         state="n",
         example={"window": 2, "kv_heads": 2},
         notes="How much of the cache is saved depends on the kinds that were learnt: global tokens stay for good, and "
-        "the state is as wide as the head that keeps most. Random weights make a third of them global.",
+        "the state is as wide as the head that keeps most. Random weights make about a third of them global.",
     )
 
     def __init__(
@@ -80,6 +95,10 @@ class NAtS(SoftmaxAttention):
             raise ValueError(f"{self.card.name}: window={window} must be positive; a token sees itself at least")
         self.window = window
         self.kind_proj = nn.Linear(dim, self.kv_heads * 3, bias=False)
+
+    def init_state(self, batch: int, *, capacity: int = 0) -> State:
+        usual = super().init_state(batch, capacity=capacity)
+        return _Dropping(usual.owner, batch, config=usual.config)
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         logits = self.kind_proj(x.detach()).unflatten(-1, (self.kv_heads, 3)).transpose(1, 2)
@@ -138,26 +157,26 @@ class NAtS(SoftmaxAttention):
             first, call.state.fixed["begun"] = first & ~begun[:, None], begun | real.any(1)
         always = F.one_hot(torch.tensor(GLOBAL, device=i.device), 3).to(kind.dtype)
         kind = torch.where(first[:, None, :, None], always, kind)
-        return _Keys(kind, i[None, None], i[None, None], real[:, None])
+        place, behind = i[None, None], (~real).flip(1).cumsum(1).flip(1) - (~real).long()
+        return _Keys(kind, place, place, place, behind[:, None], real[:, None])
 
     def _joined(self, k: Tensor, v: Tensor, keys: _Keys, state: State) -> tuple[Tensor, Tensor, _Keys]:
         """Those held, and the new ones behind them."""
-        whole = (*k.shape[:2], k.shape[2])
-        keys = keys._replace(place=keys.place.expand(whole), real=keys.real.expand(whole))
-        if "keys" not in state.fixed:
-            return k, v, keys
-        held = state.fixed
-        kind, place, real = (
-            torch.cat([held[name], new], 2)
-            for name, new in (("kinds", keys.kind), ("places", keys.place), ("real", keys.real))
-        )
-        return torch.cat([held["keys"], k], 2), torch.cat([held["values"], v], 2), _Keys(kind, place, place, real)
+        own = {name: getattr(keys, name) for name in _NAMES}
+        own |= {name: rows.expand(*k.shape[:2], -1) for name, rows in own.items() if rows.ndim == 3}
+        if "keys" in state.fixed:
+            held = dict(state.fixed)
+            held["hidden"] = held["hidden"] + (~keys.real).sum(-1, keepdim=True)
+            own = {name: torch.cat([held[_NAMES[name]], rows], 2) for name, rows in own.items()}
+            k, v = torch.cat([held["keys"], k], 2), torch.cat([held["values"], v], 2)
+        return k, v, keys._replace(**own)
 
     def _hold(self, k: Tensor, v: Tensor, keys: _Keys, state: State, tokens: int) -> None:
         """What the next query can still see, the oldest first, per head behind it whatever fills up its rows."""
         state.advance(tokens)
         after, kind = state.length, keys.kind.detach() > 0.5
-        local, near = keys.until >= after, after - keys.place < self.window
+        # A window may yet be told to count real tokens only.
+        local, near = keys.until >= after, after - keys.place - keys.hidden < self.window
         needed = keys.real & (kind[..., GLOBAL] | (kind[..., LOCAL] & local) | (kind[..., SLIDING] & near))
         most = int(needed.sum(-1).max())
         order = needed.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :most]
@@ -165,8 +184,9 @@ class NAtS(SoftmaxAttention):
         def chosen(rows: Tensor) -> Tensor:
             return rows.gather(2, order if rows.ndim == 3 else order[..., None].expand(*order.shape, rows.shape[3]))
 
-        state.fixed |= {"keys": chosen(k), "values": chosen(v), "kinds": chosen(keys.kind)}
-        state.fixed |= {"places": chosen(keys.place), "real": chosen(needed)}
+        kept = keys._replace(real=needed)
+        state.fixed |= {"keys": chosen(k), "values": chosen(v)}
+        state.fixed |= {held: chosen(getattr(kept, name)) for name, held in _NAMES.items()}
 
     def _spread(self, weights: Tensor, keys: _Keys, length: int) -> Tensor:
         """weights [b, h, n, held] -> [b, h, n, length]: the columns at the tokens' places, zero for dropped ones."""
@@ -192,7 +212,7 @@ class NAtS(SoftmaxAttention):
 
     def _rules(self, i: Tensor, keys: _Keys) -> tuple[Tensor, Tensor]:
         """Whether i [n] would see j if it were local, or sliding: [b or 1, g or 1, n, m]."""
-        return i[:, None] <= keys.until[:, :, None], i[:, None] - keys.place[:, :, None] < self.window
+        return i[:, None] <= keys.until[:, :, None], i[:, None] - keys.stand[:, :, None] < self.window
 
     def _visible(self, i: Tensor, keys: _Keys) -> Tensor:
         local, sliding = self._rules(i, keys)
