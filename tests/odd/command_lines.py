@@ -309,7 +309,8 @@ class Lines:
             "--layers": lambda: self.one(NUMBERS, ["0-99999999", "5-2", "0-", "-", "0,0", "1-1-1", "0-1", "²", "0,"]),
             "--no-heads": None,
             "--thorough": None,
-            "--page-mb": self.number, "--stage": self.number,
+            "--page-mb": self.number,
+            "--stage": self.number,
             "--json": None,
         }
         good = self.made["models"][0]
