@@ -310,6 +310,7 @@ class Lines:
             "--no-heads": None,
             "--thorough": None,
             "--page-mb": self.number,
+            "--stage": self.number,
             "--json": None,
         }
         good = self.made["models"][0]
