@@ -28,7 +28,8 @@ test-odd: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 ODD_TIMES=$${ODD_TIMES:-25} ODD_SEED=$${ODD_SEED:-0} $(BIN)/pytest -n 2 tests/odd
 
 # Not run in CI: transformers' own tests out of its sdist, lm-evaluation-harness, PEFT, accelerate and captum over our
-# models, and converted checkpoints in CTranslate2, in an environment of their own. CLIENTS="--kinds softmax,gqa" takes some kinds of layers only.
+# models, converted checkpoints in CTranslate2, and interventions on pipelines of diffusers (installed without what it
+# asks for, which constraints.txt has newer), in an environment of their own. CLIENTS="--kinds softmax,gqa" takes some kinds of layers only.
 CLIENTS_VENV := .venv-clients
 test-clients: $(CLIENTS_VENV)/.installed
 	$(CLIENTS_VENV)/bin/python benchmarks/engines.py
@@ -39,6 +40,7 @@ $(CLIENTS_VENV)/.installed: pyproject.toml constraints.txt
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
 		pytest peft parameterized==0.9.0 lm-eval==0.4.13 ctranslate2==4.8.5
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps diffusers==0.36.0
 	@touch $@
 
 format: $(VENV)/.installed-dev

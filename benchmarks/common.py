@@ -99,14 +99,15 @@ def exponent(lengths: list[int], seconds: list[float]) -> float:
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
-def save(name: str, device: str, rows: list[dict[str, Any]]) -> None:
-    """Writes the results with the environment, and prints them."""
+def save(name: str, device: str, rows: list[dict[str, Any]], *, tell: bool = True) -> None:
+    """Writes the results with the environment, and prints them (tell=False: one more row of a run that goes on)."""
     # Late: the rest of this file also serves where manyheads is not installed.
     from manyheads.runs.environment import environment
 
-    for row in rows:
+    for row in rows if tell else ():
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / (f"{name}.json" if device == "cpu" else f"{name}-{device}.json")
     path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
-    print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    if tell:
+        print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

@@ -1,5 +1,6 @@
-"""What the packaged diffusion transformer draws: shares of samples with every subject right and in its place, by kind
-of caption and by guidance, as a support vector machine reads the cells. `python benchmarks/dit.py [captions]`."""
+"""What a packaged model that draws does draw: shares of samples with every subject right and in its place, by kind of
+caption and by guidance, as a support vector machine reads the cells. `python benchmarks/dit.py [captions] [dit]` or
+`[unet]`; the result has the model's name."""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ from common import save
 from manyheads.hosts.loading import load_model
 from manyheads.tasks.two_digits import RELATIONS, draw_scene, shown
 
-MEASURES = ("src/manyheads/bundled/dit", "src/manyheads/models/diffusion.py", "src/manyheads/models/flow.py")
+WRITES = ("dit", "unet")
+MEASURES = (
+    "src/manyheads/bundled/dit",
+    "src/manyheads/bundled/unet",
+    "src/manyheads/models/captioned.py",
+    "src/manyheads/models/diffusion.py",
+    "src/manyheads/models/flow.py",
+    "src/manyheads/models/unet.py",
+)
 
 
 def captions(kind: str, count: int) -> list[str]:
@@ -33,7 +42,8 @@ def shares(pictures: Any, told: list[str]) -> dict[str, float]:
 
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100
-    model, rows = load_model("dit").model, []
+    name = sys.argv[2] if len(sys.argv) > 2 else "dit"
+    model, rows = load_model(name).model, []
     for kind in ("relation", "and", "one digit"):
         told = captions(kind, count)
         rng = np.random.default_rng(0)
@@ -46,7 +56,7 @@ def main() -> None:
             rows.append(
                 {"what": "samples", "captions": kind, "count": count, "guidance": guidance, "steps": steps, **found}
             )
-    save("dit", "cpu", rows)
+    save(name, "cpu", rows)
 
 
 if __name__ == "__main__":

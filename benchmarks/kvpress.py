@@ -4,6 +4,7 @@
     python benchmarks/kvpress.py --kvpress-python DIR/bin/python       # both sides, in turns
     ... --lengths 1024 --kept-only      what every policy keeps, with no timing, in kvpress-kept.json
     ... --model smollm2                 a real model with a key in real text, contexts 512, 2048 and 7900 unless told
+    ... --model smollm2 --kept-only     every policy there, at 1024 unless told: tokens kept, KL and answers, no timing
     ... --fixture                       rewrites tests/shrink/kvpress_kept.json
 
 One Llama-shaped stack, 32 query heads on 8, d 128, batch 1, with random weights and a prompt of random embeddings (no
@@ -101,8 +102,39 @@ STORED: list[tuple[str, dict[str, Any]]] = [
     ("NonCausal", {"chunk_size": 32}),
     ("SimLayerKV", {"lazy_threshold": 0.2, "recent_size": 16}),
 ]
-# They feed the context a second time, so that every case runs it anew, as tokens.
-AGAIN = ("KVzip",)
+# Compared on a real model alone. of: the policy, where the key is not its name; allocation, parts: others by name.
+SNAP = {"window_size": 64, "kernel_size": 5}
+MORE: dict[str, dict[str, Any]] = {
+    "TOVA": {"shared": True},
+    "ExpectedAttention": {"n_future_positions": 512, "sink_size": 4},
+    "AdaKV": {"of": "SnapKV", "allocation": ["AdaKV", {}], **SNAP},
+    "CriticalAdaKV": {"of": "CriticalKV", "allocation": ["AdaKV", {}], "base": ["SnapKV", SNAP]},
+    "PyramidKV": {"of": "SnapKV", "allocation": ["PyramidKV", {}], **SNAP},
+    "KeyRerotation": {"of": "SnapKV", "positions": "cache", **SNAP},
+    "FastKVzip": {"gates": 7},
+    # A quarter goes by one rule, the rest of the ratio by the other.
+    "Composed": {"parts": [["SnapKV", SNAP], ["KeyDiff", {}]], "first": 0.25},
+    "ThinK": {"channels": 0.5},
+}
+# Why kept tokens may differ where it is not for rounding of scores.
+WHY = {
+    "TOVA": "kvpress keeps the last token whatever its score",
+    "PyramidKV": "kvpress rounds a layer's budget to the nearest and leaves the window out of the pyramid's bounds; "
+    "here budgets are rounded down and none is below 1",
+    "ThinK": "kvpress narrows the window's keys too; here the latest 32 tokens keep all channels",
+    "CriticalAdaKV": "kvpress' scores of both stages are made as large as the type holds, and shared out by place in "
+    "memory among equals; here the first stage is counted for each head by the budget that it is told",
+}
+# Ours that no press is compared with.
+ALONE = {
+    "H2O": "ObservedAttentionPress averages over the queries that saw a token, H2O sums",
+    "Duo": "its gates are fetched from a hub for models of 7B and more",
+    "Razor, MoA, LoCoCo, LongHeads, TidalDecode": "kvpress has none of them",
+}
+# A gap between scores, as a share of their range, that rounding in float32 makes.
+ROUNDING = 1e-3
+# They run the context themselves, as tokens: some feed it a second time, some read what no replay has.
+AGAIN = ("KVzip", "FastKVzip", "ThinK")
 RATIOS = (0.5, 0.75)
 STEPS, ROUNDS = 8, 7
 # Up to this length every policy runs the prompt itself.
@@ -124,7 +156,8 @@ class Side:
         self.model.load_state_dict(load_file(self.folder / "weights.safetensors"))
         self.model.eval()
         # A question and its answer, where the prompt is text; else any tokens.
-        self.tail: list[int] = json.loads((self.folder / "tail.json").read_text()).get("tail", [])
+        self.trial: dict[str, Any] = json.loads((self.folder / "tail.json").read_text())
+        self.tail: list[int] = self.trial.get("tail", [])
         self.context, self.fed = 0, 0
         self.cache: Any = None
 
@@ -142,6 +175,8 @@ class Side:
 
     def ids(self) -> Tensor:
         """Tokens for policies that need them; no generator of random numbers has a say in them."""
+        if "prefix" in self.trial:
+            return torch.tensor([self.trial["prefix"]])
         at = torch.arange(self.context)
         return ((at * at * 7919 + at * 104729) % (self.model.config.vocab_size - 1) + 1)[None]
 
@@ -173,7 +208,7 @@ class Side:
         logits = []
         start, worked = time.perf_counter(), time.process_time()
         for _ in range(steps):
-            position = torch.tensor([[self.context + self.fed]])
+            position = torch.tensor([[self.behind() + self.fed]])
             token = self.tail[self.fed % len(self.tail)] if self.tail else 7 + self.fed % 8
             with torch.no_grad():
                 out = self.model(torch.tensor([[token]]), past_key_values=self.cache, position_ids=position)
@@ -182,6 +217,10 @@ class Side:
             self.fed += 1
         seconds = {"ms": time.perf_counter() - start, "cpu_ms": time.process_time() - worked}
         return {name: 1e3 * own / steps for name, own in seconds.items()} | {"logits": logits}
+
+    def behind(self) -> int:
+        """The position of the first token behind the context."""
+        return self.context
 
     def peak(self, steps: int) -> dict[str, Any]:
         """The process' peak while decoding, over what it held before there was a cache."""
@@ -207,6 +246,22 @@ class Ours(Side):
         import manyheads.shrink as shrink
 
         given: dict[str, Any] = {"compression_ratio": ratio, "when": "prefill", **settings}
+        if "channels" in given:
+            return shrink.Full(storage=shrink.ThinK(key_channel_compression_ratio=given["channels"]))
+        if "parts" in given:
+            ratios = (given["first"], ratio)
+            return shrink.Composed(
+                *(
+                    getattr(shrink, part)(compression_ratio=own, when="prefill", **more)
+                    for (part, more), own in zip(given["parts"], ratios, strict=True)
+                )
+            )
+        name = given.pop("of", name)
+        if "allocation" in given:
+            allocation, own = given["allocation"]
+            given["allocation"] = getattr(shrink, allocation)(**own)
+        if "gates" in given:
+            given["gates"] = gates(self.model.config, given["gates"])
         if name == "StreamingLLM":
             given["positions"] = "text"
         if "base" in settings:
@@ -267,6 +322,10 @@ class Ours(Side):
         }
         return _side_by_side([rows[head] for head in sorted(rows)])
 
+    def narrow(self) -> dict[str, Any]:
+        """Channels that keys were left, by layer and KV head."""
+        return {"kept": [layer.store.codec.kept["channels"][0].tolist() for layer in self.cache.layers]}
+
     @torch.no_grad()
     def scores(self, policy: str, ratio: float, **settings: Any) -> dict[str, Any]:
         """The rule's scores of every token, by layer and KV head, in a file."""
@@ -301,6 +360,8 @@ class Theirs(Side):
 
         super().__init__(folder, dtype, "sdpa")
         self.given: list[tuple[Any, dict[str, Any]]] = []
+        # The same cache with its keys where they stood, where a press turns them.
+        self.plain: Any = None
 
     def press(self, name: str, ratio: float, settings: dict[str, Any]) -> Any:
         return presses(self.model)[name](ratio, settings)
@@ -325,7 +386,9 @@ class Theirs(Side):
     @torch.no_grad()
     def whole(self, name: str, ratio: float, settings: dict[str, Any]) -> None:
         # As in KVPressTextGenerationPipeline: the context goes through the model without its head, under the press.
-        self.cache = self.fresh()
+        self.cache, self.plain = self.fresh(), None
+        for module, _ in self.given:
+            module.masked_key_indices = None
         with self.press(name, ratio, settings)(self.model), sketched(self.model.config):
             self.model.model(**self.prompted(name), past_key_values=self.cache)
 
@@ -336,6 +399,10 @@ class Theirs(Side):
         if name in AGAIN:
             self.whole(name, ratio, settings)
             return
+        self.plain = None
+        if settings.get("positions") == "cache":
+            self.replay(name, ratio, {key: own for key, own in settings.items() if key != "positions"})
+            self.plain = self.cache
         press, self.cache = self.press(name, ratio, settings), self.fresh()
         with sketched(self.model.config):
             for i, (module, kwargs) in enumerate(self.given):
@@ -349,13 +416,22 @@ class Theirs(Side):
             keep = torch.ones(self.cache.layers[index].keys.shape[1:3], dtype=torch.bool)
             keep[masked[1], masked[2]] = False
             return _side_by_side([row.nonzero()[:, 0] for row in keep])
-        full, kept = (_marks(layer.keys[0]) for layer in (self.full.layers[index], self.cache.layers[index]))
+        held = self.plain or self.cache
+        full, kept = (_marks(layer.keys[0]) for layer in (self.full.layers[index], held.layers[index]))
         order = full.argsort(-1)
         ranked = full.gather(-1, order)
         assert bool((ranked[:, 1:] != ranked[:, :-1]).all()), "two tokens have the same key"
         at = torch.searchsorted(ranked, kept).clamp_max(full.shape[1] - 1)
         assert torch.equal(ranked.gather(-1, at), kept), "a kept key is none of the prompt's"
         return order.gather(-1, at).sort(-1).values
+
+    def narrow(self) -> dict[str, Any]:
+        some = [(layer.keys[0] != 0).any(1) for layer in self.cache.layers]
+        return {"kept": [[row.nonzero()[:, 0].tolist() for row in heads] for heads in some]}
+
+    def behind(self) -> int:
+        """Turned keys stand at 0, 1, 2, ..., and a query behind them."""
+        return self.context if self.plain is None else int(self.plain.layers[0].keys.shape[2])
 
     @torch.no_grad()
     def channels(self, ratio: float, window_size: int) -> dict[str, Any]:
@@ -397,7 +473,7 @@ class Theirs(Side):
 def presses(model: Any) -> dict[str, Any]:
     """kvpress' own of the same rule, made of a ratio and our settings."""
     import kvpress
-    from kvpress.presses import kvzip_press
+    from kvpress.presses import fastkvzip_press, kvzip_press
 
     class Filters(kvpress.QFilterPress):
         def post_init_from_model(self, model: Any) -> None:
@@ -417,6 +493,26 @@ def presses(model: Any) -> dict[str, Any]:
     def kvzip(ratio: float, own: dict[str, Any]) -> Any:
         kvzip_press.AutoTokenizer = Words(own)
         return kvpress.KVzipPress(ratio, chunk_size=own["chunk_size"])
+
+    def fast(ratio: float, own: dict[str, Any]) -> Any:
+        press, config = kvpress.FastKVzipPress(ratio), model.config
+        press.gates = []
+        for i, state in enumerate(gates(config, own["gates"])):
+            heads, repeat = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+            gate = fastkvzip_press.FastKVzipGate(i, config.hidden_size, heads, repeat, model.dtype)
+            gate.load_state_dict(state)
+            press.gates.append(gate.eval())
+        return press
+
+    def composed(ratio: float, own: dict[str, Any]) -> Any:
+        ratios = (own["first"], 1 - (1 - ratio) / (1 - own["first"]))
+        return kvpress.ComposedPress(
+            [known[name](part, more) for (name, more), part in zip(own["parts"], ratios, strict=True)]
+        )
+
+    def turned(ratio: float, own: dict[str, Any]) -> Any:
+        press = known["SnapKV"](ratio, own)
+        return kvpress.KeyRerotationPress(press) if own.get("positions") == "cache" else press
 
     def based(ratio: float, own: dict[str, Any]) -> Any:
         name, settings = own["base"]
@@ -441,6 +537,17 @@ def presses(model: Any) -> dict[str, Any]:
             ratio, own["sink_size"], own["recent_size"], own["chunk_size"], own["sketch_dimension"]
         ),
         "NonCausal": lambda ratio, own: kvpress.NonCausalAttnPress(ratio, own["chunk_size"]),
+        "TOVA": lambda ratio, own: kvpress.TOVAPress(ratio),
+        "ExpectedAttention": lambda ratio, own: kvpress.ExpectedAttentionPress(
+            ratio, own["n_future_positions"], own["sink_size"]
+        ),
+        "AdaKV": lambda ratio, own: kvpress.AdaKVPress(known["SnapKV"](ratio, own)),
+        "CriticalAdaKV": lambda ratio, own: kvpress.CriticalAdaKVPress(based(ratio, own)),
+        "PyramidKV": lambda ratio, own: kvpress.PyramidKVPress(ratio, own["window_size"], own["kernel_size"]),
+        "KeyRerotation": turned,
+        "FastKVzip": fast,
+        "Composed": composed,
+        "ThinK": lambda ratio, own: kvpress.ThinKPress(own["channels"], 32),
         "SimLayerKV": lambda ratio, own: kvpress.SimLayerKVPress(
             own["lazy_threshold"], n_recent=own["recent_size"], n_initial=own.get("sink_size", 4)
         ),
@@ -470,6 +577,25 @@ def directions(config: dict[str, Any], given: Any) -> Tensor:
         return torch.tensor(given)
     shape = config["num_hidden_layers"], config["num_key_value_heads"], config["head_dim"]
     return (torch.arange(math.prod(shape), dtype=torch.float64) * given).sin().view(shape).float()
+
+
+def gates(config: Any, seed: int) -> list[dict[str, Tensor]]:
+    """Gates as Fast KVzip has them, drawn so that both sides can."""
+    draw, width, sinks = torch.Generator().manual_seed(seed), 16, 16
+    heads = config.num_key_value_heads
+    sizes: dict[str, tuple[int, ...]] = {
+        "q_proj.weight": (config.num_attention_heads * width, config.hidden_size),
+        "q_proj.bias": (config.num_attention_heads * width,),
+        "k_proj.weight": (heads * width, config.hidden_size),
+        "q_norm.weight": (width,),
+        "k_norm.weight": (width,),
+        "k_base": (heads, 1, sinks, width),
+        "b": (heads, 1, config.num_attention_heads // heads),
+    }
+    return [
+        {name: torch.randn(shape, generator=draw) for name, shape in sizes.items()}
+        for _ in range(config.num_hidden_layers)
+    ]
 
 
 @contextmanager
@@ -588,7 +714,7 @@ def agreement(both: Both, policy: str, ratio: float, settings: dict[str, Any]) -
             found["heads"] += 1
             found["heads_equal"] += not differing
             found["tokens_differing"] += -(-len(differing) // 2)
-            if not differing or policy in AGAIN:
+            if not differing or policy in AGAIN or "parts" in settings:
                 continue
             scores = scores or load_file(both.ours("scores", policy=policy, ratio=ratio, **settings)["path"])
             own = scores[index][head]
@@ -616,7 +742,7 @@ def in_turns(both: Both) -> dict[str, float]:
 
 
 def case(both: Both, policy: str, ratio: float, length: int, whole: bool, timed: bool) -> dict[str, Any]:
-    settings = (CASES | KEPT)[policy]
+    settings = (CASES | KEPT | MORE)[policy]
     row: dict[str, Any] = {
         "what": "decode" if timed else "kept",
         "policy": policy,
@@ -625,6 +751,10 @@ def case(both: Both, policy: str, ratio: float, length: int, whole: bool, timed:
     }
     sizes = both("compressed", policy=policy, ratio=ratio, whole=whole, **settings)
     row |= agreement(both, policy, ratio, settings)
+    if "channels" in settings:
+        a, b = (own["kept"] for own in both("narrow"))
+        row["channels_equal"] = sum(x == y for own in zip(a, b, strict=True) for x, y in zip(*own, strict=True))
+    row["difference"] = told(policy, row)
     tail = both.trial.get("tail", [])
     a, b = (torch.tensor(found["logits"]) for found in both("decode", steps=max(4, len(tail) - 1)))
     row["logits_apart"] = float((a - b).abs().max() / b.abs().max())
@@ -638,6 +768,15 @@ def case(both: Both, policy: str, ratio: float, length: int, whole: bool, timed:
     for side, found in zip(("ours", "theirs"), both("peak", steps=16), strict=True):
         row[f"{side}_decode_peak"] = found["peak"]
     return row
+
+
+def told(policy: str, row: dict[str, Any]) -> str:
+    """What a row's difference is from, in words."""
+    if policy in WHY and (row["tokens_differing"] or policy == "ThinK"):
+        return WHY[policy]
+    if not row["tokens_differing"]:
+        return "none"
+    return "rounding" if 0 < row["widest_gap"] < ROUNDING else "unexplained"
 
 
 def answers(trial: dict[str, Any], ours: Tensor, theirs: Tensor) -> dict[str, Any]:
@@ -655,8 +794,14 @@ def answers(trial: dict[str, Any], ours: Tensor, theirs: Tensor) -> dict[str, An
     }
 
 
-def compare_real(python: str, name: str, lengths: list[int], dtype: str) -> None:
-    """The same on a real model: a key told in the middle of real text, and asked for."""
+def real_rows(both: Both, length: int, timed: bool) -> Iterator[dict[str, Any]]:
+    for policy in CASES if timed else CASES | KEPT | MORE:
+        for ratio in RATIOS if policy != "ThinK" else RATIOS[:1]:
+            yield case(both, policy, ratio, length, False, timed)
+
+
+def compare_real(python: str, name: str, lengths: list[int], dtype: str, timed: bool) -> None:
+    """The same on a real model: a key told in the middle of real text of so many tokens, and asked for."""
     from manyheads.hosts.loading import load_model
     from manyheads.hosts.questions import Questions
 
@@ -664,10 +809,14 @@ def compare_real(python: str, name: str, lengths: list[int], dtype: str) -> None
     config = loaded.model.config.to_dict()
     settings = {key: config[key] for key in (*SETTINGS, "rms_norm_eps", "rope_parameters", "tie_word_embeddings")}
     weights = {key: own.clone() for key, own in loaded.model.state_dict().items()}
-    rows = []
+    alone = [{"what": "not compared", "policy": own, "why": why} for own, why in ALONE.items()]
+    rows: list[dict[str, Any]] = []
     for length in lengths:
-        trial = Questions(loaded).passkey(length, 0.5, 0)
-        told = {"tail": trial.tail, "answer": trial.answers[0]}
+        asked = Questions(loaded)
+        # Chunks and windows divide the text.
+        trial = asked.passkey(length + len(asked.passkey(length, 0.5, 0).tail), 0.5, 0)
+        assert len(trial.prefix) == length
+        told = {"tail": trial.tail, "answer": trial.answers[0], "prefix": trial.prefix}
         with torch.no_grad():
             prompt = loaded.model.get_input_embeddings()(torch.tensor([trial.prefix]))
         with tempfile.TemporaryDirectory() as folder:
@@ -675,12 +824,11 @@ def compare_real(python: str, name: str, lengths: list[int], dtype: str) -> None
             if not rows:
                 rows.append({"what": "kvpress' environment", "model": name, **both.theirs("about")})
             both("prompt", length=len(trial.prefix))
-            for policy in CASES:
-                for ratio in RATIOS:
-                    rows.append(case(both, policy, ratio, len(trial.prefix), False, True))
-                    print(json.dumps(rows[-1]), flush=True)
+            for row in real_rows(both, length, timed):
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                save("kvpress-real" if timed else "kvpress-real-kept", "cpu", rows + ([] if timed else alone))
             both.close()
-    save("kvpress-real", "cpu", rows)
 
 
 def compare(python: str, lengths: list[int], dtype: str, timed: bool) -> None:
@@ -769,7 +917,8 @@ def main() -> None:
     elif given.fixture:
         fixture(given.kvpress_python)
     elif given.model:
-        compare_real(given.kvpress_python, given.model, given.lengths or [512, 2048, 7900], given.dtype)
+        lengths = given.lengths or ([1024] if given.kept_only else [512, 2048, 7900])
+        compare_real(given.kvpress_python, given.model, lengths, given.dtype, not given.kept_only)
     else:
         compare(given.kvpress_python, given.lengths or [4096, 16384], given.dtype, not given.kept_only)
 

@@ -23,13 +23,17 @@ def measured_page() -> str:
         ("Time over the length", "linear", LENGTH, _linear),
         ("Against other packages", "peers", PEERS, _peers),
         ("A real model with a smaller cache", "real", REAL, _real),
+        ("Published claims, repeated", "studies", STUDIES, _studies),
         ("Conversions", "convert", CONVERT, _convert),
         ("A small model that reads pictures", "vlm", VLM, _vlm),
         ("The same model, steered", "steer", STEER, _steer),
         ("Fewer image tokens: time and bytes", "thinning", THINNING, _thinning),
         ("Fewer image tokens: answers", "thinning_answers", THINNING_ANSWERS, _thinned),
         ("Interventions while a model draws", "steer_diffusion", DRAWING, _drawing),
+        ("Pairs like speech and its text", "speech", SPEECH, _speech),
     ):
+        if not (RESULTS / f"{name}.json").is_file():
+            continue  # not measured yet
         results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         words += _unpassed() if table is _quality else ""
         parts += ["", f"## {title}", "", words, "", *table(results["rows"]), "", _where(results["environment"])]
@@ -62,9 +66,15 @@ DIGITS = (
 )
 CANVASES = (
     "`python benchmarks/canvases.py`: a digit among distractors on 64 x 64 pixels, in 8 x 8 patches on which digits "
-    "stand whole, two layers of width 64, one seed, 200 steps of 32, 256 images to answer. What a cell sees in one "
-    "layer tells mechanisms apart here as 8 x 8 digits do not; a block that brings a convolution of its own learns "
-    "sooner than one that must learn it. Seconds are of a machine shared with other work."
+    "stand whole, two layers of width 64, 200 steps of 32, 256 images to answer. What a cell sees in one layer tells "
+    "mechanisms apart here as 8 x 8 digits do not; a block that brings a convolution of its own learns sooner than one "
+    "that must learn it. The error is the spread over seeds where there are several, else that of 256 answers. Seconds "
+    "are of a machine shared with other work."
+)
+STUDIES = (
+    "`python benchmarks/studies.py`: each study of `manyheads explain study --list` at its own size. A claim counts as "
+    "seen where it holds in the mean or in every seed, as the study says, over three seeds at least; where it is not "
+    "seen, the small model may be the reason."
 )
 LENGTH = (
     "`python benchmarks/linear.py`: width 256, 4 heads; forward milliseconds of the mechanism alone, and the slope "
@@ -99,6 +109,12 @@ DRAWING = (
     "`python benchmarks/steer_diffusion.py`: the packaged `dit`, the same noise with and without; a claim shows where "
     "the change is beyond twice its standard error. Costs are no claims."
 )
+SPEECH = (
+    "`python benchmarks/speech.py`: an encoder-decoder on utterances of 12 tokens whose frames show their tokens, the "
+    "same training for each depth; right: next tokens under the true text, mean of the seeds; speeds are ratios within "
+    "one run. Below it one pass of training over utterances of very different lengths, by a fixed batch size and by "
+    "buckets whose batch sizes were found by measuring in the memory that the fixed size takes at the longest lengths."
+)
 CONVERT = (
     "`python benchmarks/convert.py`: what [conversions](converting.md) cost right after them, before any training "
     "(`--heal TOKENS` trains, with a control). Bits and KL are of held-out text, the same for all; hidden keys are of "
@@ -125,18 +141,31 @@ def _quality(rows: list[Row]) -> list[str]:
 
 
 def _canvases(rows: list[Row]) -> list[str]:
-    head = ["mechanism", "sees in a layer", "parameters", "accuracy", "error", "seconds"]
+    head = ["mechanism", "sees in a layer", "parameters", "accuracy", "error", "seeds", "seconds"]
+    body = []
+    for row in sorted(rows, key=lambda row: -(row["accuracy"] or 0.0)):
+        cells = [row["mechanism"], row.get("sees", ""), f"{row['parameters']:,}" if row["parameters"] else ""]
+        if row["accuracy"] is not None:
+            measured = [f"{100 * row['accuracy_error']:.1f}", str(row["seeds"]), f"{row['seconds']:.0f}"]
+            body.append([*cells, _percent(row), *measured])
+        else:
+            body.append([*cells, _percent(row), "", "", ""])
+    return _table(head, body)
+
+
+def _studies(rows: list[Row]) -> list[str]:
+    words = {True: "seen", False: "not seen", None: "not decided"}
+    head = ["study", "paper", "model", "seeds", "claim", "what it rests on"]
     body = (
         [
-            row["mechanism"],
-            row["sees"],
-            f"{row['parameters']:,}",
-            _percent(row, "cluttered"),
-            f"{100 * row['cluttered_error']:.1f}",
-            f"{row['cluttered_seconds']:.0f}",
+            row["study"],
+            row["reference"],
+            row["model"],
+            str(row["seeds"]),
+            words[row["seen"]],
+            " ".join(row["lines"]).replace("|", "/"),
         ]
-        for row in sorted(rows, key=lambda row: -(row["cluttered"] or 0.0))
-        if row["parameters"]
+        for row in rows
     )
     return _table(head, body)
 
@@ -220,11 +249,16 @@ def _convert(rows: list[Row]) -> list[str]:
         "| model | conversion | cache per token | bits per token | KL to the original | hidden keys |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in (row for row in rows if "conversion" in row):
         keys = f"{row['passkeys']:.0%} of {row['keys'] * len(row['passkeys_of'])}"
         figures = f"{row['cache']:,} numbers | {row['bits_per_token']:.3f} | {row['kl_bits']:.3f} | {keys}"
         lines.append(f"| {row['model']} | {row['conversion']} | {figures} |")
-    return lines
+    claims = [row for row in rows if "claim" in row]
+    return lines + ([""] if claims else []) + [
+        f"- {row['model']}, {row['claim']}: {'shows' if row['shows'] else 'does not show'} "
+        f"({len(row['kl_by_seed'])} seeds, KL)"
+        for row in claims
+    ]  # fmt: skip
 
 
 def _vlm(rows: list[Row]) -> list[str]:
@@ -301,6 +335,26 @@ def _drawing(rows: list[Row]) -> list[str]:
             for row in rows
         ),
     )
+
+
+def _speech(rows: list[Row]) -> list[str]:
+    depths, batches = ([row for row in rows if row["part"] == part] for part in ("depth", "batches"))
+    told = _table(
+        ["encoder layers", "decoder layers", "parameters", "right", "greedy tokens per second", "times the first"],
+        (
+            [row["encoder"], row["decoder"], f"{row['parameters']:,}", f"{row['right']:.1%}",
+             f"{row['decoded_per_second']:,.0f}", f"{row['times_the_first']:.2f}"]
+            for row in depths
+        ),
+    )  # fmt: skip
+    return [*told, "", *_table(
+        ["buckets of", "batch sizes", "padding of frames", "padding of tokens", "tokens per second", "times the fixed"],
+        (
+            [row["buckets"], ", ".join(map(str, row["sizes"])), f"{row['padding_frames']:.1%}",
+             f"{row['padding_tokens']:.1%}", f"{row['tokens_per_second']:,.0f}", f"{row['times_the_fixed']:.2f}"]
+            for row in batches
+        ),
+    )]  # fmt: skip
 
 
 def _where(environment: Row) -> str:

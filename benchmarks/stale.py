@@ -58,7 +58,7 @@ def _state(root: Path, recorded: str, paths: tuple[str, ...]) -> tuple[str, str]
 def _measures(root: Path) -> dict[str, tuple[str, ...]]:
     """By result, the paths that it measures; read, not imported: some benchmarks need packages of their own."""
     found: dict[str, tuple[str, ...]] = {}
-    for path in sorted((root / "benchmarks").glob("*.py")):
+    for path in [*sorted((root / "benchmarks").glob("*.py")), *sorted((root / "tests" / "clients").glob("run.py"))]:
         told = {
             target.id: ast.literal_eval(line.value)
             for line in ast.parse(path.read_text(encoding="utf-8")).body

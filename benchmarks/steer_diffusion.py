@@ -1,5 +1,6 @@
-"""The claims of diffusion interventions on the packaged diffusion transformer, with and without:
-`python benchmarks/steer_diffusion.py [captions] [claim ...]`.
+"""The claims of diffusion interventions on the packaged models that draw, with and without:
+`python benchmarks/steer_diffusion.py [--model unet] [--captions 24] [claim ...]`. Of the transformer the result is
+steer_diffusion.json, of the UNet steer_diffusion_unet.json.
 
 Every row: the measure without the intervention and with it, on the same captions and noise in ten steps, and whether
 the claim shows (the difference is of the claimed sign and beyond twice its standard error, by pairs).
@@ -7,8 +8,8 @@ the claim shows (the difference is of the claimed sign and beyond twice its stan
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from dit import captions
 from torch import Tensor
 
-from common import RESULTS, save
+from common import RESULTS, once, save
 from manyheads.hosts.loading import load_model
+from manyheads.hosts.sites import choose
 from manyheads.hosts.taps import record
 from manyheads.steer.diffusion import (
     borrow_maps,
@@ -27,6 +29,7 @@ from manyheads.steer.diffusion import (
     edit_words,
     hunt_heads,
     isolate,
+    layers_in,
     layout_guidance,
     merge_concepts,
     multi_reference,
@@ -42,10 +45,31 @@ from manyheads.steer.diffusion.attencraft import concept_masks
 from manyheads.steer.diffusion.common import on_patches
 from manyheads.tasks.two_digits import CELL, CELLS, SIZE, cell_of, draw_scene, read_caption, reading, shown
 
-MEASURES = ("src/manyheads/steer/diffusion", "src/manyheads/bundled/dit", "src/manyheads/models/flow.py")
-MODEL: Any = load_model("dit").model
+WRITES = ("steer_diffusion", "steer_diffusion_unet")
+MEASURES = (
+    "src/manyheads/steer/diffusion",
+    "src/manyheads/bundled/dit",
+    "src/manyheads/bundled/unet",
+    "src/manyheads/models/flow.py",
+)
+MODEL: Any = None  # main() loads it
 STEPS = 10
 LEFT_RIGHT = ("left", "right")
+
+
+def late_layers() -> list[int]:
+    """Where a UNet's papers act, on the way up; of the transformer, all layers but the first."""
+    own = self_layers()
+    return own[1:] if hasattr(MODEL, "layers") else layers_in(MODEL, "up")
+
+
+def self_layers() -> list[int]:
+    return [site.layer for site in choose(MODEL, kind="self")]
+
+
+def residual_branch() -> torch.nn.Module:
+    branch: torch.nn.Module = MODEL.layers[1].down if hasattr(MODEL, "layers") else MODEL.up[1].residual.second
+    return branch
 
 
 def mask(cell: str) -> Tensor:
@@ -176,9 +200,14 @@ def layouts(count: int) -> list[dict[str, Any]]:
     back = MODEL.invert(real(source, 0), [source], steps=STEPS)
 
     def injected(share: float, feature_share: float) -> Tensor:
-        features = MODEL.layers[1].down if feature_share else None
+        features = residual_branch() if feature_share else None
+        layers = None if hasattr(MODEL, "layers") else late_layers()
         with plug_and_play(
-            MODEL, count, active=until(share, STEPS), features=features, features_active=until(feature_share, STEPS)
+            MODEL,
+            count,
+            active=until(share, STEPS, layers),
+            features=features,
+            features_active=until(feature_share, STEPS),
         ):
             return MODEL.sample([*told, source], steps=STEPS, noise=torch.cat([begun, back[0]]), held=back)[:-1]
 
@@ -189,7 +218,7 @@ def layouts(count: int) -> list[dict[str, Any]]:
     for claim, number, drawn in (
         ("layout guidance, strength 3, half of the steps", 73, guided),
         ("plug-and-play: attention, half of the steps", 397, injected(0.5, 0)),
-        ("plug-and-play: attention and features of layer 1, 0.8 of the steps", 397, injected(0.8, 0.8)),
+        ("plug-and-play: attention and features, 0.8 of the steps", 397, injected(0.8, 0.8)),
         ("borrowed self-attention maps carry the layout, half of the steps", 376, borrowed),
     ):
         rows.append(row(claim, number, what, ink_inside(plain), ink_inside(drawn)))
@@ -241,7 +270,7 @@ def references(count: int) -> list[dict[str, Any]]:
         way = MODEL.noised(other, steps=STEPS, seed=number + 9000)
         start = torch.cat([noise(number), way[0]])
         for place, given in enumerate(({}, {1: mask("left")})):
-            with multi_reference(MODEL, 0, given, active=lambda step, layer: layer >= 1):
+            with multi_reference(MODEL, 0, given, active=lambda step, layer: layer in late_layers()):
                 drawn = MODEL.sample([caption, caption], steps=STEPS, noise=start, held=way)[:1]
             pair = torch.cat([cell_of(drawn, "left"), cell_of(other, "left")])
             scores[place].append(agreement(pair))
@@ -314,8 +343,10 @@ def masks_found(count: int) -> list[dict[str, Any]]:
         ids, seen = MODEL.encode([caption])
         with torch.no_grad(), record(MODEL) as calls:
             MODEL.velocities(x, 0.5, ids, seen)
+        finest = max(call.query.shape[2] for call in calls)
+        fine = [call for call in calls if call.query.shape[2] == finest]
         cross, near = (
-            torch.stack([call.weights()[0].mean(0) for call in calls if call.site.kind == kind]).mean(0)
+            torch.stack([call.weights()[0].mean(0) for call in fine if call.site.kind == kind]).mean(0)
             for kind in ("cross", "self")
         )
         words = [i for i, word in enumerate(caption.split(), 1) if word.isdigit()]
@@ -335,6 +366,41 @@ def masks_found(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def cost(count: int) -> list[dict[str, Any]]:
+    """The time of a guided sample of `count` captions and of the same with an intervention at every step, by turns; of
+    those that edit attention. Guidance away from a copy, and by a layout, make passes of their own."""
+    told, sides = captions("and", count), torch.stack([mask(cell) for cell in LEFT_RIGHT])
+    opened: dict[str, tuple[int, Callable[[], Any]]] = {
+        "isolation": (30, lambda: isolate(MODEL, sides)),
+        "regional prompts": (62, lambda: regional_prompts(MODEL, ["a 3", "a 7"], sides)),
+        "merged concepts": (73, lambda: merge_concepts(MODEL, 0, {1: sides[0]})),
+        "multi-reference": (95, lambda: multi_reference(MODEL, 0, {1: sides[0]})),
+        "views": (265, lambda: multi_view(MODEL, [0, 1, 2, 3])),
+        "space-time": (366, lambda: space_time(MODEL, ["a 3", "a 7"], [(0.5, 0.25), (0.5, 0.75)], 0.5)),
+        "frames": (369, lambda: colour_propagation(MODEL, [0, 1, 2, 3])),
+        "words edited": (376, lambda: edit_words(MODEL, [5], times=0.0)),
+        "plug-and-play": (397, lambda: plug_and_play(MODEL, 0)),
+    }
+
+    def timed(with_: Callable[[], Any] | None) -> float:
+        if with_ is None:
+            return once(lambda: MODEL.sample(told, steps=STEPS))
+        with with_():
+            return once(lambda: MODEL.sample(told, steps=STEPS))
+
+    rows = []
+    for claim, (number, with_) in opened.items():
+        timed(None), timed(with_)
+        ratios = sorted(timed(with_) / timed(None) for _ in range(11))
+        rows.append({
+            "row": number, "claim": f"cost: {claim}", "measure": "time of a step over that of a plain one",
+            "count": count, "without": 1.0, "with": ratios[5],
+            "standard_error": float(np.std(ratios, ddof=1)) / 11**0.5,
+            "wanted": "at most 1.15", "shows": ratios[5] <= 1.15,
+        })  # fmt: skip
+    return rows
+
+
 CLAIMS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "isolation": isolation,
     "layouts": layouts,
@@ -344,19 +410,26 @@ CLAIMS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "references": references,
     "alike": alike,
     "masks": masks_found,
+    "cost": cost,
 }
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 24
-    chosen = sys.argv[2:] or list(CLAIMS)
-    results = RESULTS / "steer_diffusion.json"
-    rows = json.loads(results.read_text())["rows"] if sys.argv[2:] and results.exists() else []
-    for name in chosen:
-        rows = [own for own in rows if own.get("group") != name]
-        found = CLAIMS[name](count if name not in ("references", "alike") else count // 3)
-        rows += [{"group": name, **own} for own in found]
-        save("steer_diffusion", "cpu", rows)  # after each, so that a run cut short keeps what it has
+    global MODEL
+    parser = argparse.ArgumentParser()
+    parser.add_argument("claims", nargs="*", choices=[[], *CLAIMS], default=[])
+    parser.add_argument("--captions", type=int, default=24)
+    parser.add_argument("--model", choices=["dit", "unet"], default="dit")
+    given = parser.parse_args()
+    MODEL = load_model(given.model).model
+    name = "steer_diffusion" if given.model == "dit" else f"steer_diffusion_{given.model}"
+    results = RESULTS / f"{name}.json"
+    rows = json.loads(results.read_text())["rows"] if given.claims and results.exists() else []
+    for claim in given.claims or CLAIMS:
+        rows = [own for own in rows if own.get("group") != claim]
+        found = CLAIMS[claim](given.captions if claim not in ("references", "alike") else given.captions // 3)
+        rows += [{"group": claim, **own} for own in found]
+        save(name, "cpu", rows)  # after each, so that a run cut short keeps what it has
 
 
 if __name__ == "__main__":

@@ -1,160 +1,38 @@
-"""Train the small diffusion transformer that draws two digits from a caption: `dit.py --out DIR`.
-
-Pictures and captions are drawn anew for every batch (`manyheads.tasks.two_digits`, from four of five of scikit-learn's
-digits); one caption in ten is empty, for classifier-free guidance. The loss is the velocity's mean squared error at
-times from a logit-normal distribution. Matrices of attention and MLPs are trained by Muon, the rest by AdamW; what is
-kept is the moving average of the weights. The learning rate follows the clock, so two runs agree closely but not bit
-for bit. A killed run goes on from its last checkpoint, with the optimizers' moments begun anew.
-
-`--minutes` are of the clock. Figures of the packaged model: `benchmarks/dit.py`, and the card beside its weights.
-"""
+"""Train the small diffusion transformer that draws two digits from a caption: `dit.py --out DIR`; see `drawing.py`."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
+from drawing import Training, train
 
-from manyheads.models.diffusion import DiffusionConfig, DiffusionTransformer
-from manyheads.tasks.two_digits import WORDS, batch, shown
+from manyheads.models import DiffusionConfig, DiffusionTransformer
+from manyheads.tasks.two_digits import WORDS
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the run besides the machine's speed."""
-
-    seed: int = 0
+class Recipe(Training):
     dim: int = 64
     layers: int = 4
     heads: int = 4
     mlp: int = 192
-    batch: int = 64
-    muon_lr: float = 4e-3
-    adam_lr: float = 3e-3
-    empty: float = 0.1
-    average: float = 0.995
 
 
-class Run:
-    def __init__(self, recipe: Recipe, out: Path):
-        self.recipe, self.out, self.step, self.seconds = recipe, out, 0, 0.0
-        torch.manual_seed(recipe.seed)
-        config = DiffusionConfig(
+def make(recipe: Recipe) -> DiffusionTransformer:
+    return DiffusionTransformer(
+        DiffusionConfig(
             words=WORDS,
             hidden_size=recipe.dim,
             num_hidden_layers=recipe.layers,
             num_attention_heads=recipe.heads,
             intermediate_size=recipe.mlp,
         )
-        self.model, self.average = DiffusionTransformer(config), DiffusionTransformer(config).requires_grad_(False)
-        self.average.load_state_dict(self.model.state_dict())
-        matrices, rest = [], []
-        for name, parameter in self.model.named_parameters():
-            inner = name.startswith("layers") and "modulation" not in name and parameter.ndim == 2
-            (matrices if inner else rest).append(parameter)
-        self.optimizers = [
-            torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
-
-    @property
-    def _state(self) -> Path:
-        return self.out / "training.safetensors"
-
-    def save(self) -> None:
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        about = {"step": self.step, "seconds": self.seconds, "recipe": asdict(self.recipe)}
-        part = self._state.with_suffix(".part")
-        save_file(tensors, part, {"about": json.dumps(about)})
-        part.replace(self._state)
-        self.export()
-
-    def resume(self) -> bool:
-        if not self._state.exists():
-            return False
-        from safetensors import safe_open
-
-        with safe_open(self._state, "pt") as opened:
-            about = json.loads(opened.metadata()["about"])
-        if about["recipe"] != asdict(self.recipe):
-            raise ValueError(f"{self._state} belongs to another recipe ({about['recipe']}): choose another --out")
-        tensors = load_file(self._state)
-        for name, model in (("model", self.model), ("average", self.average)):
-            model.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)})
-        self.step, self.seconds = about["step"], about["seconds"]
-        return True
-
-    def export(self) -> None:
-        """The folder that from_pretrained reads: the averaged weights as float16."""
-        model = DiffusionTransformer(self.average.config)
-        model.load_state_dict(self.average.state_dict())
-        model.half().save_pretrained(self.out / "model")
-
-    def loss(self) -> torch.Tensor:
-        rng = np.random.default_rng((self.recipe.seed, self.step))
-        pictures, captions = batch(rng, self.recipe.batch)
-        told = ["" if rng.random() < self.recipe.empty else caption for caption in captions]
-        ids, mask = self.model.encode(told)
-        time_of = torch.from_numpy(1 / (1 + np.exp(-rng.normal(size=len(told))))).float()
-        noise = torch.from_numpy(rng.normal(size=pictures.shape)).float()
-        t = time_of[:, None, None, None]
-        return self.model((1 - t) * pictures + t * noise, time_of, ids, mask, labels=noise - pictures).loss
-
-    def train(self, seconds: float) -> None:
-        begun, said, saved, mean = time.perf_counter() - self.seconds, self.seconds, self.seconds, 0.0
-        while self.seconds < seconds:
-            share = self.seconds / seconds
-            rate = min(1.0, (self.step + 1) / 50, (1 - share) / 0.5 + 0.01)
-            for optimizer, lr in zip(self.optimizers, (self.recipe.muon_lr, self.recipe.adam_lr), strict=True):
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * rate
-            loss = self.loss()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            self.step += 1
-            own = min(self.recipe.average, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                for kept, new in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                    kept.lerp_(new, 1 - own)
-            mean += (loss.item() - mean) * max(0.02, 1 / self.step)
-            self.seconds = time.perf_counter() - begun
-            if self.seconds - said >= 20:
-                said = self.seconds
-                left = seconds - said
-                print(f"{said:6.0f} s, {left:.0f} left; step {self.step}, loss {mean:.4f}", flush=True)
-            if self.seconds - saved >= 60:
-                saved = self.seconds
-                self.save()
-        self.save()
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the small text-to-image diffusion transformer.")
-    parser.add_argument("--minutes", type=float, default=35.0)
-    parser.add_argument("--out", type=Path, required=True)
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    given = vars(parser.parse_args())
-    minutes, out = given.pop("minutes"), given.pop("out")
-    out.mkdir(parents=True, exist_ok=True)
-    run = Run(Recipe(**given), out)
-    state = "resumed" if run.resume() else "new"
-    print(f"{state}: {sum(p.numel() for p in run.model.parameters()):,} parameters", flush=True)
-    run.train(60 * minutes)
-    captions = [f"a {i % 10} {relation} a {(i + 3) % 10}" for i, relation in enumerate(["left of", "above"] * 10)]
-    seen = shown(run.average.eval().sample(captions), captions)
-    print(f"right: {sum(own['right'] for own in seen) / len(seen):.0%} of {len(seen)}", flush=True)
+def inner(name: str) -> bool:
+    return name.startswith("layers") and "modulation" not in name
 
 
 if __name__ == "__main__":
-    main()
+    train(Recipe, make, inner, "Train the small text-to-image diffusion transformer.")

@@ -42,3 +42,12 @@ def browser() -> Iterator[Any]:
         chromium = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def scheduler() -> Iterator[str]:
+    """The address of a Dask scheduler with one worker in this process."""
+    from dask_clusters import cluster_of
+
+    with cluster_of(processes=False) as address:
+        yield address

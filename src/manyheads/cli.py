@@ -8,27 +8,72 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeGuard
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 import manyheads
 from manyheads.catalogue.command import AsJson, board, find, list_, print_json, show
-from manyheads.compare.command import compare
-from manyheads.convert.command import convert
-from manyheads.explain.command import explain
-from manyheads.heads.command import heads
-from manyheads.mechanism import Mechanism
-from manyheads.parallel.command import plan
-from manyheads.registry import mechanism_class
 from manyheads.runs.given import parse_json, shown
-from manyheads.serve.command import serve
-from manyheads.shrink.command import shrink
-from manyheads.steer.command import steer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=manyheads.__doc__)
+if TYPE_CHECKING:
+    from manyheads.mechanism import Mechanism
+
+# Where each verb is, and what the help says of it: the first sentence of its own, which a test holds it to.
+VERBS = {
+    "compare": ("compare.command:compare", "Compare mechanisms by quality, speed, memory and decode cost."),
+    "heads": ("heads.command:heads", "Measure what every head does."),
+    "shrink": ("shrink.command:shrink", "Shrink a model's KV cache, and tell what that saves and what it costs."),
+    "convert": ("convert.command:convert", "Change a checkpoint's attention, and tell what that cost."),
+    "explain": (
+        "explain.command:explain",
+        "Show what every head does: `explain MODEL --text ...`, or `explain study NAME`.",
+    ),
+    "steer": (
+        "steer.command:steer",
+        "Change what a trained model attends to, and see: `steer MODEL --with NAME --text ...`, or `steer list`.",
+    ),
+    "plan": (
+        "parallel.command:plan",
+        "Say which scheme spreads one sequence over processes, and what it costs: bytes sent and held, FLOPs.",
+    ),
+    "serve": (
+        "serve.command:serve",
+        "Open a small web app on this machine: type a text, explain it, intervene and see the change, browse reports.",
+    ),
+}
+
+
+class Late(TyperGroup):
+    """Imports a verb when it is run: what lists the catalogue does not wait for torch."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in VERBS:
+            self.commands[args[0]] = verb(args[0])
+        return super().resolve_command(ctx, args)
+
+
+@cache
+def verb(name: str) -> Any:
+    """The command, with all its options."""
+    module, _, attribute = VERBS[name][0].partition(":")
+    found = getattr(importlib.import_module(f"manyheads.{module}"), attribute)
+    if not isinstance(found, typer.Typer):
+        alone = typer.Typer(add_completion=False)
+        alone.command(name)(found)
+        found = alone
+    command = typer.main.get_command(found)
+    command.name = name
+    return command
+
+
+app = typer.Typer(
+    cls=Late, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=manyheads.__doc__
+)
 app.command("list")(list_)
 app.command()(show)
 app.command()(find)
@@ -74,6 +119,8 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def find_class(target: str) -> type[Mechanism]:
     """The class behind a registered name or `package.module:Class`, seen from the current folder."""
+    from manyheads.registry import mechanism_class
+
     if ":" not in target:
         return mechanism_class(target)
     module_name, _, class_name = target.partition(":")
@@ -94,17 +141,13 @@ def find_class(target: str) -> type[Mechanism]:
 
 
 def _is_mechanism(found: Any) -> TypeGuard[type[Mechanism]]:
+    from manyheads.mechanism import Mechanism
+
     return isinstance(found, type) and issubclass(found, Mechanism) and hasattr(found, "card")
 
 
-app.command()(compare)
-app.command()(heads)
-app.command()(shrink)
-app.command()(convert)
-app.command()(plan)
-app.command()(serve)
-app.add_typer(explain, name="explain")
-app.add_typer(steer, name="steer")
+for _name, (_, _help) in VERBS.items():  # for the help, and for what a misspelt word may mean
+    app.command(_name, help=_help)(lambda: None)
 
 
 @app.command()

@@ -40,3 +40,7 @@ class Across(Protocol):
 
     def before(self, x: Tensor, count: int) -> Tensor:
         """[b, count, ...]: the rows of x [b, n, ...] that stand before one's first token, zeros where there is none."""
+
+    def sums(self, x: Tensor, *, causal: bool) -> Tensor:
+        """Of x [b, ...], a sum over one's own tokens: that over all before them if causal, else over all there are. No
+        gradient passes."""

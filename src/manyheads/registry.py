@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from manyheads.card import Card, Family, Pattern
+from manyheads.card import Family, Pattern
 from manyheads.mechanism import Mechanism
+from manyheads.near import member, suggest
 
 M = TypeVar("M", bound=type[Mechanism])
 _registered: dict[str, type[Mechanism]] = {}
@@ -40,12 +39,6 @@ def _load_all() -> None:
         register(entry.load())
 
 
-def suggest(given: str, known: Iterable[str]) -> str:
-    """`; did you mean 'moba' or 'moh'?`, or nothing where no name is near."""
-    near = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-
-
 def mechanism_class(name: str) -> type[Mechanism]:
     """The class registered under `name`. Raises ValueError with near names for an unknown one."""
     _load_all()
@@ -56,31 +49,16 @@ def mechanism_class(name: str) -> type[Mechanism]:
     return _registered[name]
 
 
-def card(name: str) -> Card:
-    """The card of the mechanism called `name`."""
-    return mechanism_class(name).card
-
-
 def list_attentions(*, family: str | None = None, pattern: str | None = None) -> list[str]:
     """Names of all mechanisms, sorted; only those of one family or with one declared pattern where asked."""
     _load_all()
-    want_family = None if family is None else _member(Family, family)
-    want_pattern = None if pattern is None else _member(Pattern, pattern)
+    want_family = None if family is None else member(Family, family)
+    want_pattern = None if pattern is None else member(Pattern, pattern)
     return sorted(
         name
         for name, cls in _registered.items()
         if want_family in (None, cls.card.family) and (want_pattern is None or want_pattern in cls.card.patterns)
     )
-
-
-def _member(enum: Any, value: str) -> Any:
-    try:
-        return enum(value)
-    except ValueError:
-        names = [member.value for member in enum]
-        raise ValueError(
-            f"unknown {enum.__name__.lower()} {value!r}{suggest(value, names)}; want one of {names}"
-        ) from None
 
 
 def create_attention(name: str, dim: int, heads: int, **config: Any) -> Mechanism:

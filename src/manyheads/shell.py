@@ -21,7 +21,8 @@ class Shell:
     (`{"q": True, "k": True, "v": True}` as in Qwen2), in place of the mechanism's own `bias`. scale: of the scores;
     head_dim ** -0.5 by default. source_dim: features of the context, where they are not those of x. norm_offset: what
     is added to the gains of the query and key norms (1 in Gemma 3). softcap: scores s become
-    softcap * tanh(s / softcap) before anything is masked (Gemma 2). window: causal layers look back at so many tokens,
+    softcap * tanh(s / softcap) before anything is masked (Gemma 2). out_norm: RMS norm of the heads' outputs, side by
+    side, before W_o (the sub-LN of Magneto and BitNet). window: causal layers look back at so many tokens,
     the query's own included (Mistral, Gemma).
     """
 
@@ -35,6 +36,7 @@ class Shell:
     norm_offset: float = 0.0
     softcap: float | None = None
     window: int | None = None
+    out_norm: bool = False
 
     @classmethod
     def of(cls, name: str, value: Shell | Mapping[str, Any] | None) -> Shell:

@@ -24,7 +24,7 @@ from manyheads.functional.grouped import (
     grouped_scores,
     masked_softmax,
 )
-from manyheads.functional.layers import rms_norm
+from manyheads.functional.layers import RMSNorm, rms_norm
 from manyheads.functional.lengths import within
 from manyheads.functional.rotary import Rotary, rotate
 from manyheads.functional.where import Where as Where
@@ -67,16 +67,19 @@ class SoftmaxAttention(Mechanism):
                 f"{self.card.name}: has projections of its own, and no place for shell={values['shell']!r}"
             )
         shell = Shell.of(self.card.name, values["shell"])
-        strange = [part for part in ("softcap", "window") if getattr(shell, part) and not type(self).has_place(part)]
+        parts = ("softcap", "window", "out_norm")
+        strange = [part for part in parts if getattr(shell, part) and not type(self).has_place(part)]
         if strange:
-            raise ValueError(f"{self.card.name}: has no scores of the shell's, and no place for {strange[0]}")
+            own = "output" if strange[0] == "out_norm" else "scores"
+            raise ValueError(f"{self.card.name}: has no {own} of the shell's, and no place for {strange[0]}")
         self.__dict__["shell"] = shell
         return {"shell": self.shell.config}
 
     @classmethod
     def has_place(cls, part: str) -> bool:
-        """Whether the passes of this mechanism go by the shell's `softcap`, or `window`."""
-        return {"attend", *(["select"] if part == "window" else [])}.isdisjoint(changed_stages(cls))
+        """Whether the passes of this mechanism go by the shell's `softcap`, `window` or `out_norm`."""
+        stage = {"window": ["select"], "out_norm": ["output"]}.get(part, [])
+        return {"attend", *stage}.isdisjoint(changed_stages(cls))
 
     def __init__(
         self,
@@ -117,6 +120,8 @@ class SoftmaxAttention(Mechanism):
         if shell.qk_norm:
             sizes = (self.head_dim, self.head_dim) if shell.qk_norm == "head" else (widths["q"], widths["k"])
             self.q_norm, self.k_norm = (rms_norm(size, shell.norm_eps, shell.norm_offset) for size in sizes)
+        if shell.out_norm:
+            self.out_norm = RMSNorm(widths["q"], eps=shell.norm_eps)
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
@@ -172,7 +177,8 @@ class SoftmaxAttention(Mechanism):
 
     def output(self, mixed: Tensor, x: Tensor, call: Call) -> tuple[Tensor, Mapping[str, Tensor]]:
         """mixed [b, h, n, d] -> [b, n, e] and auxiliary losses by name."""
-        return self.o_proj(mixed.transpose(1, 2).flatten(-2)), {}
+        joined = mixed.transpose(1, 2).flatten(-2)
+        return self.o_proj(self.out_norm(joined) if self.shell.out_norm else joined), {}
 
     # -- the pass --------------------------------------------------------------------------------------------------
 

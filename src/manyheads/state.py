@@ -71,7 +71,7 @@ class Buffer:
         if self.data is None:
             return
         axis, enough = _time(self.data), max(self.capacity, 2 * len(self))
-        if self.data.shape[axis] > 2 * enough:
+        if self.data.shape[axis] > enough:
             shape = list(self.data.shape)
             shape[axis] = enough
             fresh = self.data.new_empty(shape)

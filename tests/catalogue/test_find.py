@@ -4,14 +4,18 @@ import importlib
 import json
 import math
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
+from transformers import BertModel
 
 from manyheads import list_attentions
-from manyheads.catalogue import meaning, search
+from manyheads.catalogue import index, meaning, search
 from manyheads.catalogue.entries import entries, papers, use
 from manyheads.catalogue.search import Index, find, tokens
 from manyheads.cli import app, main
@@ -92,7 +96,8 @@ def test_papers_lead_to_code_that_is_there() -> None:
                 assert hasattr(importlib.import_module(module), name), paper["use"]
         elif paper["use"]:
             _, command, *arguments = shlex.split(paper["use"])
-            root.commands[command].make_context(command, arguments)  # type: ignore[attr-defined]
+            found = root.resolve_command(typer.Context(root), [command])[1]  # type: ignore[attr-defined]
+            found.make_context(command, arguments)
 
 
 def test_code_of_an_answer_runs() -> None:
@@ -123,7 +128,7 @@ def test_meaning_finds_what_no_word_says(few: list[str], tmp_path: Path, monkeyp
     assert search.entries()[near.index(max(near))].name == "music-transformer"
     (kept,) = (tmp_path / "manyheads" / "find").glob("*.safetensors")
     monkeypatch.setattr(meaning, "_keep", lambda *_: pytest.fail("was kept already"))
-    torch.testing.assert_close(meaning.similarities(model, "composing songs on the piano", texts), near)
+    assert meaning.similarities(model, "composing songs on the piano", texts) == pytest.approx(near)
     kept.write_bytes(b"broken")
     monkeypatch.undo()
     monkeypatch.setattr(meaning, "_shipped", lambda model: {})
@@ -139,8 +144,8 @@ def test_vectors_ship_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     held = meaning._shipped(model)
     assert {meaning._mark(text) for text in texts} == set(held), "run `python -m manyheads.catalogue --vectors`"
     some = texts[::80]
-    made = meaning._Run(model)(some)
-    torch.testing.assert_close(torch.stack([held[meaning._mark(text)] for text in some]), made, rtol=0, atol=2e-3)
+    made = meaning._runner(model)(some)
+    np.testing.assert_allclose([held[meaning._mark(text)] for text in some], made, rtol=0, atol=2e-3)
     run = meaning._runner(model)
     asked: list[list[str]] = []
     monkeypatch.setattr(meaning, "_runner", lambda _: lambda own: asked.append(list(own)) or run(own))  # type: ignore[func-returns-value]
@@ -148,12 +153,43 @@ def test_vectors_ship_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [["long documents with constant memory"]]
 
 
-def test_a_vector_does_not_depend_on_what_stands_beside_it() -> None:
+def test_the_vector_is_the_mean_of_berts_last_states() -> None:
     model = meaning.encoder()
     assert model is not None
-    run = meaning._Run(model)
-    texts = ["attention", "a much longer text about the attention of transformers over long documents"]
-    torch.testing.assert_close(run(texts), torch.cat([run([text]) for text in texts]), rtol=1e-4, atol=1e-5)
+    bert = BertModel.from_pretrained(model.folder, local_files_only=True).eval()
+    run = meaning._runner(model)
+    texts = ["attention", "a much longer text about the attention of transformers over long documents " * 9]
+    for text, made in zip(texts, run(texts), strict=True):
+        ids = torch.tensor([run.tokenizer.encode(text).ids])
+        assert ids.shape[1] <= meaning.MOST_TOKENS
+        with torch.no_grad():
+            mean = bert(ids).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(torch.from_numpy(made), mean / mean.norm(), rtol=0, atol=2e-6)
+
+
+def test_what_ships_is_what_the_classes_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = json.loads(index._SHIPPED.read_text())
+    assert written == {"digest": index.digest(), "mechanisms": index._asked()}, (
+        "run `python -m manyheads.catalogue --index`"
+    )
+    for changed in ({"digest": lambda: "of other sources"}, {"entry_points": lambda group: [group]}):
+        with monkeypatch.context() as patch:
+            patch.setattr(index, *next(iter(changed.items())))
+            patch.setattr(index, "_asked", lambda: [{"name": "asked", "family": "linear", "patterns": []}])
+            index._held.cache_clear()
+            assert index.names() == ["asked"]
+        index._held.cache_clear()
+    assert index.names() == list_attentions()
+    assert index.names(pattern="graph") == list_attentions(pattern="graph")
+    assert index.names(family="linear") == list_attentions(family="linear")
+
+
+@pytest.mark.parametrize("line", [["list", "--sort", "recall"], ["show", "moba"], ["find", "long documents"]])
+def test_no_answer_from_the_catalogue_waits_for_torch(line: list[str]) -> None:
+    code = f"import sys, manyheads.cli\ntry: manyheads.cli.main({line})\nfinally: print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert len(said) > 100
+    assert said.splitlines()[-1] == "False"
 
 
 def test_without_a_model_it_is_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ for table, name in (
     (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "ManyheadsForCausalLM"),
     (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "ManyheadsForSeq2SeqLM"),
     (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "ManyheadsForSequenceClassification"),
+    (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "ManyheadsForTokenClassification"),
     (auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "ManyheadsForImageClassification"),
 ):
     table["manyheads"] = name

@@ -14,6 +14,7 @@ from manyheads.models import (
     ManyheadsForImageClassification,
     ManyheadsForSeq2SeqLM,
     ManyheadsForSequenceClassification,
+    ManyheadsForTokenClassification,
     ManyheadsModel,
     ManyheadsSeq2SeqModel,
 )
@@ -24,7 +25,7 @@ KINDS = ("softmax", "gqa", "mla", "mswa", "moba", "entmax", "moh", "hedgehog", "
 MODELS: dict[str, tuple[type, ...]] = {
     "causal-lm": (ManyheadsForCausalLM, ManyheadsModel),
     "seq2seq-lm": (ManyheadsForSeq2SeqLM, ManyheadsSeq2SeqModel),
-    "text-classifier": (ManyheadsForSequenceClassification,),
+    "text-classifier": (ManyheadsForSequenceClassification, ManyheadsForTokenClassification),
     "image-classifier": (ManyheadsForImageClassification,),
 }
 VOCAB, BATCH, TOKENS = 99, 3, 7

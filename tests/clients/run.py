@@ -27,10 +27,15 @@ from typing import Any
 import models
 from reasons import REASONS
 
+from manyheads.runs.environment import environment
+
+# As benchmarks name it for benchmarks/stale.py.
+MEASURES = ("src/manyheads/models", "src/manyheads/mechanisms", "src/manyheads/softmax.py", "tests/clients")
+WRITES = ("clients",)
 HERE = Path(__file__).parent
 # Imported by the tests of models, and left out of the sdist.
 LEFT_OUT = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
-CLIENTS = ("torch", "transformers", "peft", "accelerate", "captum", "lm_eval")
+CLIENTS = ("torch", "transformers", "peft", "accelerate", "captum", "lm_eval", "diffusers")
 
 
 def main() -> int:
@@ -42,12 +47,13 @@ def main() -> int:
     start, cases = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         tests = unpacked(given.sdist or downloaded(Path(folder)), Path(folder))
-        for file in ("model_tests.py", "client_tests.py"):
+        for file in ("model_tests.py", "client_tests.py", "pipeline_tests.py"):
             cases += run(file, tests, given.kinds, Path(folder) / f"{file}.xml")
     report = summary(cases) | {
         "kinds": given.kinds.split(","),
         "versions": {name: version(name) for name in CLIENTS},
         "python": platform.python_version(),
+        "environment": environment(),
         "minutes": round((time.monotonic() - start) / 60, 1),
     }
     given.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -18,9 +18,8 @@ from manyheads.registry import list_attentions, mechanism_class
 from manyheads.tasks import create_task, list_tasks, task_class
 
 READ_MORE = [
-    "back-attention", "conditional-attention", "dare", "global-local", "largegt",
-    "layer-shortcuts", "mixture-of-transformers", "modality-gate", "modality-mutual",
-    "multi-layer-pooling", "scale-adaptive", "skim", "theme-transformer", "vitgaze",
+    "conditional-attention", "dare", "global-local", "largegt",
+    "modality-mutual", "scale-adaptive", "theme-transformer", "vitgaze",
 ]  # fmt: skip
 # How docstrings speak of features, or rows, of x that are no states of its tokens.
 SMUGGLED = re.compile(r"\blast (`\w+`\s+|three\s+)?features?\b|\bx \[b, n, dim\] holds\b|x: \[b, layers, dim\]")
@@ -34,8 +33,26 @@ def test_nothing_is_read_out_of_the_features_of_x() -> None:
 @pytest.mark.parametrize("task", list_tasks())
 def test_no_task_has_a_place_for_them(task: str) -> None:
     assert not any(has_place(task_class(task), name) for name in READ_MORE)
+
+
+BESIDE = {"mixture-of-transformers": ["modalities"], "modality-gate": ["modalities"], "skim": ["forms"]}
+
+
+@pytest.mark.parametrize("name", list(BESIDE))
+def test_what_reads_kinds_or_boxes_has_a_place_where_they_are(name: str) -> None:
+    assert [task for task in list_tasks() if has_place(task_class(task), name)] == BESIDE[name]
     with pytest.raises(ValueError, match=r"skim .* tokens, and digits-patches has it not: boxes \(\[b, n, 4\]"):
         placed(create_task("digits-patches"), {"name": "skim"})
+
+
+def test_what_reads_other_layers_has_a_place_in_every_causal_task() -> None:
+    causal = [name for name in list_tasks() if task_class(name).pattern == "causal-self"]
+    for name in ("back-attention", "layer-shortcuts"):
+        assert [task for task in list_tasks() if has_place(task_class(task), name)] == causal
+    task = create_task("induction")
+    assert placed(task, {"name": "layer-shortcuts"}, 2)["layers"] == ["softmax", {"name": "layer-shortcuts"}]
+    assert placed(task, {"name": "back-attention"}, 1)["back"] == {"name": "back-attention"}
+    assert placed(create_task("digits-patches"), {"name": "multi-layer-pooling"})["layers"] == ["softmax"]
 
 
 def test_labels_of_edges_are_what_graphs_have() -> None:

@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from dask_clusters import cluster_of
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -295,27 +294,6 @@ def test_progress_on_a_terminal_is_one_bar(tmp_path: Path) -> None:
 
 
 # -- Dask ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def cluster_of(processes: bool) -> Iterator[str]:
-    """The address of a scheduler with one worker, on the loopback interface only."""
-    import dask
-    from distributed import LocalCluster
-
-    quiet = {"distributed.worker.profile.enabled": False, "distributed.scheduler.allowed-failures": 1}
-    place = {"protocol": "tcp", "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
-    with (
-        dask.config.set(quiet),
-        LocalCluster(n_workers=1, threads_per_worker=2, processes=processes, silence_logs=50, **place) as made,
-    ):
-        yield made.scheduler_address
-
-
-@pytest.fixture
-def scheduler() -> Iterator[str]:
-    with cluster_of(processes=False) as address:
-        yield address
 
 
 def test_a_cluster_gives_what_one_process_gives(tmp_path: Path, scheduler: str, ran: list[str]) -> None:

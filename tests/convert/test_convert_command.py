@@ -17,7 +17,7 @@ from manyheads.convert import loop as loop_module
 from manyheads.convert.damage import Judge, Sizes
 from manyheads.convert.healing import Healing, batch, heal
 from manyheads.convert.keeping import forget
-from manyheads.convert.run import Damaged, Plan, _allow
+from manyheads.convert.run import Damaged, Plan, allow
 from manyheads.hosts.loading import load_model
 from manyheads.hosts.questions import Questions, library_text
 
@@ -131,7 +131,7 @@ def test_too_much_damage_is_told_after_a_dry_run_and_after_healing(
 def test_what_is_no_number_is_too_much_damage() -> None:
     lines = [{"title": "a", "value": None, "bits_per_token": 1.0}, {"title": "b", "value": 1, "bits_per_token": nan}]
     with pytest.raises(Damaged, match="b: nan bits per token lost"):
-        _allow(Plan((1,), Sizes(), max_damage=0.5), lines, "nothing is written")
+        allow(Plan((1,), Sizes(), max_damage=0.5), lines, "nothing is written")
 
 
 def test_healing_is_measured_beside_a_control_healed_alike(tmp_path: Path) -> None:

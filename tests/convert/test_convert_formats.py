@@ -226,6 +226,88 @@ def test_a_half_written_folder_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("missing", "model-0000"),
+        ("cut off", "damaged or not a checkpoint"),
+        ("no weights", "model.safetensors"),
+        ("no config", "config.json"),
+        ("another shape", "damaged or not a checkpoint"),
+        ("a weight less", "has no weights for model.norm.weight"),
+    ],
+)
+def test_a_half_written_source_is_refused_as_a_whole_too(
+    how: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny().save_pretrained(source, max_shard_size="12KB")
+    broken(source, how)
+    before = listing(source)
+    assert run(str(source), "--kv-heads", "2", *SMALL, "--out", str(out)) in (1, 2)
+    told = capsys.readouterr().err
+    assert words in told
+    assert "Traceback" not in told
+    assert not out.exists()
+    assert listing(source) == before
+
+
+@pytest.mark.parametrize("what", ["shard", "cut shard", "record", "config"])
+def test_check_of_a_half_written_folder(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a folder that was copied in part: it never says equal."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny().save_pretrained(source, max_shard_size="12KB")
+    stream(source, out, Pooling(2))
+    assert run("check", str(out)) == 0
+    name = {"record": "conversion.json", "config": "config.json"}.get(what, sorted(out.glob("*.safetensors"))[1].name)
+    whole = (out / name).read_bytes()
+    (out / name).write_bytes(whole[: len(whole) // 2])
+    if what == "shard":
+        (out / name).unlink()
+    capsys.readouterr()
+    assert run("check", str(out)) in (1, 2)
+    told = capsys.readouterr()
+    assert "Traceback" not in told.err
+    assert "; equal to what was written" not in told.out
+
+
+@pytest.mark.parametrize("more", [["--stream"], SMALL])
+def test_projections_fused_by_another_framework_are_refused_by_name(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config of Llama beside one matrix for queries, keys and values, as Megatron and GPT-NeoX write them."""
+    from safetensors.torch import load_file, save_file
+
+    source = tmp_path / "source"
+    tiny().save_pretrained(source)
+    state = load_file(source / "model.safetensors")
+    for layer in range(SIZES["num_hidden_layers"]):
+        where = f"model.layers.{layer}.self_attn."
+        parts = [state.pop(f"{where}{part}_proj.weight") for part in "qkv"]
+        state[f"{where}query_key_value.weight"] = torch.cat(parts)
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    assert run(str(source), "--kv-heads", "2", *more, "--out", str(tmp_path / "out")) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "self_attn.k_proj.weight" in told or "query_key_value" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["deepseek_v3", "youtu", "manyheads"])
+def test_tied_embeddings_stay_tied_in_a_latent(form: str, tmp_path: Path) -> None:
+    import manyheads.models  # noqa: F401
+    from manyheads.convert import latent
+
+    model = tiny(tie_word_embeddings=True, sliding_window=None).float()
+    made = latent(model, 20, format=form, calibration=[list(range(1, 40))] * 4)
+    made.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(1, 13)[None]
+    torch.testing.assert_close(again(ids).logits, made(ids).logits)
+    embedded, head = again.get_input_embeddings().weight, again.get_output_embeddings().weight
+    torch.testing.assert_close(embedded, head, rtol=0, atol=0)
+    assert embedded.data_ptr() == head.data_ptr()
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--stream"], "--stream takes --to gqa with --kv-heads"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyheads.cli import main
@@ -99,6 +100,36 @@ def test_only_the_same_transfer_is_gone_on_from(tmp_path: Path, monkeypatch: pyt
             transfer(hosted(tiny(), spec, [0, 2]), tiny(), [0, 2], ROWS, steps=3, keep=keep, tell=stop_at(3))
         steps = transfer(hosted(tiny(), other, layers), tiny(), layers, rows, **{"steps": 3, **more}, keep=keep)
         assert len(steps) == more.get("steps", 3), (other, layers, more)
+
+
+def test_projections_that_stay_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses and weights with fewer products: queries, keys and values are those of the host's own pass."""
+
+    def learnt() -> tuple[Any, list[float], int]:
+        made = hosted(tiny(), {"name": "hedgehog", "window": 4}, [0, 2])
+        with torch.no_grad():
+            made.model.stack.layers[2].self_attn.mechanism.k_proj.weight += 0.1  # no longer the host's
+        with FlopCounterMode(display=False) as counted:
+            losses = transfer(made, tiny(), [0, 2], ROWS[:2], steps=2, loss="heads")
+        assert "forward" not in vars(made.model.stack.layers[0].self_attn.mechanism.q_proj)
+        return weights(made), losses, counted.get_total_flops()
+
+    fast, losses, few = learnt()
+    monkeypatch.setattr(imitation, "same_projections", lambda *given: ())
+    slow, wanted, many = learnt()
+    assert losses == wanted
+    torch.testing.assert_close(fast, slow, rtol=0, atol=0)
+    # Two rows of 12 tokens: q, k and v of the first layer, q and v of the second.
+    assert many - few == 2 * 12 * 2 * 32 * ((32 + 16 + 16) + (32 + 16))
+
+
+def test_what_is_trained_is_not_taken_from_the_host() -> None:
+    made, host = hosted(tiny(), {"name": "hedgehog"}, [0]), hosted(tiny())
+    learner, teacher = (model.model.stack.layers[0].self_attn.mechanism for model in (made, host))
+    assert imitation.same_projections(learner, teacher, []) == ("q_proj", "k_proj", "v_proj")
+    assert imitation.same_projections(learner, teacher, [learner.k_proj.weight]) == ("q_proj", "v_proj")
+    learner.v_proj = torch.nn.Sequential(learner.v_proj)
+    assert imitation.same_projections(learner, teacher, []) == ("q_proj", "k_proj")
 
 
 def test_a_command_that_is_killed_after_the_transfer_does_not_learn_again(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from manyheads import list_attentions
-from manyheads.catalogue import example_code
-from manyheads.cli import app, main
+from manyheads.catalogue.facts import example_code
+from manyheads.cli import VERBS, app, main, verb
 from manyheads.registry import mechanism_class
 
 
@@ -83,13 +83,16 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_commands_are_these() -> None:
     names = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
-    catalogue = {"list", "show", "find", "board", "check", "info"}
-    assert names == catalogue | {"compare", "convert", "heads", "shrink", "plan", "serve"}
-    assert {group.name for group in app.registered_groups} == {"explain", "steer"}
+    verbs = {"compare", "convert", "explain", "heads", "shrink", "steer", "plan", "serve"}
+    assert names == {"list", "show", "find", "board", "check", "info"} | verbs
+    for name, (_, told) in VERBS.items():
+        assert told in verb(name).get_short_help_str(limit=1000)
 
 
-def test_no_command_line_waits_for_transformers() -> None:
+def test_no_command_line_waits_for_torch() -> None:
     """It takes longer to import than `list` may take: a verb reads it when it runs."""
-    heavy = "[name for name in ('transformers', 'altair', 'sklearn', 'scipy', 'captum') if name in sys.modules]"
+    heavy = (
+        "[name for name in ('torch', 'transformers', 'altair', 'sklearn', 'scipy', 'captum') if name in sys.modules]"
+    )
     run = [sys.executable, "-c", f"import sys, manyheads.cli; print({heavy})"]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -8,7 +8,7 @@ import pytest
 import typer
 import yaml
 
-from manyheads.catalogue import catalogue_page
+from manyheads.catalogue.page import catalogue_page
 from manyheads.cli import app
 from manyheads.compare.experiment import create_experiment
 
@@ -42,7 +42,7 @@ def test_commands_in_the_docs_are_commands() -> None:
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("manyheads ")]
     assert len(commands) >= 4
     for name, *arguments in commands:
-        root.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+        root.resolve_command(typer.Context(root), [name])[1].make_context(name, arguments)  # type: ignore[attr-defined]
     targets = [line.split()[1] for line in lines if line.startswith("make ")]
     assert set(targets) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 

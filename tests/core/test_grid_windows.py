@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from manyheads.functional.grid_bias import OffsetBias, OffsetLogits
-from manyheads.functional.grid_windows import attend_windows, blocks, extents, near, over_extents, spread, windows_of
+from manyheads.functional.grid_windows import (
+    attend_windows,
+    blocks,
+    extents,
+    near,
+    over_extents,
+    spread,
+    windows_of,
+    within_windows,
+)
 
 
 def pairs(windows, n):
@@ -73,6 +82,46 @@ def test_attention_is_the_dense_one_under_a_mask(axes):
         torch.testing.assert_close(attend_windows(q, k, v, windows, scale=0.5, real=seen)[0], wanted)
         torch.testing.assert_close(weights @ v, wanted)
         assert bool((weights[~met] == 0).all())
+
+
+def test_windows_are_kept_and_serve_a_pass_with_gradients():
+    axes = [near(9, 3), near(10, 3)]
+    with torch.inference_mode():
+        q = torch.randn(1, 2, 90, 4)
+        first = windows_of(axes, (9, 10))
+        attend_windows(q, q, q, first, scale=0.5)
+    assert windows_of(axes, (9, 10)) is first
+    assert windows_of(axes, (9, 10), device=torch.device("meta")).queries.is_meta
+    assert windows_of([near(91, 3), near(91, 3)], (91, 91)) is not windows_of([near(91, 3), near(91, 3)], (91, 91))
+    x = torch.randn(1, 2, 90, 4, requires_grad=True)
+    attend_windows(x, x, x, first, scale=0.5)[0].sum().backward()
+    assert bool(x.grad.isfinite().all())
+    assert bool((x.grad != 0).any())
+
+
+def test_windows_as_large_as_an_axis_allows_hold_cells_alone():
+    for axis in (near(41, 7), near(41, 4, stride=3), near(64, 7, dilation=2)):
+        assert windows_of([axis], [axis.length]).whole[1]
+
+
+def test_squares_are_grids_of_their_own():
+    torch.manual_seed(0)
+    x, real = torch.randn(2, 5, 7, 3), torch.rand(2, 5, 7) < 0.7
+    sizes = []
+
+    def run(cells, seen):
+        sizes.append(None if seen is None else int(seen.sum()))
+        return cells + cells.sum((1, 2), keepdim=True)
+
+    for there in (None, real):
+        given = x if there is None else x * there[..., None]
+        found = within_windows(x, there, 3, run)
+        for y, z in itertools.product(range(5), range(7)):
+            top, left = y // 3 * 3, z // 3 * 3
+            wanted = given[:, y, z] + given[:, top : top + 3, left : left + 3].sum((1, 2))
+            torch.testing.assert_close(found[:, y, z], wanted)
+    within_windows(x[:, :3, :6], None, 3, run)
+    assert sizes == [2 * 35, int(real.sum()), None]
 
 
 def test_one_window_is_full_attention_and_places_outside_may_be_keys_of_zeros():

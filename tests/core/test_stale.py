@@ -43,6 +43,14 @@ def result(root: Path, name: str, commit: str) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"environment": {"commit": commit} if commit else {}}))
 
 
+def test_every_kept_result_of_this_repository_has_a_measure(stale: ModuleType) -> None:
+    known = stale._measures(ROOT)
+    assert {"convert", "convert_speeds", "clients"} <= set(known)
+    assert known["clients"][0] == "tests/clients/run.py"
+    for name, paths in known.items():
+        assert [path for path in paths if not (ROOT / path).exists()] == [], name
+
+
 def test_results_beside_what_they_measure(stale: ModuleType, tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
     one = 'MEASURES = ("src/a.py",)\n'

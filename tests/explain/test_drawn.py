@@ -38,6 +38,15 @@ def test_word_maps_are_shares_and_the_digits_are_looked_at_where_they_stand() ->
         assert mean[word][:, own].sum() > 0.6 * mean[word].sum()
 
 
+def test_maps_of_a_unet_are_repeated_to_one_size() -> None:
+    model = load_model("unet").model
+    maps = drawn_maps(model, CAPTION, steps=2)[2]
+    assert maps.shape == (2, 5, 4, 7, 8, 8)
+    np.testing.assert_allclose(maps.sum(3), np.ones((2, 5, 4, 8, 8)), rtol=1e-5)
+    for layer, small in enumerate((False, True, True, True, False)):
+        assert (np.ptp(maps[:, layer, :, :, :2, :2], (-2, -1)).max() < 1e-9) == small
+
+
 def test_the_command_writes_page_and_data(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["explain", "dit", "--text", "a 2", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output

@@ -124,7 +124,33 @@ def test_verdict_of_segments(needed: float, importance: float, seen: bool) -> No
 
 
 @pytest.mark.parametrize(("name", "settings"), [("instruction-turns", {"turns": 2, "turn": 8}),
-                                                ("segment-awareness", {"length": 160})])  # fmt: skip
+                                                ("segment-awareness", {"length": 160}),
+                                                ("source-attention", {"stretches": 2, "stretch": 8})])  # fmt: skip
 def test_span_studies_end_to_end(name: str, settings: dict[str, Any], tmp_path: Any) -> None:
     results = run_study(name, tmp_path, seeds=1, settings=settings)
     assert [cell["error"] for cell in results["cells"]] == [None] * len(results["cells"])
+
+
+def test_sensitivity_is_the_share_of_the_jacobian_that_the_source_has() -> None:
+    """Against the Jacobian itself, column by column; and a source that nothing reads has none of it."""
+    from manyheads.explain.studies.source_attention import source_sensitivity
+    from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ManyheadsForCausalLM(ManyheadsConfig(**sizes, intermediate_size=0)).double().eval()
+    ids = torch.tensor([3, 1, 4, 1, 5, 9])
+    embeds = model.get_input_embeddings()(ids[None]).detach()
+
+    def last(rows: torch.Tensor) -> torch.Tensor:
+        return model(inputs_embeds=rows, output_hidden_states=True, use_cache=False).hidden_states[-1][0, 4]
+
+    jacobian = torch.autograd.functional.jacobian(last, embeds)[:, 0]
+    u = torch.randn(1, 8, generator=torch.Generator().manual_seed(7))[0].double()
+    moved = torch.einsum("o,oie->ie", u, jacobian).square().sum(-1)
+    found = source_sensitivity(model, ids, 2, [(4, 5)], seed=7)
+    torch.testing.assert_close(found[0], float(moved[:2].sum() / moved.sum()))
+    model.model.stack.layers[0].self_attn.mechanism.o_proj.weight.data.zero_()
+    assert source_sensitivity(model, ids, 2, [(4, 5)]) == [0.0]
+    with pytest.raises(ValueError, match="source=4, spans="):
+        source_sensitivity(model, ids, 4, [(3, 5)])

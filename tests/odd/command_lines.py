@@ -247,12 +247,15 @@ class Lines:
         wanted = self.rng.choice(["undeclared", "dtype", "nope", "", "shapes"])
         return ["check", name, "--property", wanted, *self.some(some)]
 
+    def scheduler(self) -> str:
+        return self.rng.choice(["", "x", "tcp://", "tcp://127.0.0.1:1", "127.0.0.1:1", "http://x", "tcp://127.0.0.1:99999", "inproc://x", "\ud800"])  # fmt: skip
+
     def compare(self) -> list[str]:
         some = {
             "--experiment": lambda: self.one(self.made["yaml"], self.made["yaml"], self.made["yaml"], self.made["paths"]), "--preset": lambda: self.one(WORDS, ["quick", "full"]),
             "--task": lambda: self.one(WORDS, ["recall", "digits", "recall[n=0]", "recall[n=nan]", "recall[n=1e30]", "text[x=1]", "recall[vocab_size=.inf]", "recall[n=&a [*a]]", "recall[model={layers: 0}]", "recall[model=1]", "recall[training={steps: -1}]"]),
             "--seeds": self.number, "--section": lambda: self.one(WORDS, ["speed", "quality"]), "--all": None,
-            "--scheduler": lambda: self.rng.choice(["", "x", "tcp://", "tcp://127.0.0.1:1", "127.0.0.1:1", "http://x", "tcp://127.0.0.1:99999", "inproc://x", "\ud800"]), "--retry-failed": None, "--json": None,
+            "--scheduler": self.scheduler, "--processes": lambda: self.rng.choice(["0", "-1", "x", "65", "1e9"]), "--retry-failed": None, "--json": None,
         }  # fmt: skip
         return [
             "compare",
@@ -278,7 +281,7 @@ class Lines:
         some = {
             "--policy": lambda: self.one(POLICIES, WORDS), "--budget-tokens": self.number, "--budget-bytes": self.number, "--compression-ratio": self.number,
             "--heads": lambda: self.one(self.made["paths"], self.made["profiles"]), "--text": self.path, "--tasks": self.word, "--length": self.number, "--trials": self.number,
-            "--thorough": None, "--ask": self.word, "--sweep": None, "--device": lambda: self.one(WORDS, ["cpu", "cuda", "cuda:x", "cpu:7", "meta", "cpu:", "mps"]), "--dtype": lambda: self.one(WORDS, ["float32", "bfloat16", "float64"]), "--retry-failed": None, "--json": None,
+            "--scheduler": self.scheduler, "--thorough": None, "--ask": self.word, "--chat": lambda: self.one(WORDS, ["open", "protected"]), "--sweep": None, "--device": lambda: self.one(WORDS, ["cpu", "cuda", "cuda:x", "cpu:7", "meta", "cpu:", "mps"]), "--dtype": lambda: self.one(WORDS, ["float32", "bfloat16", "float64"]), "--retry-failed": None, "--json": None,
         }  # fmt: skip
         good = self.made["models"][0]
         return [
@@ -327,7 +330,15 @@ class Lines:
             self.one(WORDS, ["rank-heads", "memorisation", "../x"]),
             "--out",
             self.target(),
-            *self.some({"--seeds": self.number, "--json": None, "--list": None, "--model": self.word}),
+            *self.some(
+                {
+                    "--seeds": self.number,
+                    "--scheduler": self.scheduler,
+                    "--json": None,
+                    "--list": None,
+                    "--model": self.word,
+                }
+            ),
         ]
 
     def serve(self) -> list[str]:
@@ -370,7 +381,7 @@ class Lines:
         size = lambda: self.one(NUMBERS, ["1M", "80GB", "1e400", "-1k", "9" * 400, "1 TB", "nan", "0x10"])  # noqa: E731
         some = {
             "--length": size, "--width": self.number, "--heads": self.number, "--mechanism": lambda: self.one(NAMES, WORDS),
-            "--config": lambda: self.rng.choice(CONFIGS), "--processes": self.number, "--memory": size, "--bandwidth": size,
+            "--config": lambda: self.rng.choice(CONFIGS), "--processes": lambda: self.rng.choice(["0", "-1", "x", "65", "1e9"]), "--memory": size, "--bandwidth": size,
             "--layers": self.number, "--batch": self.number, "--dtype": self.word, "--json": None,
         }  # fmt: skip
         return ["plan", *self.some(some, 4)]

@@ -104,3 +104,41 @@ def test_the_kinds_send_no_gradient_into_the_tokens() -> None:
 def test_refuses() -> None:
     with pytest.raises(ValueError, match="must be positive"):
         NAtS(16, 4, window=0)
+
+
+@pytest.mark.parametrize(("window", "kv_heads"), [(1, 4), (3, 2)])
+def test_the_state_holds_what_a_later_token_can_see_and_no_more(window: int, kv_heads: int) -> None:
+    module = NAtS(16, 4, window=window, kv_heads=kv_heads).double().eval()
+    with torch.no_grad():  # random kinds of which few are global
+        module.kind_proj.weight.copy_(torch.randn_like(module.kind_proj.weight))
+        module.kind_proj.weight[::3] -= 0.4
+    x = torch.randn(2, 60, 16, dtype=torch.float64) + 0.3
+    state, outputs, widest = module.init_state(2), [], 0
+    for n, token in enumerate(x.split(1, 1), start=1):
+        outputs.append(module(token, state=state).output)
+        held = state.fixed["places"], state.fixed["real"]
+        wanted = [
+            [[j for j in visible([*kinds(module, row[:n], g), SLIDING], n, window) if j < n] for g in range(kv_heads)]
+            for row in x
+        ]
+        found = [[p[r].tolist() for p, r in zip(*pair, strict=True)] for pair in zip(*held, strict=True)]
+        assert found == wanted
+        widest = max(len(heads) for row in wanted for heads in row)
+        assert state.fixed["keys"].shape == (2, kv_heads, widest, 4)
+        assert state.nbytes == 2 * kv_heads * widest * (2 * 4 * 8 + 3 * 8 + 8 + 1) + 2
+    torch.testing.assert_close(torch.cat(outputs, 1), module(x).output)
+    assert widest < 60
+
+
+def test_all_sliding_holds_a_window_and_the_first() -> None:
+    module = NAtS(16, 4, window=4).eval()
+    with torch.no_grad():
+        module.kind_proj.weight.zero_()
+        module.kind_proj.weight[SLIDING::3, 0] = 1.0
+    x = torch.randn(1, 200, 16)
+    x[..., 0] = 5.0
+    for split in ([200], [1] * 200, [90, 7, 103]):
+        state = module.init_state(1)
+        for part in x.split(split, 1):
+            module(part, state=state)
+        assert state.fixed["places"][0, 0].tolist() == [0, 197, 198, 199]

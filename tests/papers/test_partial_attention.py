@@ -109,6 +109,48 @@ def test_a_context_is_the_source_before_the_targets() -> None:
         module(x[:, :1], context[:, :3], state=state)
 
 
+@torch.no_grad()
+def test_the_source_is_what_kinds_say() -> None:
+    """Each row has a source of its own length; padding on the left may be of any kind, and chunks may cut it."""
+    module, x = _module(50), torch.randn(3, 8, 12, dtype=torch.float64)
+    lengths, pads = [3, 5, 1], [2, 0, 1]
+    kinds, mask = torch.ones(3, 8, dtype=torch.long), torch.ones(3, 8, dtype=torch.bool)
+    wanted = []
+    for row, (length, pad) in enumerate(zip(lengths, pads, strict=True)):
+        mask[row, :pad], kinds[row, : pad + length] = False, 0
+        module.source_length = length
+        wanted.append(loops(module, x[row, pad:]))
+    module.source_length = 50
+    for chunks in ([8], [2, 2, 4], [1] * 8):
+        state, parts, start = module.init_state(3), [], 0
+        for size in chunks:
+            now = slice(start, start + size)
+            parts.append(module(x[:, now], mask=mask[:, now], token_kinds=kinds[:, now], state=state).output)
+            start += size
+        for row, pad in enumerate(pads):
+            close(torch.cat(parts, 1)[row, pad:], wanted[row], rtol=1e-11, atol=1e-11)
+
+
+def test_kinds_that_do_not_fit_are_refused() -> None:
+    module, x = PartialAttention(8, 2), torch.randn(1, 4, 8)
+    source, target = torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
+    state = module.init_state(1)
+    module(x, token_kinds=source, state=state)
+    with pytest.raises(ValueError, match="in some passes of a state only"):
+        module(x, state=state)
+    module(x, token_kinds=target, state=state)
+    with pytest.raises(ValueError, match="token_kinds came back to 0 after the target had begun"):
+        module(x, token_kinds=source, state=state)
+    state = module.init_state(1)
+    module(x, state=state)
+    with pytest.raises(ValueError, match="in some passes of a state only"):
+        module(x, token_kinds=target, state=state)
+    with pytest.raises(ValueError, match="a context is the source; leave token_kinds out"):
+        module(x, x, token_kinds=source)
+    with pytest.raises(ValueError, match=r"token_kinds are torch\.float32"):
+        module(x, token_kinds=source.float())
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="source_length=0"):
         PartialAttention(8, 2, source_length=0)

@@ -65,6 +65,8 @@ def refused() -> None:
 CASES = {
     "softmax": lambda: equal(ours("softmax", "gqa")),
     "hybrid, left": lambda: equal(ours("lightning", "softmax", "based"), padded="left"),
+    "flow, aaren, left": lambda: equal(ours("flow", "aaren", "context-broadcasting", "softmax"), padded="left"),
+    "lln, left": lambda: equal(ours({"name": "lln", "block": 5}, "softmax"), padded="left"),
     "windows, left": lambda: equal(ours(rope("mswa", window=4), "softmax"), padded="left"),
     "convolutions": lambda: equal(
         ours(rope("lightweight-convolution", kernel_size=9), "hedgehog", short_conv=3), 7, padded="left"

@@ -11,12 +11,13 @@ from manyheads.parallel import (
     Layout,
     heads_attention,
     ring_attention,
+    sequence_parallel,
     state_attention,
     tokens_before,
     traffic,
     windowed_attention,
 )
-from manyheads.parallel.plan import SENT, Imagined, Shape, costs
+from manyheads.parallel.plan import SENT, Imagined, Shape, costs, shape_of
 
 B, N, D, E = 2, 37, 4, 6
 
@@ -44,6 +45,24 @@ def rows(q, k, v, layout):
     return tokens_before(q.transpose(1, 2).flatten(2), 5, layout)
 
 
+def whole(name: str, wanted: tuple[object, ...], **config) -> None:
+    """A whole model of one layer, which exchanges more than one thing, beside what is told of that layer."""
+    from switch_cases import batch_of, ours
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model, batch = ours({"name": name, **config}).float(), batch_of(N)
+    with sequence_parallel(model) as spread:
+        mine = spread.shard(batch)
+        with traffic() as forward:
+            loss = model(**mine).loss
+        with traffic() as backward:
+            loss.backward()
+    shape = shape_of(name, length=N, width=16, heads=4, batch=2, dtype="float32", config=config)
+    assert (shape.memory, shape.rows, shape.moments, shape.more) == wanted
+    ahead = 5 * 8 * (size - 1)  # whose shard it is
+    assert (forward.bytes - ahead, backward.bytes) == SENT["state"](shape, Imagined(N, "contiguous", rank, size))
+
+
 PAIRS = Shape(B, N, 6, 6, D, E, 4)
 GROUPED = Shape(B, N, 6, 2, D, E, 4)
 NARROW = Shape(B, N, 6, 6, D, E, 2)
@@ -63,6 +82,8 @@ CASES = {
     "state": lambda: exact(
         "state", "contiguous", MEMORY, functools.partial(state_attention, kernel=Kernel(floor=None), causal=True)
     ),
+    "state, moments and a block": lambda: whole("lln", ((4, 5), (4, 33), 6, 0), block=5),
+    "state, several": lambda: whole("flow", ((4, 4), None, 1, 4 * (4 * 4 + 1))),
     "halo": lambda: exact("halo", "contiguous", WINDOWS, functools.partial(windowed_attention, windows=[9] * 6)),
     "rows": lambda: exact("halo", "contiguous", ROWS, rows),
 }

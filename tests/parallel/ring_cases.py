@@ -17,6 +17,14 @@ blocks.TILE = 5
 ring.UNDERWAY = 1
 
 
+# What rounding what goes in and comes out leaves.
+CLOSE = {
+    torch.float64: {"rtol": 1e-7, "atol": 1e-7},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7},
+}
+
+
 def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -52,20 +60,23 @@ def equal(
     heads: tuple[int, int] = (4, 2),
     stretch: float = 1.0,
     again: bool = False,
+    dtype: torch.dtype = torch.float64,
     scheme=ring_attention,
 ) -> None:
     draw, b, d, width = random.Random(seed), 2, 6, 4
     q, k = stretch * drawn(seed, b, heads[0], n, d), stretch * drawn(seed + 1, b, heads[1], n, d)
     v, gradient = drawn(seed + 2, b, heads[1], n, width), drawn(seed + 3, b, heads[0], n, width)
+    q, k, v, gradient = (x.to(dtype) for x in (q, k, v, gradient))
     padding = torch.tensor([[draw.random() < 0.7 for _ in range(n)] for _ in range(b)]) if padded else None
     if padding is not None:
         padding[1] = False  # a row of which nothing is real
     documents = torch.tensor([[draw.randrange(3) for _ in range(n)] for _ in range(b)]) if packed else None
     scale = 0.3
     mask = allowed(b, n, causal=causal, window=window, padding=padding, documents=documents)
-    whole = [x.clone().requires_grad_() for x in (q, k, v)]
+    # One process in float64, of what was rounded already.
+    whole = [x.to(torch.float64, copy=True).requires_grad_() for x in (q, k, v)]
     wanted = one_process(*whole, mask, scale)
-    wanted.backward(gradient)
+    wanted.backward(gradient.double())
 
     layout = Layout(n, kind)
     mine = [layout.shard(x, 2).requires_grad_() for x in (q, k, v)]
@@ -77,10 +88,12 @@ def equal(
     out.backward(layout.shard(gradient, 2))
     everyone = layout.whole(out, 2)
     # Only now: a process that stopped at a difference would leave the others waiting for it.
-    assert_close(out, layout.shard(wanted, 2).detach())
+    assert {x.dtype for x in (out, *(x.grad for x in mine))} == {dtype}
+    close = CLOSE[dtype]
+    assert_close(out.double(), layout.shard(wanted, 2).detach(), **close)
     for found, expected in zip(mine, whole, strict=True):
-        assert_close(found.grad, layout.shard(expected.grad, 2))
-    assert_close(everyone, wanted.detach())
+        assert_close(found.grad.double(), layout.shard(expected.grad, 2), **close)
+    assert_close(everyone.double(), wanted.detach(), **close)
 
 
 def bytes_sent() -> None:

@@ -102,6 +102,17 @@ def too_short() -> None:
             shard(batch_of(size - 1))
 
 
+def elsewhere() -> None:
+    """A model that the group cannot send from, and one that lies in two places."""
+    away, torn = ours("softmax").to("meta"), ours("softmax")
+    torn.lm_head.to("meta")
+    with pytest.raises(ValueError, match=r"the model lies on \['cpu', 'meta'\]"), sequence_parallel(torn):
+        pass
+    if dist.get_world_size() > 1:
+        with pytest.raises(ValueError, match="lies on meta, and gloo sends"), sequence_parallel(away):
+            pass
+
+
 def unlike() -> None:
     """Processes with shards of different batches are told so, where they would wait for each other."""
     model, size, rank = ours("softmax"), dist.get_world_size(), dist.get_rank()
@@ -182,6 +193,15 @@ CASES = {
     "lightning": lambda: equal(ours("lightning", "lightning"), padded="left"),
     "hybrid": lambda: equal(ours("based", "softmax", "lightning"), padded="left"),
     "hedgehog, fastmax, transnormerllm": lambda: equal(ours("hedgehog", "fastmax", "transnormerllm"), padded="right"),
+    "flow, aaren": lambda: equal(ours({"name": "flow", "chunk": 4}, {"name": "aaren", "chunk": 4}), padded="left"),
+    "aaren": lambda: equal(ours("aaren", "softmax"), packed=True),
+    "context-broadcasting": lambda: equal(
+        ours("context-broadcasting", {"name": "context-broadcasting", "scaled": True}), padded="right"
+    ),
+    "lln": lambda: equal(ours("lln", {"name": "lln", "block": 7}), padded="left"),
+    "lln, mixed, blocks longer than shards": lambda: equal(
+        ours({"name": "lln", "block": 16, "mixing": "scale"}, {"name": "lln", "diagonal": False}), 13
+    ),
     "windows": lambda: equal(ours(rope("mswa", window=4), "softmax"), padded="left"),
     "windows longer than shards": lambda: equal(ours(rope("mswa", window=16)), 13),
     "convolutions": lambda: equal(
@@ -198,6 +218,10 @@ CASES = {
     "gemma3": lambda: equal(
         hosted("gemma3_text", sliding_window=4, layer_types=["sliding_attention", "full_attention"]), padded="left"
     ),
+    "phi3": lambda: equal(hosted("phi3"), padded="left"),
+    "olmo2": lambda: equal(hosted("olmo2", num_key_value_heads=4), packed=True),
+    # Its second layer has no rotary embedding.
+    "smollm3": lambda: equal(hosted("smollm3", no_rope_layers=[1, 0]), padded="right"),
     "gpt2": lambda: equal(hosted("gpt2", n_embd=16, n_head=4, n_layer=2, n_positions=64)),
     "gpt_neox": lambda: equal(hosted("gpt_neox"), padded="left"),
     "no scheme": lambda: refused(ours("softmax", "titans"), "titans cannot be spread"),
@@ -213,6 +237,7 @@ CASES = {
     ),
     "listened": listened,
     "too short": too_short,
+    "elsewhere": elsewhere,
     "unlike": unlike,
     "two groups": two_groups,
     "twice": twice,

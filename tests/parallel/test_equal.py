@@ -1,9 +1,11 @@
-"""Every scheme in 1, 2 and 3 processes is what one process computes: see the modules of cases."""
+"""Every scheme in 1, 2 and 3 processes is what one process computes, and in 4 and 8 at what is drawn at random: see
+the modules of cases."""
 
 import decoding_cases
 import heads_cases
 import plan_cases
 import pytest
+import random_cases
 import ring_cases
 import state_cases
 import switch_cases
@@ -13,7 +15,7 @@ from torch.testing import assert_close
 
 from manyheads.parallel import Layout, ring_attention
 
-MODULES = (ring_cases, state_cases, heads_cases, switch_cases, decoding_cases, plan_cases)
+MODULES = (ring_cases, state_cases, heads_cases, switch_cases, decoding_cases, plan_cases, random_cases)
 NAMES = [f"{module.__name__}: {name}" for module in MODULES for name in module.CASES]
 
 
@@ -25,6 +27,16 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_one_process(found: list[dict[str, str]], name: str) -> None:
     assert [report[name] for report in found] == [""] * len(found)
+
+
+@pytest.fixture(scope="module", params=[4, 8])
+def among_many(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return reports(tmp_path_factory.mktemp("many"), request.param, random_cases.__name__)
+
+
+@pytest.mark.parametrize("name", list(random_cases.CASES))
+def test_equals_one_among_many(among_many: list[dict[str, str]], name: str) -> None:
+    assert [report[f"{random_cases.__name__}: {name}"] for report in among_many] == [""] * len(among_many)
 
 
 def test_without_torch_distributed_it_is_a_group_of_one() -> None:

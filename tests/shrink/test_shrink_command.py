@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from recorder import held
 from safetensors.torch import save_file
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
     DeepseekV3Config,
@@ -22,9 +24,9 @@ from transformers import (
 from manyheads.cli import main
 from manyheads.heads.profile import Profile
 from manyheads.hosts.fingerprint import fingerprint
-from manyheads.hosts.loading import Loaded
-from manyheads.shrink import H2O, AdaKV, Duo, Policy, Quantised, plan, policies, run
-from manyheads.shrink.command import choose_variants
+from manyheads.hosts.loading import BUNDLED, Loaded, load_model
+from manyheads.shrink import H2O, AdaKV, Duo, Policy, Quantised, measure, plan, policies, release, run
+from manyheads.shrink.command import choose_variants, in_chats
 from manyheads.shrink.variants import Profiles, find_policy, known_policies, read_variants
 
 GATES = "0.9\t0.1\n0.2\t0.8\n"
@@ -291,6 +293,73 @@ def test_spans_are_planned_for_the_ratio(tmp_path: Path) -> None:
     assert variant.title == "moa, ratio 0.6"
 
 
+# -- a chat template ---------------------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chatting(tmp_path: Path) -> Path:
+    """The same model with the packaged bytes for tokens, two more that begin and end a turn, and a template."""
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
+    tokenizer.chat_template = CHATML
+    llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "chatting")
+    tokenizer.save_pretrained(tmp_path / "chatting")
+    return tmp_path / "chatting"
+
+
+def test_texts_as_turns_of_which_nothing_is_dropped(
+    capsys: pytest.CaptureFixture[str], chatting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every prompt that the command measures on, with few entries for each head: which places are left."""
+    left: dict[bool, list[list[str]]] = {False: [], True: []}
+    tokenizer = AutoTokenizer.from_pretrained(chatting)
+
+    def follow(model: Any, policy: Policy | None, prefix: torch.Tensor, *rest: Any) -> int:
+        if policy is not None:
+            cache = policy.make_cache(model)
+            model(prefix, past_key_values=cache)
+            text = [tokenizer.decode([token]) for token in prefix[0].tolist()]
+            left[policy.protect is not None] += [
+                [text[at] for at in slots if at < 14 or at >= len(text) - 18]
+                for slots in held(cache.layers[0]).values()
+            ]
+            release(model)
+        return 0
+
+    monkeypatch.setattr(measure, "follow", follow)
+    command = [chatting, "--policy", "keynorm", "--budget-tokens", 48, "--chat", "open", "--chat", "protected"]
+    code, printed, _ = shrink(capsys, *command, "--tasks", "passkey", *QUICK, "--out", tmp_path / "out", "--json")
+    assert code == 0
+    titles = [row["title"] for row in json.loads(printed)["summary"]]
+    assert titles == ["dense", "keynorm, 48 tokens", "keynorm, 48 tokens, template kept"]
+    before, behind = ["<|start|>", *"user\n"], ["<|end|>", "\n", "<|start|>", *"assistant\n"]
+    for open_, kept in zip(left[False], left[True], strict=True):
+        assert kept[: len(before)] == before
+        assert kept[-len(behind) :] == behind
+        assert open_[: len(before)] != before or open_[-len(behind) :] != behind
+    assert left[True]
+
+
+def test_policies_that_drop_nothing_stay_one_row(chatting: Path) -> None:
+    own = load_model(chatting)
+    variants = read_variants(["full", "tidal[budget_tokens=16]", "tova"], [("budget_tokens", 64)], Profiles(own, None))
+    titles = [variant.title for variant in in_chats(own, variants, ("protected", "open"))]
+    assert titles == ["full", "tidal, 16 tokens", "tova, 64 tokens, template kept", "tova, 64 tokens"]
+
+
+def test_a_model_without_a_chat_template(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    for model, name in ((folder, folder), (None, "byte_llama")):
+        given = [] if model is None else [model]
+        code, _, err = shrink(capsys, *given, "--chat", "protected", *QUICK, "--out", tmp_path / "out")
+        assert code == 2
+        assert f"--chat protected: {name} has no chat template: take a chat model" in " ".join(err.split())
+
+
 # -- what it refuses ---------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +388,7 @@ def test_spans_are_planned_for_the_ratio(tmp_path: Path) -> None:
         (["--length", 511], "knows 512 positions"),
         (["--trials", 0], "want 1 to 1000"),
         (["--ask", "before"], "want after or within"),
+        (["--chat", "closed"], "want open or protected"),
         (["--dtype", "int8"], "want float32 or bfloat16 or float16"),
         (["--device", "abacus"], "want cpu, auto, or cuda"),
         (["--text", "nowhere.txt"], "cannot be read"),

@@ -1,18 +1,15 @@
-"""A tiny diffusion transformer, one shaped as a UNet, and what attention did before an intervention and after it."""
+"""A tiny diffusion transformer, a tiny UNet, and what attention did before an intervention and after it."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from manyheads.hosts.taps import record
-from manyheads.models import DiffusionConfig, DiffusionTransformer
-from manyheads.models.flow import Flow, Step
-from manyheads.registry import mechanism_class
+from manyheads.models import DiffusionConfig, DiffusionTransformer, DiffusionUNet, UNetConfig
+from manyheads.models.flow import Step
 from manyheads.tasks.two_digits import WORDS
 
 CAPTIONS = ["a 3 left of a 7", "a 2", "a 5 above a 1"]
@@ -29,21 +26,56 @@ def tiny() -> DiffusionTransformer:
         intermediate_size=8,
         frequencies=4,
     )
-    model = DiffusionTransformer(config).eval().double()
+    return drawn_anew(DiffusionTransformer(config))
+
+
+def tiny_unet() -> DiffusionUNet:
+    """8 x 8 tokens on the way down, 4 x 4 below them three times, and 8 x 8 again."""
+    torch.manual_seed(1)
+    config = UNetConfig(
+        words=WORDS, image_size=8, widths=[8, 8], attention_sides=[8, 4], num_attention_heads=2, frequencies=4
+    )
+    return drawn_anew(DiffusionUNet(config))
+
+
+def drawn_anew(model: Any) -> Any:
+    """With parts that begin at zero doing something too."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.5)
-    return model
+    return model.eval().double()
+
+
+def small_layer(model: Any) -> int:
+    """The first layer that attends over 4 x 4 tokens."""
+    return {"manyheads_diffusion": 0, "manyheads_unet": 1}[model.config.model_type]
+
+
+def features_of(model: Any) -> torch.nn.Module:
+    """A residual branch before it is added."""
+    return model.layers[0].down if hasattr(model, "layers") else model.up[0].residual.second
+
+
+def read_words(model: Any, caption: str) -> tuple[Tensor, Tensor]:
+    """Keys and values [h, m, d] of a caption at that layer, by hand."""
+    ids, _ = model.encode([caption])
+    words = model.words(ids) + model.word_places[: ids.shape[1]]
+    if hasattr(model, "layers"):
+        cross = model.layers[0].cross_attention
+    else:
+        words, cross = model.down[1].attention.words(words), model.down[1].attention.cross_attention
+    key, value = (own(words)[0].unflatten(-1, (2, 4)).transpose(0, 1) for own in (cross.k_proj, cross.v_proj))
+    return key.detach(), value.detach()
 
 
 def before_and_after(
-    model: DiffusionTransformer,
+    model: Any,
     change: AbstractContextManager[Any],
     kind: str,
     captions: Sequence[str] = CAPTIONS,
     index: int = 0,
 ) -> tuple[Any, Any]:
-    """The first layer's call of the kind, as the model makes it and as the intervention leaves it, in one pass of a
+    """The call of the kind at 4 x 4 tokens, as the model makes it and as the intervention leaves it, in one pass of a
     guided step of 4; rows 0 to b - 1 read no caption."""
     ids, mask = model.encode(["" for _ in captions] + list(captions))
     count = len(captions)
@@ -51,46 +83,10 @@ def before_and_after(
     x = torch.randn(count, 1, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(1))
     with (
         torch.no_grad(),
-        record(model, kind=kind, layers=[0]) as before,
+        record(model, kind=kind, layers=[small_layer(model)]) as before,
         change,
-        record(model, kind=kind, layers=[0]) as after,
+        record(model, kind=kind, layers=[small_layer(model)]) as after,
         model.told(step),
     ):
         model.velocities(torch.cat([x, x]), step.time, ids, mask)
     return before[-1], after[-1]
-
-
-class TinyUNet(Flow, nn.Module):
-    """Self and cross attention at two resolutions, 8 x 8 tokens, 4 x 4 below them, and 8 x 8 again: shaped as a UNet,
-    and nothing that its interventions could know of the transformer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.config = SimpleNamespace(image_size=8, num_channels=1)
-        self.device, self.dtype = torch.device("cpu"), torch.double
-        self.inward, self.outward, self.words = nn.Linear(1, 8), nn.Linear(8, 1), nn.Embedding(len(WORDS), 8)
-        softmax = mechanism_class("softmax")
-        for name in ("down", "middle", "up"):
-            self.add_module(f"{name}_self", softmax(8, 2))
-            self.add_module(f"{name}_cross", softmax(8, 2))
-        self.double().eval()
-
-    def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [[WORDS.index(word) for word in ["<start>", *caption.split()]] for caption in captions]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        return ids, torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
-
-    def forward(self, x: torch.Tensor, time: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> Any:
-        words = self.words(ids)
-
-        def block(name: str, tokens: torch.Tensor) -> torch.Tensor:
-            tokens = tokens + getattr(self, f"{name}_self")(tokens).output
-            return tokens + getattr(self, f"{name}_cross")(tokens, words, mask=mask).output
-
-        high = block("down", self.inward(x.flatten(2).transpose(1, 2)) + time[:, None, None])
-        low = F.avg_pool2d(high.transpose(1, 2).unflatten(2, (8, 8)), 2).flatten(2).transpose(1, 2)
-        back = F.interpolate(block("middle", low).transpose(1, 2).unflatten(2, (4, 4)), scale_factor=2)
-        top = block("up", high + back.flatten(2).transpose(1, 2))
-        return SimpleNamespace(velocity=self.outward(top).transpose(1, 2).unflatten(2, (8, 8)))

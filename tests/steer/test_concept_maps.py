@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from drawing_models import CAPTIONS, tiny
+from drawing_models import CAPTIONS, tiny, tiny_unet
 from torch.testing import assert_close
 
 from manyheads.hosts.taps import record
@@ -30,6 +30,20 @@ def test_word_maps_are_the_mean_over_layers_and_heads_and_carry_gradients() -> N
     assert_close(maps.detach(), sum(call.weights().sum(1) for call in calls) / 4)
     maps[..., 2].sum().backward()
     assert float(model.words.weight.grad.abs().sum()) > 0
+
+
+def test_word_maps_of_a_unet_are_of_one_size() -> None:
+    model = tiny_unet()
+    ids, mask = model.encode(CAPTIONS)
+    x = torch.randn(3, 1, 8, 8, dtype=torch.double)
+    with torch.no_grad(), record(model, kind="cross") as calls:
+        model.velocities(x, 0.5, ids, mask)
+    for side, layers in ((4, [1, 2, 3]), (8, [0, 4])):
+        wanted = sum(calls[layer].weights().sum(1) for layer in layers) / (2 * len(layers))
+        assert_close(word_maps(model, x, 0.5, ids, mask, side=side).detach(), wanted)
+    for side in (None, 16):
+        with pytest.raises(ValueError, match="sides 8, 4, 4, 4, 8"):
+            word_maps(model, x, 0.5, ids, mask, side=side)
 
 
 def test_smoothing_is_a_small_gaussian_that_keeps_flat_maps() -> None:

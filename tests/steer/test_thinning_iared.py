@@ -92,7 +92,7 @@ def test_reinforce_lets_leave_what_the_class_does_not_need(tmp_path: Path) -> No
 def test_the_command_opens_it_and_neutral_is_the_model(tmp_path: Path) -> None:
     own, command = Interpreters(32, 4, [1]).double(), method("interpreted")
     save_file(own.state_dict(), tmp_path / "interpreters.safetensors")
-    file = {"interpreters": str(tmp_path / "interpreters.safetensors"), "heads": 4, "before": [1]}
+    file = {"interpreters": str(tmp_path / "interpreters.safetensors"), "heads": 4, "before": "1"}
     model = vit()
     with torch.no_grad():
         wanted = model(PIXELS).logits

@@ -13,7 +13,7 @@ from manyheads.tasks import IGNORED, Batch, Task, create_task, list_tasks, regis
 from manyheads.tasks.task import regrouped
 
 HEADS = {"causal-lm", "seq2seq-lm", "sequence-classification", "image-classification", "semantic-segmentation"}
-HEADS |= {"object-detection", "node-classification"}
+HEADS |= {"object-detection", "node-classification", "token-classification"}
 SETTINGS = {
     "vocab_size",
     "num_labels",
@@ -24,6 +24,8 @@ SETTINGS = {
     "decoder_causal",
     "num_queries",
     "num_node_features",
+    "num_token_kinds",
+    "max_2d_position_embeddings",
 }
 METRICS = {
     ("accuracy", True),
@@ -65,6 +67,7 @@ def test_names() -> None:
     assert list_tasks() == [
         "cluttered",
         "communities",
+        "completion",
         "counted",
         "counting",
         "digits-grid",
@@ -77,10 +80,10 @@ def test_names() -> None:
         "induction",
         "locate",
         "lookup",
+        "masked-text",
         "maze",
         "maze-masked",
         "nucleotides",
-        "pointed",
         "recall",
         "segmented",
         "selective-copy",
@@ -130,13 +133,18 @@ def test_inputs_fit_the_model_settings(name: str) -> None:
             assert part.shape[0] == 5
             assert part.shape[1] <= settings["max_length"]
             assert part.min() >= 0
-            assert part.max() < settings["vocab_size"]
+            most = {"token_kinds": "num_token_kinds", "boxes": "max_2d_position_embeddings"}.get(key, "vocab_size")
+            assert part.max() < settings[most]
         classes = settings.get("num_labels", settings.get("vocab_size"))
         asked = batch.targets[batch.targets != IGNORED]
         assert len(asked) >= 5
         assert asked.min() >= 0
         assert asked.max() < classes
-        answering = {"causal-lm": "input_ids", "seq2seq-lm": "decoder_input_ids"}.get(task.head)
+        answering = {
+            "causal-lm": "input_ids",
+            "token-classification": "input_ids",
+            "seq2seq-lm": "decoder_input_ids",
+        }.get(task.head)
         expected = (5,) if answering is None else batch.inputs[answering].shape
         if task.head == "semantic-segmentation":
             expected = (5, settings["image_size"], settings["image_size"])
@@ -144,11 +152,12 @@ def test_inputs_fit_the_model_settings(name: str) -> None:
             expected = (5, task.n)
         assert batch.targets.shape == expected
         assert (
-            set(batch.inputs)
+            set(batch.inputs) - {"token_kinds", "boxes"}
             == {
                 "causal-lm": {"input_ids"},
                 "seq2seq-lm": {"input_ids", "decoder_input_ids"},
                 "sequence-classification": {"input_ids"},
+                "token-classification": {"input_ids"},
                 "image-classification": {"pixel_values"},
                 "semantic-segmentation": {"pixel_values"},
                 "node-classification": {"node_features", "edges", "edge_labels"},

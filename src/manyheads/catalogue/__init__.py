@@ -2,9 +2,3 @@
 
 Facts come from the cards, figures from `figures.json`, which `benchmarks/figures.py` makes from committed results.
 """
-
-from manyheads.catalogue.facts import example_code, facts
-from manyheads.catalogue.figures import Figures, load_figures
-from manyheads.catalogue.page import catalogue_page
-
-__all__ = ["Figures", "catalogue_page", "example_code", "facts", "load_figures"]

@@ -5,7 +5,6 @@ No number in it is typed, and nothing is read from outside: what has not been me
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -13,8 +12,8 @@ from string import Template
 from typing import Any
 
 from manyheads.catalogue.columns import COLUMNS, written
-from manyheads.catalogue.facts import example_code, facts
 from manyheads.catalogue.figures import load_figures
+from manyheads.catalogue.index import told
 from manyheads.catalogue.seen import seen, svg
 from manyheads.registry import mechanism_class
 from manyheads.runs.files import write_atomically
@@ -39,13 +38,11 @@ def write_board(path: str | Path, names: Iterable[str]) -> Path:
 
 def board_row(name: str) -> dict[str, Any]:
     """All that the page shows of one mechanism."""
-    cls, told, figures = mechanism_class(name), facts(name), load_figures()
-    pictures = seen(cls)
+    known, figures = told(name), load_figures()
+    pictures = seen(mechanism_class(name))
     return {
-        **told,
-        "cells": {key: written(told, key) for key in COLUMNS},
-        "description": inspect.getdoc(cls) or "",
-        "example": example_code(cls),
+        **known,
+        "cells": {key: written(known, key) for key in COLUMNS},
         "picture": svg(pictures, name),
         "views": list(dict.fromkeys(f"{picture.pattern}: {picture.words}" for picture in pictures)),
         "measured": {source: figures.of(name, source) for source in figures.sources if figures.of(name, source)},

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from manyheads.registry import suggest
+from manyheads.near import suggest
 
 Row = Mapping[str, Any]
 

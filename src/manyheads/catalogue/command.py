@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from manyheads.catalogue.columns import COLUMNS, Row, sort_rows, where_rows, written
-from manyheads.catalogue.facts import arguments, example_code, facts
-from manyheads.registry import list_attentions, mechanism_class
+from manyheads.catalogue.index import names, told
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _IN_A_PIPE = 260  # columns: nothing there wraps lines, and what is read by a program should not be wrapped
@@ -44,11 +42,15 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """Name every mechanism, with its patterns, cost and measured figures (blank where there is none)."""
-    rows = sort_rows([facts(name) for name in list_attentions(family=family, pattern=pattern)], sort)
+    rows = sort_rows([_row(name) for name in names(family=family, pattern=pattern)], sort)
     rows = where_rows(rows, where) if where is not None else rows
     if as_json:
         return print_json(rows)
     return console().print(_table(rows, console().width))
+
+
+def _row(name: str) -> Row:
+    return {key: value for key, value in told(name).items() if key not in ("description", "arguments", "example")}
 
 
 def _table(rows: list[Row], width: int) -> Table:
@@ -88,28 +90,25 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show one mechanism: card, equation, stages, cost, arguments and an example that runs."""
-    cls, told = mechanism_class(name), facts(name)
-    told["description"] = inspect.getdoc(cls) or ""
-    told["arguments"] = arguments(cls)
-    told["example"] = example_code(cls)
+    known = told(name)
     if as_json:
-        return print_json(told)
+        return print_json(known)
     out = Console(highlight=False, soft_wrap=True)
-    out.print(f"[bold]{name}[/bold]  {told['title']}, {told['reference']}\n")
-    out.print(told["description"] + "\n", markup=False)
-    told["takes"] = [f"{name}: {what}" for name, what in told["takes"].items()]
+    out.print(f"[bold]{name}[/bold]  {known['title']}, {known['reference']}\n")
+    out.print(known["description"] + "\n", markup=False)
+    known["takes"] = [f"{name}: {what}" for name, what in known["takes"].items()]
     for key in ("family", "patterns", "time", "state", "resizes", "parallel", "decodes", "stages", "takes", "notes"):
-        value = "; ".join(told[key]) if key == "takes" else told[key]
+        value = "; ".join(known[key]) if key == "takes" else known[key]
         value = ", ".join(value) if isinstance(value, list) else value
         if value != "":
             out.print(f"{key:>9}  {value}", markup=False)
     for key, kept in COLUMNS.items():
-        if kept.write and told[key] is not None:
-            out.print(f"{key:>9}  {written(told, key)} ({kept.what})", markup=False)
+        if kept.write and known[key] is not None:
+            out.print(f"{key:>9}  {written(known, key)} ({kept.what})", markup=False)
     out.print("\narguments")
-    for argument, default in told["arguments"].items():
+    for argument, default in known["arguments"].items():
         out.print(f"  {argument} = {default}", markup=False)
-    return out.print("\n" + told["example"], markup=False)
+    return out.print("\n" + known["example"], markup=False)
 
 
 def find(
@@ -125,7 +124,7 @@ def find(
     from manyheads.catalogue.search import find as search
 
     answer = search(question, limit=limit, by=by)
-    told = [
+    found = [
         {
             "name": hit.entry.name,
             "score": round(hit.score, 4),
@@ -138,9 +137,9 @@ def find(
         for hit in answer.hits
     ]
     if as_json:
-        return print_json({"question": question, "searched_by": answer.way, "note": answer.note, "hits": told})
+        return print_json({"question": question, "searched_by": answer.way, "note": answer.note, "hits": found})
     out = Console(highlight=False, soft_wrap=True)
-    for hit in told:
+    for hit in found:
         out.print(f"[bold]{hit['name']}[/bold]  {escape(str(hit['title']))}")
         call = next((line for line in str(hit["use"]).splitlines() if "create_attention(" in line), hit["use"])
         for key, value in (
@@ -165,11 +164,11 @@ def board(
     """Write one offline page of every mechanism: figures, quality against cost, card, equation, who sees whom."""
     from manyheads.catalogue.board import write_board
 
-    names = list_attentions(family=family, pattern=pattern)
-    if not names:
+    chosen = names(family=family, pattern=pattern)
+    if not chosen:
         raise ValueError(
             f"no mechanism of family {family!r} declares {pattern}; see `manyheads list --family {family}`"
         )
-    shown = track(names, "drawing", console=Console(stderr=True), transient=True)
+    shown = track(chosen, "drawing", console=Console(stderr=True), transient=True)
     path = write_board(out, shown)
-    typer.echo(f"{path}: {len(names)} mechanisms, {path.stat().st_size / 1e6:.2f} MB")
+    typer.echo(f"{path}: {len(chosen)} mechanisms, {path.stat().st_size / 1e6:.2f} MB")

@@ -6,7 +6,6 @@ them, and for what is no mechanism the line that uses it.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -16,8 +15,7 @@ from importlib.resources import files
 from typing import Any
 
 from manyheads.catalogue.columns import COLUMNS, written
-from manyheads.catalogue.facts import example_code, facts
-from manyheads.registry import list_attentions, mechanism_class
+from manyheads.catalogue.index import names, told
 
 # What a reader calls things that a card says in a word or a formula.
 _PATTERNS = {
@@ -61,15 +59,15 @@ def papers() -> list[Mapping[str, Any]]:
 def entries() -> list[Entry]:
     """Mechanisms by name, then the papers that are none."""
     of: dict[str, list[Mapping[str, Any]]] = {}
-    titles = {_plain(mechanism_class(name).card.title): name for name in list_attentions()}
+    titles = {_plain(told(name)["title"]): name for name in names()}
     rest = []
     for paper in papers():
-        names = {*paper["mechanisms"], *filter(None, [titles.get(_plain(paper["title"]))])}
-        for name in names:
+        known = {*paper["mechanisms"], *filter(None, [titles.get(_plain(paper["title"]))])}
+        for name in known:
             of.setdefault(name, []).append(paper)
-        if not names or paper["use"]:
+        if not known or paper["use"]:
             rest.append(_of_paper(paper))
-    return [_of_mechanism(name, of.get(name, [])) for name in list_attentions()] + rest
+    return [_of_mechanism(name, of.get(name, [])) for name in names()] + rest
 
 
 def _plain(title: str) -> str:
@@ -77,18 +75,19 @@ def _plain(title: str) -> str:
 
 
 def _of_mechanism(name: str, about: list[Mapping[str, Any]]) -> Entry:
-    told, text = facts(name), inspect.getdoc(mechanism_class(name)) or ""
+    known = told(name)
+    text = known["description"]
     claim = " ".join(text.split("\n\n")[0].split())
     body = [
         *(f"{paper['title']}: {paper['about']}" for paper in about),
-        _growth(told),
-        *(_PATTERNS[pattern] for pattern in told["patterns"]),
-        told["notes"],
-        told["family"],
-        *told["takes"].values(),
+        _growth(known),
+        *(_PATTERNS[pattern] for pattern in known["patterns"]),
+        known["notes"],
+        known["family"],
+        *known["takes"].values(),
         text,
     ]
-    return Entry(name, told["title"], claim, "\n".join(body), told["reference"], cost(told), mechanism=True)
+    return Entry(name, known["title"], claim, "\n".join(body), known["reference"], cost(known), mechanism=True)
 
 
 def _of_paper(paper: Mapping[str, Any]) -> Entry:
@@ -115,5 +114,5 @@ def cost(told: Mapping[str, Any]) -> str:
 
 
 def use(entry: Entry) -> str:
-    """The lines of code; built when asked for, as they make the mechanism."""
-    return example_code(mechanism_class(entry.name)) if entry.mechanism else entry.use
+    """The lines of code."""
+    return str(told(entry.name)["example"]) if entry.mechanism else entry.use

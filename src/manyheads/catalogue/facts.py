@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from manyheads.catalogue.figures import load_figures
 from manyheads.mechanism import Mechanism
 from manyheads.registry import mechanism_class
 from manyheads.softmax import changed_stages
 
 
-def facts(name: str) -> dict[str, Any]:
-    """The card of one mechanism, the stages it changes, and its measured figures (None where there is none)."""
+def description(name: str) -> dict[str, Any]:
+    """The card of one mechanism, the stages it changes, its docstring, arguments and an example."""
     cls = mechanism_class(name)
     card = cls.card
     return {
@@ -29,7 +28,9 @@ def facts(name: str) -> dict[str, Any]:
         "parallel": card.parallel or "",
         "stages": changed_stages(cls),
         "notes": card.notes,
-        **load_figures().summary(name),
+        "description": inspect.getdoc(cls) or "",
+        "arguments": arguments(cls),
+        "example": example_code(cls),
     }
 
 

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from pathlib import Path
 
 from manyheads.card import Family
 from manyheads.catalogue.columns import COLUMNS, written
-from manyheads.catalogue.facts import facts
+from manyheads.catalogue.index import names, told
 from manyheads.catalogue.seen import seen, svg
-from manyheads.registry import list_attentions, mechanism_class
+from manyheads.registry import mechanism_class
 
 _SHOWN = ("name", "time", "state", *(key for key, column in COLUMNS.items() if column.write))
 
 
 def family_page(family: Family) -> str:
     """Markdown: a table of the family's mechanisms with their figures, then what each is, with its picture."""
-    names = list_attentions(family=family)
+    known = [told(name) for name in names(family=family)]
     lines = [
         f"# {family.value.capitalize()}",
         "",
-        f"{len(names)} mechanisms of [the catalogue](../catalogue.md), generated from their cards and from",
+        f"{len(known)} mechanisms of [the catalogue](../catalogue.md), generated from their cards and from",
         "[what was measured](../measured.md); blank is not measured. Pictures are drawn from small instances: dark",
         "where an output depends on an input whatever they hold, light where the content decides.",
         "",
         "| " + " | ".join(_SHOWN) + " |",
         "|" + "---|" * len(_SHOWN),
     ]
-    for name in names:
-        told = facts(name)
-        lines.append("| " + " | ".join([f"[{name}](#{name})", *(written(told, key) for key in _SHOWN[1:])]) + " |")
-    for name in names:
-        card = mechanism_class(name).card
-        text = inspect.getdoc(mechanism_class(name)) or ""
-        lines += ["", f"## {name}", "", f"*{card.title}*, {card.reference}", ""]
+    for one in known:
+        name = one["name"]
+        lines.append("| " + " | ".join([f"[{name}](#{name})", *(written(one, key) for key in _SHOWN[1:])]) + " |")
+    for one in known:
+        name, text = one["name"], one["description"]
+        lines += ["", f"## {name}", "", f"*{one['title']}*, {one['reference']}", ""]
         lines += [f"![who sees whom in {name}](pictures/{name}.svg)", "", "```text", text.split("\n\nSource")[0], "```"]
-        lines += ["", card.notes] if card.notes else []
+        lines += ["", one["notes"]] if one["notes"] else []
     return "\n".join(lines) + "\n"
 
 
@@ -48,7 +46,7 @@ def write_families(folder: Path) -> None:
     """All pages and pictures; those of what is gone are removed."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     wanted = {folder / f"{family.value}.md": partial(family_page, family) for family in Family}
-    wanted |= {folder / "pictures" / f"{name}.svg": partial(picture, name) for name in list_attentions()}
+    wanted |= {folder / "pictures" / f"{name}.svg": partial(picture, name) for name in names()}
     for old in (*folder.glob("*.md"), *folder.glob("pictures/*.svg")):
         if old not in wanted:
             old.unlink()

@@ -7,10 +7,12 @@ import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from manyheads.compare.hybrid import common_patterns, names_of, specs_of
 from manyheads.registry import mechanism_class
 from manyheads.runs.cells import Cell
 from manyheads.tasks import Task, create_task
 
+from .passes import unspread
 from .train import placed
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ def cells_of_experiment(experiment: Experiment) -> list[Cell]:
 
 def _mechanisms(experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
     for entry in experiment.mechanisms:
-        settings = {"name": entry.name, "args": entry.args, "source": source_hash(entry.name)}
+        layers = [{"name": one.name, "args": one.args, "source": source_hash(one.name)} for one in entry.each]
+        settings = layers[0] if len(layers) == 1 else {"layers": layers}
         yield entry.label, {"mechanism": settings, "device": experiment.device, "precision": experiment.precision}
 
 
@@ -48,11 +51,18 @@ def _quality(experiment: Experiment) -> Iterator[Cell]:
         for seed in experiment.seeds:
             for rate in entry.training.learning_rates:
                 for label, shared in _mechanisms(experiment):
-                    yield _quality_cell(label, shared, entry, title, task, seed, rate)
+                    yield _quality_cell(label, shared, entry, title, task, seed, rate, experiment.processes)
 
 
 def _quality_cell(
-    label: str, shared: dict[str, Any], entry: TaskEntry, title: str, task: Task, seed: int, rate: float
+    label: str,
+    shared: dict[str, Any],
+    entry: TaskEntry,
+    title: str,
+    task: Task,
+    seed: int,
+    rate: float,
+    processes: int,
 ) -> Cell:
     place = {"task": title, "n": task.n, "seed": seed, "learning_rate": rate}
     training = entry.training.model_dump(mode="json", exclude={"learning_rates"})
@@ -64,8 +74,11 @@ def _quality_cell(
         "learning_rate": rate,
     }
     missing = ""
+    if processes > 1:  # figures of one process are stored without
+        settings["processes"] = processes
+        missing = unspread(task, names_of(shared["mechanism"]))
     try:
-        placed(task, shared["mechanism"])
+        placed(task, specs_of(shared["mechanism"]))
     except ValueError as error:
         missing = str(error)
     return Cell("quality", label, place, settings, "", missing)
@@ -82,10 +95,10 @@ def _named(task: Task, differs: dict[str, Any]) -> str:
     return f"{task.name}[{inner}]" if inner else task.name
 
 
-def measured_pattern(name: str) -> str:
-    """The pattern by which speed and memory are measured: causal self-attention where it is declared."""
+def measured_pattern(*names: str) -> str:
+    """The pattern by which speed and memory are measured, of all layers: causal self-attention where it is declared."""
     order = ["causal-self", "noncausal-self", "grid", "causal-cross", "noncausal-cross"]
-    declared = [p.value for p in mechanism_class(name).card.patterns]
+    declared = [p.value for p in common_patterns(names)]
     return min(declared, key=lambda p: (order.index(p) if p in order else len(order), p))
 
 
@@ -104,7 +117,7 @@ def _lengths(
     kind: str, experiment: Experiment, lengths: tuple[int, ...], settings: dict[str, Any], turn: int
 ) -> Iterator[Cell]:
     for label, shared in _mechanisms(experiment):
-        pattern = measured_pattern(shared["mechanism"]["name"])
+        pattern = measured_pattern(*names_of(shared["mechanism"]))
         for n in sorted(set(lengths)):
             place = {"n": n, "causal": pattern.startswith("causal"), "pattern": pattern, "turn": turn}
             whole = shared | {kind: settings, "n": n, "pattern": pattern, "turn": turn}
@@ -115,8 +128,9 @@ def _decode(experiment: Experiment) -> Iterator[Cell]:
     settings = experiment.decode.model_dump(mode="json", exclude={"contexts", "turns"})
     for turn in range(1, experiment.decode.turns + 1):
         for label, shared in _mechanisms(experiment):
-            card = mechanism_class(shared["mechanism"]["name"]).card
-            missing = "" if card.decodes and "causal-self" in card.patterns else f"{label} does not decode step by step"
+            cards = [mechanism_class(name).card for name in names_of(shared["mechanism"])]
+            decodes = all(card.decodes and "causal-self" in card.patterns for card in cards)
+            missing = "" if decodes else f"{label} does not decode step by step"
             for context in sorted(set(experiment.decode.contexts)):
                 whole = shared | {"decode": settings, "context": context, "turn": turn}
                 yield Cell(

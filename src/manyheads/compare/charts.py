@@ -7,12 +7,13 @@ mechanism has a shape as well. Colour and shape come from the theme, so one char
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from manyheads.compare.marks import lines_of, mechanism_marks, slug
 from manyheads.compare.summary import quality_against_state, series, tasks_of
+from manyheads.compare.sweeps import sweep_plots
 from manyheads.runs.charts import BYTES, LENGTH, Plot, log_ticks, theme, vega_lite_version
 from manyheads.runs.files import write_atomically
 from manyheads.runs.results import Cell, Results, cells_of, done, mechanisms_of, number
@@ -22,7 +23,13 @@ POINTS_PER_CHART = 6000  # learning curves beyond this are thinned; learning_cur
 
 def plots(results: Results) -> list[Plot]:
     """Every chart for which there are figures."""
-    made = [*_quality_plots(results), *_cost_plots(results), *_decode_plots(results), *_learning_plots(results)]
+    made = [
+        *_quality_plots(results),
+        *sweep_plots(results),
+        *_cost_plots(results),
+        *_decode_plots(results),
+        *_learning_plots(results),
+    ]
     return [plot for plot in made if plot is not None]
 
 
@@ -38,35 +45,6 @@ def write_png(results: Results, folder: str | Path) -> list[Path]:
         image = vl_convert.vegalite_to_png(spec, vl_version=vega_lite_version(), scale=2.0, allowed_base_urls=[])
         written.append(write_atomically(Path(folder) / f"{plot.name}.png", image))
     return written
-
-
-def _mechanism(present: Iterable[Mapping[str, Any]], order: Sequence[str]) -> tuple[dict[str, Any], Any]:
-    """Colour, shape and opacity of a mechanism, and the choice made by clicking in the legend."""
-    import altair as alt
-
-    seen = {row["mechanism"] for row in present}
-    legend = alt.Legend(values=[name for name in order if name in seen])
-    scale = alt.Scale(domain=list(order))
-    pick = alt.selection_point(name="pick", fields=["mechanism"], bind="legend")
-    encoding = {
-        "color": alt.Color("mechanism:N", scale=scale, legend=legend),
-        "shape": alt.Shape("mechanism:N", scale=scale, legend=legend),
-        "opacity": alt.condition(pick, alt.value(1), alt.value(0.1)),
-    }
-    return encoding, pick
-
-
-def _lines(rows: Sequence[dict[str, Any]], order: Sequence[str], x: Any, y: Any, tips: Sequence[Any]) -> Any:
-    """Lines with points; where causal and noncausal calls were both measured, the latter are dashed."""
-    import altair as alt
-
-    encoding, pick = _mechanism(rows, order)
-    shape = encoding.pop("shape")
-    if len({row.get("causal") for row in rows}) > 1:
-        encoding["strokeDash"] = alt.StrokeDash("causal:N", sort=[True, False], legend=alt.Legend(title="causal"))
-    base = alt.Chart(alt.Data(values=list(rows))).encode(x=x, y=y, **encoding)
-    points = base.mark_point().encode(shape=shape, tooltip=["mechanism:N", *tips]).add_params(pick)
-    return base.mark_line() + points
 
 
 def _lengths(field: str, rows: Iterable[Mapping[str, Any]], title: str) -> Any:
@@ -85,10 +63,6 @@ def _log(field: str, rows: Iterable[Mapping[str, Any]], title: str, size: bool =
     axis = alt.Axis(values=ticks, labelExpr=BYTES) if size else alt.Axis(values=ticks, format=",.12~g")
     scale = alt.Scale(type="log", base=2 if size else 10, nice=False, padding=10)
     return alt.Y(f"{field}:Q", scale=scale, axis=axis, title=title)
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "task"
 
 
 def _quality_plots(results: Results) -> Iterable[Plot]:
@@ -116,7 +90,7 @@ def _quality_plot(task: str, points: list[dict[str, Any]], left_out: Sequence[st
     vertical = alt.Scale(zero=False, reverse=not higher, padding=16)
     title = f"{metric} ({direction})"
     y = alt.Y("mean:Q", scale=vertical, axis=alt.Axis(tickCount=6), title=title)
-    encoding, pick = _mechanism(points, order)
+    encoding, pick = mechanism_marks(points, order)
     base = alt.Chart(alt.Data(values=points)).encode(x=x)
     front = base.transform_filter("datum.pareto").encode(y=y)
     step = front.mark_line(interpolate="step-after", strokeDash=[5, 4], strokeWidth=1.5, color="#868e96")
@@ -140,7 +114,7 @@ def _quality_plot(task: str, points: list[dict[str, Any]], left_out: Sequence[st
     if left_out:
         text += f" Not placed, for want of a quality or of a state at this context: {', '.join(left_out)}."
     chart = alt.layer(step, bars, ring, *names, marks)
-    return Plot(f"quality-{_slug(task)}", f"Quality against state: {task}", text, chart, wide=True)
+    return Plot(f"quality-{slug(task)}", f"Quality against state: {task}", text, chart, wide=True)
 
 
 def place_labels(points: Sequence[dict[str, Any]], all_named: bool) -> None:
@@ -183,7 +157,7 @@ def _cost_plot(results: Results, name: str, title: str, kind: str, y: str, axis:
     if not rows:
         return None
     tips = [alt.Tooltip(f"{x}:Q", format=","), alt.Tooltip(f"{y}:Q", title=axis, format="," if size else ",.4~g")]
-    chart = _lines(rows, mechanisms_of(results), _lengths(x, rows, across), _log(y, rows, axis, size), tips)
+    chart = lines_of(rows, mechanisms_of(results), _lengths(x, rows, across), _log(y, rows, axis, size), tips)
     source = "Counted from the tensors held" if y == "state_bytes" else "Measured"
     text = f"{source}; both axes are logarithmic, so a straight line is a power of the length."
     if kind == "memory":
@@ -226,7 +200,7 @@ def _learning_plot(results: Results, task: str, cells: Sequence[Cell], field: st
     ]
     if not rows:
         return None
-    encoding, pick = _mechanism(rows, mechanisms_of(results))
+    encoding, pick = mechanism_marks(rows, mechanisms_of(results))
     shape = encoding.pop("shape")
     x = alt.X("step:Q", title="step", axis=alt.Axis(grid=False))
     y = alt.Y(f"{field}:Q", title=axis, scale=alt.Scale(zero=False))
@@ -238,7 +212,7 @@ def _learning_plot(results: Results, task: str, cells: Sequence[Cell], field: st
     if unfinished:
         text += f" Runs that failed end where they failed: {', '.join(unfinished)}."
     title = f"Learning curves: {task}, {axis}"
-    return Plot(f"learning-{_slug(task)}-{field}", title, text, base.mark_line(strokeWidth=1.5) + points)
+    return Plot(f"learning-{slug(task)}-{field}", title, text, base.mark_line(strokeWidth=1.5) + points)
 
 
 def _thinner(cells: Sequence[Cell]) -> Callable[[list[Any]], list[Any]]:

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from manyheads.runs.given import shown
-from manyheads.runs.names import parse_name
+from manyheads.runs.names import parse_name, parse_names
+from manyheads.runs.options import Scheduler
 
 MOST_SEEDS = 10_000
 
@@ -23,7 +24,8 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="Mechanisms, as `manyheads list` names them; with arguments: 'moba[block=64,top_k=2]'. "
+            help="Mechanisms, as `manyheads list` names them; with arguments: 'moba[block=64,top_k=2]'; one per layer "
+            "as one contestant: 'based,based,softmax'. "
             "A bare name has the arguments that the experiment or preset gives it. Default: all of those.",
         ),
     ] = None,
@@ -37,13 +39,23 @@ def compare(
     ] = False,
     experiment: Annotated[Path | None, typer.Option(help="A YAML file that says what to run.")] = None,
     preset: Annotated[str | None, typer.Option(help="quick (minutes), standard, or full.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this task; may be repeated. cab: seven, in four patterns, and an index over them."),
+    ] = None,
+    width: Annotated[
+        list[int] | None, typer.Option(help="Width of the tasks' models; may be repeated, for one model each.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the tasks' models.")] = None,
     seeds: Annotated[str | None, typer.Option(help="How many seeds, or which: 3, or 0,7.")] = None,
     section: Annotated[
         list[str] | None, typer.Option(help="Only quality, speed, memory or decode; may be repeated.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results; one that is there is continued.")] = Path("results"),
-    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler that runs the cells.")] = None,
+    scheduler: Scheduler = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Train each cell over so many processes, each with a part of the sequence.")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run stored failures again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -61,9 +73,14 @@ def compare(
             words = "left out, as they read more than their tokens and no task has it"
             typer.echo(f"{words}: {', '.join(left_out)} (`manyheads show NAME` says what)", err=True)
     changes |= changes_of(changes, names, preset, task, seeds, section)
+    if processes is not None:
+        changes["processes"] = processes
+    changes |= resized(changes, width or [], layers)
     if everything:
         changes["mechanisms"] = [as_on_card(entry) for entry in changes["mechanisms"]]
     built = create_experiment(changes, where=str(experiment or "compare"))
+    for line in depths(built):
+        typer.echo(line, err=True)
     results = run_experiment(built, out, scheduler=scheduler, retry_failed=retry_failed)
     if as_json:
         files = {"results": str(out / "results.json"), "report": str(out / "report.html")}
@@ -129,20 +146,66 @@ def changes_of(
     sections: list[str] | None = None,
 ) -> dict[str, Any]:
     """What the command line asks for on top of the given experiment, as `create_experiment` takes it."""
+    from manyheads.tasks import task_group
+
     from .experiment import preset as read_preset
 
+    tasks = tasks and [one for name in tasks for one in task_group(name)]
     changes: dict[str, Any] = {} if preset is None else {"preset": preset}
     for key, wanted in (("mechanisms", names), ("tasks", tasks)):
         if wanted:
             base = read_preset(preset or given.get("preset", "quick"))
             known = given[key] if key in given else base[key]
             others = base.get("arguments", {}) if key == "mechanisms" else {}
-            changes[key] = [entry for name in wanted for entry in _as_known(parse_name(name), known, others)]
+            changes[key] = [entry for name in wanted for entry in _as_asked(key, name, known, others)]
     if seeds is not None:
         changes["seeds"] = parse_seeds(seeds)
     if sections:
         changes["sections"] = sections
     return changes
+
+
+def resized(changes: Mapping[str, Any], widths: list[int], layers: int | None) -> dict[str, Any]:
+    """The tasks once per width, and with as many layers, as `create_experiment` takes it; {} where nothing is asked."""
+    from .experiment import preset as read_preset
+
+    sizes = [{"hidden_size": width} for width in dict.fromkeys(widths)] or [{}]
+    sizes = [size | ({"layers": layers} if layers is not None else {}) for size in sizes]
+    if sizes == [{}]:
+        return {}
+    tasks = changes["tasks"] if "tasks" in changes else read_preset(changes.get("preset", "quick"))["tasks"]
+    if not isinstance(tasks, list):
+        return {}  # refused where the experiment is made
+    return {"tasks": [_of_size(task, size) for task in tasks for size in sizes]}
+
+
+def _of_size(task: Any, size: Mapping[str, int]) -> Any:
+    entry: Any = {"name": task} if isinstance(task, str) else task
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("model", {}), Mapping):
+        return task  # refused where the experiment is made
+    return {**entry, "model": {**entry.get("model", {}), **size}}
+
+
+def depths(experiment: Any) -> list[str]:
+    """Which tasks' models are as deep as they are for a hybrid's sake, in words."""
+    hybrids = [entry.label for entry in experiment.mechanisms if entry.layers]
+    tasks = dict.fromkeys(f"{entry.name} in {entry.model.layers} layers" for entry in experiment.tasks)
+    return [f"{', '.join(tasks)} for all, as {'; '.join(hybrids)} wants it"] if hybrids and tasks else []
+
+
+def _as_asked(key: str, name: str, known: Any, others: Mapping[str, Any]) -> list[Any]:
+    """What one word of the command line stands for; of a hybrid each layer, which must stand for one thing."""
+    parsed = parse_names(name) if key == "mechanisms" else parse_name(name)
+    if not isinstance(parsed, list):
+        return _as_known(parsed, known, others)
+    layers = [(part, _as_known(part, known, others)) for part in parsed]
+    for part, found in layers:
+        if len(found) > 1:
+            raise ValueError(
+                f"{name}: {part} is there {len(found)} times in the experiment, with other arguments each; say which, "
+                f"as {part}[key=value]"
+            )
+    return [[found[0] for _, found in layers]]
 
 
 def _as_known(entry: Any, known: Any, others: Mapping[str, Any]) -> list[Any]:

@@ -8,6 +8,7 @@ model and training settings from that recipe, unless its entry says otherwise.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
@@ -17,9 +18,11 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from manyheads.registry import create_attention, mechanism_class, suggest
+from manyheads.compare.hybrid import common_patterns, deepened
+from manyheads.near import suggest
+from manyheads.registry import create_attention, mechanism_class
 from manyheads.runs.given import MOST_YAML, parse_yaml, read_text, shown
-from manyheads.tasks import create_task, list_tasks
+from manyheads.tasks import create_task, list_tasks, task_group
 
 PRESETS = ("quick", "standard", "full")
 Kind = Literal["quality", "speed", "memory", "decode"]
@@ -54,12 +57,16 @@ class Heads(Settings):
 
 class Model(Heads):
     """The model around the mechanism. intermediate_size: of the MLP, 0 for none. short_conv: width of a causal
-    depthwise convolution before the projections, 0 for none."""
+    depthwise convolution before the projections, 0 for none. positions: "boxes" where the task has them. by_kind: what
+    each kind of token has of its own, where the task has several ("mlp", "adapter", "embedding", "positions").
+    adapter_size: of adapters before each mixer and MLP, 0 for none."""
 
     layers: Whole = 2
     intermediate_size: Annotated[int, Field(ge=0)] = 0
     short_conv: Annotated[int, Field(ge=0, le=64)] = 0
-    positions: Literal["learned", "rotary", "none"] = "learned"
+    positions: Literal["learned", "rotary", "boxes", "none"] = "learned"
+    by_kind: tuple[Literal["mlp", "adapter", "embedding", "positions"], ...] = ()
+    adapter_size: Annotated[int, Field(ge=0)] = 0
 
 
 class Training(Settings):
@@ -126,25 +133,57 @@ class Entry(Settings):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, given: Any) -> Any:
-        if isinstance(given, str):
-            return {"name": given}
-        if not isinstance(given, Mapping):
-            raise ValueError(f"want a name, or a mapping with 'name' and arguments; got {given!r}")
-        if "args" in given:
-            return given
-        own = {key: value for key, value in given.items() if key in cls.model_fields}
-        return own | {"args": {str(key): value for key, value in given.items() if key not in cls.model_fields}}
+        return _gathered(given, set(cls.model_fields))
 
     @property
     def label(self) -> str:
         return label_of(self.name, self.args)
 
 
+def _gathered(given: Any, fields: set[str]) -> Any:
+    """A name, or a mapping with some of the fields and any arguments, as {**fields, "args": arguments}."""
+    if isinstance(given, str):
+        return {"name": given}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"want a name, or a mapping with 'name' and arguments; got {given!r}")
+    if "args" in given:
+        return given
+    own = {key: value for key, value in given.items() if key in fields}
+    return own | {"args": {str(key): value for key, value in given.items() if key not in fields}}
+
+
 class MechanismEntry(Entry):
-    """`heads` among its arguments replaces the model's, for mechanisms that have one head."""
+    """`heads` among its arguments replaces the model's, for mechanisms that have one head.
+
+    layers: of a hybrid, which has neither name nor arguments itself, one entry per layer from below; in a file a list
+    of entries. A model with more layers begins again with the first, and has a multiple of them.
+    """
+
+    name: str = ""
+    layers: tuple[MechanismEntry, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, given: Any) -> Any:
+        if isinstance(given, list | tuple):
+            return {"layers": list(given), "args": {}}
+        # Beside a name, `layers` is an argument that some mechanisms have.
+        return _gathered(given, {"name"} if isinstance(given, Mapping) and given.get("name") else {"name", "layers"})
+
+    @property
+    def label(self) -> str:
+        return ",".join(layer.label for layer in self.layers) or super().label
+
+    @property
+    def each(self) -> tuple[MechanismEntry, ...]:
+        """The layers of a hybrid, or the mechanism alone."""
+        return self.layers or (self,)
 
     @model_validator(mode="after")
     def _exists(self) -> MechanismEntry:
+        if self.layers:
+            self._check_layers()
+            return self
         if "causal" in self.args:
             raise ValueError(f"{self.name}: 'causal' follows from the task and the section; leave it out")
         cls = mechanism_class(self.name)
@@ -153,6 +192,14 @@ class MechanismEntry(Entry):
             causal = min(cls.card.patterns, key=lambda p: (not p.causal, p)).causal
             create_attention(self.name, **{"dim": 64, "heads": 4, "causal": causal, **example, **self.args})
         return self
+
+    def _check_layers(self) -> None:
+        if self.args or len(self.layers) < 2 or any(layer.layers for layer in self.layers):
+            raise ValueError(
+                f"{self.label}: want a hybrid as a list of two or more mechanisms, each with its own arguments, none "
+                "of them a list again"
+            )
+        common_patterns([layer.name for layer in self.layers])
 
 
 class TaskEntry(Entry):
@@ -168,7 +215,8 @@ class TaskEntry(Entry):
 
 
 class Experiment(Settings):
-    """A whole comparison with every setting filled in."""
+    """A whole comparison with every setting filled in. processes: over which a quality cell spreads its sequence, as
+    `torchrun` starts them."""
 
     preset: Literal["quick", "standard", "full"] = "quick"
     mechanisms: Annotated[tuple[MechanismEntry, ...], Field(min_length=1)]
@@ -180,6 +228,7 @@ class Experiment(Settings):
     decode: Decode = Decode()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
 
     @field_validator("seeds", "sections")
     @classmethod
@@ -194,8 +243,17 @@ class Experiment(Settings):
             twice = sorted(label for (label, _), count in Counter(labels).items() if count > 1)
             if twice:
                 raise ValueError(f"the {what} {twice[0]} is there twice; leave one out, or give them other arguments")
+        for task in self.tasks:
+            for entry in self.mechanisms:
+                deepened([layer.model_dump() for layer in entry.each], task.model.layers)
         if "quality" in self.sections and not self.tasks:
             raise ValueError(f"the quality section needs a task; want some of {list_tasks()}, or no 'quality'")
+        others = [kind for kind in self.sections if kind != "quality"]
+        if self.processes > 1 and others:
+            raise ValueError(
+                f"processes={self.processes} train the cells of quality, and {', '.join(others)} are measured in one: "
+                "want quality as the only section"
+            )
         return self
 
 
@@ -242,26 +300,36 @@ def _resolve(changes: dict[str, Any], where: str) -> dict[str, Any]:
     whole = base | {"preset": name}
     for key, value in changes.items():
         whole[key] = _over(whole.get(key, {}), value) if key in _NESTED else value
-    tasks = whole.get("tasks", [])
+    tasks, cycle = whole.get("tasks", []), _cycle(whole.get("mechanisms"))
     if isinstance(tasks, Sequence) and not isinstance(tasks, str):
-        whole["tasks"] = [_task(entry, recipes, shared) for entry in tasks]
+        named = [one for task in tasks for one in (task_group(task) if isinstance(task, str) else [task])]
+        whole["tasks"] = [_task(entry, recipes, shared, cycle) for entry in named]
     return whole
+
+
+def _cycle(mechanisms: Any) -> int:
+    """How many layers a model must have a multiple of, so that every hybrid comes out even in it."""
+    entries = mechanisms if isinstance(mechanisms, list | tuple) else []
+    return math.lcm(*(len(entry) for entry in entries if isinstance(entry, list | tuple) and entry))
 
 
 def _over(base: Any, change: Any) -> Any:
     return {**base, **change} if isinstance(base, Mapping) and isinstance(change, Mapping) else change
 
 
-def _task(entry: Any, recipes: Mapping[str, Any], shared: Mapping[str, Any]) -> Any:
-    """A task entry on top of the experiment's shared settings, on top of the preset's recipe for it."""
+def _task(entry: Any, recipes: Mapping[str, Any], shared: Mapping[str, Any], cycle: int = 1) -> Any:
+    """A task entry on top of the experiment's shared settings, on top of the preset's recipe for it, whose model is as
+    much deeper for all as a hybrid's `cycle` of layers wants it."""
     entry = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, Mapping):
         return entry
     name = entry.get("name")
     recipe = recipes.get(name, {}) if isinstance(name, str) else {}
     task = {**recipe, **entry}
-    for key in ("model", "training"):
-        task[key] = _over(recipe.get(key, {}), shared[key])
+    model = recipe.get("model", {})
+    deep = {"layers": cycle * math.ceil(model.get("layers", Model().layers) / cycle)} if cycle > 1 else {}
+    for key, beneath in (("model", model | deep), ("training", recipe.get("training", {}))):
+        task[key] = _over(beneath, shared[key])
         if key in entry:
             task[key] = _over(task[key], entry[key])
     return task

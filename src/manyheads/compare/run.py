@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,10 +13,11 @@ import manyheads
 from manyheads.compare.cells import cells_of_experiment
 from manyheads.compare.summary import write_csv
 from manyheads.runs.cells import Cell
-from manyheads.runs.cluster import at_once, cluster, spread
+from manyheads.runs.cluster import run_anywhere
 from manyheads.runs.environment import environment
-from manyheads.runs.loop import Outcome, here, public, run_cells
-from manyheads.runs.outcome import machine
+from manyheads.runs.loop import Outcome, public
+from manyheads.runs.outcome import machine, outcome_of
+from manyheads.runs.processes import in_processes
 from manyheads.runs.progress import Progress
 from manyheads.runs.results import SCHEMA, done, number, write_json
 from manyheads.runs.store import Store, now
@@ -39,22 +41,25 @@ def run_experiment(
     cells = cells_of_experiment(experiment)
     with Store(out) as store:
         store.save_experiment(experiment.model_dump(mode="json"), environment())
-        with cluster(scheduler) as client:
-            outcomes = run_cells(
-                cells,
-                store,
-                here(_measured) if client is None else spread(client, worker.run_cell),
-                lambda own: progress(own, at_once=at_once(client)),
-                retry_failed=retry_failed,
-                warn=_mixed,
-            )
+        outcomes = run_anywhere(
+            cells,
+            store,
+            partial(_measured, worker.run_cell),
+            progress,
+            scheduler=scheduler,
+            retry_failed=retry_failed,
+            warn=_mixed,
+        )
         results = results_of(experiment, outcomes)
         write_outputs(results, Path(out))
     return results
 
 
-def _measured(cell: Cell) -> Outcome:
-    return worker.run_cell(cell.kind, cell.settings)
+def _measured(run_cell: Callable[[str, Mapping[str, Any]], Outcome], cell: Cell) -> Outcome:
+    count = cell.settings.get("processes", 1)
+    if count == 1:
+        return run_cell(cell.kind, cell.settings)
+    return outcome_of(lambda: in_processes(count, f"{worker.__name__}:run_cell", cell.kind, cell.settings))
 
 
 def _mixed(stored: Iterable[Outcome]) -> Iterator[str]:

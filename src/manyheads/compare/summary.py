@@ -37,7 +37,8 @@ SOURCES = {
 COLUMNS = ("kind", "mechanism", "status", "error", "seconds", "task", "n", "causal", "context", "seed", "learning_rate",
            "turn", "best", "metric", "higher_is_better", "value", "value_error", "answers",
            "parameters", "steps", "forward_s", "forward_backward_s",
-           "forward_flops", "method", "peak_bytes", "seconds_per_token", "state_bytes")  # fmt: skip
+           "forward_flops", "method", "peak_bytes", "seconds_per_token", "state_bytes",
+           "model_state_bytes")  # fmt: skip
 
 MISSING = {
     "quality": "No quality cells: quality, learning curves and the chart of quality against state are left out.",
@@ -181,7 +182,14 @@ def _quality(cells: Sequence[Cell]) -> dict[str, Any]:
         "planned": len({cell.get("seed") for cell in cells if not rates or cell.get("learning_rate") in rates}),
         "learning_rate": chosen[0].get("learning_rate") if chosen else None,
         "parameters": next((cell["parameters"] for cell in [*chosen, *cells] if cell.get("parameters")), None),
+        "model_state_bytes": _model_state(chosen),
     }
+
+
+def _model_state(cells: Iterable[Cell]) -> float | None:
+    """Over the seeds, as what is kept may depend on what was learnt."""
+    held = [value for cell in cells if done(cell) and (value := number(cell.get("model_state_bytes"))) is not None]
+    return median(held) if held else None
 
 
 def _test_error(cells: Iterable[Cell]) -> float | None:

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from manyheads.compare.composed import ALL, compositional
 from manyheads.compare.growth import TOO_NOISY, overlap
 from manyheads.compare.summary import SOURCES, missing_sections, quality_against_state, summarise, tasks_of, tied_by
 from manyheads.runs.results import Results, cells_of, failures_of, number
 from manyheads.runs.tables import Column, Entry, bytes_text, count_text, failure_lines, rich_table, seconds_text
+from manyheads.tasks.cab import CAB
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,6 +135,7 @@ def summary_table(results: Results) -> tuple[list[Column], list[list[Entry]]]:
         higher = bool(first.get("higher_is_better", True))
         note = f"{metric}, {'higher' if higher else 'lower'} is better; {SOURCES['quality']}"
         made.append(_hoist(Column(task, note, down=higher), [_quality_entry(row, task) for row in rows]))
+    made += _index_columns(rows)
     if "quality" in kinds:
         made.append(_column(rows, "Parameters", "parameters", "quality", count_text))
     if "speed" in kinds:
@@ -145,6 +148,18 @@ def summary_table(results: Results) -> tuple[list[Column], list[list[Entry]]]:
     names = [Entry(row["mechanism"], row["mechanism"]) for row in rows]
     columns = [Column("Mechanism", number=False), *(column for column, _ in made)]
     return columns, [list(line) for line in zip(names, *(entries for _, entries in made), strict=True)]
+
+
+def _index_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Column, list[Entry]]]:
+    """CAB's index over all its tasks, and over those of each pattern; no column where these are not the tasks."""
+    found = compositional(rows)
+    made = []
+    for which in (ALL, *CAB) if found else ():
+        scores = [found.get(row["mechanism"], {}).get(which) for row in rows]
+        entries = [Entry("–") if score is None else Entry(f"{score:+.2f}", score) for score in scores]
+        note = "mean over tasks of deviations from the run's mean, higher is better"
+        made.append((Column(f"Index, {which}", note, down=True), entries))
+    return made
 
 
 def _column(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Pattern
+from manyheads.compare.hybrid import common_patterns, deepened, specs_of
+from manyheads.compare.measure import live_bytes
+from manyheads.compare.passes import Alone, Passes, inputs_of, passes_of
 from manyheads.registry import mechanism_class
 from manyheads.tasks import Batch, Task, create_task, list_tasks, task_class
 
+Specs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 _EVAL_BATCH = 128
 _SHAPED = (Pattern.GRID, Pattern.GRAPH)  # noncausal mechanisms see these as a sequence, or a set
 
@@ -22,9 +26,8 @@ _SHAPED = (Pattern.GRID, Pattern.GRAPH)  # noncausal mechanisms see these as a s
 def train_cell(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Trains and evaluates one quality cell. The settings are those of `Cell`; the outcome is its measured columns."""
     task = create_task(settings["task"]["name"], **settings["task"]["args"])
-    mechanism = settings["mechanism"]
     torch.manual_seed(settings["seed"])
-    model = build_model(task, {"name": mechanism["name"], **mechanism["args"]}, settings["model"])
+    model = build_model(task, specs_of(settings["mechanism"]), settings["model"])
     training = settings["training"]
     accelerator = _accelerator(settings["device"], settings["precision"])
     optimizer = torch.optim.AdamW(
@@ -39,22 +42,36 @@ def train_cell(settings: Mapping[str, Any]) -> dict[str, Any]:
         "device": accelerator.device.type,
     }
     batches = task.train_batches(training["batch_size"], settings["seed"])
-    return outcome | _train(task, model, optimizer, scheduler, accelerator, batches, training)
+    with passes_of(accelerator, model, training["router_weight"]) as passes:
+        outcome |= _train(_Run(task, model, optimizer, scheduler, accelerator, training, passes), batches)
+    if outcome["status"] != "done":
+        return outcome
+    held = state_bytes(task, accelerator.unwrap_model(model), accelerator.device)
+    return outcome if held is None else outcome | {"model_state_bytes": held}
 
 
-def _train(
-    task: Task, model: Any, optimizer: Any, scheduler: Any, accelerator: Any, batches: Iterator[Batch], training: Any
-) -> dict[str, Any]:
+class _Run(NamedTuple):
+    task: Task
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    accelerator: Any
+    training: Mapping[str, Any]
+    passes: Passes
+
+
+def _train(run: _Run, batches: Iterator[Batch]) -> dict[str, Any]:
+    task, training = run.task, run.training
     curve: list[dict[str, Any]] = []
     outcome: dict[str, Any] = {"status": "done", "curve": curve, "stopped": "at the last step"}
     losses: list[Tensor] = []
     spent, began = 0.0, time.perf_counter()
     for step, batch in enumerate(islice(batches, training["steps"]), start=1):
-        losses.append(_step(task, model, optimizer, scheduler, accelerator, batch, training))
+        losses.append(_step(run, batch))
         spent += time.perf_counter() - began
-        in_time = training["seconds"] is None or spent < training["seconds"]
+        in_time = training["seconds"] is None or run.passes.agreed(spent < training["seconds"])
         if step == 1 or step % training["eval_every"] == 0 or step == training["steps"] or not in_time:
-            score, loss = evaluate(task, model, accelerator.device), float(torch.stack(losses).mean())
+            score, loss = evaluate(task, run.model, run.passes.device, run.passes), float(torch.stack(losses).mean())
             value = score.value
             losses.clear()
             curve.append({"step": step, "loss": loss, "value": value})
@@ -71,21 +88,27 @@ def _train(
     return outcome
 
 
-def _step(
-    task: Task, model: Any, optimizer: Any, scheduler: Any, accelerator: Any, batch: Batch, training: Any
-) -> Tensor:
-    model.train()
-    with accelerator.autocast():
-        answer = model(**{name: rows.to(accelerator.device) for name, rows in batch.inputs.items()})
-    loss = task.loss(task.aligned(task.answered(answer)), batch.targets.to(accelerator.device))
-    routed = getattr(answer, "aux_loss", None)
-    total = loss if routed is None else loss + training["router_weight"] * routed
-    accelerator.backward(total)
-    accelerator.clip_grad_norm_(model.parameters(), training["clip"])
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad(set_to_none=True)
+def _step(run: _Run, batch: Batch) -> Tensor:
+    run.model.train()
+    loss, total = run.passes.learn(run.task, run.model, batch)
+    run.accelerator.backward(total)
+    run.accelerator.clip_grad_norm_(run.model.parameters(), run.training["clip"])
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
     return loss.detach()
+
+
+@torch.no_grad()
+def state_bytes(task: Task, model: Any, device: torch.device) -> int | None:
+    """Bytes that the mechanisms of all layers remember of the task's first example, for the next token; None where the
+    model does not decode."""
+    if task.head != "causal-lm" or task.pattern != Pattern.CAUSAL_SELF or not model.decoder_stack.can_cache:
+        return None
+    model.eval()
+    output = model(**inputs_of(task, model, next(iter(task.eval_batches(1))), device), use_cache=True)
+    layers = output.past_key_values.layers
+    return sum(live_bytes(layer.self_attention.states["mechanism"]) for layer in layers)
 
 
 class Score(NamedTuple):
@@ -98,13 +121,13 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: Any, device: torch.device) -> Score:
-    """The task's metric over all of its evaluation examples."""
+def evaluate(task: Task, model: Any, device: torch.device, passes: Passes | None = None) -> Score:
+    """The task's metric over all of its evaluation examples. passes: by this process alone without them."""
+    passes = Alone(device) if passes is None else passes
     model.eval()
     examples: list[tuple[float, int]] = []
     for batch in task.eval_batches(_EVAL_BATCH):
-        output = model(**{name: rows.to(device) for name, rows in batch.inputs.items()})
-        logits = task.aligned(task.answered(output)).float()
+        logits = task.aligned(passes.answers(task, model, batch)).float()
         targets = batch.targets.to(device)
         examples += [task.score(logits[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
     total, count = sum(value for value, _ in examples), sum(asked for _, asked in examples)
@@ -140,8 +163,9 @@ def rate_at(step: int, training: Mapping[str, Any]) -> float:
     return 0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, part))) / 2
 
 
-def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) -> Any:
-    """The task's model with the mechanism where the task needs it, and softmax everywhere else.
+def build_model(task: Task, spec: Specs, size: Mapping[str, Any]) -> Any:
+    """The task's model with the mechanism where the task needs it, and softmax everywhere else. Several specs: those
+    of the layers, again from the first where the model has more.
 
     In an encoder-decoder the mechanism is what the decoder reads the encoder with; in a detector, unless it attends
     over images, what the queries read the image with; where it pools, it is the classifier's pooling.
@@ -149,6 +173,9 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
     from manyheads import models
 
     settings = task.model_settings()
+    by_kind = list(size.get("by_kind", ()))  # older settings have none of these
+    if not by_kind:
+        settings.pop("num_token_kinds", None)
     if "max_length" in settings:
         settings["max_position_embeddings"] = settings.pop("max_length")
     settings |= {
@@ -158,6 +185,8 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
         "intermediate_size": size["intermediate_size"],
         "short_conv": size["short_conv"],
         "positions": size["positions"],
+        "by_kind": by_kind,
+        "adapter_size": size.get("adapter_size", 0),
         "is_encoder_decoder": task.head == "seq2seq-lm",
         "use_cache": False,
     }
@@ -165,34 +194,57 @@ def build_model(task: Task, spec: Mapping[str, Any], size: Mapping[str, Any]) ->
         "causal-lm": models.ManyheadsForCausalLM,
         "seq2seq-lm": models.ManyheadsForSeq2SeqLM,
         "sequence-classification": models.ManyheadsForSequenceClassification,
+        "token-classification": models.ManyheadsForTokenClassification,
         "image-classification": models.ManyheadsForImageClassification,
         "semantic-segmentation": models.ManyheadsForSemanticSegmentation,
         "object-detection": models.ManyheadsForObjectDetection,
         "node-classification": models.ManyheadsForNodeClassification,
     }[task.head]
-    return cls(models.ManyheadsConfig(**settings, **placed(task, spec)))
+    where = placed(task, spec, size["layers"])
+    for key in ("layers", "cross_layers"):
+        if len(where.get(key, ())) > 1:
+            where[key] = deepened(where[key], size["layers"])
+    return cls(models.ManyheadsConfig(**settings, **where))
 
 
-def placed(task: Task | type[Task], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the mechanism goes in the model. Raises ValueError where the task has no place for it."""
-    missing = unpassed(spec["name"], task)
-    if missing:
-        raise ValueError(missing)
-    patterns = mechanism_class(spec["name"]).card.patterns
+def placed(task: Task | type[Task], spec: Specs, layers: int | None = None) -> dict[str, Any]:
+    """Where the mechanism, or those of a hybrid, go in a model of so many layers. Raises ValueError where the task has
+    no place."""
+    specs = [dict(one) for one in ([spec] if isinstance(spec, Mapping) else spec)]
+    names = [one["name"] for one in specs]
+    for name in names:
+        if missing := unpassed(name, task):
+            raise ValueError(missing)
+    patterns = common_patterns(names)
+    if task.pattern in patterns and len(specs) == 1 and (among := _among_others(specs[0], layers or 2)):
+        return {**among, "is_causal": task.pattern == Pattern.CAUSAL_SELF}
     if task.pattern in patterns:
         if Pattern(task.pattern).cross:
-            return {"layers": ["softmax"], "cross_layers": [dict(spec)]}
+            return {"layers": ["softmax"], "cross_layers": specs}
         causal = None if task.pattern in _SHAPED else task.pattern == Pattern.CAUSAL_SELF
-        return {"layers": [dict(spec)], "is_causal": causal}
-    classifies = task.head.endswith("classification")
+        return {"layers": specs, "is_causal": causal}
+    pools = task.head in ("sequence-classification", "image-classification")
     if task.pattern in _SHAPED and Pattern.NONCAUSAL_SELF in patterns:
-        return {"layers": [dict(spec)], "is_causal": False}
+        return {"layers": specs, "is_causal": False}
     if task.head == "object-detection" and Pattern.NONCAUSAL_CROSS in patterns:
-        return {"layers": ["softmax"], "cross_layers": [dict(spec)]}
-    if classifies and Pattern.POOL in patterns:
-        return {"layers": ["softmax"], "pooling": dict(spec)}
+        return {"layers": ["softmax"], "cross_layers": specs}
+    if pools and Pattern.POOL in patterns and len(specs) == 1:  # there is one pooling in a model
+        return {"layers": ["softmax"], "pooling": specs[0]}
     declared = ", ".join(sorted(patterns))
-    raise ValueError(f"{task.name} needs {task.pattern}; {spec['name']} declares {declared}")
+    raise ValueError(f"{task.name} needs {task.pattern}; {','.join(names)} declares {declared}")
+
+
+def _among_others(spec: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Where a mechanism goes that reads other layers: what reads those below it is the last one, or follows one whose
+    weights it shares, and what reads a higher one's output stands before the first. Empty for every other."""
+    takes = mechanism_class(spec["name"]).card.takes
+    if "higher" in takes:
+        return {"layers": ["softmax"], "back": spec}
+    if "earlier" in takes:
+        return {"layers": ["softmax"] * (layers - 1) + [spec]}
+    if "weights_below" in takes:
+        return {"layers": ["softmax"][: layers - 1] + [spec] * max(1, layers - 1)}  # alone, the model refuses it
+    return {}
 
 
 def unpassed(name: str, task: Task | type[Task] | None = None) -> str:
@@ -201,11 +253,18 @@ def unpassed(name: str, task: Task | type[Task] | None = None) -> str:
     card = mechanism_class(name).card
     # Of another pattern, what goes by the same name is another thing.
     tasks = [each for each in ([task] if task else map(task_class, list_tasks())) if each.pattern in card.patterns]
-    given = {key for each in tasks for key in each.beside}
+    given = {key for each in tasks for key in each.beside} | _had(card.patterns)
     read = {key: what for key, what in card.takes.items() if key not in given and not what.startswith("optional")}
     words = "; ".join(f"{key} ({what})" for key, what in read.items())
     which = f"{task.name} has it not" if task else "no task has it"
     return f"{name} reads more than its tokens, and {which}: {words}" if read else ""
+
+
+def _had(patterns: Set[Pattern]) -> set[str]:
+    """What every model has itself for a mechanism of these patterns."""
+    had = {Pattern.CAUSAL_SELF: {"earlier", "higher", "weights_below"}, Pattern.NONCAUSAL_SELF: {"weights_below"}}
+    had |= {Pattern.POOL: {"earlier"}}
+    return {name for pattern, names in had.items() if pattern in patterns for name in names}
 
 
 def has_place(task: Task | type[Task], name: str) -> bool:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 from manyheads.runs.outcome import failure, memory_bounded, outcome_of
 
+from .hybrid import of_a_layer
 from .measure import measure_decode, measure_memory, measure_speed, peak_memory
 from .train import train_cell
 
-_one_at_a_time = threading.Lock()  # random state and the clock are shared by all threads of a process
-_RUNNERS = {"quality": train_cell, "speed": measure_speed, "memory": measure_memory, "decode": measure_decode}
+_RUNNERS = {
+    "quality": train_cell,
+    "speed": of_a_layer(measure_speed),
+    "memory": of_a_layer(measure_memory),
+    "decode": of_a_layer(measure_decode),
+}
 
 
 def run_cell(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The outcome of one cell: its measured columns with `status`, `error` and `seconds`. Raises nothing but
     KeyboardInterrupt and its like."""
-    with _one_at_a_time:
-        return outcome_of(lambda: _RUNNERS[kind](settings))
+    return outcome_of(lambda: _RUNNERS[kind](settings))
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from manyheads.convert.layout import cache_numbers
 from manyheads.convert.lessons import check_teacher
 from manyheads.convert.method import Method
 from manyheads.convert.methods import METHODS, Distilled, Hosted
-from manyheads.convert.run import Plan, run_conversion
+from manyheads.convert.pictures import Thinned, classifies_images, prune_images
+from manyheads.convert.ranks import Ranks
+from manyheads.convert.run import Conversion, Plan, run_conversion
 from manyheads.convert.saving import check_target
 from manyheads.convert.streamed import Change, Cutting, Pooling, read_scores, stream
-from manyheads.hosts.loading import Loaded, find_model, load_model
+from manyheads.convert.sweep import run_sweep
+from manyheads.hosts.loading import Loaded, anywhere, find_model, load_model
 from manyheads.hosts.questions import Questions, library_text
 from manyheads.registry import list_attentions
 from manyheads.runs.given import read_text
@@ -74,11 +78,40 @@ class Asked:
         return values
 
 
-def run_asked(asked: Asked, models: Sequence[str], text: Path | None, out: Path, *, write: bool) -> dict[str, Any]:
-    """Loads, converts, measures and writes what was asked for; returns the record."""
+def run_asked(
+    asked: Asked, models: Sequence[str], text: Path | None, out: Path, *, write: bool, scheduler: str | None = None
+) -> dict[str, Any]:
+    """Loads, converts, measures and writes what was asked for; returns the record. scheduler: address of a Dask
+    scheduler, whose workers take a value each."""
     check_target(out)
+    if models and classifies_images(where := find_model(models[0])):
+        if scheduler is not None:
+            raise ValueError(f"--scheduler does not go with {models[0]}, which is an image classifier: leave it out")
+        return prune_images(where, str(models[0]), _thinned(asked, str(models[0]), text), out, write=write)
+    if scheduler is not None and (write or len(asked.values or ()) < 2):
+        raise ValueError(
+            "--scheduler spreads the values of a sweep over workers, and this is one conversion: give several values, "
+            "such as --kv-heads 4,2,1, and --dry-run"
+        )
+    made = conversion_of(asked, models, text)
+    # Processes that were launched together share out the rows of every step, and have no folder to each.
+    if not write and len(made.plan.values) > 1 and Ranks.here().world == 1:
+        return run_sweep(made, out, scheduler=scheduler, again=_again(asked, models, text))
+    return run_conversion(made, out, write=write)
+
+
+def _again(asked: Asked, models: Sequence[str], text: Path | None) -> Callable[[], Conversion]:
+    """`conversion_of` from any folder."""
+    named = [anywhere(name) for name in models]
+    against = asked.training["against"]
+    training = {**asked.training, "against": None if against is None else anywhere(against)}
+    return partial(conversion_of, replace(asked, training=training), named, None if text is None else text.resolve())
+
+
+def conversion_of(asked: Asked, models: Sequence[str], text: Path | None) -> Conversion:
+    """What was asked for, loaded and checked."""
     values = asked.values
-    loaded = load_model(models[0] if models else None, dtype=asked.dtype or "float32")
+    loaded = first = load_model(models[0] if models else None, dtype=asked.dtype or "float32")
     healing = _healing(loaded, asked, asked.training["heal"], asked.training["healing"] or "full")
     teacher = _teacher(loaded, asked.training["against"], asked.dtype or "float32")
     method = _method(asked, loaded)
@@ -92,7 +125,7 @@ def run_asked(asked: Asked, models: Sequence[str], text: Path | None, out: Path,
     measured, trained = _texts(loaded, text)
     plan = Plan(values, asked.sizes, asked.calibrate, healing, asked.max_damage, asked.dtype)
     by = None if teacher is None else teacher.model
-    return run_conversion(loaded, method, plan, measured, trained, out, write=write, teacher=by)
+    return Conversion(loaded, method, plan, measured, trained, by, [] if first is loaded else [first.model])
 
 
 def stream_asked(
@@ -154,10 +187,39 @@ def _check_strangers(asked: Asked) -> None:
         raise ValueError("--transfer-loss says what is learnt: give --transfer STEPS with it")
 
 
+def _thinned(asked: Asked, name: str, text: Path | None) -> Thinned:
+    """How an image classifier is pruned; ValueError for what is asked of it besides."""
+    own, values = asked.own["prune"], asked.values if asked.to == "prune" else None
+    if asked.to != "prune":
+        raise ValueError(f"{name} is an image classifier, and --to {asked.to} takes a language model: want --to prune")
+    if own["by"] not in (None, "dimap"):
+        raise ValueError(f"--by {own['by']} asks for text, and {name} is an image classifier: want --by dimap")
+    strange = {"--uniform/--global": own["uniform"], "--budget-bytes": asked.budget_bytes, "--text": text}
+    strange |= {f"--{key}": value for key, value in asked.training.items()}
+    for option, value in strange.items():
+        if value is not None:
+            raise ValueError(f"{option} does not go with {name}, which is an image classifier: leave it out")
+    sparsity, heads = own["sparsity"], values
+    if sparsity is not None and heads is not None:
+        raise ValueError("--heads takes heads out and --sparsity sets single weights to zero: give one of them")
+    if heads is not None and len(heads) > 1:
+        raise ValueError(f"--heads {','.join(map(str, heads))}: an image classifier takes one number at a time")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ValueError(f"--sparsity {sparsity}: want a share of the weights from 0 up to, but not, 1")
+    if heads is None:
+        return Thinned(0.5 if sparsity is None else sparsity, None, asked.max_damage, asked.dtype)
+    return Thinned(None, heads[0], asked.max_damage, asked.dtype)
+
+
 def _method(asked: Asked, loaded: Loaded) -> Method:
     spec, beside = asked.spec, asked.beside
     if spec is None:
         given = dict(asked.own[asked.to])
+        if given.pop("sparsity", None) is not None or given.get("by") == "dimap":
+            raise ValueError(
+                f"--sparsity and --by dimap are for image classifiers such as Swin, and {loaded.name} is a "
+                f"{type(loaded.model).__name__}: give --heads, and --by importance"
+            )
         if asked.to == "bam" and beside["active"] is not None:
             given["active"] = _whole("--active", beside["active"])
         return METHODS[asked.to](**{key: value for key, value in given.items() if value is not None})

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from manyheads.runs.options import Scheduler
+
 METHODS = ("gqa", "mla", "prune", "distil", "bam", "shiftadd")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -45,13 +47,20 @@ def convert(
         str | None, typer.Option(help="prune: query heads that stay in all; several with --dry-run. Half without it.")
     ] = None,
     by: Annotated[
-        str | None, typer.Option(help="prune: importance, normalised, ablation, alone, greedy, or random.")
+        str | None,
+        typer.Option(
+            help="prune: importance, normalised, ablation, alone, greedy, random; or dimap, of an image model."
+        ),
     ] = None,
     uniform: Annotated[
         bool | None,
         typer.Option(
             "--uniform/--global", help="prune: as many in every layer, or all layers compete (class of ours)."
         ),
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="prune, an image model: share of weights set to zero by dimap. 0.5 without --heads."),
     ] = None,
     depth: Annotated[
         str | None, typer.Option(help="distil: layers of the student; several with --dry-run. Half without it.")
@@ -96,6 +105,7 @@ def convert(
     length: Annotated[int, typer.Option(help="Tokens of a window, and of a haystack.")] = 512,
     max_damage: Annotated[float | None, typer.Option(help="Bits per token that may be lost; exit 3 above.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure, and write no weights.")] = False,
+    scheduler: Scheduler = None,
     dtype: Annotated[
         str | None, typer.Option(help=f"{', '.join(DTYPES)}. Without it: float32, and written as it came.")
     ] = None,
@@ -121,12 +131,13 @@ def convert(
         raise ValueError(f"--length {length}: want 64 tokens or more")
     from manyheads.convert.asked import Asked, run_asked, stream_asked
     from manyheads.convert.damage import Sizes
+    from manyheads.convert.ranks import is_first
     from manyheads.convert.run import Damaged
 
     own: dict[str, dict[str, Any]] = {
         "gqa": {"align": align},
         "mla": {"norm": norm, "rope_dim": rope_dim, "fold": parse_fold(fold), "format": format},
-        "prune": {"by": by, "uniform": uniform},
+        "prune": {"by": by, "uniform": uniform, "sparsity": sparsity},
         "distil": {"width": width},
         "shiftadd": {"mixture": mixture or None},
         "bam": {"sources": tuple(given[1:]) or None, "share_kv": share_kv or None},
@@ -144,16 +155,16 @@ def convert(
         dtype=dtype,
     )
     if stream:
-        strange = {"--dry-run": dry_run or None, "--text": text}
+        strange = {"--dry-run": dry_run or None, "--text": text, "--scheduler": scheduler}
         return _tell_streamed(stream_asked(asked, given, scores, strange, out), out, as_json)
     if scores is not None:
         raise ValueError("--scores belongs to --stream: without it, --by says how heads are scored")
     try:
-        record = run_asked(asked, given, text, out, write=not dry_run)
+        record = run_asked(asked, given, text, out, write=not dry_run, scheduler=scheduler)
     except Damaged as error:
         typer.echo(f"manyheads: {error}", err=True)
         raise typer.Exit(3) from None
-    return _tell(record, out, dry_run, as_json)
+    return _tell(record, out, dry_run, as_json) if is_first() else None
 
 
 def parse_fold(text: str | None) -> int | str | None:
@@ -165,11 +176,14 @@ def parse_fold(text: str | None) -> int | str | None:
 
 
 def _check(folders: list[str], as_json: bool) -> None:
-    from manyheads.convert.saving import check_conversion
+    from manyheads.convert.pictures import check_images
+    from manyheads.convert.saving import check_conversion, read_record
 
     if len(folders) != 1:
         raise ValueError("convert check takes one folder: manyheads convert check DIR")
-    found = check_conversion(Path(folders[0]))
+    folder = Path(folders[0])
+    record = read_record(folder)
+    found = check_images(folder, record) if "images" in record else check_conversion(folder)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
@@ -192,10 +206,15 @@ def _tell(record: dict[str, Any], out: Path, dry_run: bool, as_json: bool) -> No
         return
     from rich.console import Console
 
+    from manyheads.convert.pictures import table as of_images
     from manyheads.convert.table import table
+    from manyheads.runs.tables import rich_table
 
     console = Console()
-    console.print(table(record["rows"]))
+    rows = record["rows"]
+    console.print(rich_table(*of_images(rows), range(7)) if "images" in record else table(rows))
+    if "images" in record:
+        console.print(f"on {record['images']['count']} of {record['images']['what']}", markup=False)
     console.print(f"{'measured' if dry_run else 'written'}: {out}", markup=False)
 
 

@@ -92,6 +92,14 @@ def _without_weights(model: Any, share: float) -> Any:
 
 
 def _without_heads(model: Any, share: float) -> Any:
+    kept = kept_heads(model, share)
+    _cut(model, kept)
+    model.config.heads_kept = [len(row) for row in kept]
+    return model
+
+
+def kept_heads(model: Any, share: float) -> list[list[int]]:
+    """Of every block, the heads that stay when a share of all goes."""
     scores = block_head_scores(model)
     count, least = sum(map(len, scores)), len(scores)
     if round(share * count) > count - least:
@@ -99,10 +107,7 @@ def _without_heads(model: Any, share: float) -> Any:
             f"share={share}: {round(share * count)} of {count} heads in {least} blocks, each of which keeps one; want "
             f"{(count - least) / count:.3f} at most"
         )
-    kept = [[h for h, lost in enumerate(row.tolist()) if not lost] for row in _least(scores, share)]
-    _cut(model, kept)
-    model.config.heads_kept = [len(row) for row in kept]
-    return model
+    return [[h for h, lost in enumerate(row.tolist()) if not lost] for row in _least(scores, share)]
 
 
 def _least(scores: list[Tensor], share: float) -> list[Tensor]:

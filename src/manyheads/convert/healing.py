@@ -1,6 +1,7 @@
 """Some training after a conversion: windows of text, half of them ending in a hidden key.
 
-AdamW, half a cosine after a short warm-up, gradients clipped to 1; the same seed gives the same batches.
+AdamW, half a cosine after a short warm-up, gradients clipped to 1; the same seed gives the same batches. Processes that
+were launched together share the rows of each step (`ranks`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from manyheads.convert.adapters import adapted, check_reached
 from manyheads.convert.keeping import Keeping, facts, kept_file
 from manyheads.convert.lessons import LESSONS, Lesson
 from manyheads.convert.loop import take_steps
+from manyheads.convert.ranks import Ranks
 from manyheads.hosts.questions import Questions
 from manyheads.runs.steps import Tell, silent
 
@@ -93,16 +95,21 @@ def _train(
     keeping: Keeping | None,
     tell: Tell,
 ) -> None:
+    ranks = Ranks.here()
+    ranks.check(plan.batch)
+    ranks.alike(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.rate, betas=(0.9, 0.95), weight_decay=0.0)
 
     def learn(step: int) -> float:
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * _share(step, plan.steps)
-        loss = lesson(batch(questions, plan, step).to(model.device))
+        loss = lesson(ranks.own(batch(questions, plan, step)).to(model.device))
         loss.backward()
         check_reached(model)
-        return float(loss.detach())
+        told = loss.detach().clone()
+        ranks.average([told, *(p.grad for p in trained)])
+        return float(told)
 
     model.train()
     take_steps(model, optimizer, plan.steps, learn, seed=plan.seed, keeping=keeping, tell=tell)

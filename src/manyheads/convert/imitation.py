@@ -8,7 +8,8 @@ weights  mean over queries of - sum_j a'_ij log a_ij, the cross-entropy of atten
 A prime marks softmax's. The last two train only what the host's weights do not fill: feature maps, factors; the rest
 stays as it is, as in the released code of LoLCATs. Inputs are those of the unchanged host, so that no layer sees
 another's errors: a step is one pass of the host without gradients, up to the last of the chosen layers' attention, and
-each mechanism's own pass and gradients. No logits are made, and none flow through the trunk.
+each mechanism's own pass and gradients. No logits are made, and none flow through the trunk; queries, keys and values
+that host and mechanism project alike, by weights that stay, are the host's pass' own.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from manyheads.runs.steps import Tell, silent
 
 
 class Seen(NamedTuple):
-    """One pass of the layer that is learnt from: x and its output [b, n, e], its heads' outputs [b, n, h d]."""
+    """One pass of the layer that is learnt from: x and its output [b, n, e], its heads' outputs [b, n, h d]; what its
+    projections gave, of those that the mechanism has too."""
 
     x: Tensor
     output: Tensor
     heads: Tensor
+    projected: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,45 @@ def _fits(name: str, ours: Tensor, theirs: Tensor) -> bool:
     return ours.shape == theirs.shape or (repeated and ours.shape[1:] == theirs.shape[1:])
 
 
+def same_projections(learner: Any, teacher: Any, trained: Sequence[nn.Parameter]) -> tuple[str, ...]:
+    """Which projections of queries, keys and values are linear, the same in both, and not trained."""
+    learning = {id(parameter) for parameter in trained}
+    found = []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        ours, theirs = getattr(learner, name, None), getattr(teacher, name, None)
+        if not (type(ours) is type(theirs) is nn.Linear) or any(id(p) in learning for p in ours.parameters()):
+            continue
+        mine, other = ours.state_dict(), theirs.state_dict()
+        if mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine):
+            found.append(name)
+    return tuple(found)
+
+
+@contextmanager
+def _recalled(learner: Any, seen: Seen) -> Iterator[None]:
+    """Inside, projections of `seen.x` are what the teacher's were; those of anything else are computed."""
+
+    def either(x: Tensor, linear: nn.Linear, output: Tensor) -> Tensor:
+        return output if x is seen.x else nn.functional.linear(x, linear.weight, linear.bias)
+
+    linears = {name: getattr(learner, name) for name in seen.projected}
+    for name, linear in linears.items():
+        linear.forward = partial(either, linear=linear, output=seen.projected[name])
+    try:
+        yield
+    finally:
+        for linear in linears.values():
+            del linear.forward
+
+
+class _Pair(NamedTuple):
+    """A mechanism, the softmax attention that it learns from, and the projections that both have."""
+
+    learner: Any
+    teacher: Any
+    same: tuple[str, ...]
+
+
 def transfer(
     made: Any,
     model: Any,
@@ -159,8 +201,12 @@ def transfer(
     teacher = hosted(model).requires_grad_(False)
     stack = teacher.model.stack
     stack.layers = stack.layers[: max(layers) + 1]
-    pairs = {i: (made.model.stack.layers[i].self_attn.mechanism, stack.layers[i].self_attn.mechanism) for i in layers}
-    weights = [p for learner, softmax in pairs.values() for p in learnt(learner, softmax, measure)]
+    both = {i: [own.layers[i].self_attn.mechanism for own in (made.model.stack, stack)] for i in layers}
+    weights = [p for learner, softmax in both.values() for p in learnt(learner, softmax, measure)]
+    pairs = {
+        i: _Pair(learner, softmax, same_projections(learner, softmax, weights))
+        for i, (learner, softmax) in both.items()
+    }
     rate = measure.rate if rate is None else rate
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     keeping = None
@@ -168,8 +214,8 @@ def transfer(
         text = json.dumps([list(row) for row in rows])
         plan = {"layers": list(layers), "steps": steps, "loss": loss, "rate": rate}
         keeping = Keeping(kept_file(keep), facts(made, model, text, plan))
-    for learner, _ in pairs.values():
-        learner.train()
+    for pair in pairs.values():
+        pair.learner.train()
     with _only(made, weights):
         learn = partial(_learn, teacher, pairs, measure, rows)
         losses = take_steps(made, optimizer, steps, learn, seed=0, keeping=keeping, tell=tell)
@@ -177,15 +223,14 @@ def transfer(
     return losses
 
 
-def _learn(
-    teacher: Any, pairs: Mapping[int, tuple[Any, Any]], measure: Loss, rows: Sequence[Sequence[int]], step: int
-) -> float:
+def _learn(teacher: Any, pairs: Mapping[int, _Pair], measure: Loss, rows: Sequence[Sequence[int]], step: int) -> float:
     """The gradients of one step. Layers do not see each other, so that each has its own backward and one graph at a
     time is held."""
     ids = torch.tensor([list(rows[step % len(rows)])], device=teacher.device)
-    seen, total = _seen(teacher, {i: softmax for i, (_, softmax) in pairs.items()}, ids), 0.0
-    for i, (learner, softmax) in pairs.items():
-        apart = measure.apart(learner, softmax, seen[i])
+    seen, total = _seen(teacher, pairs, ids), 0.0
+    for i, pair in pairs.items():
+        with _recalled(pair.learner, seen[i]):
+            apart = measure.apart(pair.learner, pair.teacher, seen[i])
         (apart / len(pairs)).backward()
         total += float(apart.detach()) / len(pairs)
     return total
@@ -206,20 +251,27 @@ def _only(made: Any, weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _seen(teacher: Any, mechanisms: Mapping[int, Any], ids: Tensor) -> dict[int, Seen]:
+def _seen(teacher: Any, pairs: Mapping[int, _Pair], ids: Tensor) -> dict[int, Seen]:
     """What each of the host's layers saw and gave, in one pass that ends behind the last of them."""
     found: dict[int, Seen] = {}
     heads: dict[int, Tensor] = {}
+    projected: dict[int, dict[str, Tensor]] = {i: {} for i in pairs}
 
     def saw(at: int, module: Any, args: Any, result: Any) -> None:
-        found[at] = Seen(args[0], result.output, heads[at])
-        if len(found) == len(mechanisms):
+        found[at] = Seen(args[0], result.output, heads[at], projected[at])
+        if len(found) == len(pairs):
             raise _Enough
 
+    def gave(at: int, name: str, module: Any, args: Any, output: Tensor) -> None:
+        projected[at][name] = output
+
     with ExitStack() as stack:
-        for i, mechanism in mechanisms.items():
-            stack.enter_context(before_joining(mechanism, partial(heads.__setitem__, i)))
-            stack.callback(mechanism.register_forward_hook(partial(saw, i)).remove)
+        for i, pair in pairs.items():
+            for name in pair.same:
+                linear = getattr(pair.teacher, name)
+                stack.callback(linear.register_forward_hook(partial(gave, i, name)).remove)
+            stack.enter_context(before_joining(pair.teacher, partial(heads.__setitem__, i)))
+            stack.callback(pair.teacher.register_forward_hook(partial(saw, i)).remove)
         with suppress(_Enough):
             teacher.model(ids, use_cache=False)
     return found

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from manyheads.convert.ranks import is_first
 from manyheads.runs.files import write_atomically
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -27,6 +28,8 @@ class Keeping:
         """state: of the optimizer, empty where no step follows."""
         from safetensors.torch import save
 
+        if not is_first():
+            return
         tensors = {f"buffer.{name}": buffer.contiguous() for name, buffer in model.named_buffers()}
         for name, parameter in _trained(model):
             tensors[f"model.{name}"] = parameter.detach().contiguous()
@@ -82,4 +85,5 @@ def kept_file(keep: Path) -> Path:
 
 
 def forget(keep: Path) -> None:
-    kept_file(keep).unlink(missing_ok=True)
+    if is_first():
+        kept_file(keep).unlink(missing_ok=True)

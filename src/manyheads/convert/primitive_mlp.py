@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from manyheads.models.layers import ExpertMLP
+from manyheads.models.feed_forward import ExpertMLP
 
 NOISE = 0.5
 
@@ -18,7 +18,7 @@ class PrimitiveMLP(ExpertMLP):
 
     latencies: tuple[float, float]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kinds: Tensor | None = None) -> Tensor:
         x = self.norm(x)
         rows = x.flatten(0, -2)
         scores = self._scores(rows)

@@ -71,7 +71,7 @@ def primitive_mixture(
 
 def settled_mixture(model: Any) -> Any:
     """The same in plain layers of the class that opens again, with the rounded weights in place of the free ones."""
-    from manyheads.models.layers import ExpertMLP
+    from manyheads.models.feed_forward import ExpertMLP
 
     made = _plain(model)
     for layer in made.model.stack.layers:

@@ -10,10 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from manyheads.convert.damage import Judge, Sizes, calibration_rows
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.keeping import forget
 from manyheads.convert.method import Method, Rows, prove
+from manyheads.convert.ranks import is_first
 from manyheads.convert.report import AFTER, CONTROL, HEALED, ORIGINAL, TAUGHT
 from manyheads.convert.saving import check_target, narrowed, save_conversion, stored_dtype, write_record
 from manyheads.hosts.fingerprint import fingerprint
@@ -44,45 +47,95 @@ class Plan:
             raise ValueError(f"--max-damage {self.max_damage}: want bits per token, 0 or more")
 
 
-def run_conversion(
-    loaded: Loaded,
-    method: Method,
-    plan: Plan,
-    measured_on: Questions,
-    trained_on: Questions,
-    out: Path,
-    *,
-    write: bool = True,
-    teacher: Any = None,
-) -> dict[str, Any]:
-    """Converts, measures, heals and writes; returns the record. write: False measures and writes no weights. teacher:
-    a model for the forms of healing that have one; the source without it."""
+def run_conversion(made: Conversion, out: Path, *, write: bool = True) -> dict[str, Any]:
+    """Converts, measures, heals and writes; returns the record. write: False measures and writes no weights."""
+    loaded, method, plan = made.loaded, made.method, made.plan
     check_target(out, loaded.where)
     if write and len(plan.values) != 1:
         given = ",".join(map(str, plan.values))
         raise ValueError(f"{method.knob} {given}: several are measured with --dry-run only")
-    method.check_loaded(loaded)
-    for value in plan.values:
-        method.check(loaded.model, value)
-    judge = Judge(loaded, measured_on, plan.sizes)
-    rows = calibration_rows(trained_on, plan.tokens, min(plan.sizes.length, plan.tokens)) if method.calibrated else []
-    identities = prove(method, loaded.model, plan.values, rows)
-    run = _Run(loaded, judge, trained_on, out)
+    identities = prove(method, loaded.model, plan.values, made.rows)
+    run = made.begin(out)
     try:
-        made = _convert(run, method, plan, rows, teacher, write)
-        record = {**_record(loaded, method, plan, run.lines), "identities": identities}
-        if write:
-            stored = narrowed(method.settled(made), plan.dtype or stored_dtype(loaded))
+        converted = _convert(run, made, write)
+        record = {**made_record(made, run.lines), "identities": identities}
+        if not is_first():
+            allow(plan, run.lines, "nothing is written")
+        elif write:
+            stored = narrowed(method.settled(converted), plan.dtype or stored_dtype(loaded))
             save_conversion(stored, loaded, out, record)
         else:
             out.mkdir(parents=True, exist_ok=True)
             write_record(out, record)
-            _allow(plan, run.lines, f"what was measured is in {out}")
+            allow(plan, run.lines, f"what was measured is in {out}")
     except Damaged:
         run.forget()
         raise
     run.forget()
     return record
+
+
+class Conversion:
+    """A method on a model, with what it is measured and taught on; ValueError where it does not fit.
+
+    others: models beside the source on which the result depends."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        method: Method,
+        plan: Plan,
+        measured_on: Questions,
+        trained_on: Questions,
+        teacher: Any = None,
+        others: Sequence[Any] = (),
+    ) -> None:
+        method.check_loaded(loaded)
+        for value in plan.values:
+            method.check(loaded.model, value)
+        self.loaded, self.method, self.plan, self.teacher = loaded, method, plan, teacher
+        self.measured_on, self.trained_on = measured_on, trained_on
+        self.models = [loaded.model, *([] if teacher is None else [teacher]), *others]
+        self.judge = Judge(loaded, measured_on, plan.sizes)
+        length = min(plan.sizes.length, plan.tokens)
+        self.rows: Rows = calibration_rows(trained_on, plan.tokens, length) if method.calibrated else []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**asdict(self.plan), **self.method.settings}
+
+    def begin(self, out: Path) -> _Run:
+        return _Run(self.loaded, self.judge, self.trained_on, out)
+
+    def original(self, run: _Run) -> Any:
+        run.measure(self.loaded.model, "original", ORIGINAL, None)
+        return self.loaded.model
+
+    def value(self, run: _Run, value: int) -> Any:
+        """The model made with one value of the knob, taught and healed; every line is measured on the way."""
+        source, method, plan = self.loaded.model, self.method, self.plan
+        made = method.make(source, value, self.rows)
+        run.measure(made, method.title(value), AFTER, value)
+        if method.lesson is not None:
+            taught = partial(method.lesson, made, source, run.text, self.rows)
+            made = run.train(f"{TAUGHT} {method.name} {value}", taught)
+            run.measure(made, f"{method.title(value)}, {TAUGHT}", TAUGHT, value)
+        if plan.healing is not None:
+            made = run.heal(made, plan.healing, self.teacher, f"{HEALED} {method.name} {value}")
+            run.measure(made, f"{method.title(value)}, {HEALED}", HEALED, value)
+        return made
+
+    def control(self, run: _Run, value: int) -> None:
+        """What the method compares its healing with, where it has that."""
+        control = self.method.control(self.loaded.model, value, self.plan.healing)
+        if control is not None:
+            title, model, training = control
+            run.measure(run.heal(model, training, self.teacher, "trained control"), title, CONTROL, None)
+
+
+def _progress() -> Progress:
+    """Of processes that were launched together the first one tells."""
+    return Progress() if is_first() else Progress(Console(quiet=True))
 
 
 @dataclass
@@ -93,7 +146,7 @@ class _Run:
     judge: Judge
     text: Questions
     out: Path
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress = field(default_factory=_progress)
     lines: list[dict[str, Any]] = field(default_factory=list)
     kept: list[Path] = field(default_factory=list)
 
@@ -118,30 +171,18 @@ class _Run:
             forget(keep)
 
 
-def _convert(run: _Run, method: Method, plan: Plan, rows: Rows, teacher: Any, write: bool) -> Any:
+def _convert(run: _Run, made: Conversion, write: bool) -> Any:
     """The last model made; every line is measured on the way."""
-    source = run.loaded.model
-    run.measure(source, "original", ORIGINAL, None)
-    made = source
-    for value in plan.values:
-        made = method.make(source, value, rows)
-        run.measure(made, method.title(value), AFTER, value)
-        if method.lesson is not None:
-            made = run.train(f"{TAUGHT} {method.name} {value}", partial(method.lesson, made, source, run.text, rows))
-            run.measure(made, f"{method.title(value)}, {TAUGHT}", TAUGHT, value)
-        if plan.healing is not None:
-            made = run.heal(made, plan.healing, teacher, f"{HEALED} {method.name} {value}")
-            run.measure(made, f"{method.title(value)}, {HEALED}", HEALED, value)
+    found = made.original(run)
+    for value in made.plan.values:
+        found = made.value(run, value)
         if write:
-            _allow(plan, run.lines, "nothing is written")
-    control = method.control(source, plan.values[-1], plan.healing)
-    if control is not None:
-        title, model, training = control
-        run.measure(run.heal(model, training, teacher, "trained control"), title, CONTROL, None)
-    return made
+            allow(made.plan, run.lines, "nothing is written")
+    made.control(run, made.plan.values[-1])
+    return found
 
 
-def _allow(plan: Plan, lines: Sequence[dict[str, Any]], then: str) -> None:
+def allow(plan: Plan, lines: Sequence[dict[str, Any]], then: str) -> None:
     """Damaged where a value's last line lost too much. What is no number is too much."""
     if plan.max_damage is None:
         return
@@ -152,14 +193,15 @@ def _allow(plan: Plan, lines: Sequence[dict[str, Any]], then: str) -> None:
             raise Damaged(f"{line['title']}: {cost:.3f} bits per token lost, {given}: {then}")
 
 
-def _record(loaded: Loaded, method: Method, plan: Plan, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def made_record(made: Conversion, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    method, loaded = made.method, made.loaded
     return {
-        "title": "; ".join(method.title(value) for value in plan.values),
+        "title": "; ".join(method.title(value) for value in made.plan.values),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": asdict(fingerprint(loaded.model, loaded.name)),
         "method": method.name,
         "knob": method.knob,
-        "settings": {**asdict(plan), **method.settings},
+        "settings": made.settings,
         "rows": list(lines),
         "environment": environment(),
     }

@@ -38,8 +38,17 @@ def check_target(out: Path, source: str | None = None) -> None:
         raise ValueError(f"--out {out} is the folder of the model that is converted: give another one")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file() and not _is_sweep(out):
         raise ValueError(f"--out {out} holds files that are no conversion: give a new or an empty folder")
+
+
+def _is_sweep(out: Path) -> bool:
+    """Whether a sweep of ours was stopped in this folder."""
+    try:
+        held = read_json(out / "experiment.json")["experiment"]
+        return bool(held["verb"] == "convert")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def save_conversion(model: Any, loaded: Loaded, out: Path, record: Mapping[str, Any]) -> None:

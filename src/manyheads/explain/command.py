@@ -48,6 +48,9 @@ def page(
     ] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only this attribution; may be repeated.")] = None,
     layers: Annotated[str | None, typer.Option(help="Only these layers: 0,3 or 2-5.")] = None,
+    stage: Annotated[
+        int | None, typer.Option(help="Of a picture: Grad-CAM on this stage, or layer on one grid, from 0 on.")
+    ] = None,
     heads: Annotated[bool, typer.Option("--heads/--no-heads", help="Score all heads by the detectors.")] = True,
     thorough: Annotated[
         bool, typer.Option("--thorough", help="All samples and steps, however long a large model takes.")
@@ -65,6 +68,8 @@ def page(
     if len(given) == 0 or given[:2] == ["--text", "--file"]:
         raise ValueError(f"give one of --text, --file and --image; got {', '.join(given) or 'none'}")
     content = read_text(file, most=MOST_TEXT, what="--file") if file is not None else text
+    if stage is not None and (image is None or content is not None):
+        raise ValueError("--stage goes with --image alone: it is a stage of a model that classifies pictures")
     if image is not None and content is not None:
         if method or target is not None:
             raise ValueError("--method and --target do not go with a picture and a text: the answer is explained")
@@ -81,7 +86,7 @@ def page(
                 raise ValueError(f"{loaded.name} draws what a caption says: give --text, without --method and --target")
             found, printed = explain_drawing(loaded, content, layers=_numbers(layers), progress=tell), print_drawing
         elif image is not None:
-            found = explain_image(loaded, image, progress=tell, **shared)
+            found = explain_image(loaded, image, stage=stage, progress=tell, **shared)
         else:
             assert content is not None
             found = explain_text(loaded, content, heads=heads, progress=tell, thorough=thorough, **shared)

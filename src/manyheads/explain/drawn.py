@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,7 +69,8 @@ def drawn_maps(
     model: Any, caption: str, *, layers: Sequence[int] | None = None, steps: int = 20, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float]]:
     """pictures [steps + 1, height, width, c], guesses [steps, ...] of what they become, x - t v; maps [steps, layers,
-    heads, words, rows, columns], the caption's own cross attention; times."""
+    heads, words, rows, columns], the caption's own cross attention, maps of a UNet's smaller layers repeated to the
+    size of its largest; times."""
     chosen = choose(model, layers, kind="cross")
     maps: list[list[Tensor]] = [[] for _ in range(steps)]
     pictures: list[Tensor] = []
@@ -76,7 +78,9 @@ def drawn_maps(
     times: list[float] = []
 
     def read(call: Any) -> None:
-        maps[model.step.index].append(opened(call, "word maps").weights()[model.step.conditional][0].float())
+        own = opened(call, "word maps").weights()[model.step.conditional][0].float()
+        side = math.isqrt(own.shape[1])
+        maps[model.step.index].append(own.transpose(1, 2).unflatten(2, (side, -1)))
 
     def guess(velocity: Tensor, told: Tensor, now: Tensor, step: Any) -> Tensor:
         pictures.append(now[0])
@@ -92,11 +96,19 @@ def drawn_maps(
         model.corrections().remove(guess)
     if any(len(own) != len(chosen) for own in maps):
         raise ValueError(f"{type(model).__name__} attends more than once in a layer and step: no one map is its word's")
-    joined = torch.stack([torch.stack(own) for own in maps]).transpose(-1, -2)
-    side = int(joined.shape[-1] ** 0.5)
+    joined = torch.stack([_of_one_size(own) for own in maps])
     last = (torch.stack(own).permute(0, 2, 3, 1).float().numpy() for own in (pictures, guesses))
     drawn, guessed = last
-    return drawn, guessed, joined.unflatten(-1, (side, -1)).numpy(), times
+    return drawn, guessed, joined.numpy(), times
+
+
+def _of_one_size(maps: list[Tensor]) -> Tensor:
+    """Maps [heads, words, rows, columns] of layers -> [layers, ...], smaller ones repeated to the largest's size: a
+    patch's shares of words stay what they are."""
+    side = max(own.shape[-1] for own in maps)
+    return torch.stack(
+        [own.repeat_interleave(side // own.shape[-1], -1).repeat_interleave(side // own.shape[-1], -2) for own in maps]
+    )
 
 
 def _rounded(values: np.ndarray) -> Any:

@@ -132,13 +132,15 @@ def explain_image(
     methods: Sequence[str] | None = None,
     target: str | None = None,
     layers: Sequence[int] | None = None,
+    stage: int | None = None,
     page_mb: float = 48,
     progress: Progress = lambda what, share: None,
 ) -> Explanation:
     """The same of a picture, for a vision model with patches: maps over the image instead of coloured tokens. Of one
-    that attends nowhere (ResNet, ConvNeXt) only maps."""
+    that attends nowhere (ResNet, ConvNeXt), or whose layers see one grid, only maps. stage: Grad-CAM on this stage, and
+    only that; of a model whose patches stand in one grid, on this layer."""
     from manyheads.explain.hierarchies import is_hierarchy, views_of
-    from manyheads.explain.pictures import attends, maps_over
+    from manyheads.explain.pictures import attends, maps_over, on_grids
     from manyheads.explain.views import Panel, read_store, view_heads, view_image, view_maps
     from manyheads.explain.views import view_model as picture_of_all
 
@@ -149,10 +151,13 @@ def explain_image(
     chosen = _target(loaded, target, answer)
     best = f"; the model's answer: {answer[0]['name']} ({answer[0]['probability']:.1%})" if answer else ""
     report = {"model": _identity(loaded), "image": Path(path).name, "answer": answer, "target": chosen}
-    if not attends(loaded.model):
+    if stage is not None or on_grids(loaded.model) or not attends(loaded.model):
         if layers is not None:
-            raise ValueError(f"{loaded.name} attends nowhere: it has no --layers to choose from")
-        found = {name: own.float().numpy() for name, own in maps_over(loaded.model, inputs, chosen, methods).items()}
+            why = "attends nowhere, or on grids only" if stage is None else "is explained by one --stage"
+            raise ValueError(f"{loaded.name} {why}: it has no --layers to choose from")
+        over = maps_over(loaded.model, inputs, chosen, methods, stage)
+        found = {name: own.float().numpy() for name, own in over.items()}
+        report |= {} if stage is None else {"stage": stage}
         report["maps"] = _maps_in_digits(found)
         progress("done", 1.0)
         note = f"{image.width} x {image.height} pixels{best}."
@@ -161,7 +166,7 @@ def explain_image(
         )
     progress("attention of every head", 0.2)
     if is_hierarchy(loaded.model):
-        views, report["stages"], maps = views_of(loaded.model, inputs, image, methods, layers, page_mb)
+        views, report["stages"], maps = views_of(loaded.model, inputs, image, methods, layers, page_mb, chosen)
         report["maps"] = _maps_in_digits(maps)
         progress("done", 1.0)
         note = f"{image.width} x {image.height} pixels, as the model gets them{best}."

@@ -201,19 +201,26 @@ def views_of(
     methods: Sequence[str] | None,
     layers: Sequence[int] | None,
     page_mb: float,
+    target: int | None = None,
 ) -> tuple[list[View], list[dict[str, Any]], dict[str, Any]]:
-    """The maps over the image, then the heads of the layers of each size; what each layer is; and the maps. ValueError
-    where another method than rollout is asked for."""
+    """The maps over the image, then the heads of the layers of each size; what each layer is; and the maps. Of a model
+    of this package Grad-CAM is one of them, where there is a target. ValueError where another method is asked for."""
+    from manyheads.explain.pictures import CAMS, maps_over
     from manyheads.explain.views import AttentionStore, Panel, view_heads, view_image
 
-    others = [name for name in methods or () if name != "rollout"]
+    cams = list(CAMS) if _is_staged(model) else []
+    others = [name for name in methods or () if name not in ("rollout", *cams)]
     if others:
+        there = "rollout alone" if not cams else ", ".join(["rollout", *cams])
         raise ValueError(
-            f"--method {others[0]}: of a model with grids of several sizes there is rollout alone, and what each layer "
-            "sees"
+            f"--method {others[0]}: of {type(model).__name__}, with grids of several sizes, there is {there}, and what "
+            "each layer sees"
         )
     found = grid_layers(model, inputs, layers)
     maps = {name: own.float().numpy() for name, own in maps_of_layers(found).items()}
+    wanted = [name for name in (methods or cams[:1]) if name in cams]
+    if wanted and (methods or target is not None):
+        maps |= {name: own.float().numpy() for name, own in maps_over(model, inputs, target, wanted).items()}
     views = [view_image(image, maps, title="What layers see")]
     alike: dict[tuple[int, int, int], list[GridLayer]] = {}
     for own in found:

@@ -63,4 +63,6 @@ class OffsetLogits(nn.Module):
         each = q.unflatten(-2, (self.block, self.block))
         rows = torch.einsum("...ijd,iad->...ija", each, self.height.to(q.dtype)[lag])
         columns = torch.einsum("...ijd,jcd->...ijc", each, self.width.to(q.dtype)[lag])
+        # In their own order: else so would the sum be, which is t wide, and would have to be copied.
+        rows, columns = rows.contiguous(), columns.contiguous()
         return (rows[..., :, None] + columns[..., None, :]).flatten(-2).flatten(-3, -2)

@@ -9,18 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyheads.functional.cells import shown
 from manyheads.functional.grouped import masked_softmax
 from manyheads.functional.multihead import Heads
 from manyheads.functional.weighted import FEW_KEYS, attend_weighted
 
 # Queries of a tile along an axis: a wider tile reads fewer keys twice, and more that its mask forbids.
 TILE = 8
+# Of how many layouts, and up to how many cells, the windows are kept: 6 MB each at most where a cell sees 7 x 7.
+KEPT, KEPT_CELLS = 32, 1 << 13
 
 
 @dataclass(frozen=True)
@@ -32,49 +36,79 @@ class Windows:
     keys: Tensor
     allowed: Tensor | None = None
 
+    @cached_property
+    def whole(self) -> tuple[bool, bool]:
+        """Whether every query, and every key, is a cell."""
+        return bool((self.queries >= 0).all()), bool((self.keys >= 0).all())
 
-@dataclass(frozen=True)
-class Axis:
-    """The same along one axis, in places of it."""
+    @cached_property
+    def blocked(self) -> Tensor | None:
+        """[w, 1, s, t] to be added to scores, -inf where a pair does not meet; None where all do. Queries that are no
+        cells, which nobody reads, may see everything, so that nothing is NaN."""
+        with torch.inference_mode(False):
+            allowed = _meeting(self)
+            if allowed is None:
+                return None
+            allowed = allowed.expand(-1, self.queries.shape[1], -1)
+            forbidden = ~(allowed | ~allowed.any(-1, keepdim=True))
+            return torch.zeros(forbidden.shape, device=forbidden.device).masked_fill(forbidden, -torch.inf)[:, None]
+
+
+class Axis(NamedTuple):
+    """How one axis is laid out: `lay` makes its queries, keys and what is allowed, in places of it, of `length` and
+    `sizes`."""
+
+    lay: Callable[..., Laid]
+    length: int
+    sizes: tuple[int, ...]
+
+
+class Laid(NamedTuple):
+    """The same as of `Windows`, along one axis."""
 
     queries: Tensor
     keys: Tensor
     allowed: Tensor | None = None
 
 
-def blocks(length: int, size: int, *, halo: int = 0, shift: int = 0, device: Any = None) -> Axis:
+def blocks(length: int, size: int, *, halo: int = 0, shift: int = 0) -> Axis:
     """Neighbouring places, `size` at a time, the first window beginning `shift` places before the axis; its keys are
     these and `halo` more on either side."""
+    return Axis(_blocks, length, (size, halo, shift))
+
+
+def _blocks(device: Any, length: int, size: int, halo: int, shift: int) -> Laid:
     starts = torch.arange(-shift, length, size, device=device)[:, None]
     queries = starts + torch.arange(size, device=device)
     keys = starts + torch.arange(-halo, size + halo, device=device)
-    return Axis(_inside(queries, length), _inside(keys, length))
+    return Laid(_inside(queries, length), _inside(keys, length))
 
 
-def spread(length: int, size: int, *, device: Any = None) -> Axis:
+def spread(length: int, size: int) -> Axis:
     """Windows of `size` places that span the axis, ceil(length / size) apart from each other."""
+    return Axis(_spread, length, (size,))
+
+
+def _spread(device: Any, length: int, size: int) -> Laid:
     step = -(-length // size)
     places = torch.arange(step, device=device)[:, None] + step * torch.arange(size, device=device)
-    return Axis(_inside(places, length), _inside(places, length))
+    return Laid(_inside(places, length), _inside(places, length))
 
 
-def taps(length: int, kernel: int, *, stride: int = 1, dilation: int = 1, device: Any = None) -> Axis:
+def taps(length: int, kernel: int, *, stride: int = 1, dilation: int = 1) -> Axis:
     """The places that a convolution reads for every stride-th place, half of an odd kernel before it; the queries are
     the same places, so that a cell is one of several windows."""
+    return Axis(_taps, length, (kernel, stride, dilation))
+
+
+def _taps(device: Any, length: int, kernel: int, stride: int, dilation: int) -> Laid:
     reach = dilation * (torch.arange(kernel, device=device) - (kernel - 1) // 2)
     places = _inside(torch.arange(0, length, stride, device=device)[:, None] + reach, length)
-    return Axis(places, places)
+    return Laid(places, places)
 
 
 def near(
-    length: int,
-    window: int,
-    *,
-    dilation: int = 1,
-    stride: int = 1,
-    causal: bool = False,
-    tile: int = TILE,
-    device: Any = None,
+    length: int, window: int, *, dilation: int = 1, stride: int = 1, causal: bool = False, tile: int = TILE
 ) -> Axis:
     """Of every place the `window` nearest ones of its residue modulo the dilation, in tiles of queries.
 
@@ -82,6 +116,10 @@ def near(
     the last place is the query's own, counted back from the last of the group). A residue with fewer places is seen
     whole.
     """
+    return Axis(_near, length, (window, dilation, stride, causal, tile))
+
+
+def _near(device: Any, length: int, window: int, dilation: int, stride: int, causal: bool, tile: int) -> Laid:
     longest = -(-length // dilation)
     tile = min(tile, longest)
     reach = min(tile + window - 1 + (0 if causal else stride - 1), longest)
@@ -90,7 +128,8 @@ def near(
         members = (length - residue - 1) // dilation + 1
         step = torch.arange(-(-members // tile) * tile, device=device).view(-1, tile)
         leader, first = _leaders(step.clamp(max=members - 1), members, window, stride, causal)
-        start = first.amin(1, keepdim=True)
+        # At the end moved inward, so that no key is a place that the axis lacks.
+        start = first.amin(1, keepdim=True).clamp(max=max(members - reach, 0))
         key = start + torch.arange(reach, device=device)
         seen = (key[:, None] >= first[..., None]) & (key[:, None] < first[..., None] + window)
         if causal:
@@ -99,7 +138,7 @@ def near(
         there = (key >= 0) & (key < members)
         keys.append(torch.where(there, residue + dilation * key, -1))
         allowed.append(seen & there[:, None])
-    return Axis(torch.cat(queries), torch.cat(keys), torch.cat(allowed))
+    return Laid(torch.cat(queries), torch.cat(keys), torch.cat(allowed))
 
 
 def _leaders(step: Tensor, members: int, window: int, stride: int, causal: bool) -> tuple[Tensor, Tensor]:
@@ -115,18 +154,33 @@ def _inside(places: Tensor, length: int) -> Tensor:
     return torch.where((places >= 0) & (places < length), places, -1)
 
 
-def windows_of(axes: Sequence[Axis], sizes: Sequence[int], key_sizes: Sequence[int] | None = None) -> Windows:
-    """The windows of a grid of these sizes whose axes are laid out so; keys may stand in a grid of other sizes."""
-    queries = _cells([axis.queries for axis in axes], sizes)
-    keys = _cells([axis.keys for axis in axes], sizes if key_sizes is None else key_sizes)
+def windows_of(
+    axes: Sequence[Axis], sizes: Sequence[int], key_sizes: Sequence[int] | None = None, *, device: Any = None
+) -> Windows:
+    """The windows of a grid of these sizes whose axes are laid out so; keys may stand in a grid of other sizes.
+
+    Those of small grids are kept for the next call: to lay them out takes as long as a third of the attention."""
+    if torch.compiler.is_compiling() or math.prod(sizes) > KEPT_CELLS or type(torch.empty(0)) is not Tensor:
+        return _windows(tuple(axes), tuple(sizes), None if key_sizes is None else tuple(key_sizes), device)
+    with torch.inference_mode(False):  # else what is kept could not be a part of a later pass with gradients
+        return _kept(tuple(axes), tuple(sizes), None if key_sizes is None else tuple(key_sizes), device)
+
+
+def _windows(axes: tuple[Axis, ...], sizes: tuple[int, ...], key_sizes: tuple[int, ...] | None, device: Any) -> Windows:
+    laid = [axis.lay(device, axis.length, *axis.sizes) for axis in axes]
+    queries = _cells([axis.queries for axis in laid], sizes)
+    keys = _cells([axis.keys for axis in laid], sizes if key_sizes is None else key_sizes)
     allowed: Tensor | None = None
-    if any(axis.allowed is not None for axis in axes):
-        for axis in axes:
+    if any(axis.allowed is not None for axis in laid):
+        for axis in laid:
             own = axis.allowed
             if own is None:
                 own = (axis.keys >= 0)[:, None].expand(-1, axis.queries.shape[1], -1)
             allowed = own if allowed is None else _crossed(allowed, own)
     return Windows(queries, keys, allowed)
+
+
+_kept = lru_cache(maxsize=KEPT)(_windows)
 
 
 def _crossed(one: Tensor, other: Tensor) -> Tensor:
@@ -152,10 +206,33 @@ def gathered(x: Tensor, cells: Tensor) -> Tensor:
 
 def put_back(parts: Tensor, windows: Windows, n: int) -> Tensor:
     """[.., w, s, d] -> [.., n, d], each cell from the window that it is a query of."""
+    return parts.flatten(-3, -2).index_select(-2, _places(windows, n))
+
+
+def _places(windows: Windows, n: int) -> Tensor:
+    """Where each of n cells stands among the queries of all windows, one behind the other."""
     flat = windows.queries.flatten()
     place = torch.arange(len(flat), device=flat.device)
-    where = place.new_zeros(n + 1).scatter(0, torch.where(flat < 0, n, flat), place)[:n]
-    return parts.flatten(-3, -2).index_select(-2, where)
+    return place.new_zeros(n + 1).scatter(0, torch.where(flat < 0, n, flat), place)[:n]
+
+
+def within_windows(
+    grid: Tensor, real: Tensor | None, window: int, attend: Callable[[Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """attend(grid, real) on each window x window square of [b, height, width, e] as a grid of its own, filled up with
+    padding at the rim, and back in place."""
+    sizes = grid.shape[1:3]
+    windows = windows_of([blocks(size, window) for size in sizes], sizes, device=grid.device)
+    cells = gathered(shown(grid, real).flatten(1, 2), windows.queries)
+    there: Tensor | None = None
+    if real is not None:
+        there = gathered(real.flatten(1)[..., None], windows.queries)[..., 0]
+    elif torch.compiler.is_compiling() or not windows.whole[0]:
+        there = (windows.queries >= 0).expand(cells.shape[:-1])
+    squares, seen = (t if t is None else t.flatten(0, 1).unflatten(1, (window, window)) for t in (cells, there))
+    assert squares is not None
+    found = attend(squares, seen).reshape(cells.shape)
+    return put_back(found, windows, math.prod(sizes)).unflatten(1, tuple(sizes))
 
 
 def added_up(parts: Tensor, cells: Tensor, n: int) -> Tensor:
@@ -183,32 +260,49 @@ def attend_windows(
     *,
     scale: float,
     real: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | Callable[[Tensor], Tensor] | None = None,
     zero_outside: bool = False,
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """q [b, h, n, d], k and v [b, h, m, d] -> [b, h, n, d] and the weights [b, h, n, m] where asked for.
 
-    real: [b, m], which cells are keys. bias: added to the scores, [h, s, t], or [b, h, w, s, t]. zero_outside: places
-    that the grid lacks are keys of zeros, with scores and weight, as in a padded convolution; else they are no keys.
-    Memory grows with n t. Rows with nothing to attend to are zero.
+    real: [b, m], which cells are keys. bias: added to the scores, [h, s, t], or what makes [w, b h, s, t] of the
+    windows' queries [w, b h, s, d]. zero_outside: places that the grid lacks are keys of zeros, with scores and weight,
+    as in a padded convolution; else they are no keys. Memory grows with n t. Rows with nothing to attend to are zero.
     """
-    b, h, n, _ = q.shape
-    m, count = k.shape[2], len(windows.queries)
-    queries = gathered(q.flatten(0, 1), windows.queries)
-    keys, values = (gathered(part.flatten(0, 1), windows.keys) for part in (k, v))
-    allowed = _allowed(windows, real, h, zero_outside)
-    if bias is None:
-        mixed, inner = attend_weighted(queries, keys, values, allowed, scale=scale, need_weights=need_weights)
+    (b, h, n, _), m = q.shape, k.shape[2]
+    whole = (False, False) if torch.compiler.is_compiling() else windows.whole
+    queries = _cut(q, windows.queries, whole[0])
+    keys, values = (_cut(part, windows.keys, whole[1]) for part in (k, v))
+    added = bias(queries) if callable(bias) else None if bias is None else bias.repeat(b, 1, 1)[None]
+    if need_weights or keys.shape[2] < FEW_KEYS or real is not None:
+        allowed = None if zero_outside and windows.allowed is None else _meeting(windows)
+        allowed = None if allowed is None else allowed[:, None]
+        if real is not None:
+            allowed = _seen(windows, real, h, zero_outside, allowed)
+        mixed, inner = _weighted(queries, keys, values, allowed, added, scale, need_weights)
     else:
-        bias = bias.to(q.dtype)
-        bias = bias.flatten(0, 1) if bias.ndim == 5 else bias.repeat(b, 1, 1)[:, None]
-        mixed, inner = _biased(queries, keys, values, allowed, bias, scale, need_weights)
-    output = put_back(mixed, windows, n).unflatten(0, (b, h))
+        blocked = None if zero_outside and windows.allowed is None else windows.blocked
+        mask = _sum(None if added is None else added.to(q.dtype), None if blocked is None else blocked.to(q.dtype))
+        mixed, inner = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale), None
+    flat = mixed.transpose(1, 2).flatten(0, 1).flatten(1)
+    output = flat.index_select(0, _places(windows, n)).view(n, b, h, -1).permute(1, 2, 0, 3)
     if inner is None:
         return output, None
-    inner = inner.view(b, h, count, *inner.shape[-2:])
-    return output, whole_weights(inner, windows, n, m)
+    return output, whole_weights(inner.unflatten(1, (b, h)).permute(1, 2, 0, 3, 4), windows, n, m)
+
+
+def _cut(x: Tensor, cells: Tensor, whole: bool) -> Tensor:
+    """x [b, h, n, d], cells [w, s] -> [w, b h, s, d]. A cell's features of all rows and heads are read at once, and one
+    mask of the windows serves all of them."""
+    b, h, n, d = x.shape
+    rows = x.permute(2, 0, 1, 3).reshape(n, b * h * d)
+    found = rows.index_select(0, cells.flatten()).unflatten(0, tuple(cells.shape)) if whole else gathered(rows, cells)
+    return found.unflatten(-1, (b * h, d)).transpose(1, 2)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other
 
 
 def attend_cells(
@@ -230,28 +324,31 @@ def attend_cells(
     return layer.join(mixed).unflatten(1, tuple(sizes)), weights
 
 
-def _allowed(windows: Windows, real: Tensor | None, heads: int, zero_outside: bool) -> Tensor | None:
-    """[1 or b h, w, 1 or s, t], or None for everything."""
-    allowed = None if windows.allowed is None else windows.allowed[None]
-    there = windows.keys >= 0
-    if not zero_outside and allowed is None:
-        # Traced, the layout is no number yet: a mask of what is there holds in any case.
-        allowed = None if not torch.compiler.is_compiling() and bool(there.all()) else there[None, :, None]
-    if real is None:
-        return allowed
+def _meeting(windows: Windows) -> Tensor | None:
+    """[w, s or 1, t], which pairs meet, keys that are no cells meeting none; None for all."""
+    # Traced, the layout is no number yet: a mask of what is there holds in any case.
+    if windows.allowed is not None:
+        return windows.allowed
+    if not torch.compiler.is_compiling() and windows.whole[1]:
+        return None
+    return (windows.keys >= 0)[:, None]
+
+
+def _seen(windows: Windows, real: Tensor, heads: int, zero_outside: bool, allowed: Tensor | None) -> Tensor:
+    """[w, b h, 1 or s, t]"""
     seen = gathered(real[..., None], windows.keys)[..., 0]
     if zero_outside:
-        seen = seen | ~there
-    seen = seen.repeat_interleave(heads, 0)[:, :, None]
+        seen = seen | (windows.keys < 0)
+    seen = seen.repeat_interleave(heads, 0).transpose(0, 1)[:, :, None]
     return seen if allowed is None else seen & allowed
 
 
-def _biased(
-    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, bias: Tensor, scale: float, need_weights: bool
+def _weighted(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, bias: Tensor | None, scale: float, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    if not need_weights and allowed is None and k.shape[2] >= FEW_KEYS:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
-    weights = masked_softmax((q * scale) @ k.transpose(-1, -2) + bias, allowed)
+    if bias is None:
+        return attend_weighted(q, k, v, allowed, scale=scale, need_weights=need_weights)
+    weights = masked_softmax((q * scale) @ k.transpose(-1, -2) + bias.to(q.dtype), allowed)
     return weights @ v, weights if need_weights else None
 
 

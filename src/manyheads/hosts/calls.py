@@ -54,13 +54,25 @@ class AttentionCall:
     ):
         self.site, self.query, self.key, self.value = site, query, key, value
         self._mask, self.causal, self._scoring = mask, causal, scoring
-        self.output: Tensor
+        self._output: Tensor | Callable[[], Tensor]
         # Whether the output keeps its gradient, which a tensor does not tell without a warning.
         self.keeps_gradient = False
         # Of the weights, in this pass.
         self.dropout = 0.0
         # A reader's notes on this call, which are there again when backward computes the layer anew.
         self.memo: dict[str, Any] = {}
+
+    @property
+    def output(self) -> Tensor:
+        """Computed when it is first asked for, where its maker left that open: a reader that puts another in its place
+        without a look at it then costs no second pass."""
+        if callable(self._output):
+            self._output = self._output()
+        return self._output
+
+    @output.setter
+    def output(self, value: Tensor | Callable[[], Tensor]) -> None:
+        self._output = value
 
     @property
     def layer(self) -> int:

@@ -21,7 +21,7 @@ def library_cache(model: Any) -> Any:
     if is_own(model):
         from manyheads.models import ManyheadsCache
 
-        return ManyheadsCache(len(model.decoder_stack.layers))
+        return ManyheadsCache(model.decoder_stack.memories)
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config.get_text_config(decoder=True))

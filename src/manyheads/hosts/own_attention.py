@@ -56,7 +56,7 @@ class _Ear:
             call.dropout = module.dropout.p if module.training else 0.0
             changed = reader(call)
             if changed is not None:
-                heads = fitting(changed, heads, site)
+                heads = fitting(changed, heads.shape, site)
         return (heads.transpose(1, 2).flatten(2), *output[1:])
 
 

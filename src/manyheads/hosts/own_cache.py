@@ -27,7 +27,12 @@ READ_BY_SOFTMAX = {"project", "position", "output"}
 def own_windows(model: Any) -> list[int | None]:
     """Per layer the window of its scores, None without one; a ValueError that names the first layer of which a policy
     could not choose what stays."""
-    found = []
+    found: list[int | None] = []
+    if own := model.decoder_stack.own:
+        raise ValueError(
+            f"{type(model).__name__}: remembers more than its layers do ({', '.join(own)}), so that no policy can "
+            "choose what of it stays; shrink a model without `back`, and with positions of one count"
+        )
     for i, block in enumerate(model.decoder_stack.layers):
         mixer: Any = block.self_attn
         why = _obstacle(mixer)

@@ -41,12 +41,16 @@ class Trial:
 
 
 class Questions:
-    """text: what filler and windows are taken from; held-out sources of the standard library unless given."""
+    """text: what filler and windows are taken from; held-out sources of the standard library unless given. turn: ids
+    that stand before and behind all text, as a chat template has them around what a user says: questions follow."""
 
-    def __init__(self, loaded: Loaded, *, text: str | None = None, where: str = "the text", seed: int = 0) -> None:
+    def __init__(
+        self, loaded: Loaded, *, text: str | None = None, where: str = "the text", seed: int = 0,
+        turn: tuple[list[int], list[int]] | None = None,
+    ) -> None:  # fmt: skip
         if text is not None and not text.strip():
             raise ValueError(f"{where} is empty: give a file with some text")
-        self.loaded, self.where, self.seed = loaded, where, seed
+        self.loaded, self.where, self.seed, self.turn = loaded, where, seed, turn
         self.text = held_out() if text is None else text[:_TEXT]
 
     def passkey(self, length: int, depth: float, number: int) -> Trial:
@@ -104,7 +108,7 @@ class Questions:
 
     def _spare(self, length: int, parts: Sequence[tuple[list[int], list[int], list[int]]]) -> int:
         """Tokens of filler."""
-        taken = len(self._lead) + sum(map(len, (ids for part in parts for ids in part)))
+        taken = len(self._lead) + len(self._behind) + sum(map(len, (ids for part in parts for ids in part)))
         taken += (len(parts) - 1) * len(self._stop)
         if length - taken < len(parts):
             raise ValueError(f"--length {length} is too short for {len(parts)} keys: it takes at least {taken + 1}")
@@ -123,7 +127,7 @@ class Questions:
         for cut, (statement, _, _) in zip(cuts, parts, strict=True):
             prefix += filler[before:cut] + statement
             before = cut
-        prefix += filler[before:]
+        prefix += filler[before:] + self._behind
         tail: list[int] = []
         answers = []
         for i in order:
@@ -151,11 +155,17 @@ class Questions:
 
     @cached_property
     def _lead(self) -> list[int]:
-        """The token that the tokenizer puts in front of every text, if it does."""
+        """The token that the tokenizer puts in front of every text, if it does; a turn's beginning."""
+        if self.turn is not None:
+            return self.turn[0]
         tokenizer = self.loaded.tokenizer
         if tokenizer is None or tokenizer.bos_token_id is None:
             return []
         return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+
+    @property
+    def _behind(self) -> list[int]:
+        return [] if self.turn is None else self.turn[1]
 
     @cached_property
     def _alike(self) -> list[str]:

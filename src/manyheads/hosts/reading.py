@@ -53,9 +53,9 @@ def reading(site: Site, reader: Reader) -> Iterator[None]:
         own.remove(entry)
 
 
-def fitting(changed: Tensor, output: Tensor, site: Site) -> Tensor:
-    if changed.shape != output.shape:
-        raise ValueError(f"{site.path}: a reader returned {tuple(changed.shape)}; the output is {tuple(output.shape)}")
+def fitting(changed: Tensor, wanted: torch.Size, site: Site) -> Tensor:
+    if changed.shape != wanted:
+        raise ValueError(f"{site.path}: a reader returned {tuple(changed.shape)}; the output is {tuple(wanted)}")
     return changed
 
 
@@ -113,7 +113,7 @@ class _Ear:
             call.output, call.memo = output, memo
             changed = reader(call)
             if changed is not None:
-                output = fitting(changed, output, site)
+                output = fitting(changed, output.shape, site)
         return output
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Result) -> Result:

@@ -167,12 +167,24 @@ def load_seeing(name: str | Path | None = VLM, **options: Any) -> Seeing:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where} has no config that transformers reads: {error}") from error
+    _check_sight(str(name), config)
+    loaded = load_model(where, auto=SHAPE, **options)
+    return seen_by(Loaded(loaded.model, loaded.tokenizer, str(name), where))
+
+
+def seen_by(loaded: Loaded) -> Seeing:
+    """The same of a model that is there already, with the processor beside its weights."""
+    _check_sight(loaded.name, loaded.model.config)
+    if type(loaded.model).__name__ != SHAPE or loaded.where is None:
+        raise ValueError(f"{loaded.name} was opened as {type(loaded.model).__name__}: want a folder of a {SHAPE}")
+    return Seeing(loaded, _processor(loaded.where))
+
+
+def _check_sight(name: str, config: Any) -> None:
     if getattr(config, "vision_config", None) is None:
         raise ValueError(f"{name} is a {config.model_type}, which has no vision tower: give a {SHAPE}, or {VLM}")
     if config.model_type != "llava":
         raise ValueError(f"{name} is a {config.model_type}; pictures with text are read by a {SHAPE}, such as {VLM}")
-    loaded = load_model(where, auto=SHAPE, **options)
-    return Seeing(Loaded(loaded.model, loaded.tokenizer, str(name), where), _processor(where))
 
 
 def _processor(where: str) -> Any:

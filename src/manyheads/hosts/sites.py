@@ -45,12 +45,16 @@ def sites(model: nn.Module) -> list[Site]:
     if crossing:
         return crossing
     places = [
-        (path, module) for path, module in model.named_modules() if isinstance(module, Mechanism) or _dispatches(module)
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, Mechanism) or _dispatches(module) or by_processor(module)
     ]
+    # A UNet of diffusers runs its middle before its way up, and lists it after.
+    places.sort(key=lambda place: ".up_blocks." in f".{place[0]}." and by_processor(place[1]))
     if not places:
         raise ValueError(
             f"{type(model).__name__} has no attention that can be tapped: neither layers that use transformers' "
-            "attention interface nor manyheads mechanisms"
+            "attention interface, manyheads mechanisms, nor layers with diffusers' attention processors"
         )
     found: list[Site] = []
     counts: dict[tuple[str, str], int] = {}
@@ -65,6 +69,11 @@ def sites(model: nn.Module) -> list[Site]:
 def attends_alone(module: nn.Module) -> bool:
     """Whether the module is of LXMERT, which has attention of its own."""
     return type(module).__name__ == "LxmertAttention"
+
+
+def by_processor(module: nn.Module) -> bool:
+    """Whether the module is an attention layer of diffusers, which hands its passes to a processor."""
+    return type(module).__name__ == "Attention" and type(module).__module__.startswith("diffusers.")
 
 
 # Of LXMERT, in the order in which they run: what a path holds, the stack that reads, its kind, and the turn.
@@ -132,6 +141,8 @@ def _halves(path: str) -> str | None:
 
 
 def _by_sight(module: nn.Module) -> str:
+    if by_processor(module):
+        return "encoder"
     causal = module.causal if isinstance(module, Mechanism) else getattr(module, "is_causal", True)
     return "decoder" if causal else "encoder"
 

@@ -10,9 +10,9 @@ calls["layers.0"]                                # the same call, by a part of i
 
 A tap holds queries, keys, values and head outputs, never a matrix [n, m]: weights are computed on demand, for the heads
 and rows that are asked for, by the scores' own formula (scale, mask, soft cap, sinks, position bias). Works on every
-transformers model that uses the library's attention interface (decoders, encoders, both, vision), and on manyheads
-mechanisms: those whose heads are values summed by weights tell what they do inside, the others give their
-`need_weights`.
+transformers model that uses the library's attention interface (decoders, encoders, both, vision), on models of
+diffusers with their default attention processors, and on manyheads mechanisms: those whose heads are values summed by
+weights tell what they do inside, the others give their `need_weights`.
 
 Legend: b batch, h query heads, g KV heads, n queries, m keys, d key dim, e value dim.
 """
@@ -20,7 +20,7 @@ Legend: b batch, h query heads, g KV heads, n queries, m keys, d key dim, e valu
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from manyheads.hosts.attend import Scoring, masked_attention, pack
 from manyheads.hosts.calls import BLOCK_WEIGHTS, AttentionCall, Edit, MechanismCall
 from manyheads.hosts.own_attention import heard
+from manyheads.hosts.processors import processed
 from manyheads.hosts.reading import Reader, check_run, fitting, reading, readings, run_again_alike
-from manyheads.hosts.sites import Site, attends_alone, choose, sites
+from manyheads.hosts.sites import Site, attends_alone, by_processor, choose, sites
 from manyheads.hosts.switching import switched, uncompiled
 from manyheads.mechanism import Mechanism
 
@@ -75,7 +76,12 @@ def tap(
         stack_of.enter_context(run_again_alike(model))
         own = [site for site in chosen if attends_alone(site.module)]
         stack_of.enter_context(heard(model, own))
-        if any(not isinstance(site.module, Mechanism) for site in chosen if site not in own):
+        stack_of.enter_context(processed([site for site in chosen if by_processor(site.module)]))
+        if any(
+            not isinstance(site.module, Mechanism) and not by_processor(site.module)
+            for site in chosen
+            if site not in own
+        ):
             _register()
             stack_of.enter_context(switched(model, NAME))
         for site in chosen:
@@ -172,14 +178,34 @@ def _attention(
     mask = attention_mask
     if position_bias is not None:
         mask, causal = _biased(mask, position_bias, causal, query), False
-    output = _output(module, query, key, value, mask, dropout, causal, scoring)
-    for site, reader, memo in readings(module):
+    own = list(readings(module))
+
+    def make() -> Tensor:
+        return _output(module, query, key, value, mask, dropout, causal, scoring)
+
+    # A graph, drawn dropout and what several readers see have their place in time; a sole reader may leave it away.
+    if len(own) == 1 and not dropout and not torch.is_grad_enabled():
+        output = _read_once(own[0], AttentionCall(own[0][0], query, key, value, mask, causal, scoring), make)
+        return output.transpose(1, 2).contiguous(), None
+    output = make()
+    for site, reader, memo in own:
         call = AttentionCall(site, query, key, value, mask, causal, scoring)
         call.output, call.memo, call.dropout = output, memo, dropout
         changed = reader(call)
         if changed is not None:
-            output = fitting(changed, output, site)
+            output = fitting(changed, output.shape, site)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _read_once(reading: tuple[Site, Reader, dict[str, Any]], call: AttentionCall, make: Callable[[], Tensor]) -> Tensor:
+    """What the one reader makes of a call whose output is computed when it is asked for."""
+    site, reader, call.memo = reading
+    call.output = make
+    changed = reader(call)
+    if changed is None:
+        return call.output
+    shape = torch.Size((*call.query.shape[:3], call.value.shape[-1]))
+    return fitting(changed, shape, site)
 
 
 def _biased(mask: Tensor | None, bias: Tensor, causal: bool, query: Tensor) -> Tensor:

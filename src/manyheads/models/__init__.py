@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     )
     from manyheads.models.images import ManyheadsForImageClassification, ManyheadsForSemanticSegmentation
     from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
+    from manyheads.models.tagging import ManyheadsForTokenClassification
+    from manyheads.models.unet import DiffusionUNet, UNetConfig
 
 __all__ = [
     "DiffusionConfig",
     "DiffusionTransformer",
+    "DiffusionUNet",
     "ManyheadsBody",
     "ManyheadsCache",
     "ManyheadsConfig",
@@ -37,16 +40,24 @@ __all__ = [
     "ManyheadsForSemanticSegmentation",
     "ManyheadsForSeq2SeqLM",
     "ManyheadsForSequenceClassification",
+    "ManyheadsForTokenClassification",
     "ManyheadsModel",
     "ManyheadsPreTrainedModel",
     "ManyheadsSeq2SeqModel",
+    "UNetConfig",
 ]
+# Of the models that draw; all else is in auto.
+_ROOMS = {
+    "DiffusionConfig": "diffusion",
+    "DiffusionTransformer": "diffusion",
+    "DiffusionUNet": "unet",
+    "UNetConfig": "unet",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    where = "diffusion" if name.startswith("Diffusion") else "auto"
-    found = getattr(import_module(f"manyheads.models.{where}"), name)
+    found = getattr(import_module(f"manyheads.models.{_ROOMS.get(name, 'auto')}"), name)
     globals()[name] = found
     return found

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
 from manyheads.models.cache import ManyheadsCache
@@ -26,6 +27,7 @@ from manyheads.models.heads import (
 )
 from manyheads.models.images import ManyheadsForImageClassification, ManyheadsForSemanticSegmentation
 from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
+from manyheads.models.tagging import ManyheadsForTokenClassification
 
 __all__ = [
     "ManyheadsBody",
@@ -37,6 +39,7 @@ __all__ = [
     "ManyheadsForSemanticSegmentation",
     "ManyheadsForSeq2SeqLM",
     "ManyheadsForSequenceClassification",
+    "ManyheadsForTokenClassification",
     "ManyheadsModel",
     "ManyheadsPreTrainedModel",
     "ManyheadsSeq2SeqModel",
@@ -77,8 +80,10 @@ def _body(config: ManyheadsConfig) -> tuple[type[ManyheadsPreTrainedModel], dict
         )
     if config.is_encoder_decoder:
         return ManyheadsSeq2SeqModel, {}
-    classifier = ManyheadsForSequenceClassification
-    return ManyheadsModel, classifier.body if saved == classifier.__name__ else {}
+    over_text = {
+        cls.__name__: cls.body for cls in (ManyheadsForSequenceClassification, ManyheadsForTokenClassification)
+    }
+    return ManyheadsModel, over_text.get(saved, {})
 
 
 AutoConfig.register("manyheads", ManyheadsConfig, exist_ok=True)
@@ -86,6 +91,7 @@ AutoModel.register(ManyheadsConfig, ManyheadsBody, exist_ok=True)
 AutoModelForCausalLM.register(ManyheadsConfig, ManyheadsForCausalLM, exist_ok=True)
 AutoModelForSeq2SeqLM.register(ManyheadsConfig, ManyheadsForSeq2SeqLM, exist_ok=True)
 AutoModelForSequenceClassification.register(ManyheadsConfig, ManyheadsForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(ManyheadsConfig, ManyheadsForTokenClassification, exist_ok=True)
 AutoModelForSemanticSegmentation.register(ManyheadsConfig, ManyheadsForSemanticSegmentation, exist_ok=True)
 AutoModelForImageClassification.register(ManyheadsConfig, ManyheadsForImageClassification, exist_ok=True)
 AutoModelForObjectDetection.register(ManyheadsConfig, ManyheadsForObjectDetection, exist_ok=True)

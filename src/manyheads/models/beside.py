@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ Beside = Mapping[str, Tensor]
 NOTHING: Beside = MappingProxyType({})
 GIVEN = ("token_kinds", "boxes")  # what models are given
 ALONG = ("labels",)  # and, with the edges of a graph, what is said of each of them
-HAD = (*GIVEN, "earlier")  # and what a stack has itself, the outputs of the layers below
+HAD = (*GIVEN, "earlier", "weights_below")  # and what a stack has itself, outputs and weights of the layers below
 
 
 def read_beside(x: Tensor, **given: Tensor | None) -> Beside:
@@ -31,19 +31,24 @@ def read_beside(x: Tensor, **given: Tensor | None) -> Beside:
     return found
 
 
-def check_beside(given: Beside, cards: Iterable[Card]) -> None:
-    """Raises ValueError, naming the layer, where one takes what was not given, or none takes what was. Edges, and what
+class Reader(NamedTuple):
+    """Who reads what by name, each with its shape in words, as in a card's `takes`."""
+
+    name: str
+    takes: Mapping[str, str]
+
+
+def check_beside(given: Beside, readers: Sequence[Reader]) -> None:
+    """Raises ValueError, naming the reader, where one takes what was not given, or none takes what was. Edges, and what
     goes along with them, are for whoever wants them."""
-    taken = set()
-    for i, card in enumerate(cards):
-        wanted = [name for name in (*GIVEN, *ALONG) if name in card.takes]
-        for name in wanted:
-            if name not in given and not card.takes[name].startswith("optional"):
+    for reader in readers:
+        for name in (name for name in (*GIVEN, *ALONG) if name in reader.takes):
+            if name not in given and not reader.takes[name].startswith("optional"):
                 raise ValueError(
-                    f"layer {i}, {card.name}, takes {name} ({card.takes[name]}); the model was not given any: call it "
-                    f"with {name}=, where it has this argument"
+                    f"{reader.name}, takes {name} ({reader.takes[name]}); the model was not given any: call it with "
+                    f"{name}=, where it has this argument"
                 )
-        taken |= set(wanted)
+    taken = {name for reader in readers for name in reader.takes}
     strange = sorted(given.keys() - taken - {"edges", *ALONG})
     if strange:
         raise ValueError(f"{strange[0]} was given, and no layer takes it; leave it out")
@@ -58,12 +63,22 @@ def below(i: int, card: Card, outputs: list[Tensor]) -> Tensor | None:
     return torch.stack(outputs, 2)
 
 
-def without_place(card: Card, pattern: Pattern) -> str | None:
-    """What a mechanism must be given that a model has not got at a place called so; None where it has all."""
+def weights_below(i: int, card: Card, weights: list[Tensor | None]) -> Tensor | None:
+    """The weights of the layer below layer i, where its card takes them."""
+    if "weights_below" not in card.takes:
+        return None
+    if not weights:
+        raise ValueError(f"layer {i}, {card.name}, takes the weights of the layer below it, and there is none")
+    return weights[-1]
+
+
+def without_place(card: Card, pattern: Pattern, also: Sequence[str] = ()) -> str | None:
+    """What a mechanism must be given that a model has not got at a place called so, which has what `also` names
+    besides; None where it has all."""
     each = {Pattern.POOL: ("earlier",), Pattern.GRAPH: ALONG} | dict.fromkeys(
         (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF), HAD
     )
-    had = each.get(pattern, ())
+    had = (*each.get(pattern, ()), *also)
     for name, what in card.takes.items():
         if name not in had and not what.startswith("optional"):
             return f"{card.name} takes {name} ({what}), which no model passes to a layer that is {pattern.value}"

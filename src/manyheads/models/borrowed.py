@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from manyheads.mechanism import Mechanism
 from manyheads.models.cache import ManyheadsCache
-from manyheads.models.layers import Mixer, Stack
+from manyheads.models.layers import Mixer
+from manyheads.models.stack import Stack
 from manyheads.softmax import SoftmaxAttention, changed_stages
 from manyheads.state import State
 
@@ -46,8 +47,10 @@ def obstacle(past: Any, stack: Stack) -> str | None:
     """Why these layers cannot read and fill a cache that is not their own, None where they can."""
     if not isinstance(past, ManyheadsCache | DynamicCache):
         return "which is neither a ManyheadsCache nor a DynamicCache"
-    if len(past.layers) not in (0, len(stack.layers)):
-        return f"the model has {len(stack.layers)}"
+    if len(past.layers) not in (0, stack.memories):
+        return f"the model has {stack.memories}"
+    if stack.own:
+        return f"the model remembers more than its layers do: {', '.join(stack.own)}"
     if any(type(layer) is not DynamicLayer for layer in past.layers):
         return "not all of them are kept whole"
     for i, block in enumerate(stack.layers):
@@ -108,5 +111,5 @@ def _check_shapes(place: str, mechanism: Any, x: Tensor, held: DynamicLayer) -> 
 def refused(past: Any, stack: Stack, why: str) -> ValueError:
     return ValueError(
         f"past_key_values is {type(past).__name__} of {len(past)} layers ({why}); want a "
-        f"ManyheadsCache({len(stack.layers)}), or None for a new one"
+        f"ManyheadsCache({stack.memories}), or None for a new one"
     )

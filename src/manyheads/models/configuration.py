@@ -13,11 +13,13 @@ from transformers import PreTrainedConfig
 
 from manyheads.card import Pattern
 from manyheads.models.saved import AUTO_MAP, write_beside
-from manyheads.registry import mechanism_class, suggest
+from manyheads.near import suggest
+from manyheads.registry import mechanism_class
 
-POSITIONS = ("learned", "rotary", "none")
+POSITIONS = ("learned", "rotary", "boxes", "none")
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "gelu")
 PLACEMENTS = ("before", "after", "around")
+BY_KIND = ("mlp", "adapter", "embedding", "positions")
 Spec = str | Mapping[str, Any]
 
 
@@ -31,11 +33,21 @@ class ManyheadsConfig(PreTrainedConfig):
     is_causal: True or False holds every layer to that; None leaves it to the head of the model: a causal language model
     wants causal layers, the others take noncausal ones, and causal ones where a mechanism has no other.
     decoder_causal: False lets decoder tokens see each other; labels are aligned with them, and nothing is generated.
-    positions: "learned" embeddings, "rotary" or "none". Rotary goes to self-attention mechanisms whose constructor
-    takes `rotary`, unless their spec has its own; other mechanisms get none, as they may have positions of their own.
+    back: the spec of a mechanism that reads a higher layer (back-attention). back_layers: the layer to whose input its
+    output is added, and the one whose output, of a first pass, it reads (-1: the last); layers from the former to the
+    latter pass twice.
+    positions: "learned" embeddings, "rotary", "boxes" (learned embeddings of where a token's box stands on a page of
+    max_2d_position_embeddings places each way, as in LayoutLM) or "none". Rotary goes to self-attention whose
+    constructor takes `rotary`, unless their spec has its own; others get none, as they may have positions of their own.
     intermediate_size: of the MLP after each mixer; 0 leaves it out. hidden_act: "swiglu", "geglu", "geglu_tanh" (gated)
     or "gelu". mlp_bias: on its projections.
     num_local_experts: MLPs in place of each one; a router sends every token to the best num_experts_per_tok of them.
+    num_token_kinds: how many kinds of token (text, image, ..) the model is told of, by token_kinds in a call. by_kind:
+    what each of them has of its own: the "mlp" behind each mixer, with its norms; the "adapter" before it; an
+    "embedding", added to the tokens' own; "positions", learned ones that count the tokens of each kind apart.
+    adapter_size: of adapters before each mixer and MLP, which add W_u (silu(W_g h) * W_d h) to what the norm gives, h,
+    and nothing at first; 0 leaves them out. mlp_norm: a norm of what goes into an MLP's last projection.
+    layer_scale: what gains on all that is added to the stream are at first; None leaves them out.
     norm_placement: of each sublayer's norm, "before" it, "after" it on what it adds (OLMo 2), or "around" it (Gemma 2).
     norm_offset: what is added to the gains of these norms (1 in Gemma). embedding_scale: what embeddings of tokens are
     multiplied by. logit_softcap: logits s become logit_softcap * tanh(s / logit_softcap).
@@ -61,12 +73,19 @@ class ManyheadsConfig(PreTrainedConfig):
     num_local_experts: int = 1
     num_experts_per_tok: int = 1
     mlp_bias: bool = False
+    mlp_norm: bool = False
+    num_token_kinds: int = 1
+    by_kind: Any = ()
+    adapter_size: int = 0
+    layer_scale: float | None = None
     norm_placement: str = "before"
     norm_offset: float = 0.0
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
     layers: Any = ("softmax",)
     is_causal: bool | None = None
+    back: Any = None
+    back_layers: Any = (0, -1)
     num_decoder_layers: int | None = None
     decoder_layers: Any = None
     cross_layers: Any = None
@@ -74,6 +93,7 @@ class ManyheadsConfig(PreTrainedConfig):
     positions: str = "rotary"
     rotary_base: float = 10000.0
     max_position_embeddings: int = 2048
+    max_2d_position_embeddings: int = 1024
     short_conv: int = 0
     pooling: Any = "mean"
     image_size: Any = 224
@@ -104,6 +124,8 @@ class ManyheadsConfig(PreTrainedConfig):
             self.image_size = list(self.image_size)
         if self.pooling != "mean":
             self.pooling = _checked_spec("pooling", self.pooling)
+        if self.back is not None:
+            self.back = _checked_spec("back", self.back)
         if self.stages is not None:
             self.stages = import_module("manyheads.models.layouts").checked_layout(self.stages)
         self._check_values()
@@ -179,6 +201,7 @@ class ManyheadsConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value!r}{suggest(str(value), known)}; want one of {list(known)}")
         least = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "patch_size": 1}
         least |= {"num_channels": 1, "max_position_embeddings": 1, "intermediate_size": 0, "short_conv": 0}
+        least |= {"num_token_kinds": 1, "adapter_size": 0, "max_2d_position_embeddings": 1}
         least |= {"num_local_experts": 1, "num_experts_per_tok": 1, "num_queries": 1, "num_node_features": 1}
         for name, minimum in least.items():
             value = getattr(self, name)
@@ -193,16 +216,66 @@ class ManyheadsConfig(PreTrainedConfig):
             raise ValueError(f"num_local_experts={self.num_local_experts} are MLPs, and intermediate_size=0 has none")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}; want 0 <= dropout < 1")
-        for name in ("embedding_scale", "logit_softcap"):
+        self._check_kinds()
+        self._check_back()
+        for name in ("embedding_scale", "logit_softcap", "layer_scale"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value!r}; want a positive number")
         if len(self.image_shape) != 2 or any(side % self.patch_size for side in self.image_shape):
             raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
 
+    def _check_kinds(self) -> None:
+        self.by_kind = [self.by_kind] if isinstance(self.by_kind, str) else list(self.by_kind)
+        for part in self.by_kind:
+            if part not in BY_KIND:
+                raise ValueError(f"by_kind={self.by_kind}{suggest(str(part), BY_KIND)}; want some of {list(BY_KIND)}")
+        if bool(self.by_kind) != (self.num_token_kinds > 1):
+            raise ValueError(
+                f"num_token_kinds={self.num_token_kinds} and by_kind={self.by_kind}; want at least 2 kinds and what "
+                f"each has of its own, some of {list(BY_KIND)}, or neither"
+            )
+        missing = {"mlp": not self.intermediate_size, "adapter": not self.adapter_size or not self.intermediate_size}
+        missing |= {"positions": self.positions != "learned"}
+        wants = {"mlp": "intermediate_size above 0", "adapter": "adapter_size and intermediate_size above 0"}
+        wants |= {"positions": 'positions="learned"'}
+        for part in self.by_kind:
+            if missing.get(part):
+                raise ValueError(f"by_kind={self.by_kind}: {part!r} wants {wants[part]}")
+        if self.num_local_experts > 1 and (self.adapter_size or "mlp" in self.by_kind):
+            raise ValueError(
+                f"num_local_experts={self.num_local_experts} with adapter_size={self.adapter_size}, by_kind="
+                f"{self.by_kind}: a router, or the kinds of tokens, choose an MLP; want one of the two"
+            )
+
+    def _check_back(self) -> None:
+        layers = list(self.back_layers) if isinstance(self.back_layers, Sequence) else [self.back_layers]
+        count, self.back_layers = self.num_hidden_layers, layers
+        if len(layers) != 2 or not all(isinstance(i, int) and -count <= i < count for i in layers):
+            raise ValueError(
+                f"back_layers={layers}; want the layer that reads and the layer that is read, of {count} layers"
+            )
+        if self.back is None:
+            return
+        if "higher" not in mechanism_class(spec_name(self.back)).card.takes:
+            raise ValueError(f"back is {spec_name(self.back)!r}, which reads no higher layer; want 'back-attention'")
+        low, high = self.back_range
+        if low > high:
+            raise ValueError(f"back_layers={layers}: want a layer that reads what comes after it")
+
+    @property
+    def back_range(self) -> tuple[int, int]:
+        """`back_layers`, counted from the first."""
+        low, high = (i % self.num_hidden_layers for i in self.back_layers)
+        return low, high
+
     def _check_patterns(self) -> None:
         self.encoder_specs()
         if self.is_encoder_decoder:
+            if self.back is not None or self.by_kind:
+                raise ValueError(
+                    "back and by_kind are of models with one stack, not of an encoder-decoder; leave them out"
+                )
             for i, spec in enumerate(self.decoder_specs()):
                 check_pattern(f"decoder_layers[{i}]", spec, _self_pattern(self.decoder_causal))
             for i, spec in enumerate(self.cross_specs()):

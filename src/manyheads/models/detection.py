@@ -21,8 +21,9 @@ from manyheads.functional.box_sets import WEIGHTS, set_losses
 from manyheads.functional.feature_maps import extent
 from manyheads.models.configuration import ManyheadsConfig
 from manyheads.models.images import ManyheadsOverImages
-from manyheads.models.layers import ManyheadsBlock, Mixer, Stack
+from manyheads.models.layers import ManyheadsBlock, Mixer
 from manyheads.models.masks import Masks
+from manyheads.models.stack import Stack
 
 
 @dataclass

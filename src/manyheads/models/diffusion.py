@@ -5,8 +5,6 @@ Shapes: b batch, c channels, n patches, m words, e hidden size, p patch side.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +14,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from manyheads.models.captioned import START, Captioned, check_pictures, check_words, normed, sinusoids, zero
 from manyheads.models.flow import Flow
-from manyheads.registry import mechanism_class, suggest
-
-START = "<start>"
+from manyheads.registry import mechanism_class
 
 
 class DiffusionConfig(PreTrainedConfig):
@@ -50,8 +47,7 @@ class DiffusionConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}")
-        if len(set(self.words)) != len(self.words):
-            raise ValueError("words: every word may stand once in the vocabulary")
+        check_words(self.words)
 
     @property
     def side(self) -> int:
@@ -88,12 +84,7 @@ class DiffusionBlock(nn.Module):
         return x + gate2 * self.down(hidden)
 
 
-def normed(x: Tensor) -> Tensor:
-    """LayerNorm without gains of its own."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-class DiffusionTransformer(Flow, PreTrainedModel):
+class DiffusionTransformer(Captioned, Flow, PreTrainedModel):
     """Claim: a transformer over patches, told the time by adaptive norms, learns to draw what captions say.
 
     Predicts the velocity of a rectified flow: x_t = (1 - t) x + t noise, v = noise - x, t from 0 (picture) to 1; see
@@ -133,35 +124,14 @@ class DiffusionTransformer(Flow, PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
         elif isinstance(module, DiffusionBlock):
-            _zero(module.modulation, module.cross_attention.o_proj)
+            zero(module.modulation, module.cross_attention.o_proj)
         elif isinstance(module, DiffusionTransformer):
             nn.init.normal_(module.places, std=0.5)
             nn.init.normal_(module.word_places, std=0.5)
-            _zero(module.modulation, module.velocity)
+            zero(module.modulation, module.velocity)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.patches
-
-    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Word ids [b, m] and their mask [b, m] (True = a word), rows filled up at the end; ValueError for a word that
-        is not in the vocabulary, and for captions that are too long."""
-        known = {word: number for number, word in enumerate(self.config.words)}
-        rows = []
-        for caption in captions:
-            said = [self.config.words[0], *caption.lower().split()]
-            strange = [word for word in said if word not in known]
-            if strange:
-                raise ValueError(
-                    f"{caption!r}: the model does not know {strange[0]!r}{suggest(strange[0], list(known))}; "
-                    f"its words are {' '.join(self.config.words[1:])}"
-                )
-            if len(said) > self.config.max_words:
-                raise ValueError(f"{caption!r} has {len(said) - 1} words; want {self.config.max_words - 1} at most")
-            rows.append([known[word] for word in said])
-        longest = max(map(len, rows), default=1)
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        return ids, torch.arange(longest, device=self.device) < lengths[:, None]
 
     def forward(
         self,
@@ -177,7 +147,7 @@ class DiffusionTransformer(Flow, PreTrainedModel):
         if caption_mask is None:
             caption_mask = torch.ones_like(caption_ids, dtype=torch.bool)
         words = self.words(caption_ids) + self.word_places[: caption_ids.shape[1]]
-        told = self.time_out(F.silu(self.time_in(self._sinusoids(time))))
+        told = self.time_out(F.silu(self.time_in(sinusoids(time, self.config.frequencies).to(self.dtype))))
         for layer in self.layers:
             x = layer(x, words, caption_mask, told)
         shift, scale = self.modulation(F.silu(told))[:, None].chunk(2, -1)
@@ -185,32 +155,16 @@ class DiffusionTransformer(Flow, PreTrainedModel):
         loss = None if labels is None else F.mse_loss(velocity, labels)
         return VelocityOutput(loss=loss, velocity=velocity)
 
-    def _sinusoids(self, time: Tensor) -> Tensor:
-        count = self.config.frequencies
-        rates = torch.exp(-math.log(10000) * torch.arange(count, device=time.device) / count)
-        angles = 1000 * time.float()[:, None] * rates
-        return torch.cat([angles.cos(), angles.sin()], -1).to(self.dtype)
-
     def cut(self, pictures: Tensor) -> Tensor:
         """[b, c, height, width] -> patches [b, n, c * p * p], row by row."""
-        size, side = self.config.image_size, self.config.patch_size
-        wanted = (self.config.num_channels, size, size)
-        if tuple(pictures.shape[1:]) != wanted:
-            raise ValueError(
-                f"pictures have shape {tuple(pictures.shape)}; want [batch, {', '.join(map(str, wanted))}]"
-            )
+        side = self.config.patch_size
+        check_pictures(self.config, pictures)
         return F.unfold(pictures, side, stride=side).transpose(1, 2)
 
     def joined(self, patches: Tensor) -> Tensor:
         """The inverse of `cut`."""
         side = self.config.patch_size
         return F.fold(patches.transpose(1, 2), self.config.image_size, side, stride=side)
-
-
-def _zero(*linears: Any) -> None:
-    for linear in linears:
-        for parameter in linear.parameters():
-            nn.init.zeros_(parameter)
 
 
 AutoConfig.register("manyheads_diffusion", DiffusionConfig, exist_ok=True)

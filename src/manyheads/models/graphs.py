@@ -17,9 +17,10 @@ from transformers.utils.generic import can_return_tuple
 from manyheads.card import Pattern
 from manyheads.models.configuration import ManyheadsConfig, layer_pattern
 from manyheads.models.heads import token_loss
-from manyheads.models.layers import ManyheadsBlock, Mixer, Stack
+from manyheads.models.layers import ManyheadsBlock, Mixer
 from manyheads.models.masks import Masks
 from manyheads.models.modeling import ManyheadsPreTrainedModel
+from manyheads.models.stack import Stack
 
 
 @dataclass

@@ -77,7 +77,7 @@ class ManyheadsGenerationMixin(GenerationMixin):
             return
         cache = model_kwargs.get("past_key_values")
         if cache is None:
-            cache = model_kwargs["past_key_values"] = ManyheadsCache(len(stack.layers))
+            cache = model_kwargs["past_key_values"] = ManyheadsCache(stack.memories)
         else:
             cache._is_user_defined = True
         if generation_config.is_assistant:
@@ -165,12 +165,13 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
         token_type_ids: Any = None,
         cache_position: Any = None,
         token_kinds: Tensor | None = None,
+        boxes: Tensor | None = None,
         **beside: Unpack[Shifted],
     ) -> ManyheadsCausalLMOutput:
         """labels: [b, n] as input_ids (they are shifted here), -100 = not predicted: in packed rows the first token of
         each document, which the one before it would else predict. shift_labels: [b, n], shifted already, and taken
-        before labels, as by transformers. All else as in ManyheadsModel; in generate, token_kinds are those of the
-        prompt, and what is generated is of the kind of its last token."""
+        before labels, as by transformers. All else as in ManyheadsModel; in generate, token_kinds and boxes are those
+        of the prompt, and what is generated has the kind and the box of its last token."""
         wanted = shifted(labels, beside)
         out = self.model(
             input_ids,
@@ -187,6 +188,7 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
             max_length_q,
             max_length_k,
             token_kinds=token_kinds,
+            boxes=boxes,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -15,8 +15,8 @@ from transformers.utils.generic import can_return_tuple
 
 from manyheads.models.configuration import ManyheadsConfig
 from manyheads.models.heads import Pooling, sum_losses
-from manyheads.models.layers import build_stack
 from manyheads.models.modeling import ManyheadsPreTrainedModel
+from manyheads.models.stack import build_stack
 from manyheads.models.stages import Hierarchy, HierarchyHead, HierarchyPixels, StagedTrace
 
 

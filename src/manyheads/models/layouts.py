@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from manyheads.registry import suggest
+from manyheads.near import suggest
 
 STEP = {"kernel": 2, "stride": 2, "padding": 0, "features": None, "before": "none", "after": "none", "act": "none"}
 STEP |= {"bias": True, "groups": 1, "norm_eps": None}

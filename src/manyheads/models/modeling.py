@@ -19,9 +19,11 @@ from manyheads.models.beside import read_beside
 from manyheads.models.borrowed import BorrowedCache, obstacle, refused, shape_of_rows
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
-from manyheads.models.layers import ScaledEmbedding, ShortConvolution, Stack, build_decoder, build_stack, fill_gaps
+from manyheads.models.feed_forward import Scale
+from manyheads.models.layers import ScaledEmbedding, ShortConvolution, fill_gaps
 from manyheads.models.masks import read_masks, real_tokens
 from manyheads.models.packed import Packing, find_documents
+from manyheads.models.stack import Stack, build_decoder, build_stack
 
 
 @dataclass
@@ -45,7 +47,7 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         """Embeddings are normal; all else keeps PyTorch's own initialisation. Mechanisms never come here."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, nn.Linear | nn.RMSNorm | ShortConvolution):
+        elif isinstance(module, nn.Linear | nn.RMSNorm | ShortConvolution | Scale):
             module.reset_parameters()
 
     @classmethod
@@ -58,6 +60,12 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
                 fill_gaps(module)
                 module._awaits_weights = False  # type: ignore[assignment]
         super().initialize_weights()
+
+    @property
+    def reads(self) -> set[str]:
+        """What it reads of a call beside its tokens, by name."""
+        stacks = [module for module in self.modules() if isinstance(module, Stack)]
+        return {name for stack in stacks for reader in stack.readers for name in reader.takes}
 
     @property
     def decoder_stack(self) -> Stack:
@@ -75,8 +83,8 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         if stack.obstacle:
             raise ValueError(f"{stack.obstacle}, cannot decode step by step; call the model with use_cache=False")
         if past is None:
-            return ManyheadsCache(len(stack.layers))
-        if isinstance(past, ManyheadsCache) and len(past.layers) == len(stack.layers):
+            return ManyheadsCache(stack.memories)
+        if isinstance(past, ManyheadsCache) and len(past.layers) == stack.memories:
             return past
         lent: ManyheadsCache | None = past.lend(stack, len(x)) if hasattr(past, "lend") else None
         if lent is not None:

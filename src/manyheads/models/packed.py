@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyheads.models.beside import Beside
-from manyheads.models.layers import Stack, Trace
 from manyheads.models.masks import Masks, worth_saying
+from manyheads.models.stack import Stack, Trace
 
 # More padding than this many times the tokens, and documents pass in several groups of like lengths.
 WASTE = 2

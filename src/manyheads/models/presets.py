@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from manyheads.models.configuration import ManyheadsConfig
-from manyheads.registry import suggest
+from manyheads.near import suggest
 
 
 def _step(features: int | None, kernel: int, stride: int, padding: int = 0, **more: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ AUTO_CLASSES = {
     "ManyheadsForCausalLM": "AutoModelForCausalLM",
     "ManyheadsForSeq2SeqLM": "AutoModelForSeq2SeqLM",
     "ManyheadsForSequenceClassification": "AutoModelForSequenceClassification",
+    "ManyheadsForTokenClassification": "AutoModelForTokenClassification",
     "ManyheadsForImageClassification": "AutoModelForImageClassification",
     "ManyheadsForSemanticSegmentation": "AutoModelForSemanticSegmentation",
     "ManyheadsForObjectDetection": "AutoModelForObjectDetection",

@@ -73,6 +73,10 @@ class Memory:
         joined = torch.cat([torch.zeros_like(padded), *held], 1)
         self._layers.append(joined[:, joined.shape[1] - count :])
 
+    def keep_total(self, total: Tensor) -> None:
+        """A sum over all tokens."""
+        self._layers.append(total)
+
     # -- each token after it --
 
     def _next(self) -> int:
@@ -119,6 +123,13 @@ class Memory:
         read = causal_read(q, k, v, kernel, memory=self._layers[layer], slopes=slopes, keep=True)
         self._layers[layer] = read.memory
         return read.mixed.to(q.dtype)
+
+    def read_total(self, x: Tensor) -> Tensor:
+        """The sum over all before this token, to which its own x is added."""
+        layer = self._next()
+        before: Tensor = self._layers[layer]
+        self._layers[layer] = before + x
+        return before
 
     def read_rows(self, x: Tensor) -> Tensor:
         layer = self._next()

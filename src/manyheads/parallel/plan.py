@@ -7,8 +7,9 @@ b rows, n tokens, h query heads, g key/value heads, d and e features of keys and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ class Imagined(Layout):
 @dataclass(frozen=True)
 class Shape:
     """One attention over the sequence: its widths; bytes of a number. windows: of each head, or None. features, width:
-    of the memory of a linear one, or None. rows: (count, width) of what a convolution reads before its own tokens."""
+    of the memory of a linear one, or None. rows: (count, width) of what a convolution reads before its own tokens, or a
+    linear one beside its memory. moments: numbers of each row of the batch that are summed up before that memory is;
+    more: numbers of further memories, which are sent back and forth as it is."""
 
     batch: int
     length: int
@@ -55,6 +58,8 @@ class Shape:
     windows: tuple[int, ...] | None = None
     memory: tuple[int, int] | None = None
     rows: tuple[int, int] | None = None
+    moments: int = 0
+    more: int = 0
 
     @property
     def wide(self) -> int:
@@ -129,9 +134,11 @@ def sent_heads(shape: Shape, layout: Layout) -> tuple[int, int]:
 
 def sent_state(shape: Shape, layout: Layout) -> tuple[int, int]:
     assert shape.memory is not None
-    features, width = shape.memory
-    once = (layout.place.size - 1) * shape.batch * shape.heads * features * width * shape.wide
-    return once, once
+    (features, width), others = shape.memory, layout.place.size - 1
+    once = others * shape.batch * (shape.heads * features * width + shape.more) * shape.wide
+    counted = others * shape.batch * shape.moments * shape.wide
+    near = (0, 0) if shape.rows is None else sent_halo(replace(shape, item=shape.wide), layout)
+    return once + counted + near[0], once + near[1]
 
 
 def sent_halo(shape: Shape, layout: Layout) -> tuple[int, int]:
@@ -237,7 +244,7 @@ def _flops(shape: Shape, layout: Layout, scheme: str) -> float:
     four where autograd kept them."""
     d, e, rows = shape.key_dim, shape.value_dim, shape.batch * shape.heads
     mine = layout.count()
-    if shape.rows is not None:
+    if shape.rows is not None and shape.memory is None:
         return 6.0 * shape.batch * mine * (shape.rows[0] + 1) * shape.rows[1]
     if shape.memory is not None:
         features, width = shape.memory
@@ -268,6 +275,11 @@ class _Asked:
 
     def __init__(self) -> None:
         self.found: list[dict[str, Any]] = []
+        self.moments, self.memories = 0, list[int]()
+
+    def sums(self, x: Tensor, *, causal: bool) -> Tensor:
+        self.moments += x[0].numel()
+        return torch.empty_like(x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, windows: Sequence[int] | None) -> Tensor:
         widths = {"heads": q.shape[1], "kv_heads": k.shape[1], "key_dim": k.shape[-1], "value_dim": v.shape[-1]}
@@ -279,6 +291,7 @@ class _Asked:
         memory = (kernel.features(kernel.key(k)).shape[-1], width + (kernel.floor is not None))
         widths = {"heads": heads, "kv_heads": heads, "key_dim": k.shape[-1], "value_dim": width}
         self.found.append(widths | {"memory": memory})
+        self.memories.append(heads * memory[0] * memory[1])
         return q.new_empty((*q.shape[:-1], width))
 
     def before(self, x: Tensor, count: int) -> Tensor:
@@ -311,5 +324,11 @@ def shape_of(
     with torch.device("meta"), torch.no_grad():
         mechanism = create_attention(name, width, heads, **{**(config or {}), "causal": True})
         mechanism.attend(torch.empty(1, 1, width), None, Call(Pattern.CAUSAL_SELF, across=asked))
-    (found,) = asked.found
-    return Shape(batch=batch, length=length, item=DTYPES[dtype], **found)
+    found: dict[str, Any] = {}
+    # Widths are those of the largest memory; what is read beside it has only its own.
+    for part in sorted(asked.found, key=lambda part: math.prod(part.get("memory") or (0,))):
+        found |= part
+    if asked.moments and "memory" not in found:
+        raise ValueError(f"plan: {name} sums up moments and no memory, which is not planned here")
+    more = sum(asked.memories) - max(asked.memories, default=0)
+    return Shape(batch=batch, length=length, item=DTYPES[dtype], moments=asked.moments, more=more, **found)

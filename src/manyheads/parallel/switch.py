@@ -147,6 +147,15 @@ class Spread:
             self._memory.keep_rows(x, count)
         return tokens_before(x, count, self._alone("a convolution").layout)
 
+    def sums(self, x: Tensor, *, causal: bool) -> Tensor:
+        if self._memory is not None and self._one_token:
+            return self._memory.read_total(x)
+        at = self._alone("moments of all that came before").layout.place
+        everyone = all_gather(x.detach(), at)
+        if self._memory is not None:
+            self._memory.keep_total(everyone.sum(0))
+        return everyone[: at.rank if causal else None].sum(0)
+
     def _alone(self, what: str) -> Part:
         part = self._now()
         if part.documents is not None:
@@ -299,6 +308,11 @@ def _check_mechanisms(model: Any) -> Kind:
         known = [n for n in list_attentions() if mechanism_class(n).card.parallel]
         raise ValueError(
             f"sequence_parallel: {', '.join(without)} cannot be spread over processes; these can: {', '.join(known)}"
+        )
+    if told := sorted(model.reads):
+        raise ValueError(
+            f"sequence_parallel: {name} reads {', '.join(told)} beside its tokens, which no shard has; want a model "
+            "without (see its by_kind, positions and layers)"
         )
     pairs = all(m.card.parallel in ("ring", "heads") and getattr(m, "span", None) is None for m in mechanisms)
     return "zigzag" if pairs and not model.config.short_conv else "contiguous"

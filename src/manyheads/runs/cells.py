@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,3 +42,15 @@ class Cell:
         words = {"task": "", "learning_rate": "lr ", "pattern": ""}
         place = [f"{words.get(key, key + ' ')}{value}" for key, value in self.place.items() if key != "causal"]
         return ", ".join([f"{self.kind} of {self.mechanism}", *place])
+
+
+def same_here(cell: Cell, made: Iterable[Cell]) -> Cell:
+    """Of the cells that this machine makes of the same command, the one that is `cell`. ValueError where none is: a
+    figure of another model or text, or by other code, would be stored under this one's name."""
+    for own in made:
+        if own.key == cell.key:
+            return own
+    raise ValueError(
+        f"this worker makes another cell of {cell.title}: its model, text or sources are not those of the machine that "
+        "asked; give both the same files"
+    )

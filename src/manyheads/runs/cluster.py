@@ -3,23 +3,57 @@
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import manyheads
 from manyheads.runs.cells import Cell
-from manyheads.runs.loop import Chain, Outcome, Runner, until_unknown
+from manyheads.runs.loop import Chain, Outcome, Runner, here, run_cells, until_unknown
 from manyheads.runs.outcome import failure
 from manyheads.runs.progress import Progress
+from manyheads.runs.store import Store
 
 _CONNECT_SECONDS = 10.0
+# Random state and the clock are shared by all threads of a worker.
+_one_at_a_time = threading.Lock()
+Measure = Callable[[Cell], Mapping[str, Any]]
 
 
-def spread(client: Any, measure: Callable[[str, Mapping[str, Any]], Outcome]) -> Runner:
-    """measure(kind, settings) on the workers of a cluster, one cell at a time on each: what runs beside a cell would
+class Showing(Protocol):
+    def __call__(self, cells: Sequence[Cell], /, *, at_once: int) -> Progress: ...
+
+
+def run_anywhere(
+    cells: Sequence[Cell],
+    store: Store,
+    measure: Measure,
+    progress: Showing,
+    *,
+    scheduler: str | None = None,
+    away: Measure | None = None,
+    retry_failed: bool = False,
+    warn: Callable[[Iterable[Outcome]], Iterable[str]] = lambda stored: (),
+) -> list[Outcome]:
+    """`run_cells` in this process or, by the address of a Dask scheduler, on its workers. away: what a worker calls, a
+    function of a module or a `partial` of one with plain data; `measure` where it is None."""
+    with cluster(scheduler) as client:
+        return run_cells(
+            cells,
+            store,
+            here(measure) if client is None else spread(client, measure if away is None else away),
+            lambda own: progress(own, at_once=at_once(client)),
+            retry_failed=retry_failed,
+            warn=warn,
+        )
+
+
+def spread(client: Any, measure: Measure) -> Runner:
+    """measure(cell) on the workers of a cluster, one cell at a time on each: what runs beside a cell would
     spoil its times, and would share the blame where the worker dies. Then the cell is run again elsewhere, as often as
     the scheduler's `allowed-failures` says; after that it is a failed row."""
 
@@ -38,7 +72,7 @@ def spread(client: Any, measure: Callable[[str, Mapping[str, Any]], Outcome]) ->
                     if cell is None:
                         continue
                     key = f"{cell.key}-{uuid.uuid4().hex[:8]}"
-                    future = client.submit(measure, cell.kind, dict(cell.settings), key=key, pure=False)
+                    future = client.submit(partial(_alone, measure), cell, key=key, pure=False)
                     running[future] = (cell, chain)
                     finished.add(future)
                     seen.begin(cell)
@@ -54,6 +88,11 @@ def spread(client: Any, measure: Callable[[str, Mapping[str, Any]], Outcome]) ->
             client.cancel(list(running))
 
     return run
+
+
+def _alone(measure: Measure, cell: Cell) -> Outcome:
+    with _one_at_a_time:
+        return dict(measure(cell))
 
 
 def _outcome_of(future: Any) -> Outcome:

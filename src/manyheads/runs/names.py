@@ -10,6 +10,24 @@ from manyheads.runs.given import parse_yaml, shown
 _MOST = 10_000
 
 
+def parse_names(text: str) -> Any:
+    """'moba' and 'moba[block=64,top_k=2]' as `parse_name`; 'based,moba[block=64]' as a list of what it gives."""
+    if len(text) > _MOST:
+        return parse_name(text)
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if len(parts) == 1:
+        return parse_name(text)
+    if not all(part.strip() for part in parts):
+        raise ValueError(f"{shown(text)!r}: nothing stands beside one of its commas; want NAME,NAME,NAME")
+    return [parse_name(part.strip()) for part in parts]
+
+
 def parse_name(text: str) -> Any:
     """'moba' as it is; 'moba[block=64]' as {'name': 'moba', 'block': 64}."""
     if len(text) > _MOST:

@@ -34,6 +34,7 @@ from .guard import LOOPBACK, Guard, Session
 from .jobs import Full, Job, Jobs, Tell, Work, said
 from .places import Places
 from .reports import list_reports, open_report
+from .steering import MOST_IMAGE, MOST_NEW, MOST_STEPS, kind_or_none, steer_facts, steer_run
 
 PAGE_MB = 16
 MOST_TEXT = 200_000
@@ -95,6 +96,20 @@ class ChangeRequest(Text):
         return Change(self.kind, self.factor, (self.span[0], self.span[1]) if self.span else None, heads or None)
 
 
+Argument = Annotated[str, Field(max_length=2_000)]
+Mark = Annotated[str, Field(min_length=1, max_length=2_000)]
+
+
+class SteerRequest(Text):
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    arguments: Annotated[dict[Annotated[str, Field(max_length=100)], Argument], Field(max_length=16)]
+    marks: Annotated[list[Mark], Field(max_length=16)] = []
+    image: Annotated[str, Field(max_length=4 * MOST_IMAGE // 3 + 4)] | None = None
+    new: Annotated[int, Field(ge=1, le=MOST_NEW)] = 16
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 20
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
 def create_app(
     loaded: Loaded,
     session: Session,
@@ -113,6 +128,7 @@ def create_app(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     _pages(app, facts)
     _model_routes(app, loaded, jobs, facts)
+    _steer_route(app, loaded, jobs)
     _job_routes(app, jobs)
     _report_routes(app, reports)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -124,6 +140,8 @@ def create_app(
 def _facts(loaded: Loaded) -> dict[str, Any]:
     """What the app shows of the model; found by one short run, so that a model that cannot be shown is told at once."""
     model = loaded.model
+    if kind_or_none(model) == "diffusion":
+        return _drawing_facts(loaded)
     if loaded.model.config.is_encoder_decoder:
         raise ValueError(f"{loaded.name} has an encoder and a decoder; serve shows models with one of them")
     own = choose(model, None, text_stack(model), "self")
@@ -144,6 +162,30 @@ def _facts(loaded: Loaded) -> dict[str, Any]:
         "measures": list(MEASURES),
         "answers": answers,
         "kinds": [kind.told() for kind in KINDS.values()] if open_inside else [],
+        "steer": steer_facts(loaded) if open_inside else None,
+        "begin": "" if kind_or_none(model) == "vision-language" else BEGIN,
+    }
+
+
+BEGIN = "import os\nThe pass key is 40718. Remember it.\nx = 1\nWhat is the pass key? The pass key is "
+
+
+def _drawing_facts(loaded: Loaded) -> dict[str, Any]:
+    """Of a model that draws: its words are read by `explain`, here it is steered."""
+    own = choose(loaded.model, kind="self")
+    words = loaded.model.config.words
+    return {
+        "name": loaded.name,
+        "layers": len(own),
+        "heads": int(loaded.model.config.num_attention_heads),
+        "positions": loaded.model.config.max_words,
+        "methods": [],
+        "measures": [],
+        "answers": False,
+        "kinds": [],
+        "steer": steer_facts(loaded),
+        "begin": "",
+        "words": words[1:],
     }
 
 
@@ -170,16 +212,31 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
+def _started(jobs: Jobs, work: Work) -> JSONResponse:
+    try:
+        job = jobs.submit(work)
+    except Full:
+        raise HTTPException(503, "too much is waiting for the model already; try again soon") from None
+    return JSONResponse(job.told(), 202)
+
+
+def _steer_route(app: FastAPI, loaded: Loaded, jobs: Jobs) -> None:
+    @app.post("/api/steer")
+    async def steer(given: SteerRequest) -> JSONResponse:
+        def work(tell: Tell) -> tuple[dict[str, Any], None]:
+            asked = given.model_dump()
+            name, arguments, text = (asked.pop(key) for key in ("name", "arguments", "text"))
+            return steer_run(loaded, name, arguments, text, tell=tell, **asked), None
+
+        return _started(jobs, work)
+
+
 def _model_routes(app: FastAPI, loaded: Loaded, jobs: Jobs, facts: dict[str, Any]) -> None:
     # Tokenizers cannot be used by two threads at once: the model's thread has the other one.
     apart, lock = replace(loaded, tokenizer=copy.deepcopy(loaded.tokenizer)), threading.Lock()
 
     def start(work: Work) -> JSONResponse:
-        try:
-            job = jobs.submit(work)
-        except Full:
-            raise HTTPException(503, "too much is waiting for the model already; try again soon") from None
-        return JSONResponse(job.told(), 202)
+        return _started(jobs, work)
 
     @app.get("/api/model")
     async def model() -> dict[str, Any]:
@@ -189,6 +246,9 @@ def _model_routes(app: FastAPI, loaded: Loaded, jobs: Jobs, facts: dict[str, Any
     def tokens(given: Text) -> dict[str, Any]:
         with lock:
             try:
+                if "words" in facts:
+                    ids, _ = loaded.model.encode([given.text])
+                    return {"tokens": [loaded.model.config.words[i] for i in ids[0].tolist()]}
                 return {"tokens": encoded(apart, given.text)[1]}
             except ValueError as error:
                 raise HTTPException(422, said(error)) from None

@@ -17,8 +17,8 @@ MOST_KEPT = 16
 MOST_PAGES = 128 * 2**20  # bytes
 # Called with what is done and what share of the whole that is; raises where the job is no longer wanted.
 Tell = Callable[[str, float], None]
-# -> what is told as JSON, and a page to show.
-Work = Callable[[Tell], tuple[dict[str, Any], str]]
+# -> what is told as JSON, and a page to show, if there is one.
+Work = Callable[[Tell], tuple[dict[str, Any], str | None]]
 
 
 class Full(Exception):
@@ -57,7 +57,7 @@ class Job:
         try:
             tell("starting", 0.0)
             self.result, page = self.work(tell)
-            self.page = page.encode()
+            self.page = None if page is None else page.encode()
             self.step, self.share, self.state = "done", 1.0, "done"
         except Cancelled:
             self.state = "cancelled"

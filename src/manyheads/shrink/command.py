@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyheads.runs.options import Scheduler
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from manyheads.hosts.loading import Loaded
     from manyheads.shrink.plan import Plan
     from manyheads.shrink.variants import Budget, Profiles, Variant
@@ -18,6 +22,7 @@ TASKS = ("passkey", "needle", "recall", "perplexity")
 LENGTHS, SWEPT_LENGTHS = (512, 1024, 2048), (1024,)
 DTYPES = ("float32", "bfloat16", "float16")
 ASKS = ("after", "within")
+CHATS = ("open", "protected")
 _SHORTEST = 128
 # Seconds that a run may take for each of its caches, the dense one too, unless told otherwise.
 ROOM = 80.0
@@ -54,10 +59,18 @@ def shrink(
     ask: Annotated[
         str, typer.Option(help="Questions come 'after' the prompt, or are 'within' it and known to the policy.")
     ] = "after",
+    chat: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Texts as turns of the model's chat template, which policies may drop ('open') or may not "
+            "('protected'); both if repeated."
+        ),
+    ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Several policies at 1/2, 1/4, 1/8 and 1/16.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float32",
     out: Annotated[Path, typer.Option(help="Folder for results; one that is there is continued.")] = Path("shrunk"),
+    scheduler: Scheduler = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run stored failures again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -66,7 +79,9 @@ def shrink(
 
     wanted = parse_tasks(tasks)
     budgets = read_budgets(budget_tokens, budget_bytes, compression_ratio)
-    for name, value, known in (("--ask", ask, ASKS), ("--dtype", dtype, DTYPES)):
+    chats = tuple(dict.fromkeys(chat or []))
+    words = [("--ask", ask, ASKS), ("--dtype", dtype, DTYPES), *(("--chat", own, CHATS) for own in chats)]
+    for name, value, known in words:
         if value not in known:
             raise ValueError(f"{name} {value!r}: want {' or '.join(known)}")
     if trials is not None and not 1 <= trials <= 1000:
@@ -81,17 +96,18 @@ def shrink(
     from manyheads.shrink.run import Study, check_positions, run_study
     from manyheads.shrink.variants import Profiles
 
-    variants = choose_variants(policy, budgets, Profiles(loaded, heads), sweep)
+    turn = check_chat(loaded, chats)
+    variants = in_chats(loaded, choose_variants(policy, budgets, Profiles(loaded, heads), sweep), chats)
     whole = plan.Sizes(
         parse_lengths(length, loaded, SWEPT_LENGTHS if sweep else LENGTHS),
         trials or 2, plan.DEPTHS, plan.WINDOWS, plan.REPEATS,
     )  # fmt: skip
-    asked = plan.Plan(variants, wanted, whole, ask)
+    asked = plan.Plan(variants, wanted, whole, ask, chat=turn is not None)
     check_positions(loaded, asked)
     if not thorough and not (length and trials):
         asked = within_time(loaded, asked, out, lengths=not length, trials=trials is None)
-    questions = Questions(loaded, text=content, where=f"--text {text}")
-    results = run_study(Study(loaded, asked, questions), out, retry_failed=retry_failed)
+    questions = Questions(loaded, text=content, where=f"--text {text}", turn=turn)
+    results = run_study(Study(loaded, asked, questions), out, retry_failed=retry_failed, scheduler=scheduler)
     tell(results, out, as_json)
 
 
@@ -166,6 +182,29 @@ def choose_variants(names: list[str] | None, budgets: list[Budget], profiles: Pr
         chosen = names or ["streaming", "duo" if profiles.offers(find_policy("duo")) else "snapkv"]
         budgets = budgets or [("compression_ratio", 0.5)]
     return read_variants(chosen, budgets, profiles)
+
+
+def check_chat(loaded: Loaded, chats: Sequence[str]) -> tuple[list[int], list[int]] | None:
+    """What the model's chat template puts around texts, where they are to be turns of it."""
+    from manyheads.hosts.turns import asked_turn
+
+    if not chats:
+        return None
+    try:
+        return asked_turn(loaded)
+    except ValueError as error:
+        raise ValueError(f"--chat {chats[0]}: {error}") from error
+
+
+def in_chats(loaded: Loaded, variants: list[Variant], chats: Sequence[str]) -> list[Variant]:
+    """Each variant as asked: its template open, protected, or one after the other."""
+    from manyheads.shrink.template import ChatTemplate
+
+    if "protected" not in chats:
+        return variants
+    template = ChatTemplate.of(loaded.tokenizer)
+    ways = [[own.protecting(template) if chat == "protected" else own for chat in chats] for own in variants]
+    return list({own.title: own for both in ways for own in both}.values())
 
 
 def read_budgets(tokens: list[int] | None, size: list[int] | None, ratios: list[float] | None) -> list[Budget]:

@@ -58,7 +58,7 @@ def choices(whole: Sizes, *, lengths: bool, trials: bool) -> list[Sizes]:
 @dataclass(frozen=True)
 class Plan:
     """What to measure. ask: 'after' gives questions token by token, 'within' puts them into the prompt. note: how the
-    sizes were chosen, if they were."""
+    sizes were chosen, if they were. chat: whether texts are turns of the model's chat template."""
 
     variants: list[Variant]
     tasks: tuple[str, ...] = TASKS
@@ -66,6 +66,7 @@ class Plan:
     ask: str = "after"
     seed: int = 0
     note: str = ""
+    chat: bool = False
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -84,6 +85,7 @@ class Plan:
             **sizes,
             **{key: getattr(self, key) for key in ("ask", "seed")},
             **({"sizes": self.note} if self.note else {}),
+            **({"chat": True} if self.chat else {}),
         }
 
     def seconds(self, speed: Speed, task: str, length: int, dense: bool) -> float:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import manyheads
 from manyheads.hosts.families import layer_plans
 from manyheads.hosts.fingerprint import fingerprint
-from manyheads.hosts.loading import Loaded
+from manyheads.hosts.loading import Loaded, load_model, reopened_as
 from manyheads.hosts.questions import Questions, Trial
-from manyheads.runs.cells import Cell
+from manyheads.runs.cells import Cell, same_here
+from manyheads.runs.cluster import run_anywhere
 from manyheads.runs.environment import environment
-from manyheads.runs.loop import Outcome, here, public, run_cells
+from manyheads.runs.loop import Outcome, public
 from manyheads.runs.outcome import outcome_of
 from manyheads.runs.progress import Progress, duration
 from manyheads.runs.results import SCHEMA
@@ -117,6 +118,7 @@ class Study:
             "device": parameter.device.type,
             "seed": self.plan.seed,
             "text": hashlib.sha256(self.questions.text.encode()).hexdigest()[:16],
+            **({} if self.questions.turn is None else {"turn": self.questions.turn}),
         }
 
     def measure(self, cell: Cell) -> dict[str, Any]:
@@ -188,15 +190,23 @@ class Shown(Progress):
         return f"{outcome['cache_bytes'] / max(1, outcome['dense_cache_bytes']):.0%} of the dense cache's bytes{took}"
 
 
-def run_study(study: Study, out: str | Path, *, retry_failed: bool = False) -> dict[str, Any]:
-    """Runs what is not stored in `out` yet, writes report.json and report.html there, and returns the results."""
+def run_study(
+    study: Study, out: str | Path, *, retry_failed: bool = False, scheduler: str | None = None
+) -> dict[str, Any]:
+    """Runs what is not stored in `out` yet, writes report.json and report.html there, and returns the results.
+
+    scheduler: address of a Dask scheduler whose workers run the cells, each on the model as it opens it by its name.
+    """
+    away = None if scheduler is None else partial(_run_away, Elsewhere.of(study))
     with Store(out) as store:
         store.save_experiment(study.plan.describe(), environment())
-        outcomes = run_cells(
+        outcomes = run_anywhere(
             study.cells,
             store,
-            here(lambda cell: run_cell(study, cell)),
-            lambda cells: Shown(cells, weigh=study.weight),
+            partial(run_cell, study),
+            partial(Shown, weigh=study.weight),
+            scheduler=scheduler,
+            away=away,
             retry_failed=retry_failed,
         )
         results = {
@@ -218,6 +228,52 @@ def run_study(study: Study, out: str | Path, *, retry_failed: bool = False) -> d
 
 def run_cell(study: Study, cell: Cell) -> Outcome:
     return {**cell.row, **outcome_of(lambda: study.measure(cell))}
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What another machine makes the same study of. plan and text are told apart by the key."""
+
+    key: str
+    model: str | None
+    dtype: str
+    device: str
+    plan: Plan = field(compare=False)
+    text: str = field(compare=False)
+    where: str = field(compare=False)
+    turn: tuple[list[int], list[int]] | None = field(compare=False)
+
+    @classmethod
+    def of(cls, study: Study) -> Elsewhere:
+        keys = " ".join(cell.key for cell in study.cells)
+        parameter = next(study.loaded.model.parameters())
+        return cls(
+            hashlib.sha256(keys.encode()).hexdigest(),
+            reopened_as(study.loaded),
+            str(parameter.dtype).removeprefix("torch."),
+            parameter.device.type,
+            study.plan,
+            study.questions.text,
+            study.questions.where,
+            study.questions.turn,
+        )
+
+
+@lru_cache(maxsize=1)
+def _opened(place: Elsewhere) -> Study:
+    loaded = load_model(place.model, dtype=place.dtype)
+    loaded.model.to(place.device)
+    return Study(loaded, place.plan, Questions(loaded, text=place.text, where=place.where, turn=place.turn))
+
+
+def _run_away(place: Elsewhere, cell: Cell) -> Outcome:
+    """`run_cell` on another machine."""
+
+    def figures() -> dict[str, Any]:
+        study = _opened(place)
+        return study.measure(same_here(cell, study.cells))
+
+    return {**cell.row, **outcome_of(figures)}
 
 
 def _model_facts(loaded: Loaded) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Words that no template holds.
-_MARK = "\ue0f0words\ue0f1"
+from manyheads.hosts.turns import around
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +31,9 @@ class ChatTemplate:
         """system=False leaves the words of a system message to the policy."""
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(f"{type(tokenizer).__name__} has no chat_template, which says what is to be protected")
-        first = _around(tokenizer, ["user", "assistant", "user"])
+        first = around(tokenizer, ["user", "assistant", "user"])
         try:
-            rest = _around(tokenizer, ["system", "user"])
+            rest = around(tokenizer, ["system", "user"])
         except Exception:  # what a template says of a role that it does not take is its own affair
             rest = []
         found = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (*first, *rest)]
@@ -49,6 +48,11 @@ class ChatTemplate:
         telling = {own for own in found if len(own) > 2 or special & set(own)}
         pieces = tuple(sorted(telling, key=lambda own: (-len(own), own)))
         return cls(special=frozenset(special), pieces=pieces, system=told)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"special": sorted(self.special), "pieces": self.pieces, "system": self.system}
 
     def single(self, ids: Tensor) -> Tensor:
         """Which ids [b, n] are special, [b, n] bool."""
@@ -78,13 +82,3 @@ def _starts(ids: Tensor, piece: tuple[int, ...]) -> Tensor:
         return torch.zeros((ids.shape[0], 0), dtype=torch.bool, device=ids.device)
     wanted = torch.tensor(piece, dtype=ids.dtype, device=ids.device)
     return (ids.unfold(1, len(piece), 1) == wanted).all(-1)
-
-
-def _around(tokenizer: Any, roles: list[str]) -> list[str]:
-    """What stands before, between and behind the words of turns by these roles."""
-    turns = [{"role": role, "content": _MARK} for role in roles]
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=roles[-1] == "user", tokenize=False)
-    parts: list[str] = text.split(_MARK)
-    if len(parts) != len(roles) + 1:
-        raise ValueError(f"{type(tokenizer).__name__}: its chat template does not show the words of every turn")
-    return parts

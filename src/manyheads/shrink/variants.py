@@ -21,6 +21,7 @@ from manyheads.hosts.loading import BUNDLED, Loaded
 from manyheads.runs.names import parse_name
 from manyheads.shrink import policies
 from manyheads.shrink.policy import Policy
+from manyheads.shrink.template import ChatTemplate
 
 BUDGETS = ("compression_ratio", "budget_tokens", "budget_bytes")
 # Shares of the tokens that are kept, for curves.
@@ -34,7 +35,7 @@ Budget = tuple[str, int | float]
 @dataclass(frozen=True)
 class Variant:
     """One policy with one budget. arguments: of its constructor, budget included, as a person would write them;
-    filled: those that a head profile gives."""
+    filled: those that a head profile gives. protect: a chat template that it never drops."""
 
     name: str
     cls: type[Policy]
@@ -43,15 +44,18 @@ class Variant:
     filled: Mapping[str, Any] = field(default_factory=dict)
     # The budget went into what was filled.
     planned: bool = False
+    protect: ChatTemplate | None = None
 
     @property
     def title(self) -> str:
-        return ", ".join([self.name, *([budget_text(self.budget)] if self.budget else [])])
+        kept = [] if self.protect is None else ["template kept"]
+        return ", ".join([self.name, *([budget_text(self.budget)] if self.budget else []), *kept])
 
     def build(self) -> Policy:
         given = {key: _resolved(value) for key, value in self.arguments.items()}
         budget = dict([self.budget]) if self.budget and not self.planned else {}
-        return self.cls(**{**self.filled, **given, **budget})
+        kept = {} if self.protect is None else {"protect": self.protect}
+        return self.cls(**{**self.filled, **given, **budget, **kept})
 
     def settings(self) -> dict[str, Any]:
         """Everything that the outcome depends on; an edited policy file gives new figures."""
@@ -65,7 +69,12 @@ class Variant:
             "filled": dict(self.filled),
             "budget": list(self.budget or ()),
             "source": hashlib.sha256(source).hexdigest()[:16],
+            **({} if self.protect is None else {"protect": self.protect.settings}),
         }
+
+    def protecting(self, template: ChatTemplate) -> Variant:
+        """The same with a chat template that is never dropped; itself where nothing is ever dropped."""
+        return self if self.build().is_full else replace(self, protect=template)
 
 
 def budget_text(budget: Budget) -> str:

@@ -116,6 +116,11 @@ def relevance_map(model: Any, inputs: Mapping[str, Any], *, layer: int | None = 
     kinds=("vision-language",),
     neutral={"alpha": 0.0, "beta": 0.0},
     strength="alpha",
+    reach=(0.0, 4.0),
+    towers=(
+        "inputs",
+        "logits",
+    ),
 )
 def _open(
     model: Any, prompt: Prompt, *, alpha: float = 2.0, beta: float = 0.5, kept: float = 0.5

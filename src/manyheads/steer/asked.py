@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_type_hints
 
-from manyheads.registry import suggest
+from manyheads.near import suggest
 from manyheads.runs.given import shown
 from manyheads.steer.method import Method, method
 

@@ -156,6 +156,7 @@ def pushed(model: Any, offsets: Offsets, scale: float, *, first: int = 0) -> Ite
     kinds=("language", "vision-language"),
     neutral={"scale": 0.0},
     strength="scale",
+    reach=(0.0, 4.0),
 )
 def _open(model: Any, prompt: Prompt, *, file: str, scale: float = 1.0) -> AbstractContextManager[None]:
     """file: Probes.offsets, as save_offsets writes them."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from manyheads.hosts.taps import AttentionCall
@@ -33,14 +34,29 @@ def boost(
     if not factor >= 0:
         raise ValueError(f"boost: factor must be at least 0; got {factor}")
 
+    # One row per step, alike in all layers that have the same heads chosen.
+    rows: dict[tuple[int, ...] | None, Tensor] = {}
+
+    def added(call: AttentionCall, own: list[int] | None) -> Tensor:
+        """log factor on the span's columns, [1, 1 or h, 1, m]: what a softmax makes of it is the product."""
+        key, chosen = call.key, None if own is None else tuple(call.check_heads(own))
+        row = rows.get(chosen)
+        if row is None or row.shape[-1] != key.shape[2] or row.dtype != key.dtype or row.device != key.device:
+            columns = torch.zeros(key.shape[2], dtype=torch.bool)
+            columns[positions(span, key.shape[2])] = True
+            heads = torch.zeros(1 if own is None else call.heads, dtype=torch.bool)
+            heads[slice(None) if own is None else own] = True
+            here = (heads[:, None, None] & columns)[None].to(key.device)
+            row = rows[chosen] = key.new_zeros(here.shape).masked_fill(here, math.log(factor))
+        return row
+
     def change(call: AttentionCall, own: list[int] | None) -> Tensor | None:
-        places = positions(span, call.key.shape[2])
+        n, m = call.query.shape[2], call.key.shape[2]
+        places = positions(span, m)
         if factor == 1 or not places:
             return None
-        if own is None and factor > 0:  # decoding: one query, whose weights need not be made
-            bias = call.key.new_zeros(1, 1, 1, call.key.shape[2])
-            bias[..., places] = math.log(factor)
-            output = call.biased(bias)
+        if n == 1 and factor > 0:  # decoding: weights need not be made
+            output = call.biased(added(call, own))
             if output is not None:
                 return output
 
@@ -62,6 +78,7 @@ def boost(
     kinds=("language", "vision-language"),
     neutral={"factor": 1.0},
     strength="factor",
+    reach=(0.0, 20.0),
 )
 def _open(
     model: nn.Module, prompt: Prompt, *, span: str = "text", factor: float = 3.0, heads: str | None = None

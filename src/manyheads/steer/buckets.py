@@ -88,6 +88,7 @@ def _angles(base: float, half: int) -> Tensor:
     kinds=("language",),
     neutral={"widest": 1.0},
     strength="widest",
+    reach=(1.0, 4.0),
 )
 def _open(model: Any, prompt: Prompt, *, widest: float = 2.5, count: int = 3) -> AbstractContextManager[None]:
     """count bases, from the model's own to `widest` times it (the paper's go from 10,000 to 25,000)."""

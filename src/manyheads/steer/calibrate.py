@@ -130,6 +130,7 @@ def choose_heads(
     kinds=("language", "vision-language"),
     neutral={"beta": 1.0},
     strength="beta",
+    reach=(0.0, 1.0),
 )
 def _open(
     model: nn.Module, prompt: Prompt, *, beta: float = 0.4, alpha: float = 5.0, heads: str | None = None

@@ -138,6 +138,12 @@ def _drawn(seed: int, layer: int, place: int, count: int) -> Tensor:
     kinds=("vision-language",),
     neutral={"gamma": 0.0, "eps": 0.0},
     strength="gamma",
+    reach=(0.0, 1.0),
+    towers=(
+        "image",
+        "text",
+        "logits",
+    ),
 )
 def _open(
     model: Any,

@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,9 @@ from typer.core import TyperGroup
 from manyheads.runs.given import parse_json, read_text
 
 MOST_TEXT = 1_000_000
-MOST_NEW = 512
+MOST_NEW, MOST_STEPS = 512, 200
+MOST_RECORD = 100_000_000
+PAGE, DATA = "steer.html", "steer.json"
 
 
 class Default(TyperGroup):
@@ -58,9 +61,12 @@ def facts(method: Any) -> dict[str, Any]:
         "source": method.source,
         "kinds": list(method.kinds),
         "arguments": {name: None if default is empty else default for name, default in given.items()},
-        "needs": [name for name, default in given.items() if default is empty],
+        "needs": method.needs,
         "neutral": dict(method.neutral),
         "strength": method.strength,
+        "reach": method.reach,
+        "towers": list(method.towers),
+        "takes_picture": method.takes_picture,
         "notes": inspect.getdoc(method.open) or "",
     }
 
@@ -86,16 +92,16 @@ def run(
     sweep: Annotated[
         str | None, typer.Option(help="Values of an argument, factor=0.5,1,2: effect against damage.")
     ] = None,
-    new: Annotated[int, typer.Option(min=1, max=MOST_NEW, help="Tokens of the answer.")] = 24,
+    new: Annotated[int | None, typer.Option(min=1, max=MOST_NEW, help="Tokens of the answer; 24 by default.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=MOST_STEPS, help="Steps of a drawing; 20 by default.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of a drawing's noise; 0 by default.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for steer.html and steer.json.")] = Path("steered"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Run a model with an intervention and without: answers, next tokens, attention, cost, side by side."""
+    """Run a model with an intervention and without, side by side: answers or drawings, attention, cost."""
     from manyheads.runs.environment import environment
     from manyheads.runs.results import write_json
     from manyheads.steer.asked import parse, parse_sweep
-    from manyheads.steer.report import DATA, PAGE, write_report
-    from manyheads.steer.run import steered, wanted_token
 
     if with_ is None:
         raise ValueError("give --with NAME; `manyheads steer list` says which there are")
@@ -107,38 +113,117 @@ def run(
         raise ValueError(f"--out {out} is a file: give a folder")
     method, arguments = parse(with_)
     over = parse_sweep(method, sweep) if sweep is not None else None
-    loaded, kind, prompt = _prompted(model, image, content, span or (), chat)
-    hoped = wanted_token(loaded, "" if chat or image else content, wanted)
-    report = steered(loaded, method, arguments, prompt, kind=kind, new=new, wanted=hoped, sweep=over, tell=_tell)
+    asked = Asked(method, arguments, over, content, image, span or (), chat, wanted, new, steps, seed)
+    report, shown = asked.run(model)
     record = {**report, "text": content, "environment": environment(), "created": _now()}
-    data, page = write_json(record, out / DATA), write_report(record, out / PAGE)
+    data, page = write_json(record, out / DATA), shown.write_report(record, out / PAGE)
+    files = {"page": str(page), "data": str(data), **_pictures(record, out)}
     if as_json:
-        stored = parse_json(read_text(data), str(data))  # without what is not finite
-        return typer.echo(json.dumps({"files": {"page": str(page), "data": str(data)}, **stored}, indent=1))
-    _print(record)
+        stored = parse_json(read_text(data, most=MOST_RECORD), str(data))  # without what is not finite
+        return typer.echo(json.dumps({"files": files, **stored}, indent=1))
+    _print(record, shown)
     return typer.echo(f"\npage: {page}")
 
 
-def _prompted(
-    model: str | None, image: Path | None, text: str, marks: Sequence[str], chat: bool
-) -> tuple[Any, str, Any]:
-    """The model, its kind, and what it is fed."""
-    from manyheads.hosts.image_files import opened_image
-    from manyheads.hosts.loading import load_any
-    from manyheads.hosts.seeing import load_seeing
-    from manyheads.steer.prompting import kind_of, picture_prompt, text_prompt
+@dataclass(frozen=True)
+class Asked:
+    """What was typed."""
 
-    if image is not None:
-        if chat:
-            raise ValueError("--chat goes with text alone; a model with pictures is asked in its own template")
-        picture = opened_image(image)
-        seeing = load_seeing(model)
-        return seeing.loaded, kind_of(seeing.model), picture_prompt(seeing, picture, text, marks)
-    loaded = load_any(model)
-    kind = kind_of(loaded.model)
-    if kind != "language":
-        raise ValueError(f"{loaded.name} is a {kind} model: give --image with the --text")
-    return loaded, kind, text_prompt(loaded, text, marks, chat=chat)
+    method: Any
+    arguments: dict[str, Any]
+    sweep: tuple[str, list[Any]] | None
+    text: str
+    image: Path | None
+    marks: Sequence[str]
+    chat: bool
+    wanted: str | None
+    new: int | None
+    steps: int | None
+    seed: int | None
+
+    def run(self, name: str | None) -> tuple[dict[str, Any], Any]:
+        """The record of both runs, and the module that shows it."""
+        from manyheads.hosts.loading import load_any
+        from manyheads.hosts.seeing import seen_by
+        from manyheads.steer.prompting import kind_of
+
+        loaded = load_any(name)
+        if draws(loaded.model):
+            return self._drawn(loaded)
+        self._refuse({"--steps": self.steps, "--seed": self.seed}, f"{loaded.name} draws nothing")
+        if self.image is not None:
+            if self.chat:
+                raise ValueError("--chat goes with text alone; a model with pictures is asked in its own template")
+            from manyheads.hosts.image_files import opened_image
+            from manyheads.steer.prompting import picture_prompt
+
+            picture, seeing = opened_image(self.image), seen_by(loaded)
+            prompt = picture_prompt(seeing, picture, self.text, self.marks)
+            return self._answered(seeing.loaded, kind_of(seeing.model), prompt)
+        from manyheads.steer.prompting import text_prompt
+
+        kind = kind_of(loaded.model)
+        if kind != "language":
+            raise ValueError(f"{loaded.name} is a {kind} model: give --image with the --text")
+        return self._answered(loaded, kind, text_prompt(loaded, self.text, self.marks, chat=self.chat))
+
+    def _answered(self, loaded: Any, kind: str, prompt: Any) -> tuple[dict[str, Any], Any]:
+        from manyheads.steer import report
+        from manyheads.steer.run import steered, wanted_token
+
+        hoped = wanted_token(loaded, "" if self.chat or self.image else self.text, self.wanted)
+        record = steered(
+            loaded,
+            self.method,
+            self.arguments,
+            prompt,
+            kind=kind,
+            new=self.new or 24,
+            wanted=hoped,
+            sweep=self.sweep,
+            tell=_tell,
+        )
+        return record, report
+
+    def _drawn(self, loaded: Any) -> tuple[dict[str, Any], Any]:
+        from manyheads.hosts.image_files import opened_image
+        from manyheads.steer import drawn_report
+        from manyheads.steer.diffusion.drawing import Drawing, pixels_of
+        from manyheads.steer.drawn import check_drawing, steered_drawing
+
+        typed = {"--span": self.marks or None, "--chat": self.chat or None, "--new": self.new}
+        self._refuse(typed, f"{loaded.name} draws what a caption says")
+        check_drawing(loaded, self.method, self.text, self.image is not None)
+        picture = None if self.image is None else pixels_of(loaded.model, opened_image(self.image))
+        drawing = Drawing(self.text, steps=self.steps or 20, seed=self.seed or 0, picture=picture)
+        record = steered_drawing(
+            loaded, self.method, self.arguments, drawing, wanted=self.wanted, sweep=self.sweep, tell=_tell
+        )
+        return record, drawn_report
+
+    def _refuse(self, typed: dict[str, Any], why: str) -> None:
+        given = next((option for option, value in typed.items() if value is not None), None)
+        if given is not None:
+            raise ValueError(f"{why}: leave {given} out")
+
+
+def draws(model: Any) -> bool:
+    from manyheads.steer.prompting import kind_of
+
+    try:
+        return kind_of(model) == "diffusion"
+    except ValueError:
+        return False
+
+
+def _pictures(record: dict[str, Any], out: Path) -> dict[str, str]:
+    """Both drawings as files, such as --image takes."""
+    if "pictures" not in record:
+        return {}
+    from manyheads.runs.files import write_atomically
+    from manyheads.steer.drawn_report import png
+
+    return {side: str(write_atomically(out / f"{side}.png", png(own[0]))) for side, own in record["pictures"].items()}
 
 
 def _now() -> str:
@@ -163,25 +248,24 @@ def _print_list(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title=f"{len(rows)} interventions", box=SIMPLE_HEAD, padding=(0, 1))
-    for header in ("name", "models", "arguments", "what it does", "source"):
+    for header in ("name", "models", "of", "arguments", "what it does", "source"):
         table.add_column(header, no_wrap=header == "name")
     for row in rows:
         own = ", ".join(f"{k}=" if k in row["needs"] else f"{k}={v}" for k, v in row["arguments"].items())
-        table.add_row(row["name"], ", ".join(row["kinds"]), escape(own), row["title"], row["source"])
+        table.add_row(
+            row["name"], ", ".join(row["kinds"]), ", ".join(row["towers"]), escape(own), row["title"], row["source"]
+        )
     _console().print(table)
 
 
-def _print(record: dict[str, Any]) -> None:
+def _print(record: dict[str, Any], shown: Any) -> None:
     from manyheads.runs.tables import rich_table
-    from manyheads.steer.report import attention_table, cost_table, headline, next_table, sweep_table
 
     console = _console()
-    for side in ("without", "with"):
-        console.print(f"{side:>7}: {record['answers'][side]!r}", markup=False)
-    console.print()
-    for line in headline(record):
+    for line in shown.text_of(record):
         console.print(line, markup=False)
-    tables = [next_table, attention_table, cost_table, *([sweep_table] if "sweep" in record else [])]
-    for make in tables:
-        columns, lines = make(record)
+    console.print()
+    for line in shown.headline(record):
+        console.print(line, markup=False)
+    for columns, lines in shown.tables(record):
         console.print(rich_table(columns, lines, range(len(columns))))

@@ -169,6 +169,8 @@ def box_region(text: str, rows: int, columns: int) -> Tensor:
     kinds=("vision-language",),
     neutral={"lr": 0.0},
     strength="lr",
+    reach=(0.0, 4.0),
+    towers=("inputs",),
 )
 def _open(
     model: Any,

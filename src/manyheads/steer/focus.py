@@ -176,6 +176,7 @@ def load_focus(path: str | Path) -> dict[tuple[int, int], tuple[Tensor, Tensor]]
     kinds=("language", "vision-language"),
     neutral={"scale": 0.0},
     strength="scale",
+    reach=(0.0, 4.0),
 )
 def _open(model: Any, prompt: Prompt, *, file: str, scale: float = 1.0) -> AbstractContextManager[None]:
     """file: what save_focus wrote."""

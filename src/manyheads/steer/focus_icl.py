@@ -80,6 +80,7 @@ def _trivial(weights: Tensor, shown: Tensor, dropped: float) -> Tensor:
     kinds=("language",),
     neutral={"batches": 1, "dropped": 0.0},
     strength="batches",
+    reach=(1, 4),
 )
 def _open(
     model: Any, prompt: Prompt, *, span: str = "text", batches: int = 2, dropped: float = 0.0

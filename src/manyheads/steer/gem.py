@@ -138,6 +138,8 @@ def word_maps(model: Any, inputs: Mapping[str, Any], **options: Any) -> Tensor:
     kinds=("dual-encoder",),
     neutral={"depth": 1},
     strength="depth",
+    reach=(1, 8),
+    towers=("image",),
 )
 def _open(model: Any, prompt: Prompt, *, depth: int = 7, iterations: int = 1) -> AbstractContextManager[None]:
     return gem(model, depth=depth, iterations=iterations)

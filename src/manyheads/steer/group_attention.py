@@ -64,6 +64,7 @@ def group_attention(
     kinds=("language", "vision-language"),
     neutral={"hidden": 0.0},
     strength="hidden",
+    reach=(0.0, 1.0),
 )
 def _open(
     model: nn.Module, prompt: Prompt, *, exemplars: str = "text1", manipulation: str = "text2", hidden: float = 1.0

@@ -126,6 +126,11 @@ def salient_tokens(model: Any, inputs: Mapping[str, Any], share: float = 0.5) ->
     kinds=("vision-language",),
     neutral={"alpha": 0.0, "beta": 0.0, "gamma": 1.0},
     strength="alpha",
+    reach=(0.0, 2.0),
+    towers=(
+        "text",
+        "logits",
+    ),
 )
 def _open(
     model: Any,

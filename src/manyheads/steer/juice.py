@@ -99,6 +99,7 @@ def head_effects(model: Any, input_ids: Tensor, wanted: Tensor, unwanted: Tensor
     kinds=("language", "vision-language"),
     neutral={"scale": 0.0},
     strength="scale",
+    reach=(-1.0, 2.0),
 )
 def _open(model: Any, prompt: Prompt, *, heads: str, scale: float = 1.0) -> AbstractContextManager[None]:
     return juice(model, dict.fromkeys(some_heads(heads, "juice"), scale), stack=text_stack(model))

@@ -83,6 +83,7 @@ def _end(span: Span) -> int:
     kinds=("vision-language",),
     neutral={"amount": 0.0},
     strength="amount",
+    reach=(0.0, 1.0),
 )
 def _open(model: Any, prompt: Prompt, *, amount: float = 1.0, span: str | None = None) -> AbstractContextManager[None]:
     """The question: the marked words, or all that stands behind the image."""

@@ -187,6 +187,7 @@ def load_offsets(path: str | Path) -> dict[tuple[int, int], Tensor]:
     kinds=("language", "vision-language"),
     neutral={"scale": 0.0},
     strength="scale",
+    reach=(0.0, 4.0),
 )
 def _open_steer(model: nn.Module, prompt: Prompt, *, file: str, scale: float = 1.0) -> AbstractContextManager[None]:
     """file: what save_offsets wrote."""
@@ -200,6 +201,7 @@ def _open_steer(model: nn.Module, prompt: Prompt, *, file: str, scale: float = 1
     kinds=("language", "vision-language"),
     neutral={"factor": 1.0},
     strength="factor",
+    reach=(-2.0, 5.0),
 )
 def _open_scaled(model: nn.Module, prompt: Prompt, *, heads: str, factor: float = 0.0) -> AbstractContextManager[None]:
     return scaled(model, dict.fromkeys(some_heads(heads, "scaled"), factor), stack=text_stack(model))

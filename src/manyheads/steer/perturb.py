@@ -51,6 +51,7 @@ def guided(strong: Tensor, weak: Tensor, scale: float) -> Tensor:
     kinds=("language", "vision-language"),
     neutral={"amount": 0.0},
     strength="amount",
+    reach=(0.0, 1.0),
 )
 def _open(model: nn.Module, prompt: Prompt, *, heads: str, amount: float = 1.0) -> AbstractContextManager[None]:
     return perturb(model, amount, heads=some_heads(heads, "perturb"), stack=text_stack(model))

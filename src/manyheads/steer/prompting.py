@@ -23,14 +23,11 @@ def kind_of(model: Any) -> str:
         return "dual-encoder"
     if reads_text(model) and model.can_generate() and not config.is_encoder_decoder:
         return "language"
-    if callable(getattr(model, "corrections", None)):
-        raise ValueError(
-            f"{type(model).__name__} draws: its interventions are context managers around model.sample(), in "
-            "manyheads.steer.diffusion (docs/diffusion.md), and this command does not run them"
-        )
+    if callable(getattr(model, "sample", None)) and callable(getattr(model, "corrections", None)):
+        return "diffusion"
     raise ValueError(
         f"{type(model).__name__} is none of the models that interventions take: give a causal language model, one that "
-        "reads pictures too, or a pair of towers such as CLIP"
+        "reads pictures too, a pair of towers such as CLIP, or one that draws"
     )
 
 

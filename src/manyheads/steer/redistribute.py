@@ -173,6 +173,7 @@ _THRESHOLD, _WIDTH = 20.0, 4096
     kinds=("language", "vision-language"),
     neutral={"share": 0.0},
     strength="share",
+    reach=(0.0, 1.0),
 )
 def _open(
     model: Any,

@@ -12,7 +12,6 @@ from manyheads.runs.page import charts_html, settings_html, table_html, write_pa
 from manyheads.runs.results import number
 from manyheads.runs.tables import Column, Entry
 
-PAGE, DATA = "steer.html", "steer.json"
 NOTES = (
     "Both sides read the same prompt. Answers are greedy. KL is in bits, of the model's own distribution from the one "
     "with the intervention, at the next token and on average along the model's own answer.",
@@ -55,21 +54,26 @@ def write_report(record: Mapping[str, Any], path: Path) -> Path:
 
 
 def headline(record: Mapping[str, Any]) -> list[str]:
-    own, cost = record["answers"], record["cost"]
+    own = record["answers"]
     said = [
         f"The answer {'stays' if own['same'] else 'changes'}; the next token's distribution moves by "
         f"{record['next']['kl_bits']:.3f} bits, along the answer by {record['answer_kl_bits']:.3f}.",
-        f"A token takes {cost['token_ratio']:.2f} of its time without, the prompt {cost['prompt_ratio']:.2f}.",
+        *(_cost_lines(record["cost"]) if "cost" in record else []),
     ]
-    held = cost["cache_bytes"]
-    if held["with"] != held["without"]:
-        said.append(f"Keys and values take {held['with'] / held['without']:.2f} of their {held['without']:,} bytes.")
     if "wanted" in record:
         wanted = record["wanted"]
         said.append(f"p({wanted['text']!r}) goes from {wanted['without']:.3%} to {wanted['with']:.3%}.")
     for name, shares in record["attention"].items():
         before, after = (sum(shares[side]) / len(shares[side]) for side in ("without", "with"))
         said.append(f"Attention on {TITLES.get(name, name)}: {before:.1%} to {after:.1%} on average over layers.")
+    return said
+
+
+def _cost_lines(cost: Mapping[str, Any]) -> list[str]:
+    said = [f"A token takes {cost['token_ratio']:.2f} of its time without, the prompt {cost['prompt_ratio']:.2f}."]
+    held = cost["cache_bytes"]
+    if held["with"] != held["without"]:
+        said.append(f"Keys and values take {held['with'] / held['without']:.2f} of their {held['without']:,} bytes.")
     return said
 
 
@@ -87,15 +91,24 @@ def _answer_html(record: Mapping[str, Any]) -> str:
     return f'{table}<div class="answer"><ul>{items}</ul></div>'
 
 
-def _share(value: float) -> Entry:
+def percent(value: float) -> Entry:
     return Entry(f"{value:.1%}", value)
+
+
+def text_of(record: Mapping[str, Any]) -> list[str]:
+    return [f"{side:>7}: {record['answers'][side]!r}" for side in ("without", "with")]
+
+
+def tables(record: Mapping[str, Any]) -> list[Table]:
+    made = [next_table(record), attention_table(record), cost_table(record)]
+    return made + ([sweep_table(record)] if "sweep" in record else [])
 
 
 def next_table(record: Mapping[str, Any]) -> Table:
     columns = [Column("token", number=False), Column("without"), Column("with")]
     rows = record["next"]["tokens"]
     return columns, [
-        [Entry(repr(row["token"]), row["token"]), _share(row["without"]), _share(row["with"])] for row in rows
+        [Entry(repr(row["token"]), row["token"]), percent(row["without"]), percent(row["with"])] for row in rows
     ]
 
 
@@ -107,7 +120,7 @@ def attention_table(record: Mapping[str, Any]) -> Table:
     count = len(record["attention"][names[0]]["without"]) if names else 0
     lines = []
     for layer in range(count):
-        cells = [_share(record["attention"][name][side][layer]) for name in names for side in ("without", "with")]
+        cells = [percent(record["attention"][name][side][layer]) for name in names for side in ("without", "with")]
         lines.append([Entry(str(layer), layer), *cells])
     return columns, lines
 
@@ -132,7 +145,7 @@ def sweep_table(record: Mapping[str, Any]) -> Table:
         value, answer = point["value"], point["answer"] if point["changed"] else "the same"
         name = f"{value:g}" if isinstance(value, int | float) else str(value)
         line = [Entry(name, value), Entry(f"{point['kl_bits']:.3f}", point["kl_bits"])]
-        line += [_share(point["wanted"]["with"])] if told else []
+        line += [percent(point["wanted"]["with"])] if told else []
         lines.append([*line, Entry(f"{point['lost']:+.3f}", point["lost"]), Entry(answer, answer)])
     return columns, lines
 

@@ -28,6 +28,7 @@ def steered(
     new: int = 24,
     wanted: tuple[str, int] | None = None,
     sweep: tuple[str, Sequence[Any]] | None = None,
+    timed: bool = True,
     tell: Callable[[str, float], None] = lambda what, share: None,
 ) -> dict[str, Any]:
     """Runs without and with. wanted: a text that the answer might begin with, and its first token. sweep: an argument
@@ -45,6 +46,7 @@ def steered(
     tell("answering", 0.2)
     plain, given = answer(model, prompt, nullcontext, new), answer(model, prompt, make, new)
     follow = kl_bits(along(model, prompt, nullcontext, plain), along(model, prompt, make, plain)) if plain else 0.0
+    chosen.check_changed(arguments, plain != given or follow > 0 or not torch.equal(before.logits, after.logits))
     report: dict[str, Any] = {
         "model": {"name": loaded.name, "class": type(model).__name__, "kind": kind},
         "method": {
@@ -61,8 +63,9 @@ def steered(
     }
     if wanted is not None:
         report["wanted"] = _wanted(wanted, before.logits, after.logits)
-    tell("timing", 0.5)
-    report["cost"] = cost(model, prompt, make, plain)
+    if timed:
+        tell("timing", 0.5)
+        report["cost"] = cost(model, prompt, make, plain)
     if sweep is not None:
         report["sweep"] = swept(loaded, chosen, arguments, prompt, sweep, plain, wanted, tell)
     tell("done", 1.0)

@@ -103,6 +103,7 @@ def _choose(model: Any, inputs: Mapping[str, Any], scale: float, share: float, f
     kinds=("vision-language",),
     neutral={"scale": 1.0},
     strength="scale",
+    reach=(0.0, 5.0),
 )
 def _open(
     model: Any, prompt: Prompt, *, scale: float = 2.0, share: float = 0.5, filtered: bool = True

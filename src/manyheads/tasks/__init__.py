@@ -8,7 +8,7 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
-from manyheads.registry import suggest
+from manyheads.near import suggest
 from manyheads.tasks.task import IGNORED, Batch, Generated, Task, register_task, registered
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "list_tasks",
     "register_task",
     "task_class",
+    "task_group",
 ]
 
 
@@ -35,11 +36,20 @@ def list_tasks() -> list[str]:
     return sorted(registered)
 
 
+def task_group(name: str) -> tuple[str, ...]:
+    """The tasks that a name stands for: `cab` for seven of them, any other for itself."""
+    from manyheads.tasks.cab import CAB
+
+    return tuple(task for tasks in CAB.values() for task in tasks) if name == "cab" else (name,)
+
+
 def task_class(name: str) -> type[Task]:
     """The class registered under `name`. Raises ValueError with near names for an unknown one."""
     _load_all()
     if name not in registered:
-        raise ValueError(f"unknown task {name!r}{suggest(str(name), registered)}; want one of {sorted(registered)}")
+        raise ValueError(
+            f"unknown task {name!r}{suggest(str(name), registered)}; want one of {sorted(registered)}, or cab for seven"
+        )
     return registered[name]
 
 

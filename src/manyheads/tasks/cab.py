@@ -1,4 +1,7 @@
-"""Stand-ins for tasks of CAB whose corpora cannot be generated: forecasting, and super-resolution of digits."""
+"""Stand-ins for tasks of CAB whose corpora cannot be generated, and the seven that stand for the whole of it here.
+
+No figure compares with theirs: series, images, texts and shapes are others, and small.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,18 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from manyheads.tasks.digits import LEVELS, SIDE, _Digits
-from manyheads.tasks.task import MAX_LENGTH, Batch, Generated, register_task, whole
+from manyheads.tasks.draw import generator
+from manyheads.tasks.task import IGNORED, MAX_LENGTH, Batch, Generated, register_task, whole
+from manyheads.tasks.text import Text
 
+# Of each attention pattern, what CAB has (language modelling, summaries and speech, forecasting, completion of point
+# clouds, super-resolution, masked language modelling), or what stands for it.
+CAB = {
+    "noncausal-self": ("masked-text", "super-resolution"),
+    "causal-self": ("text", "recall"),
+    "noncausal-cross": ("forecast", "completion"),
+    "causal-cross": ("transduce",),
+}
 _WAVES, _REACH = 3, 2.5
 
 
@@ -128,3 +141,117 @@ class SuperResolution(_Digits):
 
     def score(self, logits: Tensor, targets: Tensor) -> tuple[float, int]:
         return _squared_error(*self.asked(logits, targets), 1 / (LEVELS - 1))
+
+
+@register_task
+@dataclass(frozen=True, kw_only=True)
+class Completion(Generated):
+    """The encoder reads points of a part of an outline, in random order; the decoder names those of the rest, in the
+    order in which they lie. Scored in squared error, per coordinate.
+
+    An outline is r(a) = 0.7 + sum_k c_k cos(k a + p_k), k = 1..3, |c_k| <= 0.1, about the middle; of a turn starting
+    anywhere, 60% are read as `points` points at random angles, and `horizon` points that halve the rest evenly are
+    asked for. Coordinates from -1 to 1 are cut into `levels`, two tokens a point, x first: tokens 0..levels-1; the
+    decoder reads a query token for each. To answer the middle of what is read has an error near 0.4. Source: stands in
+    for point cloud completion, of the noncausal cross pattern of CAB, arXiv:2210.07661.
+    """
+
+    name: ClassVar[str] = "completion"
+    title: ClassVar[str] = "Completion of outlines from points"
+    pattern: ClassVar[str] = "noncausal-cross"
+    head: ClassVar[str] = "seq2seq-lm"
+    metric: ClassVar[str] = "squared error"
+    higher_is_better: ClassVar[bool] = False
+
+    points: int = 48
+    horizon: int = 8
+    levels: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole(self, "points", self.points, 1, MAX_LENGTH // 2)
+        whole(self, "horizon", self.horizon, 1, MAX_LENGTH // 2)
+        whole(self, "levels", self.levels, 4, 65_536)
+
+    @property
+    def n(self) -> int:
+        return 2 * self.points
+
+    @property
+    def step(self) -> float:
+        """Between two levels."""
+        return 2 / self.levels
+
+    def model_settings(self) -> dict[str, Any]:
+        most = 2 * max(self.points, self.horizon)
+        return {"vocab_size": self.levels + 1, "max_length": most, "decoder_causal": False}
+
+    def sample(self, count: int, rng: Generator) -> Batch:
+        size = 0.2 * torch.rand(count, 3, generator=rng) - 0.1
+        phase = 2 * math.pi * torch.rand(count, 3, generator=rng)
+        start = torch.rand(count, 1, generator=rng)
+        seen = start + 0.6 * torch.rand(count, self.points, generator=rng)
+        asked = start + 0.6 + 0.4 * (torch.arange(self.horizon) + 0.5) / self.horizon
+        read, rest = (self._tokens(2 * math.pi * turn, size, phase) for turn in (seen, asked))
+        queries = torch.full((count, 2 * self.horizon), self.levels)
+        return Batch({"input_ids": read, "decoder_input_ids": queries}, rest)
+
+    def _tokens(self, angle: Tensor, size: Tensor, phase: Tensor) -> Tensor:
+        """[count, 2 k] of k angles: x and y of each point of the outline."""
+        waves = torch.arange(1, 4) * angle[..., None] + phase[:, None]
+        radius = 0.7 + (size[:, None] * waves.cos()).sum(-1)
+        points = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1)
+        return ((points + 1) / self.step).floor().long().clamp(0, self.levels - 1)
+
+    def score(self, logits: Tensor, targets: Tensor) -> tuple[float, int]:
+        logits, targets = self.asked(logits, targets)
+        return _squared_error(logits[:, : self.levels], targets, self.step)
+
+
+@register_task
+@dataclass(frozen=True, kw_only=True)
+class MaskedText(Text):
+    """Name the bytes of Python source behind a mask, from both sides. Scored in bits per hidden byte.
+
+    Of the windows of the task `text`, each byte is hidden with probability `rate`, at least one a window: its token is
+    256, and it alone is asked for. What is hidden in evaluation is drawn once. Source: stands in for masked language
+    modelling of books, of the noncausal self pattern of CAB, arXiv:2210.07661.
+    """
+
+    name: ClassVar[str] = "masked-text"
+    title: ClassVar[str] = "Masked text (bytes of the Python standard library)"
+    pattern: ClassVar[str] = "noncausal-self"
+    head: ClassVar[str] = "token-classification"
+
+    rate: float = 0.15
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        numeric = isinstance(self.rate, int | float) and not isinstance(self.rate, bool)
+        if not numeric or not 0 < self.rate <= 1:
+            raise ValueError(f"masked-text: rate={self.rate!r}; want a share above 0, at most 1")
+
+    def model_settings(self) -> dict[str, Any]:
+        return {"vocab_size": 257, "num_labels": 256, "max_length": self.n}
+
+    def train_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        batches, rng = super().train_batches(batch_size, seed), generator(self.name, "hidden", seed)
+        return (self._hidden(batch, rng) for batch in batches)
+
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        """The same whatever the batch size: what is hidden is drawn row by row."""
+        batches, rng = super().eval_batches(batch_size), generator(self.name, "hidden in evaluation")
+        return (self._row_by_row(batch, rng) for batch in batches)
+
+    def _row_by_row(self, batch: Batch, rng: Generator) -> Batch:
+        rows = [self._hidden(batch.rows(i, i + 1), rng) for i in range(len(batch.targets))]
+        return Batch(
+            {"input_ids": torch.cat([row.inputs["input_ids"] for row in rows])},
+            torch.cat([row.targets for row in rows]),
+        )
+
+    def _hidden(self, batch: Batch, rng: Generator) -> Batch:
+        text = batch.inputs["input_ids"]
+        draws = torch.rand(text.shape, generator=rng)
+        hidden = (draws < self.rate) | (draws == draws.amin(1, keepdim=True))
+        return Batch({"input_ids": text.masked_fill(hidden, 256)}, text.masked_fill(~hidden, IGNORED))

@@ -1,4 +1,4 @@
-"""Handwritten digits among distractors on a canvas of 64 x 64 pixels: told from far away, counted, outlined."""
+"""Handwritten digits among distractors on a canvas of 64 x 64 pixels: named, counted, outlined."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from manyheads.tasks.digits import CLASSES, split
 from manyheads.tasks.draw import distinct, generator, uniform
 from manyheads.tasks.task import IGNORED, Batch, Generated, correct, register_task, regrouped, whole
 
-CANVAS, GLYPH, QUADRANT, FRAGMENT, MARK = 64, 16, 32, 8, 4
+CANVAS, GLYPH, FRAGMENT = 64, 16, 8
 MOST = 6  # digits at most, where they are counted
 _BRIGHTEST = 16.0
 
@@ -127,37 +127,6 @@ class Cluttered(_Canvas):
         which = torch.randint(len(images), (count,), generator=rng)
         _paste(canvas, images[which], self._corner(count, CANVAS - GLYPH, rng))
         return Batch({"pixel_values": 2 * canvas[:, None] - 1}, labels[which])
-
-
-@register_task
-@dataclass(frozen=True, kw_only=True)
-class Pointed(_Canvas):
-    """Which digit stands in the quadrant across the canvas from a mark?
-
-    Each quadrant of 32 x 32 pixels holds one digit of 16 x 16 at a random place, over distractors. The mark is a bright
-    square of 4 x 4 pixels in one of the four corners; asked is the digit of the quadrant that lies furthest from it.
-    Who sees windows within quadrants only can read the digits and cannot tell which is meant, but that it is not the
-    one beside the mark; who sees means only knows which is meant and cannot read it. Chance is 0.1; to read all digits
-    and guess among the three is right in 0.4.
-    """
-
-    name: ClassVar[str] = "pointed"
-    title: ClassVar[str] = "The digit across from a mark, among distractors"
-
-    def _draw(self, count: int, images: Tensor, labels: Tensor, rng: Generator) -> Batch:
-        canvas = self._strewn(count, images, rng)
-        which = torch.randint(len(images), (count, 4), generator=rng)
-        for quadrant in range(4):
-            corner = self._corner(count, QUADRANT - GLYPH, rng)
-            corner += torch.tensor([quadrant // 2, quadrant % 2]) * QUADRANT
-            _paste(canvas, images[which[:, quadrant]], corner)
-        asked = torch.randint(4, (count,), generator=rng)
-        for quadrant in range(4):
-            top, left = (way * (CANVAS - MARK) for way in (quadrant // 2, quadrant % 2))
-            marked = (asked == 3 - quadrant).float()[:, None, None]
-            canvas[:, top : top + MARK, left : left + MARK] = marked
-        answers = labels[which.gather(1, asked[:, None])[:, 0]]
-        return Batch({"pixel_values": 2 * canvas[:, None] - 1}, answers)
 
 
 @register_task

@@ -65,7 +65,7 @@ class Task(ABC):
     @abstractmethod
     def model_settings(self) -> dict[str, Any]:
         """What a model must have to take this task; some of vocab_size, num_labels, max_length, image_size,
-        patch_size, num_channels, decoder_causal."""
+        patch_size, num_channels, decoder_causal, num_token_kinds, max_2d_position_embeddings."""
 
     @abstractmethod
     def train_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:

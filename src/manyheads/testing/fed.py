@@ -59,7 +59,10 @@ def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
         of_context = module.card.takes[name].startswith("[b, m")
         value = more[name] if each or of_context else own[name]
         value = value.to(x.device, x.dtype) if value.is_floating_point() else value.to(x.device)
-        if each and edges is None:
+        if module.card.takes[name].startswith("[b, heads, n, m]"):
+            # Of each query alike for all keys, as those of earlier passes are not at hand.
+            value = more[name].to(value)[0, :, _places(x), 0].transpose(0, 1)[..., None].expand(-1, -1, -1, n)
+        elif each and edges is None:
             value = value[0, _places(x)]
         elif of_context:
             # No two alike, which a choice of the best could tell apart by chance only.

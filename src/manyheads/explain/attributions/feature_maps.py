@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,8 @@ class MapGradCAM(Attribution):
     part of a convolutional model; y is the target's logit, before any softmax.
 
     part: its path in the model ("resnet.encoder.stages.2"); by default the last one that gives a map of more than one
-    cell. channels_last: maps are [b, rows, columns, k]. guided: times guided backpropagation (arXiv 1412.6806: at every
+    cell. channels_last: maps are [b, rows, columns, k]. grid: the rows and columns of a part that gives its cells in
+    reading order, [b, rows columns, k]. guided: times guided backpropagation (arXiv 1412.6806: at every
     ReLU only positive gradients go on, and only where the input was positive), which a model without a ReLU does not
     have. Of a part that runs several times, the last run. Shapes: [b, rows, columns], not negative; guided: [b,
     channels, height, width], as the pixels.
@@ -37,13 +38,17 @@ class MapGradCAM(Attribution):
         part: str | None = None,
         guided: bool = False,
         channels_last: bool = False,
+        grid: Sequence[int] | None = None,
         score: Score | None = None,
     ):
         super().__init__(model, score=score)
         if part is not None and part not in dict(model.named_modules()):
             near = [name for name, _ in model.named_children()]
             raise ValueError(f"part={part!r} is no part of {type(model).__name__}; at its top are {near}")
-        self.part, self.guided, self.channels_last = part, guided, channels_last
+        if grid is not None and part is None:
+            raise ValueError(f"grid={list(grid)} without a part: say which part gives cells in reading order")
+        self.part, self.guided, self.channels_last = part, guided, channels_last or grid is not None
+        self.grid = None if grid is None else (int(grid[0]), int(grid[1]))
 
     def _attribute(self, feed: Feed, target: Target, position: Position) -> Attributed:
         if position is not None:
@@ -58,7 +63,7 @@ class MapGradCAM(Attribution):
         return slopes * wide.to(slopes.dtype)
 
     def _cam(self, feed: Feed, target: Target, pixels: Tensor, part: str) -> Tensor:
-        with torch.enable_grad(), _maps_of(feed.model, part) as seen:
+        with torch.enable_grad(), _maps_of(feed.model, part, self.grid) as seen:
             score = picture_score(feed, target, pixels.detach().requires_grad_(), self.score)
             if not seen:
                 raise ValueError(f"{part} gave no map [b, k, rows, columns] in this pass")
@@ -66,6 +71,8 @@ class MapGradCAM(Attribution):
             (slope,) = torch.autograd.grad(score.sum(), kept, allow_unused=True)
         values = kept.detach()
         slope = torch.zeros_like(values) if slope is None else slope
+        if self.grid is not None:
+            values, slope = values.unflatten(1, self.grid), slope.unflatten(1, self.grid)
         if self.channels_last:
             values, slope = values.movedim(-1, 1), slope.movedim(-1, 1)
         cam = torch.einsum("bkrc,bk->brc", values, slope.mean((2, 3))).clamp_min(0)
@@ -88,12 +95,16 @@ def picture_score(feed: Feed, target: Target, pixels: Tensor, score: Score | Non
     return found
 
 
-def _map_in(output: Any) -> Tensor | None:
-    """The map among what a part gives: itself, or the last hidden state of an output, or the first of a tuple."""
+def _map_in(output: Any, grid: tuple[int, int] | None) -> Tensor | None:
+    """The map among what a part gives: itself, or the last hidden state of an output, or the first of a tuple; with a
+    grid, its cells."""
     own = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
     if own is None and isinstance(output, tuple | list) and output:
         own = output[0]
-    return own if isinstance(own, Tensor) and own.dim() == 4 and own.is_floating_point() else None
+    if not isinstance(own, Tensor) or not own.is_floating_point():
+        return None
+    fits = own.dim() == 4 if grid is None else own.dim() == 3 and own.shape[1] == grid[0] * grid[1]
+    return own if fits else None
 
 
 def last_map(feed: Feed) -> str:
@@ -123,11 +134,11 @@ def last_map(feed: Feed) -> str:
 
 
 @contextmanager
-def _maps_of(model: nn.Module, part: str) -> Iterator[list[Tensor]]:
+def _maps_of(model: nn.Module, part: str, grid: tuple[int, int] | None) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        found = _map_in(output)
+        found = _map_in(output, grid)
         if found is None:
             return None
         if isinstance(output, Tensor):

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from manyheads.runs.options import Scheduler
+
 
 def study(
     name: Annotated[str | None, typer.Argument(help="A study; all of them are named without it.")] = None,
@@ -19,6 +21,7 @@ def study(
     model: Annotated[
         str | None, typer.Option(help="Whose heads, for a study of a trained model: a folder, hub name or smollm2.")
     ] = None,
+    scheduler: Scheduler = None,
     listed: Annotated[bool, typer.Option("--list", help="Name every study with its claim and its seeds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -37,7 +40,8 @@ def study(
 
     study_class(name)
     folder = Path(f"study-{name}") if out is None else out
-    results = run_study(name, folder, seeds=seeds, settings={} if model is None else {"model": model})
+    settings = {} if model is None else {"model": model}
+    results = run_study(name, folder, seeds=seeds, settings=settings, scheduler=scheduler)
     if as_json:
         files = {"report": str(folder / "study.html"), "results": str(folder / "study.json")}
         typer.echo(json.dumps({"files": files, "verdict": results["verdict"], "summary": results["summary"]}, indent=2))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
-from manyheads.registry import suggest
+from manyheads.near import suggest
 
 if TYPE_CHECKING:
     from manyheads.runs.charts import Plot

@@ -32,7 +32,8 @@ class MixtureOfTransformers(SoftmaxAttention):
     W_o. qk_norm: the same on q and k, per head.
 
     Source: Liang et al., Mixture-of-Transformers, arXiv:2411.04996, and its released example code, which norms after
-    W_o; norm=False leaves norms to the surrounding block, with its feed-forward layers per modality.
+    W_o; norm=False leaves norms to the surrounding block. Its feed-forward layers per modality are a model's
+    by_kind=["mlp"].
     Weights: qkv[m] is wq, wk, wv of modality m side by side, each transposed; out[m] is its wo transposed; qk_norm is
     [q's, k's].
     """

@@ -27,7 +27,7 @@ class ModalityGate(SoftmaxAttention):
     take weight.
 
     Source: Zhang et al., PILL: Plug Into LLM with Adapter Expert and Attention Gate, arXiv:2311.02126. The equation is
-    that of the released code, which has one gate for all modalities; its adapters are layers of the surrounding block.
+    that of the released code, which has one gate for all modalities; its adapters are a model's by_kind=["adapter"].
     """
 
     card = Card(

@@ -127,8 +127,8 @@ class ConDaFormer(Mechanism):
     ) -> tuple[Tensor, Tensor | None]:
         """q, k, v [b, h, n, d] of the heads of one plane."""
         pairs = zip(sizes, window, strict=True)
-        layout = [blocks(size, w, shift=w // 2 if self.shift else 0, device=q.device) for size, w in pairs]
-        windows, n = windows_of(layout, sizes), q.shape[2]
+        layout = [blocks(size, w, shift=w // 2 if self.shift else 0) for size, w in pairs]
+        windows, n = windows_of(layout, sizes, device=q.device), q.shape[2]
         queries = gathered(q, windows.queries) * self.head_dim**-0.5
         keys, values = gathered(k, windows.keys), gathered(v, windows.keys)
         of_query, of_key, of_value = (

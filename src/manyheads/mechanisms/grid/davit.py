@@ -86,7 +86,7 @@ class DaViTSpatial(Mechanism):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         sizes, weights = x.shape[1:3], None
-        windows = windows_of([blocks(size, self.window, device=x.device) for size in sizes], sizes)
+        windows = windows_of([blocks(size, self.window) for size in sizes], sizes, device=x.device)
 
         def attention(cells: Tensor) -> Tensor:
             nonlocal weights

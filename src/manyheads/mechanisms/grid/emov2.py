@@ -116,12 +116,12 @@ class EMOv2(Mechanism):
         whole: Tensor | None = None
         for name, lay in (("near", blocks), ("far", spread)):
             if self.operator in (name, "both"):
-                layout = [lay(size, self.window or size, device=z.device) for size in sizes]
+                layout = [lay(size, self.window or size) for size in sizes]
                 mixed, weights = attend_windows(
                     q,
                     k,
                     v,
-                    windows_of(layout, sizes),
+                    windows_of(layout, sizes, device=z.device),
                     scale=self.head_dim**-0.5,
                     real=seen,
                     need_weights=need_weights,

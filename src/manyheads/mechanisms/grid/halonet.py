@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from manyheads.card import Card, Family
 from manyheads.functional.cells import shown
 from manyheads.functional.grid_bias import OffsetLogits
-from manyheads.functional.grid_windows import attend_windows, blocks, gathered, windows_of
+from manyheads.functional.grid_windows import attend_windows, blocks, windows_of
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -58,8 +58,8 @@ class HaloNet(Mechanism):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         sizes, real = x.shape[1:3], call.padding
-        axes = [blocks(size, self.block, halo=self.halo, device=x.device) for size in sizes]
-        windows = windows_of(axes, sizes)
+        axes = [blocks(size, self.block, halo=self.halo) for size in sizes]
+        windows = windows_of(axes, sizes, device=x.device)
         cells = shown(x, real).flatten(1, 2)
         q, k, v = (
             layer(cells).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -73,7 +73,7 @@ class HaloNet(Mechanism):
             v,
             windows,
             scale=self.head_dim**-0.5,
-            bias=self.positions(gathered(q, windows.queries)),
+            bias=self.positions,
             zero_outside=True,
             need_weights=call.need_weights,
         )

@@ -31,7 +31,7 @@ class _Partition(nn.Module):
 
         def run(part: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
             sizes = part.shape[1:3]
-            windows = windows_of([lay(size, self.window, device=x.device) for size in sizes], sizes)
+            windows = windows_of([lay(size, self.window) for size in sizes], sizes, device=x.device)
             return attend_cells(self.attention, part, windows, seen, need_weights, bias)
 
         x = shown(x, real)

@@ -58,8 +58,8 @@ class TiC(Mechanism):
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         sizes, real = x.shape[1:3], call.padding
         x = shown(x, real)
-        axes = [taps(size, self.kernel, dilation=self.dilation, device=x.device) for size in sizes]
-        keys = windows_of(axes, sizes).keys
+        axes = [taps(size, self.kernel, dilation=self.dilation) for size in sizes]
+        keys = windows_of(axes, sizes, device=x.device).keys
         windows = Windows(torch.arange(len(keys), device=x.device)[:, None], keys)
         q, k, v = (
             shown(layer(x), real).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -58,7 +58,7 @@ class TwinsLocal(Mechanism):
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         sizes, real = x.shape[1:3], call.padding
-        windows = windows_of([blocks(size, self.window, device=x.device) for size in sizes], sizes)
+        windows = windows_of([blocks(size, self.window) for size in sizes], sizes, device=x.device)
         return Result(*attend_cells(self.attention, shown(x, real), windows, real, call.need_weights))
 
 

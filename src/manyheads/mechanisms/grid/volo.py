@@ -61,8 +61,8 @@ class Volo(Mechanism):
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         sizes, real = x.shape[1:3], call.padding
         n, area = sizes[0] * sizes[1], self.kernel**2
-        axes = [taps(size, self.kernel, stride=self.stride, device=x.device) for size in sizes]
-        windows = windows_of(axes, sizes)
+        axes = [taps(size, self.kernel, stride=self.stride) for size in sizes]
+        windows = windows_of(axes, sizes, device=x.device)
         means, there = square_means(x, real, self.stride)
         scores = self.attention(means).flatten(1, 2).unflatten(-1, (self.heads, area, area)).transpose(1, 2)
         weights = masked_softmax(scores * self.head_dim**-0.5, None)

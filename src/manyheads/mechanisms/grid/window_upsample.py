@@ -77,10 +77,12 @@ class WindowUpsample(Mechanism):
             )
         real = None if call.padding is None else call.padding[1]
         layout = [
-            (blocks(size, self.window, device=fine.device), blocks(below, self.window // 2, device=fine.device))
+            (blocks(size, self.window), blocks(below, self.window // 2))
             for size, below in zip(sizes, half, strict=True)
         ]
-        asking, asked = (windows_of([pair[i] for pair in layout], s) for i, s in enumerate((sizes, half)))
+        asking, asked = (
+            windows_of([pair[i] for pair in layout], s, device=fine.device) for i, s in enumerate((sizes, half))
+        )
         q, k, v = (
             layer(source.flatten(1, 2)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, source in ((self.q_proj, fine), (self.k_proj, coarse), (self.v_proj, coarse))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
@@ -12,17 +13,16 @@ from manyheads.functional.kernelised import in_stretches, joined, real_tokens, s
 from manyheads.functional.linear import (
     CHUNK,
     Kernel,
-    causal_read,
     checked_chunk,
     hide,
     needs_matrix,
     recall,
+    self_read,
     summarise,
     widen,
 )
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
-from manyheads.state import State
 
 EPS = 1e-6
 KERNEL = Kernel(floor=None)
@@ -62,6 +62,7 @@ class FlowAttention(Mechanism):
         patterns={"noncausal-self", "causal-self", "noncausal-cross", "grid"},
         time="n",
         state="1",
+        parallel="state",
         example={"chunk": 4},
         notes="Flows are sums over all tokens, so that dense masks are refused. With a state, weights do not reach "
         "back to earlier passes. Sigmoid features weigh tokens nearly alike, so that lookup is blunt: 12% on "
@@ -98,10 +99,13 @@ class FlowAttention(Mechanism):
         weights = None
         if self.causal:
             needs_matrix(self.card.name, seen=call.seen, dense=None, need_weights=call.need_weights)
-            flow = self._running(q, k, v, sources, call.state)
+            flow = self._running(q, k, v, sources, call)
             memory = None if call.state is None else call.state.fixed.get("memory")
             keep = call.state is not None
-            read = causal_read(flow.asking, k, flow.offered, KERNEL, memory=memory, keep=keep, chunk=self.chunk)
+            read = self_read(
+                flow.asking, k, flow.offered, KERNEL, causal=True, matrix=False, memory=memory, keep=keep,
+                chunk=self.chunk, across=call.across,
+            )  # fmt: skip
             mixed = flow.allocated * read.mixed
             if call.state is not None and read.memory is not None:
                 call.state.fixed["memory"] = read.memory
@@ -127,20 +131,30 @@ class FlowAttention(Mechanism):
         given = shares / shares.sum(2, keepdim=True).clamp(min=EPS) * m
         return Flow(q * incoming, v * given, given, (conserved_in * n / m).sigmoid())
 
-    def _running(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, state: State | None) -> Flow:
+    def _running(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, call: Call) -> Flow:
         there = real[:, None, :, None]
-        count = self._sum("count", there.to(q.dtype).expand(-1, self.heads, -1, -1), state).clamp(min=1.0)
-        incoming = count / _dot(q, self._sum("keys", k, state))
-        outgoing = count / _dot(k, self._sum("queries", q, state))
-        conserved_in = _dot(q, self._sum("outgoing", k * outgoing, state)) / count
-        conserved_out = (_dot(k, self._sum("incoming", q * incoming, state)) / count).clamp(-1.0, 1.0)
+        count = self._count(there.to(q.dtype), call).clamp(min=1.0)
+        incoming = count / _dot(q, self._sum("keys", k, call))
+        outgoing = count / _dot(k, self._sum("queries", q, call))
+        conserved_in = _dot(q, self._sum("outgoing", k * outgoing, call)) / count
+        conserved_out = (_dot(k, self._sum("incoming", q * incoming, call)) / count).clamp(-1.0, 1.0)
         shares = conserved_out.exp().masked_fill(~there, 0.0)
-        given = shares / self._sum("shares", shares, state).clamp(min=EPS) * count
+        given = shares / self._sum("shares", shares, call).clamp(min=EPS) * count
         return Flow(q * incoming / count, v * given, given, conserved_in.sigmoid())
 
-    def _sum(self, name: str, rows: Tensor, state: State | None) -> Tensor:
-        """Sums of [b, h, n, .] up to and with each token, those of the state's passes too."""
-        sums = rows.cumsum(2)
+    def _count(self, there: Tensor, call: Call) -> Tensor:
+        """Real tokens up to and with each, [b, h or 1, n, 1]: constants, so that nothing is passed back for them."""
+        if call.across is None:
+            return self._sum("count", there.expand(-1, self.heads, -1, -1), call)
+        count = there.cumsum(2)
+        return count + call.across.sums(count[:, :, -1:], causal=True)
+
+    def _sum(self, name: str, rows: Tensor, call: Call) -> Tensor:
+        """Sums of [b, h, n, .] up to and with each token, those of the state's passes too, or of other processes."""
+        if call.across is not None:
+            ones = torch.ones_like(rows[..., :1])
+            return call.across.recall(ones, ones, rows, KERNEL, causal=True, slopes=None)
+        sums, state = rows.cumsum(2), call.state
         if state is not None:
             if name in state.fixed:
                 sums = sums + state.fixed[name]

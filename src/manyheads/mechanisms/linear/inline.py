@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.grid_windows import within_windows
 from manyheads.functional.linear import widen
-from manyheads.functional.square_windows import within_windows
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 

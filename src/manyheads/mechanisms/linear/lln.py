@@ -11,6 +11,7 @@ from manyheads.card import Card, Family
 from manyheads.functional.grouped import masked_softmax
 from manyheads.functional.kernelised import in_stretches, joined, read_self, real_tokens, shown
 from manyheads.functional.linear import CHUNK, Kernel, allowed_pairs, checked_chunk, hide, widen
+from manyheads.inner import Across
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -23,18 +24,19 @@ MIXINGS = {"average": (), "scale": ("r", "p"), "ratio": ("r",)}
 EXPONENTIAL = Kernel(query=lambda x: (x - x.amax(-1, keepdim=True)).exp(), key=torch.exp)
 
 
-def running_std(x: Tensor, padding: Tensor, before: Tensor | None, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Standard deviation over heads, features and tokens, up to each one where causal: x [b, h, n, d] -> [b, 1, n or 1,
-    1], and the sums (count, mean, squares about it) [b, 3] after the last token."""
+def moments(x: Tensor, padding: Tensor, *, causal: bool) -> Tensor:
+    """x [b, h, n, d] -> count, sum and sum of squares over heads, features and real tokens, up to each one where
+    causal: [b, n or 1, 3]."""
     rows = hide(x, padding).transpose(1, 2).flatten(2)
-    count = padding.to(rows.dtype) * rows.shape[-1]
-    sums = torch.stack((count, rows.sum(-1), rows.square().sum(-1)), -1)
-    sums = sums.cumsum(1) if causal else sums.sum(1, keepdim=True)
-    if before is not None:
-        sums = sums + before[:, None]
+    sums = torch.stack((padding.to(rows.dtype) * rows.shape[-1], rows.sum(-1), rows.square().sum(-1)), -1)
+    return sums.cumsum(1) if causal else sums.sum(1, keepdim=True)
+
+
+def spread_of(sums: Tensor) -> Tensor:
+    """Moments [b, n or 1, 3] -> standard deviations [b, 1, n or 1, 1]."""
     total = sums[..., 0].clamp(min=2.0)
     spread = (sums[..., 2] - sums[..., 1].square() / total) / (total - 1)
-    return spread.clamp(min=1e-12).sqrt()[:, None, :, None], sums[:, -1]
+    return spread.clamp(min=1e-12).sqrt()[:, None, :, None]
 
 
 @register
@@ -63,6 +65,7 @@ class LLN(Mechanism):
         patterns={"noncausal-self", "causal-self"},
         time="n",
         state="1",
+        parallel="state",
         example={"chunk": 4, "block": 4},
         notes="The causal form scales each token by the moments of its own prefix. With a state, neither dense masks "
         "nor weights reach back to earlier passes. Slower to learn lookup than softmax: 93% on quick recall, "
@@ -124,16 +127,23 @@ class LLN(Mechanism):
 
     def _matched(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """q and k times alpha and beta."""
-        held: Any = {} if call.state is None else call.state.fixed
         padding = real_tokens(q[:, 0], call.padding)
         with torch.no_grad():
-            q_std, q_sums = running_std(q, padding, held.get("q_sums"), causal=self.causal)
-            k_std, k_sums = running_std(k, padding, held.get("k_sums"), causal=self.causal)
+            q_std, k_std = (self._std(t, name, padding, call) for t, name in ((q, "q_sums"), (k, "k_sums")))
             wanted = (((q_std * k_std).square() - OFFSET) / (2 * SLOPE)).sqrt()
-        if call.state is not None:
-            held.update(q_sums=q_sums.clone(), k_sums=k_sums.clone())
         q, k = ((t * (wanted / std)).clamp(-LARGEST, LARGEST) for t, std in ((q, q_std), (k, k_std)))
         return q, k
+
+    def _std(self, x: Tensor, name: str, padding: Tensor, call: Call) -> Tensor:
+        """Of all tokens that the call knows of, those of other processes and of earlier calls among them."""
+        sums = moments(x, padding, causal=self.causal)
+        if call.across is not None:
+            other = call.across.sums(sums[:, -1], causal=self.causal)[:, None]
+            sums = sums + other if self.causal else other
+        elif call.state is not None:
+            sums = sums + call.state.fixed[name][:, None] if name in call.state.fixed else sums
+            call.state.fixed[name] = sums[:, -1].clone()
+        return spread_of(sums)
 
     # -- the block-diagonal half -----------------------------------------------------------------------------------
 
@@ -170,6 +180,8 @@ class LLN(Mechanism):
         n, before = k.shape[2], self.block - 1
         held = {} if call.state is None else call.state.fixed
         labels = labels.masked_fill(~real, -1)
+        if call.across is not None:
+            return self._joined(k, v, labels, call.across)
         if "keys" in held:
             k, v = torch.cat((held["keys"], k), 2), torch.cat((held["values"], v), 2)
             labels = torch.cat((held["labels"], labels), 1)
@@ -180,6 +192,20 @@ class LLN(Mechanism):
             # Copies: a view would keep the whole pass alive.
             held.update(keys=k[:, :, n:].clone(), values=v[:, :, n:].clone(), labels=labels[:, n:].clone())
         return k, v, labels
+
+    def _joined(self, k: Tensor, v: Tensor, labels: Tensor, across: Across) -> tuple[Tensor, Tensor, Tensor]:
+        """With the tokens in front that other processes hold, in one exchange."""
+        if not self.causal:
+            raise ValueError(
+                "lln: blocks that are not causal reach into the next process's tokens, for which no scheme is here; "
+                "want diagonal=False"
+            )
+        # Rows of no token are zeros: block numbers go one higher.
+        rows = torch.cat(((labels + 1)[..., None].to(k.dtype), *(t.transpose(1, 2).flatten(2) for t in (k, v))), -1)
+        earlier = across.before(rows, self.block - 1)
+        before = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in earlier[..., 1:].chunk(2, -1)]
+        k, v = (torch.cat(pair, 2) for pair in zip(before, (k, v), strict=True))
+        return k, v, torch.cat((earlier[..., 0].round().to(labels.dtype) - 1, labels), 1)
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.boxes import TABLES, box_rows, layout_of
 from manyheads.functional.grouped import grouped_mix, grouped_scores, masked_softmax
 from manyheads.functional.weighted import attend_weighted
 from manyheads.mechanism import Call, Mechanism, Result
@@ -28,6 +29,8 @@ class Skim(Mechanism):
     top_k: the mask form (SkimmingMask). The k largest A of each query and head are the keys it may attend to with
     ordinary attention of the text. W_q, W_k, the tables and the norm get no gradient there: they come from a trained
     Skimformer. Fewer than k real tokens: all of them.
+    `skimmed` gives these keys as a mask for a model of somebody else's. Layers of `shared-weights` above this one take
+    A over, which is then computed once.
     Padding takes no place among the k, as in the code, which masks before it chooses.
     Source: Nguyen et al., arXiv:2109.01078, and its code, whose layers add residuals and norms around this one, and
     which can pass the layout through an encoder of its own first.
@@ -64,7 +67,7 @@ class Skim(Mechanism):
         if top_k is not None and top_k < 1:
             raise ValueError(f"skim: top_k={top_k} must be positive (None: no mask form)")
         self.side_dim, self.places, self.top_k = side_dim, places, top_k
-        self.tables = nn.Parameter(torch.randn(4, places, side_dim))  # by x, y, height, width
+        self.tables = nn.Parameter(torch.randn(TABLES, places, side_dim))  # by x, y, height, width
         self.layout_norm = nn.LayerNorm(side_dim)
         self.layout_q_proj = nn.Linear(side_dim, dim)
         self.layout_k_proj = nn.Linear(side_dim, dim)
@@ -81,20 +84,7 @@ class Skim(Mechanism):
 
     def layout(self, x: Tensor, boxes: Any, padding: Tensor | None) -> Tensor:
         """l [b, n, side_dim] of x [b, n, e]. ValueError for boxes of another shape or type, or off the page."""
-        whole = isinstance(boxes, Tensor) and not boxes.is_floating_point() and boxes.device == x.device
-        if not whole or boxes.shape != (*x.shape[:2], 4):
-            what = f"{boxes.dtype} {list(boxes.shape)} on {boxes.device}" if isinstance(boxes, Tensor) else repr(boxes)
-            raise ValueError(f"skim: boxes are {what[:80]}; want integers {[*x.shape[:2], 4]} on {x.device}")
-        boxes = boxes.long() if padding is None else boxes.long().masked_fill(~padding[..., None], 0)
-        x0, y0, x1, y1 = boxes.unbind(-1)
-        rows = torch.stack([x0, y0, x1, y1, y1 - y0, x1 - x0])
-        if not (torch.compiler.is_compiling() or rows.is_meta) and bool(((rows < 0) | (rows >= self.places)).any()):
-            raise ValueError(
-                f"skim: boxes go from {int(boxes.min())} to {int(boxes.max())}; want x0 <= x1, y0 <= y1, and all of 0 "
-                f"to {self.places - 1}: scale them to the page, or build it with more places"
-            )
-        table = torch.tensor([0, 1, 0, 1, 2, 3], device=x.device)[:, None, None]
-        return self.layout_norm(self.tables[table, rows].sum(0))
+        return self.layout_norm(layout_of(self.tables, box_rows("skim", boxes, x, padding, self.places)))
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         layout = self.layout(x, call.inputs["boxes"], call.padding)
@@ -111,6 +101,21 @@ class Skim(Mechanism):
         mixed = self.offered(q, k, v, mixed, weights, allowed)
         output = self.o_proj(mixed.transpose(1, 2).flatten(-2))
         return Result(output, weights if call.need_weights else None)
+
+    @torch.no_grad()
+    def skimmed(self, boxes: Tensor, top_k: int, *, mask: Tensor | None = None) -> Tensor:
+        """The keys that each query may attend to, [b, heads, n, n], True = may: the top_k largest A. mask: [b, n], True
+        = real. For BERT and its like, of as many heads, as what is added to scores: attention_mask =
+        zeros.masked_fill(~skimmed, finfo(dtype).min); a boolean one its eager attention would add as 0 and 1."""
+        if top_k < 1:
+            raise ValueError(f"skim: top_k={top_k} must be positive")
+        if not isinstance(boxes, Tensor) or boxes.ndim != 3:
+            raise ValueError(
+                f"skim: boxes are {getattr(boxes, 'shape', type(boxes).__name__)}; want integers [b, n, 4]"
+            )
+        layout = self.layout(boxes[..., :1], boxes, mask)
+        q, k = self._split(self.layout_q_proj(layout)), self._split(self.layout_k_proj(layout))
+        return self._chosen(grouped_scores(q * self.scale, k), None if mask is None else mask[:, None, None], top_k)
 
     def _chosen(self, scores: Tensor, allowed: Tensor | None, k: int) -> Tensor:
         if allowed is not None:

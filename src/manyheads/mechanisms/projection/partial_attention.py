@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyheads.card import Card, Family
+from manyheads.functional.kinds import checked_kinds
 from manyheads.functional.passes import attend_where, joined
 from manyheads.functional.weighted import attend_weighted
 from manyheads.mechanism import Call, Mechanism, Result
@@ -36,11 +37,13 @@ class PartialAttention(Mechanism):
 
         c = A(x),   output = c + A'(LN(x + c), F(x_source)),   F = W_2 tanh(W_1 ..),  A, A' multi-head attention
 
-    The first `source_length` positions are the source. A is causal over all tokens; A' of a target token sees the whole
-    source, A' of a source token what stands before it, so that nothing leaks: in the model sources attend both ways.
-    In cross attention the context is the source, of any length, and A goes over it and the targets so far.
+    token_kinds [b, n]: 0 for the source, which comes first and is as long as each row has it, any other for the target;
+    without them the first `source_length` positions are the source. A is causal over all tokens; A' of a target token
+    sees the whole source, A' of a source token what stands before it, so that nothing leaks: in the model sources
+    attend both ways. In cross attention the context is the source, and A goes over it and the targets so far.
     Matrix: the mean of the two matrices (cross: its columns for the context). Positions that start again at the
-    target, the embedding of which part a token is of, and the loss that reconstructs the source are the model's.
+    target, and the embedding of which part a token is of, are a model's by_kind=["embedding", "positions"]; the loss
+    that reconstructs the source is not here.
     Source: Fu et al., arXiv:2304.04052 (PALM); its text gives the idea, the equation is that of a public port
     (christianThardy/Partial-Attention-Mechanism). Norms and residuals of the port, which come after each sublayer, are
     here before A', and around the block.
@@ -55,6 +58,7 @@ class PartialAttention(Mechanism):
         time="n^2",
         state="n",
         example={"source_length": 4},
+        takes={"token_kinds": "optional: [b, n] integers, 0 for a token of the source"},
     )
 
     def __init__(
@@ -73,12 +77,15 @@ class PartialAttention(Mechanism):
         own, need, seen = self.attention, call.need_weights, call.seen
         if context is None:
             k, v = own.split(own.k_proj(x)), own.split(own.v_proj(x))
+            source = self._told(x, call)  # before the state counts on
             where, (k, v) = joined(call, x, self.causal, keys=k, values=v)
         else:
+            if call.inputs.get("token_kinds") is not None:
+                raise ValueError("partial-attention: a context is the source; leave token_kinds out beside it")
             where, k, v = self._behind(x, context, call)
         mixed, weights = attend_where(own.split(own.q_proj(x)), k, v, where, scale=self.scale, need_weights=need)
         first = own.join(mixed)
-        k, v, allowed = self._source(x, seen, where, call) if context is None else self._context(context, call)
+        k, v, allowed = self._source(x, seen, where, call, source) if context is None else self._context(context, call)
         q = self.partial.split(self.partial.q_proj(self.norm(x + first)))
         mixed, partial = attend_weighted(q, k, v, allowed, scale=self.scale, need_weights=need)
         output = first + self.partial.join(mixed)
@@ -118,20 +125,38 @@ class PartialAttention(Mechanism):
         allowed = call.dense if call.padding is None else call.padding[:, None, None]
         return held["source_keys"], held["source_values"], allowed
 
-    def _source(self, x: Tensor, seen: int, where: Where, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _told(self, x: Tensor, call: Call) -> Tensor | None:
+        """Which of all tokens so far are the source's, [b, m], where the call says it; None where positions do."""
+        kinds, state = call.inputs.get("token_kinds"), call.state
+        told_before = state is not None and "source" in state.grown
+        if kinds is None or (call.seen and not told_before):
+            if kinds is not None or told_before:
+                raise ValueError(
+                    "partial-attention: token_kinds were given in some passes of a state only; give them in all or none"
+                )
+            return None
+        source = checked_kinds("partial-attention", kinds, x, call.padding, None) == 0
+        return source if state is None else state.append("source", source)
+
+    def _source(
+        self, x: Tensor, seen: int, where: Where, call: Call, told: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of the columns that hold source tokens, and who may attend to them."""
-        columns = self._columns(where, call)
+        real = None if told is None else told if where.padding is None else told & where.padding
+        columns = self._columns(where, call) if real is None else int((real.any(0) * (where.j + 1)).max())
         mapped = self.source_map(x[:, : max(columns - seen, 0)])
         k, v = (self.partial.split(p(mapped)) for p in (self.partial.k_proj, self.partial.v_proj))
         if call.state is not None:
             k, v = call.state.append("source_keys", k), call.state.append("source_values", v)
         if k.shape[2] != columns:
+            what = "token_kinds came back to 0"
+            if real is None:
+                what = f"positions came back to below source_length={self.source_length}"
             raise ValueError(
-                f"partial-attention: positions came back to below source_length={self.source_length} after the target "
-                "had begun; a state takes one source, at the start"
+                f"partial-attention: {what} after the target had begun; a state takes one source, at the start"
             )
         positions = where.key_positions[:, :columns]
-        real = positions < self.source_length
+        real = positions < self.source_length if real is None else real[:, :columns]
         return (
             k,
             v,

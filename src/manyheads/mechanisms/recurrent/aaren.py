@@ -9,6 +9,7 @@ from manyheads.card import Card, Family
 from manyheads.functional.grouped import masked_softmax
 from manyheads.functional.linear import allowed_pairs, checked_chunk, hide, needs_matrix, widen
 from manyheads.functional.prefix import CHUNK, Prefix, prefix_softmax
+from manyheads.inner import Across
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -34,6 +35,7 @@ class Aaren(Mechanism):
         patterns={"causal-self"},
         time="n",
         state="1",
+        parallel="ring",
         example={"chunk": 4},
         notes="Its query does not depend on the input. With a state, neither dense masks nor weights reach back to "
         "earlier passes. No lookup by content, since the query does not depend on the input: 12% on quick "
@@ -48,6 +50,8 @@ class Aaren(Mechanism):
         self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(3))
 
     def attend(self, x: Tensor, context: Tensor | None, call: Call) -> Result:
+        if call.across is not None:
+            return Result(self.o_proj(self._of_all(x, call.across)))
         matrix = needs_matrix(self.card.name, seen=call.seen, dense=call.dense, need_weights=call.need_weights)
         query, k, v = (widen(t) for t in (self.query, self._heads(self.k_proj(x)), self._heads(self.v_proj(x))))
         v = hide(v, call.padding)
@@ -71,6 +75,13 @@ class Aaren(Mechanism):
             state.fixed.update(after._asdict())
             state.advance(v.shape[2])
         return mixed
+
+    def _of_all(self, x: Tensor, across: Across) -> Tensor:
+        """Softmax attention in which every token asks the same, over the tokens of all processes."""
+        k, v = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        query = self.query.to(k.dtype)[None, :, None].expand_as(k)
+        mixed = across.attend(query, k, v, scale=self.head_dim**-0.5, windows=None)
+        return mixed.transpose(1, 2).flatten(-2).to(x.dtype)
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)

@@ -23,7 +23,8 @@ class BackAttention(SoftmaxAttention):
         softmax over j <= i of (W_q low_i) . (W_k high_j) / sqrt(d), times W_v high_j, then W_o
 
     x [b, n, dim]: the lower layer's hidden states. higher [b, n, side_dim]: the higher layer's, for the tokens of this
-    pass, of a pass made before. The output is to be added to x; then the layers above the lower one are computed again.
+    pass, of a pass made before. The output is to be added to x; then the layers above the lower one are computed again:
+    a model does both as ManyheadsConfig(back="back-attention", back_layers=(lower, higher)).
     Source: Yu, Belinkov, Ananiadou, arXiv:2502.10835: queries of the lower layer, keys and values of the higher one at
     all positions, added back to the lower. Read from its abstract and summaries, as the code that it names was not at
     hand; heads, scale and causality are those of the attention that it stands beside. rotary: of queries and keys, off

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.cells import convolve, shown
+from manyheads.functional.grid_bias import offset_index
 from manyheads.functional.grid_scans import GridScan, snake_paths
-from manyheads.functional.grouped import masked_softmax
+from manyheads.functional.grid_windows import attend_cells, blocks, windows_of
 from manyheads.functional.multihead import Heads
-from manyheads.functional.square_windows import from_windows, into_windows, relative_places, windows_of_real
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 
@@ -128,14 +128,10 @@ class LaMamba(Mechanism):
         return Result(x + gate_3 * self.fc2(F.gelu(self.fc1(wide))))
 
     def _attend_windows(self, x: Tensor, real: Tensor | None) -> Tensor:
-        size, window = (x.shape[1], x.shape[2]), self.window
-        cells = into_windows(shown(x, real), window, self.shift)
-        there = windows_of_real(real, size, window, self.shift, x.device)
-        rows = cells.flatten(1, 2)
-        k, v = self.attn.read(rows)
-        q = self.attn.split(self.attn.q_proj(rows))
-        places = self.places(relative_places(window, x.device)).permute(2, 0, 1)
-        allowed = None if there is None else there.flatten(1, 2)[:, :, None, None]
-        weights = masked_softmax((q * self.head_dim**-0.5) @ k.mT + places, allowed)
-        mixed = self.attn.join(weights.to(v.dtype) @ v)
-        return from_windows(mixed.view(cells.shape), size, window, self.shift)
+        sizes, window = x.shape[1:3], self.window
+        # The windows' corners are moved down and to the right; what is cut off at the rim is a window of its own.
+        windows = windows_of(
+            [blocks(size, window, shift=-self.shift % window) for size in sizes], sizes, device=x.device
+        )
+        places = self.places(offset_index((window, window), x.device)).permute(2, 0, 1)
+        return attend_cells(self.attn, shown(x, real), windows, real, False, places)[0]

@@ -26,7 +26,8 @@ class MSWA(SoftmaxAttention):
     window: the base size; a multiple of 4, so that nothing is rounded; a token counts itself. heads: a multiple of 4.
     The paper varies the base over depth as well (a quarter of the layers each at w/4, w/2, w, 2w, shallow ones small):
     give each layer its own `window`.
-    Source: arXiv:2501.01039; no code was released. The state keeps 2 window tokens of all heads.
+    Source: arXiv:2501.01039; no code was released. The state keeps 2 window tokens of all heads, as far as the widest
+    sees, where the paper's cache has a length per group of heads, 15/16 window on average.
     """
 
     card = Card(
@@ -36,7 +37,7 @@ class MSWA(SoftmaxAttention):
         family=Family.SELECTION,
         patterns={"causal-self"},
         time="n w",
-        state="w",
+        state="2 w",
         parallel="halo",
         example={"window": 4},
         notes="A layer sees no further back than 2 window tokens; reach grows with depth. With windows of 4 to 32 "

@@ -15,18 +15,22 @@ from manyheads.functional.rotary import Rotary
 from manyheads.mechanism import Call, Result
 from manyheads.registry import register
 from manyheads.softmax import SoftmaxAttention, Where
+from manyheads.state import State
 
 GLOBAL, LOCAL, SLIDING = range(3)
 # What the released code adds to the score of "global" outside of training.
 FAVOUR = 0.1
+BEYOND = 1 << 30
 
 
 class _Keys(NamedTuple):
-    """Per key/value head and key: the kind [b, g, m, 3], one-hot, and the last query that sees it if it is local
-    [b, g, m]."""
+    """Per key/value head and key (or [1, 1, m] where it is the same for all): the kind [b, g, m, 3], one-hot; the last
+    query that sees it if it is local; its place in the sequence; whether it is a token that may be seen at all."""
 
     kind: Tensor
     until: Tensor
+    place: Tensor
+    real: Tensor
 
 
 @register
@@ -42,7 +46,9 @@ class NAtS(SoftmaxAttention):
 
     Source: arXiv:2502.13251 and its released code. There x is detached before W, as here; the last token of a training
     sequence is global as well, which changes no output, and its penalty works inside its kernel: this loss is ours.
-    Nothing is dropped from the state: heads drop different tokens, and their rows are one tensor.
+    The state drops, after every pass, what no later query can see: padding, sliding tokens behind the window, local
+    ones behind a global one. Heads and rows of a batch drop different tokens, and are held as one tensor as wide as the
+    fullest of them; earlier tokens cannot be hidden or shown afterwards.
     """
 
     card = Card(
@@ -54,7 +60,8 @@ class NAtS(SoftmaxAttention):
         time="n^2",
         state="n",
         example={"window": 2, "kv_heads": 2},
-        notes="It saves cache only where a kernel drops what no query can see any more; here that is masked.",
+        notes="How much of the cache is saved depends on the kinds that were learnt: global tokens stay for good, and "
+        "the state is as wide as the head that keeps most. Random weights make a third of them global.",
     )
 
     def __init__(
@@ -78,26 +85,93 @@ class NAtS(SoftmaxAttention):
         logits = self.kind_proj(x.detach()).unflatten(-1, (self.kv_heads, 3)).transpose(1, 2)
         logits = logits.to(torch.promote_types(x.dtype, torch.float32))
         kind, losses = self._draw(logits), self._sparsity(logits, call.padding)
+        q, k, v = self.projected(x, x, call)
+        positions = call.query_positions(x)
+        q, k = self.position(q, k, positions, positions)
+        i = torch.arange(call.seen, call.seen + x.shape[1], device=x.device)
+        keys = self._new(kind, call, i)
         if call.state is not None:
-            kind = call.state.append("kinds", kind)
-        q, k, v, where = self._read(x, context, call)
-        keys, weights = self._kept(kind, where), None
-        if self.training:
-            parts = [
-                self._soft(q[:, :, rows], k, where.rows(rows), keys)
-                for rows in (slice(start, start + MASK_ROWS) for start in range(0, q.shape[2], MASK_ROWS))
-            ]
-            weights = torch.cat(parts, 2).to(v.dtype)
-            mixed = grouped_mix(weights, v)
-        elif call.need_weights:
-            weights = self.normalise(self.score(q, k, where), self._visible(where, keys))
-            mixed = grouped_mix(weights, v)
-        else:
-            mixed = attend_rows(
-                q, k, v, lambda rows: self._visible(where.rows(rows), keys), scale=self.scale, causal=True
-            )
-        output, _ = self.output(self.offered(q, k, v, mixed, weights, where), x, call)
+            k, v, keys = self._joined(k, v, keys, call.state)
+        keys = keys._replace(until=_until(keys))
+        mixed, weights = self._mixed(q, k, v, i, keys, call)
+        if call.state is not None:
+            self._hold(k, v, keys, call.state, x.shape[1])
+        if weights is not None and call.state is not None:
+            weights = self._spread(weights, keys, call.state.length)
+        # Behind dropped tokens the columns of the weights are places, which keys and values are not.
+        if call.state is None:
+            where = Where(i, i, positions, positions, call.padding, call.dense, self.causal, call.positions is None)
+            mixed = self.offered(q, k, v, mixed, weights, where)
+        output, _ = self.output(mixed, x, call)
         return Result(output, weights if call.need_weights else None, losses)
+
+    def _mixed(
+        self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, keys: _Keys, call: Call
+    ) -> tuple[Tensor, Tensor | None]:
+        def allowed(rows: slice) -> Tensor:
+            return self._allowed(i[rows], keys, None if call.dense is None else call.dense[:, :, rows])
+
+        if self.training:
+            slices = [slice(start, start + MASK_ROWS) for start in range(0, q.shape[2], MASK_ROWS)]
+            parts = [self._soft(q[:, :, rows], k, i[rows], keys, allowed(rows)) for rows in slices]
+            weights = torch.cat(parts, 2).to(v.dtype)
+            return grouped_mix(weights, v), weights
+        if call.need_weights:
+            scores = grouped_scores(q * self.scale, k)
+            weights = self.normalise(scores, self._visible(i, keys) & allowed(slice(None)))
+            return grouped_mix(weights, v), weights
+
+        def seen(rows: slice) -> Tensor:
+            return self._visible(i[rows], keys) & allowed(rows)
+
+        return attend_rows(q, k, v, seen, scale=self.scale, causal=True), None
+
+    # -- what is held ----------------------------------------------------------------------------------------------
+
+    def _new(self, kind: Tensor, call: Call, i: Tensor) -> _Keys:
+        """Of this pass's tokens. The first real one of all passes is global."""
+        b, _, n, _ = kind.shape
+        real = torch.ones(b, n, dtype=torch.bool, device=i.device) if call.padding is None else call.padding
+        first = real & (real.cumsum(1) == 1)
+        if call.state is not None:
+            begun = call.state.fixed.get("begun", torch.zeros_like(real[:, 0]))
+            first, call.state.fixed["begun"] = first & ~begun[:, None], begun | real.any(1)
+        always = F.one_hot(torch.tensor(GLOBAL, device=i.device), 3).to(kind.dtype)
+        kind = torch.where(first[:, None, :, None], always, kind)
+        return _Keys(kind, i[None, None], i[None, None], real[:, None])
+
+    def _joined(self, k: Tensor, v: Tensor, keys: _Keys, state: State) -> tuple[Tensor, Tensor, _Keys]:
+        """Those held, and the new ones behind them."""
+        whole = (*k.shape[:2], k.shape[2])
+        keys = keys._replace(place=keys.place.expand(whole), real=keys.real.expand(whole))
+        if "keys" not in state.fixed:
+            return k, v, keys
+        held = state.fixed
+        kind, place, real = (
+            torch.cat([held[name], new], 2)
+            for name, new in (("kinds", keys.kind), ("places", keys.place), ("real", keys.real))
+        )
+        return torch.cat([held["keys"], k], 2), torch.cat([held["values"], v], 2), _Keys(kind, place, place, real)
+
+    def _hold(self, k: Tensor, v: Tensor, keys: _Keys, state: State, tokens: int) -> None:
+        """What the next query can still see, the oldest first, per head behind it whatever fills up its rows."""
+        state.advance(tokens)
+        after, kind = state.length, keys.kind.detach() > 0.5
+        local, near = keys.until >= after, after - keys.place < self.window
+        needed = keys.real & (kind[..., GLOBAL] | (kind[..., LOCAL] & local) | (kind[..., SLIDING] & near))
+        most = int(needed.sum(-1).max())
+        order = needed.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :most]
+
+        def chosen(rows: Tensor) -> Tensor:
+            return rows.gather(2, order if rows.ndim == 3 else order[..., None].expand(*order.shape, rows.shape[3]))
+
+        state.fixed |= {"keys": chosen(k), "values": chosen(v), "kinds": chosen(keys.kind)}
+        state.fixed |= {"places": chosen(keys.place), "real": chosen(needed)}
+
+    def _spread(self, weights: Tensor, keys: _Keys, length: int) -> Tensor:
+        """weights [b, h, n, held] -> [b, h, n, length]: the columns at the tokens' places, zero for dropped ones."""
+        place = keys.place.repeat_interleave(self.heads // self.kv_heads, 1)[:, :, None].expand_as(weights)
+        return weights.new_zeros(*weights.shape[:3], length).scatter_add(3, place, weights)
 
     # -- kinds -----------------------------------------------------------------------------------------------------
 
@@ -116,44 +190,47 @@ class NAtS(SoftmaxAttention):
         kept = kept.masked_fill(~padding[:, None], 0.0)
         return {"sparsity": kept.sum() / (padding.sum().clamp(min=1) * self.kv_heads)}
 
-    def _kept(self, kind: Tensor, where: Where) -> _Keys:
-        m = kind.shape[2]
-        real = torch.ones_like(kind[:, 0, :, 0], dtype=torch.bool) if where.padding is None else where.padding
-        first = (real & (real.cumsum(1) == 1))[:, None, :, None]
-        always = F.one_hot(torch.tensor(GLOBAL, device=kind.device), 3).to(kind.dtype)
-        kind = torch.where(first, always, kind)
-        place = torch.arange(m, device=kind.device)
-        stops = (kind[..., GLOBAL] > 0.5) & real[:, None]
-        # The nearest global token behind each one: a running minimum from the right, one step further.
-        ends = torch.where(stops, place, m).flip(-1).cummin(-1).values.flip(-1)
-        return _Keys(kind, F.pad(ends[..., 1:], (0, 1), value=m))
+    def _rules(self, i: Tensor, keys: _Keys) -> tuple[Tensor, Tensor]:
+        """Whether i [n] would see j if it were local, or sliding: [b or 1, g or 1, n, m]."""
+        return i[:, None] <= keys.until[:, :, None], i[:, None] - keys.place[:, :, None] < self.window
 
-    def _rules(self, where: Where, keys: _Keys) -> tuple[Tensor, Tensor]:
-        """Whether i would see j if it were local, or sliding: [b, g, n, m] and [n, m]."""
-        i = where.i[:, None]
-        return i <= keys.until[:, :, None], i - where.j < self.window
-
-    def _visible(self, where: Where, keys: _Keys) -> Tensor:
-        local, sliding = self._rules(where, keys)
+    def _visible(self, i: Tensor, keys: _Keys) -> Tensor:
+        local, sliding = self._rules(i, keys)
         kind = keys.kind[:, :, None] > 0.5
         seen = kind[..., GLOBAL] | (kind[..., LOCAL] & local) | (kind[..., SLIDING] & sliding)
-        seen = seen.repeat_interleave(self.heads // self.kv_heads, 1)
-        allowed = where.allowed()
-        return seen if allowed is None else seen & allowed
+        return seen.repeat_interleave(self.heads // self.kv_heads, 1)
 
-    def _soft(self, q: Tensor, k: Tensor, where: Where, keys: _Keys) -> Tensor:
+    def _allowed(self, i: Tensor, keys: _Keys, dense: Tensor | None) -> Tensor:
+        """What causality, padding and a dense mask [b, h or 1, n, all tokens] leave: [b or 1, h or 1, n, m]."""
+        past = (keys.place[:, :, None] <= i[:, None]) & keys.real[:, :, None]
+        if past.shape[1] > 1:
+            past = past.repeat_interleave(self.heads // self.kv_heads, 1)
+        if dense is None:
+            return past
+        if keys.place.shape[:2] == (1, 1):
+            return past & dense
+        place = keys.place.repeat_interleave(self.heads // self.kv_heads, 1)[:, :, None].expand_as(past)
+        return past & dense.expand(len(place), self.heads, -1, -1).gather(3, place)
+
+    def _soft(self, q: Tensor, k: Tensor, i: Tensor, keys: _Keys, allowed: Tensor) -> Tensor:
         """The weights under a mask that is 0 or 1 but has the gradient of the kinds' probabilities."""
-        local, sliding = self._rules(where, keys)
+        local, sliding = self._rules(i, keys)
         kind = keys.kind[:, :, None]
         mask = kind[..., GLOBAL] + kind[..., LOCAL] * local + kind[..., SLIDING] * sliding
         mask = mask.repeat_interleave(self.heads // self.kv_heads, 1)
         scores = grouped_scores(q * self.scale, k).to(mask.dtype)
-        allowed = where.allowed()
-        if allowed is not None:
-            scores, mask = scores.masked_fill(~allowed, -torch.inf), mask.masked_fill(~allowed, 0.0)
+        scores, mask = scores.masked_fill(~allowed, -torch.inf), mask.masked_fill(~allowed, 0.0)
         # The largest score among what is visible: what is not may overflow, and is cut off.
         seen = scores.detach().masked_fill(mask.detach() < 0.5, -torch.inf)
         most = seen.amax(-1, keepdim=True)
         raised = (scores - most.masked_fill(most == -torch.inf, 0.0)).clamp(max=30.0).exp() * mask
         total = raised.sum(-1, keepdim=True)
         return raised / total.masked_fill(total == 0, 1.0)
+
+
+def _until(keys: _Keys) -> Tensor:
+    """The place of the nearest real global token behind each key, [b, g, m]; beyond all places where there is none."""
+    stops = (keys.kind[..., GLOBAL] > 0.5) & keys.real
+    # A running minimum from the right, one step further.
+    ends = torch.where(stops, keys.place, BEYOND).flip(-1).cummin(-1).values.flip(-1)
+    return F.pad(ends[..., 1:], (0, 1), value=BEYOND)

@@ -103,10 +103,11 @@ class NeighborhoodGrid(Mechanism):
                     stride=stride,
                     causal=axis in self.causal_axes,
                     tile=8 if axes == 2 else 4,
-                    device=x.device,
                 )
                 for axis, (size, (window, dilation, stride)) in enumerate(rules)
             ]
-            return attend_cells(self.attention, part, windows_of(layout, sizes), real, call.need_weights)
+            return attend_cells(
+                self.attention, part, windows_of(layout, sizes, device=x.device), real, call.need_weights
+            )
 
         return Result(*over_extents(shown(x, call.padding), call.padding, run))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.cells import convolve, shown
+from manyheads.functional.grid_windows import within_windows
 from manyheads.functional.grouped import masked_softmax
-from manyheads.functional.square_windows import within_windows
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register
 

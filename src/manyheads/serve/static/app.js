@@ -24,12 +24,18 @@
     const stop = el("button", { type: "button", onclick: () => job && ask(`/api/jobs/${job}/cancel`, {}).catch(tell) }, "Cancel");
     const error = el("p", { class: "mh-error", role: "alert", hidden: true, dir: "auto" });
     const running = el("span", { class: "ms-run", hidden: true }, bar, stop);
-    let job = null;
+    let job = null, busy = false, again = false;
     const tell = (problem) => {
       error.hidden = false;
       error.textContent = problem.message;
     };
+    // Asked for once more while it runs, it is given up and begun anew.
     async function run() {
+      if (busy) {
+        again = true;
+        if (job) ask(`/api/jobs/${job}/cancel`, {}).catch(tell);
+        return null;
+      }
       error.hidden = true;
       let asked;
       try {
@@ -37,7 +43,7 @@
       } catch (problem) {
         return tell(problem);
       }
-      go.disabled = true;
+      busy = go.disabled = true;
       running.hidden = false;
       bar.removeAttribute("value");
       told.textContent = "asking";
@@ -58,8 +64,12 @@
         tell(problem);
       } finally {
         job = null;
-        go.disabled = false;
+        busy = go.disabled = false;
         running.hidden = true;
+      }
+      if (again) {
+        again = false;
+        return run();
       }
       return null;
     }
@@ -80,7 +90,8 @@
   const count = el("p", { class: "mh-note", role: "status" });
   const followers = [];
   let tokens = [], typed = 0;
-  area.value = "import os\nThe pass key is 40718. Remember it.\nx = 1\nWhat is the pass key? The pass key is ";
+  area.value = facts.begin;
+  if (facts.words) area.placeholder = `The model knows the words ${facts.words.join(" ")}.`;
   area.addEventListener("input", () => {
     clearTimeout(typed);
     typed = setTimeout(read, 250);
@@ -274,6 +285,126 @@
     turn(0);
   };
 
+  // A picture's levels [channels][rows][columns] from -1 to 1, or a word's map over patches up to its greatest weight.
+  function tile(tall, wide, side, label, paint) {
+    const own = el("canvas", { class: "mh-tile", role: "img", "aria-label": label, title: label, width: wide, height: tall });
+    own.style.width = `${side}px`;
+    own.style.height = `${(side * tall) / wide}px`;
+    const pen = own.getContext("2d"), image = pen.createImageData(wide, tall);
+    for (let i = 0; i < tall * wide; i++) image.data.set([...paint(i), 255], 4 * i);
+    pen.putImageData(image, 0, 0);
+    return own;
+  }
+  function picture(levels, label) {
+    const tall = levels[0].length, wide = levels[0][0].length;
+    return tile(tall, wide, 168, label, (i) => [0, 1, 2].map((c) => 127.5 * (1 + clamp((levels[c] || levels[0])[Math.floor(i / wide)][i % wide], -1, 1))));
+  }
+  function wordMap(own, side) {
+    const most = Math.max(...own.maps.without, ...own.maps.with), wide = Math.sqrt(own.maps[side].length), dark = manyheads.dark(root);
+    return tile(wide, wide, 84, `${own.word}, ${side}`, (i) => manyheads.rgb(dark, most ? own.maps[side][i] / most : 0));
+  }
+  const grid = (label, head, rows) => el("div", { class: "ms-answers", tabindex: "0", role: "region", "aria-label": label },
+    el("table", { class: "mh-table ms-beside" },
+      el("thead", {}, el("tr", {}, ["", ...head].map((name) => el("th", { scope: "col", class: "ms-name" }, name)))),
+      el("tbody", {}, rows.map(([name, cells]) => el("tr", {}, el("th", { scope: "row", class: "ms-name", dir: "auto" }, name), cells.map((cell) => el("td", { class: "ms-name" }, cell)))))));
+  const sides = ["without", "with"];
+  function steered(told) {
+    const said = el("ul", { class: "ms-said" }, told.headline.map((line) => el("li", { dir: "auto" }, line)));
+    const share = (value) => `${(100 * value).toFixed(2)}%`;
+    if (told.pictures) return [el("h2", {}, "Without and with"),
+      grid("Drawings", sides, told.captions.map((caption, i) => [caption, sides.map((side) => picture(told.pictures[side][i], `${caption}, ${side}`))])), said,
+      el("h2", { class: "mh-space" }, "Where each word is looked at"),
+      grid("Word maps", told.words.map((own) => own.word), sides.map((side) => [side, told.words.map((own) => wordMap(own, side))]))];
+    const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+    return [el("h2", {}, "Without and with"),
+      grid("Answers", sides, [["answer", sides.map((side) => el("pre", { class: "ms-told", dir: "auto" }, told.answers[side]))]]), said,
+      el("h2", { class: "mh-space" }, "Next token"),
+      grid("Next token", sides, told.next.map((row) => [manyheads.token(row.token), sides.map((side) => share(row[side]))])),
+      el("h2", { class: "mh-space" }, "Attention of the last place, on average over layers"),
+      grid("Attention", sides, Object.entries(told.attention).map(([name, own]) => [name, sides.map((side) => share(mean(own[side])))]))];
+  }
+
+  manyheads.views.steer = function (pane) {
+    const offered = facts.steer, drawing = offered.kind === "diffusion", reads = offered.kind === "vision-language";
+    let chosen = null, fields = [], image = null, typed = 0;
+    const says = el("p", { class: "mh-note" }), label = el("span", {}), places = el("div", { class: "ms-row ms-places" });
+    const slider = el("input", { type: "range", "aria-label": "Strength by slider" }), tick = el("i", { class: "ms-tick", "aria-hidden": "true" });
+    const number = el("input", { type: "number", step: "any" }), neutral = el("button", { type: "button" });
+    const strength = el("div", { class: "ms-row" }, el("label", { class: "mh-field" }, label, number), el("span", { class: "ms-slide" }, slider, tick), neutral);
+    const live = el("input", { type: "checkbox", checked: true });
+    const marks = el("textarea", { rows: "2", dir: "auto", spellcheck: "false", maxlength: "4000", placeholder: "such as: 40718" });
+    const steps = el("input", { type: "number", min: "1", max: "40", value: "20" }), seed = el("input", { type: "number", min: "0", value: "0" });
+    const file = el("input", { type: "file", accept: "image/*" }), shown = el("p", { class: "mh-note", role: "status" });
+    const pictured = el("div", { class: "ms-row" }, field(drawing ? "Reference picture, if any" : "Picture", file), shown);
+    const result = el("div", { class: "ms-result" });
+    file.addEventListener("change", () => {
+      const own = file.files[0];
+      image = null;
+      shown.textContent = "";
+      if (!own) return;
+      if (own.size > 600000) {
+        shown.textContent = "The picture's file is larger than 600 kB: choose a smaller one.";
+        return;
+      }
+      const reader = new FileReader();
+      reader.addEventListener("load", () => {
+        image = reader.result.split(",")[1];
+        again();
+      });
+      reader.readAsDataURL(own);
+    });
+    function again() {
+      clearTimeout(typed);
+      if (live.checked && result.firstChild) typed = setTimeout(run, 250);
+    }
+    slider.addEventListener("input", () => { number.value = slider.value; again(); });
+    number.addEventListener("input", () => { slider.value = number.value; again(); });
+    neutral.addEventListener("click", () => {
+      for (const [name, value] of Object.entries(chosen.neutral)) {
+        const own = fields.find(([each]) => each.name === name);
+        if (name === chosen.strength) slider.value = number.value = value;
+        else if (own) own[1].value = value;
+      }
+      again();
+    });
+    function turn(place) {
+      chosen = offered.methods[place];
+      const own = chosen.arguments.find((each) => each.name === chosen.strength);
+      says.textContent = `${chosen.title[0].toUpperCase()}${chosen.title.slice(1)} (${chosen.source}). ${chosen.notes}`;
+      strength.hidden = !chosen.reach;
+      if (chosen.reach) {
+        const [low, high] = chosen.reach, still = Number(chosen.neutral[chosen.strength]);
+        label.textContent = own.name;
+        Object.assign(slider, { min: low, max: high, step: own.whole ? 1 : (high - low) / 100, value: own.default ?? high });
+        number.value = slider.value;
+        tick.style.setProperty("--at", (still - low) / (high - low));
+        tick.title = neutral.textContent = `Neutral: ${chosen.neutral[chosen.strength]}`;
+      }
+      fields = chosen.arguments.filter((each) => each !== own || !chosen.reach).map((each) => [each, entry(each.needed ? "must be given" : each.default ?? "by itself")]);
+      fields.forEach(([, input]) => { input.maxLength = 2000; });
+      places.replaceChildren(...fields.map(([each, input]) => field(each.name, input)));
+      pictured.hidden = !(reads || chosen.picture);
+      result.replaceChildren();
+    }
+    const { node, run } = runner("Run without and with", "/api/steer", () => {
+      const given = Object.fromEntries(fields.filter(([, input]) => input.value.trim()).map(([each, input]) => [each.name, input.value.trim()]));
+      if (chosen.reach) given[chosen.strength] = number.value;
+      const asked = { text: area.value, name: chosen.name, arguments: given };
+      if (drawing) Object.assign(asked, { steps: Number(steps.value), seed: Number(seed.value) });
+      else asked.marks = marks.value.split("\n").filter((line) => line.trim());
+      if (image && !pictured.hidden) asked.image = image;
+      return asked;
+    }, (job) => result.replaceChildren(...steered(job.result)));
+    pane.append(form(run,
+      el("div", {}, manyheads.select("Intervention", offered.methods.map((each) => each.name), turn), says),
+      strength, places,
+      drawing ? el("div", { class: "ms-row" }, field("Steps", steps), field("Seed", seed)) : el("label", { class: "ms-marks" }, el("span", {}, "Words of the text to mark, a line each (what span=text means)"), marks),
+      pictured,
+      el("label", { class: "mh-field" }, live, "Run again while the slider moves"),
+      node), result);
+    turn(0);
+  };
+
   manyheads.views.reports = function (pane) {
     const body = el("tbody", {}), told = el("p", { class: "mh-note", role: "status" }), result = el("div", { class: "ms-result" });
     pane.classList.add("ms-reports");
@@ -296,12 +427,13 @@
     fill();
   };
 
-  const views = [{ kind: "explain", title: "Explain" }];
+  const views = facts.methods.length ? [{ kind: "explain", title: "Explain" }] : [];
   if (facts.kinds.length) views.push({ kind: "change", title: "Intervene" });
+  if (facts.steer) views.push({ kind: "steer", title: "Steer" });
   if (facts.reports) views.push({ kind: "reports", title: "Reports" });
-  manyheads.mount(root, { title: facts.name, note: `What its ${facts.layers} layers of ${facts.heads} heads do with a text.`, theme: "auto", views });
+  manyheads.mount(root, { title: facts.name, note: facts.words ? `What its ${facts.layers} layers of ${facts.heads} heads draw.` : `What its ${facts.layers} layers of ${facts.heads} heads do with a text.`, theme: "auto", views });
   // Pages in frames follow the system alone, so the app does too.
   root.querySelector(".mh-theme").remove();
-  (root.querySelector(".mh-tabs") || root.querySelector(".mh-pane")).before(el("label", { class: "ms-text" }, el("span", {}, "Text"), area), count);
+  (root.querySelector(".mh-tabs") || root.querySelector(".mh-pane")).before(el("label", { class: "ms-text" }, el("span", {}, facts.words ? "Caption" : "Text"), area), count);
   read();
 })();

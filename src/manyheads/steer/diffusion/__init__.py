@@ -5,7 +5,7 @@ with isolate(model, masks):
 """
 
 from manyheads.steer.diffusion.colour_propagation import colour_propagation
-from manyheads.steer.diffusion.common import box_mask, until
+from manyheads.steer.diffusion.common import box_mask, layers_in, until
 from manyheads.steer.diffusion.concept_conductor import layout_guidance, masks_by_kind, merge_concepts
 from manyheads.steer.diffusion.edit_maps import borrow_maps, count_peaks, edit_words
 from manyheads.steer.diffusion.isolate import isolate, reposition
@@ -24,6 +24,7 @@ __all__ = [
     "edit_words",
     "hunt_heads",
     "isolate",
+    "layers_in",
     "layout_guidance",
     "masks_by_kind",
     "merge_concepts",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from manyheads.hosts.calls import AttentionCall
 from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, parts, replaced_rows
+from manyheads.steer.diffusion.drawing import Drawing, Rows, beside, drawn_with, first_steps
+from manyheads.steer.method import steering
 
 
 def neighbour(frame: int, frames: int, step: int) -> int:
@@ -48,3 +50,22 @@ def colour_propagation(
 
     with changed(model, "colour_propagation", change, kind="self", active=active):
         yield
+
+
+@steering(
+    "colour_propagation",
+    title="frames drawn together read the next and the last in turn",
+    source="arXiv 2306.01732",
+    kinds=("diffusion",),
+    neutral={"share": 0.0},
+    strength="share",
+    reach=(0.0, 1.0),
+    towers=("patches",),
+)
+def _open(
+    model: Any, drawing: Drawing, *, frames: str, own: bool = True, share: float = 1.0
+) -> AbstractContextManager[Rows]:
+    """frames: the captions of the frames behind it, parted by ;."""
+    rows = beside(model, drawing, "colour_propagation", frames.split(";"))
+    active = first_steps("colour_propagation", drawing, share)
+    return drawn_with(colour_propagation(model, range(len(rows.captions)), own=own, active=active), rows)

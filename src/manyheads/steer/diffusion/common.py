@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from manyheads.hosts.calls import AttentionCall
 from manyheads.hosts.inside import softmax_call
+from manyheads.hosts.sites import choose
 from manyheads.hosts.taps import record, tap
 
 # (step from 0, layer of its kind from 0) -> whether the intervention acts there.
@@ -30,6 +31,20 @@ def until(share: float, steps: int, layers: Sequence[int] | None = None) -> Acti
     if not 0 <= share <= 1 or steps < 1:
         raise ValueError(f"until wants a share of the steps from 0 to 1, and one step at least; got {share} of {steps}")
     return lambda step, layer: step < int(steps * share) and (layers is None or layer in layers)
+
+
+def layers_in(model: nn.Module, part: str, *, kind: str = "self") -> list[int]:
+    """Layers of the kind in a part of a UNet, "down", "middle" or "up" as its modules are called, for `until` and for
+    layers=. Papers name them so: plug-and-play acts on the way up, FreeCustom in the last six of sixteen. ValueError
+    for a part that the model does not have."""
+    found = choose(model, kind=kind)
+    layers = [site.layer for site in found if any(own.startswith(part) for own in site.path.split("."))]
+    if not layers or not part:
+        paths = [site.path.split(".") for site in found]
+        depth = next(i for i in range(len(paths[0])) if len({own[i] for own in paths}) > 1 or i == len(paths[0]) - 1)
+        parts = ", ".join(dict.fromkeys(own[depth] for own in paths))
+        raise ValueError(f"layers_in: {type(model).__name__} has no part {part!r} that attends so; it has {parts}")
+    return layers
 
 
 @contextmanager

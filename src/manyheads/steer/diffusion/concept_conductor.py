@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from manyheads.steer.diffusion.common import (
     on_patches,
     replaced_rows,
 )
+from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, first_steps, read_regions, some_steps
+from manyheads.steer.method import steering
 
 
 @contextmanager
@@ -122,3 +124,45 @@ def merge_concepts(
 
     with changed(model, "merge_concepts", change, kind=kind, active=active):
         yield
+
+
+@steering(
+    "layout_guidance",
+    title="pulled towards the self attention of a layout picture",
+    source="arXiv 2408.03632",
+    kinds=("diffusion",),
+    neutral={"strength": 0.0},
+    strength="strength",
+    reach=(0.0, 4.0),
+    towers=("patches",),
+)
+def _open_layout(
+    model: Any, drawing: Drawing, *, source: str = "", strength: float = 1.0, steps: str | None = None
+) -> AbstractContextManager[Rows]:
+    """The layout is the picture that is given, or a drawing of the caption `source`."""
+    layout = drawing.picture
+    if layout is None and not source.strip():
+        raise ValueError("layout_guidance needs a layout: give --image FILE, or layout_guidance[source=CAPTION]")
+    if layout is None:
+        layout = model.sample([source], steps=drawing.steps, seed=drawing.seed, guidance=drawing.guidance)
+    way = model.noised(layout, steps=drawing.steps, seed=drawing.seed)
+    active = some_steps("layout_guidance", drawing, steps)
+    return drawn_with(layout_guidance(model, way, strength=strength, active=active), Rows((drawing.caption,)))
+
+
+@steering(
+    "merge_concepts",
+    title="concepts drawn beside the picture, merged into it by boxes",
+    source="arXiv 2408.03632",
+    kinds=("diffusion",),
+    neutral={"share": 0.0},
+    strength="share",
+    reach=(0.0, 1.0),
+    towers=("words",),
+)
+def _open_concepts(model: Any, drawing: Drawing, *, concepts: str, share: float = 1.0) -> AbstractContextManager[Rows]:
+    """concepts: {"a 3": [top, left, bottom, right], ...} in pixels, each drawn beside the picture."""
+    captions, masks = read_regions(model, "merge_concepts: concepts", concepts)
+    rows, active = Rows((drawing.caption, *captions)), first_steps("merge_concepts", drawing, share)
+    model.encode(captions)
+    return drawn_with(merge_concepts(model, 0, dict(enumerate(masks, 1)), active=active), rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from manyheads.steer.diffusion.common import (
     per_head,
     replaced_rows,
 )
+from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, first_steps, referred, some_steps, word_places
+from manyheads.steer.method import steering
 
 
 @contextmanager
@@ -52,13 +54,18 @@ def edit_words(
         beyond = [word for word in words if word >= call.key.shape[2]]
         if beyond:
             raise ValueError(f"edit_words: no word at {beyond}: the captions have {call.key.shape[2]} places")
-        weights = call.weights()[own]
-        column = torch.zeros(weights.shape[2:], dtype=torch.bool, device=weights.device)
+        column = torch.zeros(call.query.shape[2], call.key.shape[2], dtype=torch.bool, device=call.query.device)
         column[patches, list(words)] = True
-        seen = call.visible()
-        here = column if seen is None else column & seen.expand(len(call.query), -1, -1, -1)[own]
-        edited = torch.where(here, times * weights + add, weights).to(call.value.dtype)
-        return replaced_rows(call, own, edited @ per_head(call.value[own], call.heads))
+
+        def edit(weights: Tensor, lines: slice) -> Tensor:
+            seen = call.visible(lines)
+            here = column[lines] if seen is None else column[lines] & seen.expand(len(call.query), -1, -1, -1)[own]
+            changed = weights.clone()
+            changed[own] = torch.where(here, times * weights[own] + add, weights[own])
+            return changed
+
+        # Rows that are not named keep the layer's own output to the bit.
+        return replaced_rows(call, own, call.mix(edit)[own])
 
     with changed(model, "edit_words", change, kind="cross", active=active):
         yield
@@ -111,3 +118,42 @@ def count_peaks(curve: Tensor) -> int:
     mean = float(curve.mean())
     inner = range(1, len(high) - 1)
     return sum(high[i] > mean and high[i] > high[i - 1] and high[i] > high[i + 1] for i in inner)
+
+
+@steering(
+    "edit_words",
+    title="words of the caption erased or emphasised in the cross attention",
+    source="arXiv 2410.18977",
+    kinds=("diffusion",),
+    neutral={"times": 1.0, "add": 0.0},
+    strength="times",
+    reach=(0.0, 4.0),
+    towers=("words",),
+)
+def _open_words(
+    model: Any, drawing: Drawing, *, words: str, times: float = 0.0, add: float = 0.0, steps: str | None = None
+) -> AbstractContextManager[Rows]:
+    """words: as they stand in the caption, with commas."""
+    places, active = word_places(model, drawing, "edit_words", words), some_steps("edit_words", drawing, steps)
+    return drawn_with(edit_words(model, places, add=add, times=times, active=active), Rows((drawing.caption,)))
+
+
+@steering(
+    "borrow_maps",
+    title="drawn with the attention maps of another drawing",
+    source="arXiv 2410.18977",
+    kinds=("diffusion",),
+    neutral={"share": 0.0},
+    strength="share",
+    reach=(0.0, 1.0),
+    towers=("patches", "words"),
+)
+def _open_maps(
+    model: Any, drawing: Drawing, *, source: str, words: str | None = None, shift: int = 0, share: float = 0.5
+) -> AbstractContextManager[Rows]:
+    """source: the other's caption, drawn beside it or of the picture that is given. words: the cross attention is
+    borrowed as well, but for these words of the caption."""
+    rows = referred(model, drawing, "borrow_maps", source)
+    kept = None if words is None else word_places(model, drawing, "borrow_maps", words)
+    active = first_steps("borrow_maps", drawing, share)
+    return drawn_with(borrow_maps(model, 1, words=kept, shift=shift, active=active), rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from manyheads.steer.diffusion.common import (
     on_patches,
     parts,
 )
+from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, first_steps, read_boxes
+from manyheads.steer.method import steering
 
 BACKGROUND = -1
 
@@ -107,3 +109,20 @@ def isolate(
 
     with changed(model, "isolate", change, kind="self", active=active):
         yield
+
+
+@steering(
+    "isolate",
+    title="subjects in boxes do not see each other",
+    source="arXiv 2411.19261",
+    kinds=("diffusion",),
+    neutral={"share": 0.0},
+    strength="share",
+    reach=(0.0, 1.0),
+    towers=("patches",),
+)
+def _open(model: Any, drawing: Drawing, *, boxes: str, share: float = 1.0) -> AbstractContextManager[Rows]:
+    """boxes: [[top, left, bottom, right], ...] in pixels, a subject each. References are given from Python."""
+    masks = read_boxes(model, "isolate: boxes", boxes, least=2)
+    subjects_of(masks.flatten(1))
+    return drawn_with(isolate(model, masks, active=first_steps("isolate", drawing, share)), Rows((drawing.caption,)))

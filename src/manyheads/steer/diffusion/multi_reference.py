@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from manyheads.steer.diffusion.common import (
     parts,
     replaced_rows,
 )
+from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, first_steps, read_boxes, referred
+from manyheads.steer.method import steering
 
 
 @contextmanager
@@ -79,3 +81,24 @@ def multi_reference(
 
     with changed(model, "multi_reference", change, kind="self", active=active):
         yield
+
+
+@steering(
+    "multi_reference",
+    title="what a box of a reference picture shows is seen while drawing",
+    source="arXiv 2405.13870",
+    kinds=("diffusion",),
+    neutral={"share": 0.0},
+    strength="share",
+    reach=(0.0, 1.0),
+    towers=("patches",),
+)
+def _open(
+    model: Any, drawing: Drawing, *, source: str, box: str, weight: float = 3.0, share: float = 1.0
+) -> AbstractContextManager[Rows]:
+    """source: the reference's caption, drawn beside it or of the picture that is given; box: [top, left, bottom, right]
+    of it in pixels; weight: added to the scores of what the box holds. Several references are given from Python."""
+    mask = read_boxes(model, "multi_reference: box", f"[{box}]")[0]
+    rows = referred(model, drawing, "multi_reference", source)
+    active = first_steps("multi_reference", drawing, share)
+    return drawn_with(multi_reference(model, 0, {1: mask}, weights=weight, active=active), rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from manyheads.hosts.calls import AttentionCall
 from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, parts, replaced_rows
+from manyheads.steer.diffusion.drawing import Drawing, Rows, beside, drawn_with, some_steps
+from manyheads.steer.method import steering
 
 
 @contextmanager
@@ -64,3 +66,21 @@ def _across(call: AttentionCall, rows: list[int]) -> Tensor:
     )
     out = attended(call, query, key, value)
     return out.unflatten(2, (len(rows), side)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+
+
+@steering(
+    "multi_view",
+    title="views drawn together attend each other's rows",
+    source="arXiv 2412.03632",
+    kinds=("diffusion",),
+    neutral={"scale": 0.0},
+    strength="scale",
+    reach=(0.0, 2.0),
+    towers=("patches",),
+)
+def _open(
+    model: Any, drawing: Drawing, *, views: str, scale: float = 1.0, steps: str | None = None
+) -> AbstractContextManager[Rows]:
+    """views: the captions of the other views, parted by ;."""
+    rows, active = beside(model, drawing, "multi_view", views.split(";")), some_steps("multi_view", drawing, steps)
+    return drawn_with(multi_view(model, range(len(rows.captions)), scale=scale, active=active), rows)

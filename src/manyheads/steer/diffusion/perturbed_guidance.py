@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from manyheads.hosts.sites import choose
-from manyheads.steer.common import Heads
+from manyheads.steer.common import Heads, parse_heads
 from manyheads.steer.diffusion.common import Active, correcting
+from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, some_steps
+from manyheads.steer.method import steering
 from manyheads.steer.perturb import perturb
 
 
@@ -69,3 +71,27 @@ def self_heads(model: Any) -> list[tuple[int, int]]:
         for site in choose(model, kind="self")
         for head in range(int(getattr(site.module, "heads", getattr(model.config, "num_attention_heads", 0))))
     ]
+
+
+@steering(
+    "perturbed_guidance",
+    title="guided away from itself with heads that look at themselves",
+    source="arXiv 2506.10978",
+    kinds=("diffusion",),
+    neutral={"scale": 0.0},
+    strength="scale",
+    reach=(0.0, 6.0),
+    towers=("patches",),
+)
+def _open(
+    model: Any,
+    drawing: Drawing,
+    *,
+    heads: str | None = None,
+    amount: float = 1.0,
+    scale: float = 1.0,
+    steps: str | None = None,
+) -> AbstractContextManager[Rows]:
+    active = some_steps("perturbed_guidance", drawing, steps)
+    change = perturbed_guidance(model, parse_heads(heads), amount=amount, scale=scale, active=active)
+    return drawn_with(change, Rows((drawing.caption,)))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from manyheads.hosts.calls import AttentionCall
 from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, conditional, halves, replaced_rows
+from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, first_steps, referred
+from manyheads.steer.method import steering
 
 
 @contextmanager
@@ -72,3 +74,19 @@ def _injected(model: Any, features: nn.Module, source: int, active: Active | Non
         yield
     finally:
         handle.remove()
+
+
+@steering(
+    "plug_and_play",
+    title="drawn with the layout of a source picture, which attends in its place",
+    source="arXiv 2211.12572",
+    kinds=("diffusion",),
+    neutral={"share": 0.0},
+    strength="share",
+    reach=(0.0, 1.0),
+    towers=("patches",),
+)
+def _open(model: Any, drawing: Drawing, *, source: str, share: float = 0.5) -> AbstractContextManager[Rows]:
+    """source: the source's caption, drawn beside it or of the picture that is given."""
+    rows = referred(model, drawing, "plug_and_play", source)
+    return drawn_with(plug_and_play(model, 1, active=first_steps("plug_and_play", drawing, share)), rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,8 @@ from manyheads.steer.diffusion.common import (
     on_patches,
     replaced_rows,
 )
+from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, read_regions, some_steps
+from manyheads.steer.method import steering
 
 
 @contextmanager
@@ -68,3 +70,22 @@ def regional_prompts(
 
     with changed(model, "regional_prompts", change, kind="cross", active=active):
         yield
+
+
+@steering(
+    "regional_prompts",
+    title="every region of the picture reads a caption of its own",
+    source="arXiv 2406.01388",
+    kinds=("diffusion",),
+    neutral={"weight": 0.0},
+    strength="weight",
+    reach=(0.0, 1.0),
+    towers=("words",),
+)
+def _open(
+    model: Any, drawing: Drawing, *, regions: str, weight: float = 1.0, steps: str | None = None
+) -> AbstractContextManager[Rows]:
+    """regions: {"a 3": [top, left, bottom, right], ...} in pixels."""
+    captions, masks = read_regions(model, "regional_prompts: regions", regions)
+    active = some_steps("regional_prompts", drawing, steps)
+    return drawn_with(regional_prompts(model, captions, masks, weight=weight, active=active), Rows((drawing.caption,)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from manyheads.hosts.calls import AttentionCall
 from manyheads.steer.diffusion.common import Active, attended, changed, halves, heard_words, replaced_rows
+from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, read_centres, some_steps
+from manyheads.steer.method import steering
 
 RADIUS = 0.2
 
@@ -79,3 +81,29 @@ def _row(coefficients: float | Sequence[Sequence[float]], step: Any, objects: in
             f"space_time: coefficients for {len(coefficients)} steps; want [{step.count}][{objects}], or one number"
         )
     return [float(own) for own in coefficients[step.index]]
+
+
+@steering(
+    "space_time",
+    title="each object's own caption is added around its place",
+    source="arXiv 2304.03869",
+    kinds=("diffusion",),
+    neutral={"coefficient": 0.0},
+    strength="coefficient",
+    reach=(0.0, 2.0),
+    towers=("words",),
+)
+def _open(
+    model: Any,
+    drawing: Drawing,
+    *,
+    objects: str,
+    coefficient: float = 0.5,
+    radius: float = RADIUS,
+    steps: str | None = None,
+) -> AbstractContextManager[Rows]:
+    """objects: {"a 3": [row, column], ...}, places from 0 to 1."""
+    captions, centres = read_centres("space_time: objects", objects)
+    active = some_steps("space_time", drawing, steps)
+    change = space_time(model, captions, centres, coefficient, radius=radius, active=active)
+    return drawn_with(change, Rows((drawing.caption,)))

@@ -15,11 +15,20 @@ from torch.nn.functional import conv2d, pad
 from manyheads.hosts.taps import record
 
 
-def word_maps(model: Any, pictures: Tensor, time: float, ids: Tensor, mask: Tensor) -> Tensor:
-    """Cross attention averaged over heads and layers, [b, n, m]; gradients reach the model."""
+def word_maps(
+    model: Any, pictures: Tensor, time: float, ids: Tensor, mask: Tensor, *, side: int | None = None
+) -> Tensor:
+    """Cross attention averaged over heads and layers, [b, n, m]; gradients reach the model. side: of the maps that are
+    taken, of a model that attends at several sizes (papers take those at 16 of a UNet's 64); ValueError without."""
     with record(model, kind="cross") as calls:
         model.velocities(pictures, time, ids, mask)
-        return torch.stack([call.weights().mean(1) for call in calls]).mean(0)
+    sides = [math.isqrt(call.query.shape[2]) for call in calls]
+    if (side is None and len(set(sides)) > 1) or (side is not None and side not in sides):
+        raise ValueError(
+            f"word_maps: maps have sides {', '.join(map(str, sides))}; say by side= which ones, not {side}"
+        )
+    own = [call.weights().mean(1) for call, there in zip(calls, sides, strict=True) if side in (None, there)]
+    return torch.stack(own).mean(0)
 
 
 def scaled_map(own: Tensor) -> Tensor:

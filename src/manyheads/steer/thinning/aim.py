@@ -141,6 +141,7 @@ def runs(image: Tensor) -> Sequence[list[int]]:
     kinds=("vision-language",),
     neutral={"merges": 0, "start": 10**6},
     strength="merges",
+    reach=(0, 4),
 )
 def _open(
     model: nn.Module, prompt: Prompt, *, merges: int = 2, start: int | None = None, fall: int | None = None

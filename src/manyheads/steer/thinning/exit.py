@@ -147,18 +147,28 @@ def _trial(
     title="all image tokens leave from a layer on (DyVTE)",
     source="arXiv 2411.19628",
     kinds=("vision-language",),
-    neutral={"layer": None},
+    neutral={"layer": 0},
     strength="layer",
+    reach=(0, 4),
 )
 def _open(
     model: nn.Module, prompt: Prompt, *, layer: int | None = None, gates: str = ""
 ) -> AbstractContextManager[Thinning]:
-    """gates: a safetensors file of trained `ExitGates`."""
+    """layer: all leave before that one, 0: before none. gates: a safetensors file of trained `ExitGates`, which choose
+    the layer, as in the paper. There are none in the package."""
+    depth = len(text_layers(model))
+    if layer is None and not gates:
+        raise ValueError(
+            f"visual_exit needs a layer that image tokens leave before, visual_exit[layer={max(1, depth // 2)}], or "
+            "trained gates, visual_exit[gates=FILE] (thinning.exit.fit_exits trains them)"
+        )
+    if layer is not None and not 0 <= layer < depth:
+        raise ValueError(f"visual_exit: layer={layer}: the model has layers 0 to {depth - 1}; 0 lets no token leave")
     if not gates:
-        return visual_exit(model, None, layer)
+        return visual_exit(model, None, layer or None)
     from safetensors.torch import load_file
 
     weights = load_file(gates)
     made = gates_for(model, len(weights["into.0.weight"]))
     made.load_state_dict(weights)
-    return visual_exit(model, made, layer)
+    return visual_exit(model, made, layer or None)

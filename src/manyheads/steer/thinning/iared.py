@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyheads.steer.common import numbers
 from manyheads.steer.method import Prompt, steering
 from manyheads.steer.thinning.patches import thinned_patches, tower_layers
 
@@ -145,15 +146,17 @@ def _rollout(
     kinds=("dual-encoder",),
     neutral={"threshold": 0.0},
     strength="threshold",
+    reach=(0.0, 1.0),
+    towers=("image",),
 )
 def _open(
-    model: nn.Module, prompt: Prompt, *, interpreters: str, heads: int, before: Sequence[int], threshold: float = 0.5
+    model: nn.Module, prompt: Prompt, *, interpreters: str, heads: int, before: str, threshold: float = 0.5
 ) -> AbstractContextManager[list[Tensor]]:
-    """interpreters: a safetensors file of trained `Interpreters` with so many heads, before those layers."""
+    """interpreters: a safetensors file of trained `Interpreters` with so many heads, before those layers, 1,3."""
     from safetensors.torch import load_file
 
     weights = load_file(interpreters)
     own = next(model.parameters())
-    made = Interpreters(weights["query.0.weight"].shape[1], heads, before)
+    made = Interpreters(weights["query.0.weight"].shape[1], heads, numbers(before, "interpreted: before"))
     made.load_state_dict(weights)
     return interpreted(model, made.to(own.device, own.dtype), threshold)

@@ -159,6 +159,11 @@ class _State:
     kinds=("vision-language",),
     neutral={"globally": 0.0, "individually": 0.0, "similarity": 2.0},
     strength="globally",
+    reach=(0.0, 0.2),
+    towers=(
+        "image",
+        "text",
+    ),
 )
 def _open(
     model: nn.Module,

@@ -158,6 +158,7 @@ def _focused(call: AttentionCall, step: Step, share: float) -> Tensor:
     kinds=("vision-language",),
     neutral={"primary": 1.0, "focused": 1.0},
     strength="primary",
+    reach=(0.0, 1.0),
 )
 def _open(
     model: nn.Module, prompt: Prompt, *, primary: float = 0.25, merged: float = 0.1, focused: float = 1.0

@@ -156,6 +156,21 @@ def grid_padding(case: Case, n: int) -> None:
             expect_close(real, wanted, f"a masked end of axis {axis} (of {fill}) differs from a grid without it")
 
 
+@prop("one-cell", "a map of one cell gives what a padded map around it gives", sizes=(1,), when=_pads_planes)
+def one_cell(case: Case, n: int) -> None:
+    module, x = case.build(), case.x(2)
+    cell = x
+    for axis in range(1, x.ndim - 1):
+        cell = cell.narrow(axis, 0, 1)
+    mask = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+    mask.view(len(x), -1)[:, 0] = True
+    wanted = case.outputs(module, cell).output
+    expect(bool(wanted.isfinite().all()), "the result for one cell is not finite")
+    output = case.outputs(module, x, mask=mask).output
+    real = output[tuple(slice(0, size) for size in wanted.shape)]
+    expect_close(real, wanted, "one cell in a padded map differs from it alone")
+
+
 @prop(
     "map-padding",
     "what stands in padded cells of maps changes nothing",
