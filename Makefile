@@ -14,13 +14,14 @@ board: $(VENV)/.installed-dev
 	$(BIN)/manyheads board
 
 # Compute is single-threaded per worker: two workers with two threads each would fight over two cores. A file goes to one
-# worker, so that what its tests share (a trained model, a conversion, a browser) is made once.
+# worker, so that what its tests share (a trained model, a conversion, a browser) is made once. Byte code is kept whatever
+# the environment says: both workers, and some fifty processes that tests start, would compile the same sources again.
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # The generators of odd calls, 25 times as many as in `make test`: some 10^5. ODD_SEED=7 draws others.
 test-odd: $(VENV)/.installed-dev

@@ -22,6 +22,14 @@ def _seeded() -> None:
     torch.default_generator.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _guards_are_not_timed() -> None:
+    # For a line in its log, torch empties the processor's caches and times the guards of each graph that it traces.
+    from torch._dynamo import guards
+
+    guards.profile_guard_manager = lambda *_: 0.0
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """One Chromium for all tests of a process: its driver can be started once."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +45,7 @@ class Case:
     config: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     oracle: Oracle | None = None
+    _kept: dict[torch.dtype, Mechanism] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -69,11 +69,12 @@ class Case:
                         parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter.dtype))
         return feed(module.to(device=self.device, dtype=dtype).eval(), self.pattern)
 
-    @cached_property
-    def _sources(self) -> tuple[int, int]:
-        """How many contexts a call takes, and their features: what inputs need to know, a hundred times a case."""
-        module = self.build()
-        return module.sources, module.source_dim or module.dim
+    def shared(self, dtype: torch.dtype = torch.float64) -> Mechanism:
+        """What `build` gives, made once for all who only pass through it in eval mode: nothing may be left in it, so
+        that one call after another, of other sizes, must give what a new module gives."""
+        if dtype not in self._kept:
+            self._kept[dtype] = self.build(dtype)
+        return self._kept[dtype]
 
     def x(self, n: int, batch: int = 2, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
         """[batch, n, dim], for a grid [batch, n, n + 1, dim] and for a volume [batch, n, n + 1, 2, dim], of at most
@@ -85,7 +86,7 @@ class Case:
         elif self.pattern is Pattern.VOLUME:
             shape = (side, side + 1, 2)
         elif self.pattern is Pattern.MAPS:
-            module = self.build()
+            module = self.shared()
             shape = (sum(height * width for height, width in module.map_sizes(side, side + 1)),)
             dim = max(module.map_dims or (dim,))
         return self._noise(batch, *shape, dim=dim, dtype=dtype, seed=seed)
@@ -94,7 +95,8 @@ class Case:
         """None, [batch, n + 2, dim], or a tuple of such, each of its own length, where there are several sources."""
         if not self.pattern.cross:
             return None
-        sources, dim = self._sources
+        module = self.shared()
+        sources, dim = module.sources, module.source_dim or module.dim
         parts = [self._noise(batch, n + 2 + s, dim=dim, dtype=dtype, seed=seed + s) for s in range(sources)]
         return parts[0] if sources == 1 else tuple(parts)
 

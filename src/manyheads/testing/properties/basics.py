@@ -30,7 +30,7 @@ def card(case: Case, n: int) -> None:
 
 @prop("shapes", "the output has the shape of x and is finite; batches of one and n = 1 work")
 def shapes(case: Case, n: int) -> None:
-    module = case.build()
+    module = case.shared()
     for batch in (1, 3):
         x, context = case.x(n, batch), case.context(n, batch)
         output = case.outputs(module, x, context).output
@@ -42,7 +42,7 @@ def shapes(case: Case, n: int) -> None:
 @prop("dtype", "float32, bfloat16 and float16 in, the same out, finite, on the same device", sizes=(1, 9))
 def dtype(case: Case, n: int) -> None:
     for kind in (torch.float32, torch.bfloat16, torch.float16):
-        module = case.build(kind)
+        module = case.shared(kind)
         x, context = case.x(n, dtype=kind), case.context(n, dtype=kind)
         result = case.outputs(module, x, context)
         expect(result.output.dtype == kind, f"{kind} in, {result.output.dtype} out")
@@ -53,8 +53,8 @@ def dtype(case: Case, n: int) -> None:
 @prop("single-precision", "float32 agrees with float64", sizes=(5, 17))
 def single_precision(case: Case, n: int) -> None:
     x, context = case.x(n), case.context(n)
-    double = case.outputs(case.build(), x, context).output
-    single = case.outputs(case.build(torch.float32), x.float(), each(context, Tensor.float)).output
+    double = case.outputs(case.shared(), x, context).output
+    single = case.outputs(case.shared(torch.float32), x.float(), each(context, Tensor.float)).output
     expect_close(single.double(), double, "float32 against float64", tolerance=2e-3)
 
 

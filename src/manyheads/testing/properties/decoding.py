@@ -32,7 +32,7 @@ def _decode(
 
 @prop("decode", "token by token and in chunks equals the parallel pass", when=decodes)
 def decode(case: Case, n: int) -> None:
-    module, x, context = case.build(), case.x(n), case.context(n)
+    module, x, context = case.shared(), case.x(n), case.context(n)
     wanted = case.outputs(module, x, context).output
     for chunks in ([1] * n, [n - n // 3, *[1] * (n // 3)], [n // 2, 1, n - n // 2 - 1], [n]):
         sizes = [c for c in chunks if c > 0]
@@ -48,7 +48,7 @@ def _decodes_itself(case: Case) -> bool:
 
 @prop("decode-padded", "decoding a left-padded batch equals the parallel pass", when=_decodes_itself, sizes=SIZES[1:])
 def decode_padded(case: Case, n: int) -> None:
-    module, x = case.build(), case.x(n)
+    module, x = case.shared(), case.x(n)
     mask = torch.arange(n, device=x.device)[None] >= torch.tensor([[n // 2], [0]], device=x.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     wanted = case.outputs(module, x, mask=mask, positions=positions).output
@@ -65,7 +65,7 @@ def decode_padded(case: Case, n: int) -> None:
     sizes=(2, 9),
 )
 def decode_weights(case: Case, n: int) -> None:
-    module, x, context = case.build(), case.x(n), case.context(n)
+    module, x, context = case.shared(), case.x(n), case.context(n)
     wanted = case.outputs(module, x, context, need_weights=True).weights
     state = module.init_state(2)
     case.outputs(module, x[:, :-1], context, state=state)
@@ -90,7 +90,7 @@ def decode_weights(case: Case, n: int) -> None:
     sizes=(3, 9, 33),
 )
 def mask_earlier(case: Case, n: int) -> None:
-    module, x = case.build(), case.x(n)
+    module, x = case.shared(), case.x(n)
     half, wanted = n - n // 2, case.outputs(module, x).output
     usual = torch.arange(n, device=x.device)
     for hidden in ({half - 1}, {0}, set(range(half // 3, 1 + half // 2))):
@@ -129,7 +129,7 @@ def _follows(
 
 @prop("reorder", "after state.reorder each row continues the row it came from", when=decodes, sizes=(2, 5, 17))
 def reorder(case: Case, n: int) -> None:
-    module, x, context = case.build(), case.x(n, 3), case.context(n, 3)
+    module, x, context = case.shared(), case.x(n, 3), case.context(n, 3)
     for index in ([2, 0, 1], [1, 1, 0], [2], [0, 1, 2, 0, 2]):
         rows = torch.tensor(index, device=x.device)
         state, half = module.init_state(3), n - n // 2
@@ -147,7 +147,7 @@ def reorder(case: Case, n: int) -> None:
 def truncate(case: Case, n: int) -> None:
     if n < 2:
         return
-    module, x, context = case.build(), case.x(n), case.context(n)
+    module, x, context = case.shared(), case.x(n), case.context(n)
     state, keep = module.init_state(2), n // 2
     case.outputs(module, x, context, state=state)
     try:
@@ -163,7 +163,7 @@ def truncate(case: Case, n: int) -> None:
 
 @prop("state-bytes", "state.nbytes is what its tensors take; a constant state stays constant", when=decodes, sizes=(9,))
 def state_bytes(case: Case, n: int) -> None:
-    module, context = case.build(), case.context(n)
+    module, context = case.shared(), case.context(n)
     sizes = []
     for length in (n, 8 * n):
         # One token at a time, as in use: a long first chunk may hold more for a moment.

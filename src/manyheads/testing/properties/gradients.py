@@ -59,7 +59,7 @@ def _weights_shape(case: Case, result: Any, x: Tensor, context: Any) -> None:
 
 @prop("weights-causal", "weights on the future are zero", when=lambda c: c.pattern is Pattern.CAUSAL_SELF)
 def weights_causal(case: Case, n: int) -> None:
-    found = case.outputs(case.build(), case.x(n), need_weights=True).weights
+    found = case.outputs(case.shared(), case.x(n), need_weights=True).weights
     if found is not None:
         expect(bool((found.triu(1) == 0).all()), "a weight on a later token is not zero")
 
@@ -97,7 +97,7 @@ def gradcheck(case: Case, n: int) -> None:
 
 @prop("losses", "auxiliary losses are finite scalars and padding does not enter them", sizes=(5, 17))
 def losses(case: Case, n: int) -> None:
-    module, x, context = case.build(), case.x(n), case.context(n)
+    module, x, context = case.shared(), case.x(n), case.context(n)
     found = case.outputs(module, x, context).losses
     for name, loss in found.items():
         expect(loss.ndim == 0 and bool(loss.isfinite()), f"loss {name} has shape {list(loss.shape)} or is not finite")

@@ -27,7 +27,7 @@ def _run(case: Case, module: Mechanism, x: Tensor, edges: Tensor, **call: object
 def permuted_nodes(case: Case, n: int) -> None:
     if case.cls.card.takes:
         return  # side inputs would have to be permuted as well: for the mechanism's own test
-    module, x, edges = case.build(), case.x(n), example_edges(n, case.device)
+    module, x, edges = case.shared(), case.x(n), example_edges(n, case.device)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(n)).to(case.device)
     place = torch.empty_like(order)
     place[order] = torch.arange(n, device=case.device)
@@ -38,7 +38,7 @@ def permuted_nodes(case: Case, n: int) -> None:
 
 @prop("edges", "edges matter, their order does not, and none at all is an answer", sizes=(3, 9), when=_is_graph)
 def edges(case: Case, n: int) -> None:
-    module, x, edges = case.build(), case.x(n), example_edges(n, case.device)
+    module, x, edges = case.shared(), case.x(n), example_edges(n, case.device)
     wanted = _run(case, module, x, edges)
     if not case.cls.card.takes:
         expect_close(_run(case, module, x, edges.flip(1)), wanted, "edges in another order give something else")
@@ -49,7 +49,7 @@ def edges(case: Case, n: int) -> None:
 
 @prop("padded-nodes", "padded nodes and their edges are as if they were not there", sizes=(3, 9), when=_is_graph)
 def padded_nodes(case: Case, n: int) -> None:
-    module, x, keep = case.build(), case.x(n), n - n // 3
+    module, x, keep = case.shared(), case.x(n), n - n // 3
     mask = (torch.arange(n, device=case.device) < keep).expand(x.shape[0], n)
     dirty = torch.where(mask[..., None], x, torch.full_like(x, 50.0))
     found = _run(case, module, dirty, example_edges(n, case.device), mask=mask)[:, :keep]

@@ -75,7 +75,7 @@ def _break_off(case: Case, module: Mechanism, x: Tensor, context: Any, state: An
     sizes=(2, 9, 33),
 )
 def no_numbers_ahead(case: Case, n: int) -> None:
-    module, x, context = case.build(), case.x(n), case.context(n)
+    module, x, context = case.shared(), case.x(n), case.context(n)
     clean = case.outputs(module, x, context).output
     for cut in sorted({0, n // 2, n - 1}):
         for value in NO_NUMBERS:
@@ -106,7 +106,7 @@ def _pads(case: Case) -> bool:
     "no-numbers-padded", "what stands in padding reaches nothing, be it NaN, infinity or 1e30", sizes=(2, 9), when=_pads
 )
 def no_numbers_padded(case: Case, n: int) -> None:
-    module, x, context = case.build(), case.x(n), case.context(n)
+    module, x, context = case.shared(), case.x(n), case.context(n)
 
     def mask_of(tensor: Tensor) -> Tensor:
         mask = torch.ones(tensor.shape[:-1], dtype=torch.bool, device=tensor.device)

@@ -19,7 +19,7 @@ from manyheads.testing.properties.prop import (
 
 @prop("no-future", "output i does not change when any later token does", when=lambda c: c.pattern.causal)
 def no_future(case: Case, n: int) -> None:
-    module = case.build()
+    module = case.shared()
     x, context = case.x(n, 1), case.context(n, 1)
     clean = case.outputs(module, x, context).output
     for cut in sorted({1, n // 2, n - 1} - {0, n}):
@@ -57,7 +57,7 @@ def _trained_output(case: Case, x: Tensor, context: Any) -> Tensor:
 def sees_all(case: Case, n: int) -> None:
     if case.pattern.causal and not case.pattern.cross:
         return _sees_past(case, n)
-    module = case.build()
+    module = case.shared()
     x, context = case.x(n, 1), case.context(n, 1)
     clean = case.outputs(module, x, context).output
     if case.pattern.cross:
@@ -72,7 +72,7 @@ def sees_all(case: Case, n: int) -> None:
 
 
 def _sees_past(case: Case, n: int) -> None:
-    module, x = case.build(), case.x(n, 1)
+    module, x = case.shared(), case.x(n, 1)
     changed = x.clone()
     changed[:, 0] = case.x(n, 1, seed=5)[:, 0]
     gap = (case.outputs(module, changed).output - case.outputs(module, x).output)[:, 1:]
@@ -81,7 +81,7 @@ def _sees_past(case: Case, n: int) -> None:
 
 @prop("batch", "rows of a batch do not influence each other, nor does non-finite input in another row")
 def batch(case: Case, n: int) -> None:
-    module = case.build()
+    module = case.shared()
     x, context = case.x(n, 3), case.context(n, 3)
     together = case.outputs(module, x, context).output
     for row in range(3):
@@ -97,7 +97,7 @@ def batch(case: Case, n: int) -> None:
 
 @prop("padding", "padded tokens take no weight, whatever stands there", sizes=(2, 5, 9, 33), when=is_sequence)
 def padding(case: Case, n: int) -> None:
-    module = case.build()
+    module = case.shared()
     x, context = case.x(n), case.context(n)
     lengths = [n - n // 2, n - 1]
     given: Any
@@ -126,7 +126,7 @@ def _is_pool(case: Case) -> bool:
 
 @prop("pool-padding", "padded tokens take no weight in a pool", sizes=(2, 3, 5, 9), when=_is_pool)
 def pool_padding(case: Case, n: int) -> None:
-    module, x = case.build(), case.x(n)
+    module, x = case.shared(), case.x(n)
     dirty, mask = padded(x, [n - n // 2, n])
     wanted = case.outputs(module, x[:1, : n - n // 2]).output
     expect_close(case.outputs(module, dirty, mask=mask).output[:1], wanted, "padding changes the pool")
@@ -143,7 +143,7 @@ def _pads_planes(case: Case) -> bool:
     when=_pads_planes,
 )
 def grid_padding(case: Case, n: int) -> None:
-    module, x = case.build(), case.x(n)
+    module, x = case.shared(), case.x(n)
     for axis in range(1, x.ndim - 1):
         mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         mask.select(axis, -1)[:] = False
@@ -178,7 +178,7 @@ def one_cell(case: Case, n: int) -> None:
     when=lambda c: c.pattern is Pattern.MAPS,
 )
 def map_padding(case: Case, n: int) -> None:
-    module, x = case.build(), case.x(n)
+    module, x = case.shared(), case.x(n)
     mask = everything(x)
     mask[:, ::3] = False
     first, second = (
@@ -192,7 +192,7 @@ def map_padding(case: Case, n: int) -> None:
 
 @prop("left-padding", "left padding with positions equals no padding", when=lambda c: c.pattern is Pattern.CAUSAL_SELF)
 def left_padding(case: Case, n: int) -> None:
-    module, x = case.build(), case.x(n, 1)
+    module, x = case.shared(), case.x(n, 1)
     for pad in (1, 3):
         dirty, mask, positions = _left_padded(x, pad)
         output = case.outputs(module, dirty, mask=mask, positions=positions).output[:, pad:]
@@ -207,7 +207,7 @@ def _left_padded(x: Tensor, pad: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @prop("all-true-mask", "a mask that allows everything changes nothing", sizes=(1, 5, 17))
 def all_true_mask(case: Case, n: int) -> None:
-    module, x, context = case.build(), case.x(n), case.context(n)
+    module, x, context = case.shared(), case.x(n), case.context(n)
     mask = each(context, everything) if case.pattern.cross else everything(x)
     plain = case.outputs(module, x, context).output
     expect_close(case.outputs(module, x, context, mask=mask).output, plain, "an all-True mask changes the output")
@@ -237,12 +237,12 @@ def all_padding(case: Case, n: int) -> None:
 
 def _has_one_source(case: Case) -> bool:
     """Several sources take a tuple of key paddings, and no dense mask."""
-    return is_sequence(case) and case.build().sources == 1
+    return is_sequence(case) and case.shared().sources == 1
 
 
 @prop("dense-mask", "a dense mask is obeyed, also per head, or refused", sizes=(2, 5, 17), when=_has_one_source)
 def dense_mask(case: Case, n: int) -> None:
-    module, x, context = case.build(), case.x(n), case.context(n)
+    module, x, context = case.shared(), case.x(n), case.context(n)
     m = n if context is None else context.shape[1]
     generator = torch.Generator().manual_seed(n)
     for heads in (1, case.settings["heads"]):

@@ -101,7 +101,7 @@ def _size(case: Case, n: int) -> int:
 
 
 def _has_linear(case: Case) -> bool:
-    return bool(_linears(case.build()))
+    return bool(_linears(case.shared()))
 
 
 def _paths(case: Case, module: Mechanism, x: Tensor, context: Any) -> Iterator[tuple[str, Tensor]]:
@@ -121,7 +121,7 @@ def _paths(case: Case, module: Mechanism, x: Tensor, context: Any) -> Iterator[t
 
 def _acts(case: Case, n: int, kind: str, module: Mechanism, wanted: Tensor) -> None:
     x, context = case.x(n), case.context(n)
-    plain = case.outputs(case.build(), x, context).output
+    plain = case.outputs(case.shared(), x, context).output
     expect(bool((plain - wanted).abs().max() > 1e-6), f"{kind}: they change nothing")
     for path, output in _paths(case, module, x, context):
         expect_close(output, wanted, f"{kind}: {path} differs from the wrapped module's pass")
