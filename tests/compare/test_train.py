@@ -128,7 +128,8 @@ def test_router_losses_count() -> None:
 
 @pytest.mark.parametrize("name", list_tasks())
 def test_every_task_has_its_model(name: str) -> None:
-    small = {"text": {"max_bytes": 100_000, "eval_windows": 4}}.get(name, {})
+    text = {"max_bytes": 100_000, "eval_windows": 4}
+    small = dict({"text": text, "masked-text": text}.get(name, {}))
     small |= {"eval_examples": 8} if hasattr(task_class(name), "eval_examples") else {}
     task = create_task(name, **small)
     torch.manual_seed(0)
@@ -139,7 +140,7 @@ def test_every_task_has_its_model(name: str) -> None:
     assert mechanisms[0].causal == (task.pattern in ("causal-self", "causal-cross"))
     assert (list(placed(task, {"name": "softmax"})) == ["layers", "cross_layers"]) == cross
     chance = evaluate(task, model, torch.device("cpu")).value
-    assert 0 <= chance <= {"text": 9, "nucleotides": 3, "forecast": 1}.get(name, 0.5)
+    assert 0 <= chance <= {"text": 9, "masked-text": 9, "nucleotides": 3, "forecast": 1}.get(name, 0.5)
 
 
 def test_what_fits_only_as_pooling() -> None:
