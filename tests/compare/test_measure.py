@@ -19,7 +19,7 @@ from manyheads.compare.cells import measured_pattern
 from manyheads.compare.measure import Subject, counted, measure_decode, measure_memory, measure_speed
 from manyheads.compare.worker import run_cell
 from manyheads.mechanism import Call, Mechanism, Result
-from manyheads.registry import list_attentions
+from manyheads.registry import list_attentions, mechanism_class
 from manyheads.runs.outcome import _available_bytes, memory_bounded
 from manyheads.softmax import SoftmaxAttention
 
@@ -80,14 +80,14 @@ def test_a_slow_pass_stops_the_longer_ones() -> None:
 
 @pytest.mark.parametrize("name", list_attentions())
 def test_every_mechanism_is_measured_by_a_pattern_that_it_declares(name: str) -> None:
-    pattern, args = measured_pattern(name), dict(registry.card(name).example)
+    pattern, args = measured_pattern(name), dict(mechanism_class(name).card.example)
     size = SIZE | {"hidden_size": args.pop("dim", 16), "heads": args.pop("heads", 4)}
     subject = Subject(settings("speed", name, args=args), size, pattern)
     x, context = subject.inputs(32)
     # Maps that fit together need not have so many cells in all.
     assert math.prod(x.shape) == 2 * 32 * size["hidden_size"] or (pattern == "maps" and 32 <= x.shape[1] <= 64)
     assert subject.module(x, context).output.isfinite().all()
-    assert (pattern == "causal-self") == ("causal-self" in registry.card(name).patterns)
+    assert (pattern == "causal-self") == ("causal-self" in mechanism_class(name).card.patterns)
 
 
 def test_decode_state_by_hand() -> None:

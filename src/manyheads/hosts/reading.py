@@ -123,7 +123,7 @@ class _Ear:
                 call = MechanismCall(site, args, kwargs, result, memo)
                 changed = reader(call)
                 if changed is not None:
-                    result = result._replace(output=fitting(changed, result.output, site))
+                    result = result._replace(output=fitting(changed, result.output.shape, site))
         self.state = self.broken = None
         return result if self.asked else result._replace(weights=None)
 

@@ -48,6 +48,8 @@ def _fill_in(pattern: Pattern, module: Any, args: Any, kwargs: Any) -> Any:
         return None
     seen = getattr(state, "length", 0)
     n = seen + x.shape[1:-1].numel()
+    if x.ndim != 3 and any(what.startswith("[b, heads, n, m]") for what in module.card.takes.values()):
+        return None
     edges = kwargs.get("edges", example_edges(n, x.device) if pattern is Pattern.GRAPH else None)
     if edges is not None and not (isinstance(edges, Tensor) and edges.dtype == torch.int64 and edges.ndim == 2):
         return None

@@ -65,7 +65,7 @@ class SharedWeights(Mechanism):
         hidden += [torch.arange(m, device=x.device) > i[:, None]] if self.causal else []
         for each in hidden:
             weights = weights.masked_fill(each, 0.0)
-        mixed = self.offered(v, v, v, weights @ v, weights, None)
+        mixed = weights @ v  # not offered to taps: there are no queries and keys here
         return Result(self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights if call.need_weights else None)
 
     def _given(self, weights: Any, x: Tensor, keys: int) -> Tensor:
