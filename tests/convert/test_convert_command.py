@@ -72,7 +72,12 @@ def test_check_tells_a_changed_weight(converted: Path, tmp_path: Path, capsys: p
 def test_a_dry_run_measures_several_and_writes_no_weights(tmp_path: Path) -> None:
     out = tmp_path / "dry"
     assert run("--kv-heads", "4,2", "--dry-run", "--align", "mean", *SMALL, "--out", str(out), "--json") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["conversion.html", "conversion.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "cells",
+        "conversion.html",
+        "conversion.json",
+        "experiment.json",
+    ]
     rows = json.loads((out / "conversion.json").read_text())["rows"]
     assert [row["title"] for row in rows] == ["original", "gqa 4, mean", "gqa 2, mean"]
     assert rows[1]["bits_per_token"] == pytest.approx(rows[0]["bits_per_token"], abs=1e-5)
@@ -121,7 +126,12 @@ def test_too_much_damage_is_told_after_a_dry_run_and_after_healing(
     # The last value loses nothing; the first does.
     assert run("--kv-heads", "1,4", "--dry-run", *limits, *SMALL, "--out", str(out)) == 3
     assert "gqa 1, mean: " in capsys.readouterr().err
-    assert sorted(path.name for path in out.iterdir()) == ["conversion.html", "conversion.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "cells",
+        "conversion.html",
+        "conversion.json",
+        "experiment.json",
+    ]
     assert run("--kv-heads", "1", "--heal", "1k", *limits, *SMALL, "--out", str(tmp_path / "healed")) == 3
     assert "gqa 1, mean, healed: " in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == [out]
