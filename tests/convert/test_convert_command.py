@@ -69,6 +69,9 @@ def test_check_tells_a_changed_weight(converted: Path, tmp_path: Path, capsys: p
     assert "NOT what was written" in capsys.readouterr().out
 
 
+SWEPT = ["cells", "conversion.html", "conversion.json", "experiment.json"]
+
+
 def test_a_dry_run_measures_several_and_writes_no_weights(tmp_path: Path) -> None:
     out = tmp_path / "dry"
     assert run("--kv-heads", "4,2", "--dry-run", "--align", "mean", *SMALL, "--out", str(out), "--json") == 0
