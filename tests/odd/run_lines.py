@@ -32,6 +32,7 @@ def prepared() -> Any:
     """The command line, with everything imported that it imports when needed, and its long ends cut off."""
     import manyheads.cli as cli
     import manyheads.compare.run as compare
+    import manyheads.convert.sweep as convert
     import manyheads.explain.explanation as explanation
     import manyheads.explain.studies.running as studies
     import manyheads.heads.command as heads
@@ -39,7 +40,10 @@ def prepared() -> Any:
     import manyheads.shrink.run as shrink
     import manyheads.steer.run as steer
 
-    compare.run_cells = studies.run_cells = shrink.run_cells = reached  # type: ignore[assignment]
+    for name in cli.VERBS:
+        cli.verb(name)
+    for verb in (compare, convert, shrink, studies):
+        verb.run_anywhere = reached  # type: ignore[attr-defined]
     for slow in ("_retrieval", "_repeats", "_influence", "_gates"):
         setattr(heads.Study, slow, reached)
     serve._run = reached  # type: ignore[assignment]

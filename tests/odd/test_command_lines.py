@@ -55,7 +55,7 @@ def test_whatever_is_raised_is_told_in_one_line(
     def raising(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("manyheads.catalogue.command.list_attentions", raising)
+    monkeypatch.setattr("manyheads.catalogue.command.names", raising)
     found, err = said(capsys, ["list"])
     assert (found, err.count("\n")) == (code, 1)
     assert err.startswith("manyheads: ")

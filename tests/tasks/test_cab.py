@@ -63,7 +63,7 @@ def test_trivial_answers_have_the_errors_that_the_docs_say() -> None:
     read, asked = (
         (part.unflatten(1, (-1, 2)) + 0.5) * outline.step for part in (batch.inputs["input_ids"], batch.targets)
     )
-    assert abs(float((read.mean(1, keepdim=True) - asked).square().mean()) - 0.4) < 0.02
+    assert abs(float((read.mean(1, keepdim=True) - asked).square().mean()) - 0.5) < 0.02
 
 
 def test_what_is_asked_of_an_outline_lies_on_it() -> None:
@@ -117,7 +117,7 @@ def test_a_model_takes_the_stand_ins(name: str) -> None:
     model = build_model(task, {"name": "softmax"}, SIZE)
     batch = next(task.train_batches(2, 0))
     loss_of(task.aligned(model(**batch.inputs).logits), batch.targets).backward()
-    assert 0 < evaluate(task, model, torch.device("cpu")).value < 3
+    assert 0 < evaluate(task, model, torch.device("cpu")).value < 9
 
 
 @pytest.mark.parametrize("name", ["forecast", "super-resolution", "completion", "masked-text"])

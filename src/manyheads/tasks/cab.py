@@ -152,7 +152,7 @@ class Completion(Generated):
     An outline is r(a) = 0.7 + sum_k c_k cos(k a + p_k), k = 1..3, |c_k| <= 0.1, about the middle; of a turn starting
     anywhere, 60% are read as `points` points at random angles, and `horizon` points that halve the rest evenly are
     asked for. Coordinates from -1 to 1 are cut into `levels`, two tokens a point, x first: tokens 0..levels-1; the
-    decoder reads a query token for each. To answer the middle of what is read has an error near 0.4. Source: stands in
+    decoder reads a query token for each. To answer the middle of what is read has an error near 0.5. Source: stands in
     for point cloud completion, of the noncausal cross pattern of CAB, arXiv:2210.07661.
     """
 
