@@ -43,7 +43,7 @@ def test_uniform_is_a_stock_class(tmp_path: Path) -> None:
         (["--heads", "25", "--global"], "over all layers it can keep 8 to 32, a multiple of 2"),
         (["--heads", "25"], "alike in every layer it can keep"),
         (["--heads", "24", "--by", "size"], "--by 'size': want one of importance, normalised, ablation, alone, greedy"),
-        (["--by", "dimap"], "from Python, manyheads.convert.dimap(model, share)"),
+        (["--by", "dimap"], "--by dimap are for image classifiers such as Swin"),
         (["--to", "gqa", "--global"], "--uniform belongs to --to prune"),
     ],
 )
