@@ -1,12 +1,12 @@
 """An encoder-decoder on pairs like speech and its text: layers moved from the decoder to the encoder, and buckets.
 
-An utterance is a text of tokens, each drawn out over two to six frames; a frame shows a code that depends on its
-token and the one before, and one in ten shows any code. Depths: the same training with models of about one size, whose
-layers are ever more the encoder's; quality is the share of right next tokens under the true text, speed that of greedy
-decoding, all models in turns. Batches: one pass of training over the same utterances, by a fixed batch size, by buckets
-of frames, and by buckets of frames and tokens. The fixed size is given, and the bytes that a step of it takes at the
-longest lengths are the room in which the buckets' sizes are found by measuring. Tokens are those of the texts, without
-padding.
+An utterance is a text of tokens, each drawn out over two to six frames; a frame shows one of its token's four codes,
+which one depends on the token before, and one in ten shows any code. Depths: the same training with models of about one
+size, whose layers are ever more the encoder's; quality is the share of right next tokens under the true text, speed
+that of greedy decoding, all models in turns. Batches: one pass of training over the same utterances, by a fixed batch
+size, by buckets of frames, and by buckets of frames and tokens. The fixed size is given, and the bytes that a step of
+it takes at the longest lengths are the room in which the buckets' sizes are found by measuring. Tokens are those of the
+texts, without padding.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def utterance(drawn: random.Random, count: int) -> tuple[list[int], list[int]]:
     tokens = [drawn.randrange(TOKENS) for _ in range(count)]
     frames: list[int] = []
     for before, token in zip([0, *tokens], tokens, strict=False):
-        code = (5 * token + 7 * before) % CODES
+        code = token * (CODES // TOKENS) + before % (CODES // TOKENS)
         shown = (drawn.randrange(CODES) if drawn.random() < SLIPS else code for _ in range(drawn.randint(2, 6)))
         frames += [FIRST + TOKENS + each for each in shown]
     return frames, [FIRST + token for token in tokens]
