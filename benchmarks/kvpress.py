@@ -336,7 +336,8 @@ class Ours(Side):
         own = self.policy(policy, ratio, settings)
         made = {}
         for i, (keys, values, done) in enumerate(self.given):
-            layer = own.make_cache(self.model).layers[i]
+            cache = own.make_cache(self.model)  # its layers do not keep it
+            layer = cache.layers[i]
             layer.update(keys, values)
             view = _views(layer, [done])[0]
             own.observe(view)
