@@ -121,6 +121,7 @@ WHY = {
     "TOVA": "kvpress keeps the last token whatever its score",
     "PyramidKV": "kvpress rounds a layer's budget to the nearest and leaves the window out of the pyramid's bounds; "
     "here budgets are rounded down and none is below 1",
+    "Composed": "each stage of kvpress rounds what is left down, from 255.99 to 255 where 256 are asked for",
     "ThinK": "kvpress narrows the window's keys too; here the latest 32 tokens keep all channels",
     "CriticalAdaKV": "kvpress' scores of both stages are made as large as the type holds, and shared out by place in "
     "memory among equals; here the first stage is counted for each head by the budget that it is told",
@@ -418,12 +419,13 @@ class Theirs(Side):
             keep[masked[1], masked[2]] = False
             return _side_by_side([row.nonzero()[:, 0] for row in keep])
         held = self.plain or self.cache
-        full, kept = (_marks(layer.keys[0]) for layer in (self.full.layers[index], held.layers[index]))
+        # By their values, which ThinK leaves alone.
+        full, kept = (_marks(layer.values[0]) for layer in (self.full.layers[index], held.layers[index]))
         order = full.argsort(-1)
         ranked = full.gather(-1, order)
-        assert bool((ranked[:, 1:] != ranked[:, :-1]).all()), "two tokens have the same key"
+        assert bool((ranked[:, 1:] != ranked[:, :-1]).all()), "two tokens have the same value"
         at = torch.searchsorted(ranked, kept).clamp_max(full.shape[1] - 1)
-        assert torch.equal(ranked.gather(-1, at), kept), "a kept key is none of the prompt's"
+        assert torch.equal(ranked.gather(-1, at), kept), "a kept value is none of the prompt's"
         return order.gather(-1, at).sort(-1).values
 
     def narrow(self) -> dict[str, Any]:

@@ -16,6 +16,14 @@ Context = Tensor | Sequence[Tensor]
 _WHOLE = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 _FLOATING = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
+# By whether the mechanism is causal, and whether it sees no context.
+_OF_TOKENS = {
+    (True, True): Pattern.CAUSAL_SELF,
+    (True, False): Pattern.CAUSAL_CROSS,
+    (False, True): Pattern.NONCAUSAL_SELF,
+    (False, False): Pattern.NONCAUSAL_CROSS,
+}
+
 
 class Checks(nn.Module):
     """What a mechanism declares about itself, and the checks of a call that follow from it."""
@@ -43,7 +51,7 @@ class Checks(nn.Module):
             return Pattern.GRAPH
         if Pattern.POOL in self.card.patterns and context is None:
             return Pattern.POOL
-        return Pattern(f"{'causal' if self.causal else 'noncausal'}-{'self' if context is None else 'cross'}")
+        return _OF_TOKENS[self.causal, context is None]
 
     def _only(self, pattern: Pattern) -> bool:
         return self.card.patterns == {pattern}
@@ -116,6 +124,8 @@ class Checks(nn.Module):
 
     def _check_named(self, pattern: Pattern, x: Any, inputs: Mapping[str, Any]) -> None:
         """What a call gives by name: all that the card asks for, and nothing else."""
+        if not inputs and not self.card.takes and pattern is not Pattern.GRAPH:
+            return
         takes = dict(self.card.takes)
         if pattern is Pattern.GRAPH:
             takes["edges"] = "[2, e] integers, sources above targets"

@@ -263,6 +263,8 @@ class Mechanism(Checks, ABC):
 
     def _beside(self, x: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """What a call gives by name of features [b, n, ...] for the tokens of x."""
+        if not inputs:
+            return {}
         named = {k: inputs[k] for k, what in self.card.takes.items() if what.startswith("[b, n, ") and k in inputs}
         tensors = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 2}
         return {k: v for k, v in tensors.items() if v.shape[:2] == x.shape[:2] and v.device == x.device}
