@@ -204,7 +204,7 @@ def test_what_the_host_gave_is_held_for_rows_that_come_back(loss: str, monkeypat
         return see(*given)
 
     monkeypatch.setattr(imitation, "_seen", counted)
-    # Of a row of 16 tokens in two layers: x, the output and the heads of 32, where projections stay q of 32, k, v of 16.
+    # A row of 16 tokens in two layers: x, the output and the heads of 32; where projections stay, q of 32, k, v of 16.
     row = 16 * (3 * 32 + (64 if loss != "output" else 0)) * 2 * 4
     found, counts = [], []
     for remember in (0, row, imitation.REMEMBERED):

@@ -203,8 +203,8 @@ def transfer(
     """Trains the mechanisms of `layers` of `made`, where they stand, to give what the host's attention gives on the
     same inputs; returns the losses of the steps that it took, each the mean over layers. rows: of token ids, one for a
     step, from the start when they end. rate: of AdamW; 1e-3 for output, 1e-2 for the others, as published. keep: as
-    `heal` has it, the beginning of the path of what a stopped run goes on from. remember: bytes of the host's answers to
-    hold for when a row comes back; it changes the time that a step takes, and nothing else."""
+    `heal` has it, the beginning of the path of what a stopped run goes on from. remember: bytes of what the host
+    gave to hold for when a row comes back; it changes the time that a step takes, and nothing else."""
     measure = check_loss(loss)
     if not rows:
         raise ValueError("attention transfer needs text: rows of token ids")
