@@ -139,7 +139,8 @@ def _of_stages(model: Any, inputs: dict[str, Tensor], layers: Sequence[int] | No
                 "attends over other cells than it gives" if weights.shape[2:] != (rows * columns,) * 2 else ""
             )
         own = None if why else weights[0]
-        yield GridLayer(number, f"stage {stage}, {block.mechanism.card.name}", rows, columns, own, why)
+        mixer = "no mixer" if block.mechanism is None else block.mechanism.card.name
+        yield GridLayer(number, f"stage {stage}, {mixer}", rows, columns, own, why)
 
 
 def _too_many(heads: int, n: int) -> str:
