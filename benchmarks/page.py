@@ -20,6 +20,8 @@ def measured_page() -> str:
         ("Recall", "recall", RECALL, _quality),
         ("Digits", "digits", DIGITS, _quality),
         ("Windows and the whole image", "canvases", CANVASES, _canvases),
+        ("Edges and sets", "relations", RELATIONS, _relations),
+        ("Maps and edges: time and memory", "vision", VISION, _vision),
         ("Time over the length", "linear", LENGTH, _linear),
         ("Against other packages", "peers", PEERS, _peers),
         ("A real model with a smaller cache", "real", REAL, _real),
@@ -74,6 +76,18 @@ CANVASES = (
     "mechanisms apart here as 8 x 8 digits do not; a block that brings a convolution of its own learns sooner than one "
     "that must learn it. The error is the spread over seeds where there are several, else that of 256 answers. Seconds "
     "are of a machine shared with other work."
+)
+RELATIONS = (
+    "`python benchmarks/relations.py`: which community a node is of where few say theirs and four edges in ten are "
+    "noise; what the node across a ring holds, four edges away (chance is 25% for both); boxes around digits among "
+    "distractors, by their overlap with the true ones. A node that sees all others and no edges cannot tell either of "
+    "the first two. The error is the spread over seeds."
+)
+VISION = (
+    "`python benchmarks/vision.py`: maps of 64 x 64 cells of 64 features, two heads, forward. Windows against "
+    "`scaled_dot_product_attention` over all cells with the mask that says who sees whom; convolutions against the "
+    "same ones in plain torch; how time grows with the cells of a map, from 32 x 32 to 256 x 256; a graph of 100,000 "
+    "edges. Where the figure is above the target, it fell short."
 )
 STUDIES = (
     "`python benchmarks/studies.py`: each study of `manyheads explain study --list` at its own size. A claim counts as "
@@ -170,6 +184,38 @@ def _canvases(rows: list[Row]) -> list[str]:
         else:
             body.append([*cells, _percent(row), "", "", ""])
     return _table(head, body)
+
+
+def _relations(rows: list[Row]) -> list[str]:
+    head = ["task", "mechanism", "sees in a layer", "parameters", "right", "error", "seeds", "seconds"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    body = []
+    for row in sorted(rows, key=lambda row: (tasks.index(row["task"]), -(row["value"] or 0.0))):
+        cells = [row["task"], row["mechanism"], row["sees"]]
+        if row["value"] is None:
+            body.append([*cells, "", _percent(row, "value"), "", "", ""])
+            continue
+        measured = [f"{100 * row['value_error']:.1f}", str(row["seeds"]), f"{row['seconds']:.0f}"]
+        body.append([*cells, f"{row['parameters']:,}", _percent(row, "value"), *measured])
+    return _table(head, body)
+
+
+def _vision(rows: list[Row]) -> list[str]:
+    words = {"windows": "time, of dense attention's", "by hand": "time, of torch's own convolutions'"}
+    words |= {"exponent over cells": "time grows with cells to the power of", "sampling": "seconds for 1,000,000 edges"}
+    words |= {"graph": "milliseconds for 100,000 edges", "graph peer": "time, of torch_geometric's"}
+    words |= {"graph memory": "memory, of torch_geometric's", "graph by hand": "time, of a hand-written layer's"}
+    of = {"windows": "ratio", "by hand": "ratio", "exponent over cells": "exponent", "sampling": "seconds"}
+    of |= {"graph": "ms", "graph peer": "ratio", "graph memory": "ratio", "graph by hand": "ratio"}
+    own = ("window", "dilation", "block", "halo")
+    body = []
+    for row in rows:
+        given = ",".join(f"{key}={row[key]}" for key in own if key in row)
+        name = row.get("mechanism", row.get("by", "")) + (f"[{given}]" if given else "")
+        figure, target = row[of[row["what"]]], row.get("target")
+        asked = "" if target is None else f"{target:g}"
+        body.append([name, words[row["what"]], f"{figure:.3g}", asked])
+    return _table(["mechanism", "what", "measured", "target, at most"], body)
 
 
 def _studies(rows: list[Row]) -> list[str]:
