@@ -159,7 +159,7 @@ def _beyond_plots(results: Results) -> Iterable[Plot]:
             y = alt.Y("mean:Q", scale=alt.Scale(zero=False, reverse=not higher, padding=16), title=title)
             tips = ["n:Q", alt.Tooltip("mean:Q", title=metric, format=".4~f"), alt.Tooltip("std:Q", format=".2~g")]
             chart = lines_of(rows, mechanisms_of(results), _lengths("n", rows, "length n"), y, tips)
-            text = f"Measured, mean over seeds. Models were trained at n {trained:,} alone; a missing point has no score."
+            text = f"Measured, mean over seeds. Trained at n {trained:,} alone; a missing point has no score."
             yield Plot(f"beyond-{slug(task)}", f"Quality beyond the trained length: {task}", text, chart, wide=True)
 
 
