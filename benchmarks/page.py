@@ -78,7 +78,7 @@ STUDIES = (
     "seen, the small model may be the reason."
 )
 FIELD = (
-    "`python benchmarks/field.py`: small forms of published benchmarks, mostly two layers of width 32, some hundred steps, "
+    "`python benchmarks/field.py`: small forms of published benchmarks, two layers of width 32, hundreds of steps, "
     "no cell beyond 12 seconds (* where that ended it). Three seeds where a spread stands, else one. "
     "The trivial answer knows how often each answer is right and nothing else. No figure compares with a "
     "paper's: the tasks' page says what each lacks."
