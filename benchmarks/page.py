@@ -86,7 +86,8 @@ FIELD = (
 PARTS = {
     "causal": "Every causal mechanism: functions in context (conjunctions of 4 bits), counting letters, mazes of 3 x 3 "
     "(whole ways) and synthetic nucleotides (bits per base, lower is better).",
-    "beyond": "Trained at one length, scored at two and four times it, without positions in the model.",
+    "beyond": "Trained at one length, scored at two and four times it: recall without positions, functions with rotary "
+    "ones where a mechanism takes them.",
     "recall": "Multi-query recall of 12 pairs over the width of the model; in brackets the state of the whole model.",
     "gcog": "gCOG: what the evaluation has that training has not.",
     "cab": "CAB's seven stand-ins and their index: the mean over tasks of deviations from this table's mean.",
