@@ -42,7 +42,7 @@ def test_a_table_for_each_part_best_first(page: ModuleType) -> None:
         row("cab", "gqa", "index, all seven", -0.125, metric="index"),
     ]
     text = "\n".join(page._field(rows))
-    assert text.index("| based | 62.5% ± 1.2% | 1.875 |") < text.index("| softmax | 50.0% | 1.750* |")
+    assert text.index("| based | 62.5% ± 1.2 | 1.875 |") < text.index("| softmax | 50.0% | 1.750* |")
     assert "| gqa | 26.0% (2.0 KiB) |" in text
     assert "| gqa | -0.12 |" in text
     assert "- width 16: nobody learnt it in these steps; the trivial answer has 0.250" in text

@@ -186,7 +186,8 @@ def resized(
     `create_experiment` takes it; {} where nothing is asked."""
     from .experiment import preset as read_preset
 
-    asked = {key: value for key, value in (("layers", layers), ("positions", positions)) if value is not None}
+    given: dict[str, Any] = {"layers": layers, "positions": positions}
+    asked = {key: value for key, value in given.items() if value is not None}
     sizes = [asked | size for size in [{"hidden_size": width} for width in dict.fromkeys(widths)] or [{}]]
     training = {"beyond": list(dict.fromkeys(beyond))} if beyond else {}
     if sizes == [{}] and not training:

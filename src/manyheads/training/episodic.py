@@ -92,8 +92,7 @@ class EpisodicPolicy(nn.Module):
 def t_fixup(policy: EpisodicPolicy) -> None:
     """Draws and scales the weights as the class says, in place."""
     depth, dim = len(policy.layers), policy.embed.weight.shape[0]
-    for stack in (policy.embed, policy.places):
-        weight = stack.weight if isinstance(stack, nn.Linear) else stack
+    for weight in (policy.embed.weight, policy.places):
         weight.normal_(0.0, dim**-0.5 * (9 * depth) ** -0.25)
     scale = 0.67 * depth**-0.25
     for layer in policy.layers:
