@@ -53,7 +53,7 @@ def task(name: str, steps: int, model: Mapping[str, Any] = MODEL, **more: Any) -
 
 
 CAUSAL = {
-    "functions": task("functions", 150, kind="conjunction", bits=4, points=10, eval_examples=256),
+    "functions": task("functions", 300, kind="conjunction", bits=4, points=10, eval_examples=256),
     "counting": task("counting", 200, eval_examples=256),
     "maze": task("maze", 200, size=3, eval_examples=128),
     "nucleotides": task("nucleotides", 60, RECALL | {"layers": 2}, n=128, batch_size=16, eval_examples=32),

@@ -9,7 +9,7 @@ import torch
 from torch import Generator
 
 from manyheads.tasks.draw import distinct, uniform
-from manyheads.tasks.task import Batch, Generated, register_task, whole
+from manyheads.tasks.task import IGNORED, Batch, Generated, register_task, whole
 
 PAGE = 64  # places each way
 LINES, COLUMNS = 8, 2
@@ -20,19 +20,19 @@ MOST_MOVED = 8
 @register_task
 @dataclass(frozen=True, kw_only=True)
 class Forms(Generated):
-    """Name the value that stands right of the asked key on a page of `fields` fields.
+    """Name, at each value on a page of `fields` fields, the key that stands left of it.
 
     Fields stand in two columns of eight lines, in cells drawn at random; a field is a key and, right of it on the same
-    line, a value; the whole form is moved by less than `moved` places. Above it stands once more, as wide as the page,
-    the key that is asked for. Tokens come in random order, so that only boxes [b, n, 4] (x0, y0, x1, y1, 0 to 63) say
-    what stands where. Tokens: keys 0 to keys - 1, values above. Chance is 1 / values; who knows the values and not
-    their places is right in about 1 / fields more. A made-up stand-in for the forms of FUNSD.
+    line, a value; the whole form is moved by less than `moved` places. Tokens come in random order, so that only boxes
+    [b, n, 4] (x0, y0, x1, y1, 0 to 63) say what stands where. Tokens: keys 0 to keys - 1, values above; nothing is
+    asked at keys. Chance is 1 / keys; who knows the keys and not their places is right in about 1 / fields. A made-up
+    stand-in for the forms of FUNSD.
     """
 
     name: ClassVar[str] = "forms"
-    title: ClassVar[str] = "Forms: the value right of a key"
+    title: ClassVar[str] = "Forms: the key left of a value"
     pattern: ClassVar[str] = "noncausal-self"
-    head: ClassVar[str] = "sequence-classification"
+    head: ClassVar[str] = "token-classification"
     beside: ClassVar[tuple[str, ...]] = ("boxes",)
 
     fields: int = 4
@@ -49,12 +49,12 @@ class Forms(Generated):
 
     @property
     def n(self) -> int:
-        return 1 + 2 * self.fields
+        return 2 * self.fields
 
     def model_settings(self) -> dict[str, Any]:
         return {
             "vocab_size": self.keys + self.values,
-            "num_labels": self.values,
+            "num_labels": self.keys,
             "max_length": self.n,
             "max_2d_position_embeddings": PAGE,
         }
@@ -62,17 +62,16 @@ class Forms(Generated):
     def sample(self, count: int, rng: Generator) -> Batch:
         keys = distinct(count, self.fields, 0, self.keys, rng)
         values = uniform(count, self.fields, 0, self.values, rng)
-        asked = uniform(count, 1, 0, self.fields, rng)
-        tokens = torch.cat([keys.gather(1, asked), keys, self.keys + values], 1)
+        tokens = torch.cat([keys, self.keys + values], 1)
+        targets = torch.cat([torch.full_like(keys, IGNORED), keys], 1)
         cells = distinct(count, self.fields, 0, LINES * COLUMNS, rng)
         left, top = cells % COLUMNS * _WIDE, (1 + cells // COLUMNS) * _HIGH
         size = [uniform(count, self.fields, 4, 11, rng) for _ in range(2)]
         fields = torch.cat([left, left + 12], 1)
         tops = torch.cat([top, top], 1)
         boxes = torch.stack([fields, tops, fields + torch.cat(size, 1), tops + _HIGH - 2], 2)
-        title = torch.tensor([0, 0, 2 * _WIDE - 4, _HIGH - 2]).expand(count, 1, 4)
         moved = uniform(count, 2, 0, self.moved, rng).repeat(1, 2)[:, None]
-        boxes = torch.cat([title, boxes], 1) + moved
+        boxes = boxes + moved
         order = distinct(count, self.n, 0, self.n, rng)
         inputs = {"input_ids": tokens.gather(1, order), "boxes": boxes.gather(1, order[..., None].expand(-1, -1, 4))}
-        return Batch(inputs, values.gather(1, asked)[:, 0])
+        return Batch(inputs, targets.gather(1, order))
