@@ -32,7 +32,8 @@ test-odd: $(VENV)/.installed-dev
 
 # Not run in CI: transformers' own tests out of its sdist, lm-evaluation-harness, PEFT, accelerate and captum over our
 # models, converted checkpoints in CTranslate2, and interventions on pipelines of diffusers (installed without what it
-# asks for, which constraints.txt has newer), in an environment of their own. CLIENTS="--kinds softmax,gqa" takes some kinds of layers only.
+# asks for, which constraints.txt has newer), in an environment of their own. CLIENTS="--kinds softmax,gqa" takes some
+# kinds of layers only.
 CLIENTS_VENV := .venv-clients
 test-clients: $(CLIENTS_VENV)/.installed
 	$(CLIENTS_VENV)/bin/python benchmarks/engines.py
@@ -42,7 +43,7 @@ $(CLIENTS_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CLIENTS_VENV)
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
-		pytest peft parameterized==0.9.0 lm-eval==0.4.13 ctranslate2==4.8.5
+		pytest peft parameterized==0.9.0 lm-eval==0.4.13 ctranslate2==4.8.5 httpx importlib_metadata
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps diffusers==0.36.0
 	@touch $@
 
