@@ -26,7 +26,7 @@ def no_future(case: Case, n: int) -> None:
         rows[1 + row, cut:] = 10.0 ** (row % 3) * case.x(n - cut, 1, seed=7 + row % 3)[0]
     # All in one batch, whose rows the property of that name holds apart.
     context = each(case.context(n, 1), lambda c: c.repeat(len(rows), 1, 1))
-    clean, *dirty = case.outputs(module, rows, context).output
+    clean, *dirty = case.outputs(module, rows, context).output.unbind()
     for cut, output in zip(cuts, dirty, strict=True):
         message = f"tokens from {cut} on were changed, and an output before them changed (a leak from the future)"
         expect_close(output[:cut], clean[:cut], message)
