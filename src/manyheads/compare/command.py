@@ -24,9 +24,9 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="Mechanisms, as `manyheads list` names them; with arguments: 'moba[block=64,top_k=2]'; one per layer "
-            "as one contestant: 'based,based,softmax'. "
-            "A bare name has the arguments that the experiment or preset gives it. Default: all of those.",
+            help="Mechanisms, as `manyheads list` names them; with arguments: 'moba\\[block=64,top_k=2]'; one per "
+            "layer as one contestant: 'based,based,softmax'. A bare name has the arguments that the "
+            "experiment or preset gives it. Default: all of those.",
         ),
     ] = None,
     everything: Annotated[
