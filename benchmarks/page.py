@@ -127,7 +127,7 @@ CONVERT = (
 )
 BACKBONES = (
     "`python benchmarks/backbones.py`: mean of the seeds. A window and half the layers by distillation, in both orders "
-    "and each alone for as many tokens; weights of shifts, healed alike; a Swin of two stages on scikit-learn's digits, "
+    "and each alone for as many tokens; weights of shifts, healed alike; a Swin of two stages on scikit-learn digits, "
     "pruned by DIMAP and by magnitude. Time is a share of the original's, of a prompt of so many tokens or a batch."
 )
 CONVERT_SPEEDS = (
