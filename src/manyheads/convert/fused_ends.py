@@ -78,8 +78,8 @@ class ImageEnds(nn.Module):
 def load_ends(path: str | Path) -> ImageEnds:
     weights, sizes = read_adapter(path, KIND, {})
     made = ImageEnds(sizes["width"], channels=sizes["channels"], patch=sizes["patch"])
-    made.load_state_dict(weights)
-    return made.to(next(iter(weights.values())).dtype)
+    made.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+    return made
 
 
 class FusionLoss(NamedTuple):
