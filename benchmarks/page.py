@@ -185,7 +185,7 @@ def _vision(rows: list[Row]) -> list[str]:
     words = {"windows": "time, of dense attention's", "by hand": "time, of torch's own convolutions'"}
     words |= {"exponent over cells": "time grows with cells to the power of", "sampling": "seconds for 1,000,000 edges"}
     words |= {"graph": "milliseconds for 100,000 edges", "graph peer": "time, of torch_geometric's"}
-    words |= {"graph memory": "memory, of torch_geometric's", "graph by hand": "time, of a hand-written layer's"}
+    words |= {"graph memory": "memory, of the same", "graph by hand": "time, of message passing's by hand"}
     of = {"windows": "ratio", "by hand": "ratio", "exponent over cells": "exponent", "sampling": "seconds"}
     of |= {"graph": "ms", "graph peer": "ratio", "graph memory": "ratio", "graph by hand": "ratio"}
     own = ("window", "dilation", "block", "halo")
