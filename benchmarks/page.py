@@ -27,6 +27,9 @@ def measured_page() -> str:
         ("A real model with a smaller cache", "real", REAL, _real),
         ("Published claims, repeated", "studies", STUDIES, _studies),
         ("Conversions", "convert", CONVERT, _convert),
+        ("Backbones made cheaper", "backbones", BACKBONES, _backbones),
+        ("What conversions take", "convert_speeds", CONVERT_SPEEDS, _convert_speeds),
+        ("Conversions file by file", "convert_stream", CONVERT_STREAM, _convert_stream),
         ("A small model that reads pictures", "vlm", VLM, _vlm),
         ("The same model, steered", "steer", STEER, _steer),
         ("Fewer image tokens: time and bytes", "thinning", THINNING, _thinning),
@@ -35,7 +38,8 @@ def measured_page() -> str:
         ("Pairs like speech and its text", "speech", SPEECH, _speech),
     ):
         if not (RESULTS / f"{name}.json").is_file():
-            continue  # not measured yet
+            parts += ["", f"## {title}", "", words, "", "*Not measured yet.*"]
+            continue
         results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         words += _unpassed() if table is _quality else ""
         parts += ["", f"## {title}", "", words, "", *table(results["rows"]), "", _where(results["environment"])]
@@ -130,9 +134,24 @@ SPEECH = (
     "buckets whose batch sizes were found by measuring in the memory that the fixed size takes at the longest lengths."
 )
 CONVERT = (
-    "`python benchmarks/convert.py`: what [conversions](converting.md) cost right after them, before any training "
-    "(`--heal TOKENS` trains, with a control). Bits and KL are of held-out text, the same for all; hidden keys are of "
-    "three seeds, ten each, in 512 tokens. Random heads and weights are one draw."
+    "`python benchmarks/convert.py`: what [conversions](converting.md) cost, mean of the seeds, each with text, hidden "
+    "keys, calibration and training of its own; bits and KL are of held-out text. Healed beside the original healed "
+    "alike (`none`), of so many tokens and seeds as the row says. Below it what the papers claim, and whether every "
+    "seed has that order: by KL to the original, where healed by bits per token."
+)
+BACKBONES = (
+    "`python benchmarks/backbones.py`: mean of the seeds. A window and half the layers by distillation, in both orders "
+    "and each alone for as many tokens; weights of shifts, healed alike; a Swin of two stages on scikit-learn's digits, "
+    "pruned by DIMAP and by magnitude. Time is a share of the original's, of a prompt of so many tokens or a batch."
+)
+CONVERT_SPEEDS = (
+    "`python benchmarks/convert_speeds.py`: attention transfer beside full healing of the same converted layers, over "
+    "100 steps as `--transfer 100` takes them, where a row that comes back needs no pass of the host; a token behind "
+    "8,192 through our cache; a linear layer's step over the length; a linear layer of shifts. Ratios within one run."
+)
+CONVERT_STREAM = (
+    "`python benchmarks/convert_stream.py`: a checkpoint converted file by file, each in a fresh process, beside "
+    "loading and saving it, which takes 1; and a whole model in memory."
 )
 REAL = (
     "`python benchmarks/real.py`: SmolLM2-135M-Instruct (the model `smollm2`), every cache after the same prompt of "
@@ -290,21 +309,89 @@ def _table(head: list[str], body: Iterable[list[str]]) -> list[str]:
     return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
+HEALED = ", healed"
+
+
 def _convert(rows: list[Row]) -> list[str]:
-    lines = [
-        "| model | conversion | cache per token | bits per token | KL to the original | hidden keys |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in (row for row in rows if "conversion" in row):
-        keys = f"{row['passkeys']:.0%} of {row['keys'] * len(row['passkeys_of'])}"
-        figures = f"{row['cache']:,} numbers | {row['bits_per_token']:.3f} | {row['kl_bits']:.3f} | {keys}"
-        lines.append(f"| {row['model']} | {row['conversion']} | {figures} |")
+    of: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if "conversion" in row:
+            of.setdefault((row["model"], row["conversion"]), []).append(row)
+    head = ["model", "conversion", "numbers of cache", "seeds", "bits", "KL", "hidden keys", "bits, healed",
+            "keys, healed", "tokens, seeds"]  # fmt: skip
+    body = []
+    for (model, title), line in of.items():
+        if title.endswith(HEALED):
+            continue
+        healed = of.get((model, title + HEALED), [])
+        told = [f"{_mean(healed, 'bits_per_token'):.3f}", f"{_mean(healed, 'passkeys'):.0%}",
+                f"{healed[0]['healed']:,}, {len(healed)}"] if healed else ["", "", ""]  # fmt: skip
+        body.append(
+            [model, title, f"{line[0]['cache']:,}", len(line), f"{_mean(line, 'bits_per_token'):.3f}",
+             f"{_mean(line, 'kl_bits'):.3f}", f"{_mean(line, 'passkeys'):.0%}", *told]
+        )  # fmt: skip
     claims = [row for row in rows if "claim" in row]
-    return lines + ([""] if claims else []) + [
+    return _table(head, body) + ([""] if claims else []) + [
         f"- {row['model']}, {row['claim']}: {'shows' if row['shows'] else 'does not show'} "
-        f"({len(row['kl_by_seed'])} seeds, KL)"
+        f"({'; '.join(' < '.join(f'{each:.3f}' for each in seed) for seed in row['of_seeds'])})"
         for row in claims
     ]  # fmt: skip
+
+
+def _mean(rows: list[Row], key: str) -> float:
+    return float(sum(row[key] for row in rows) / len(rows))
+
+
+def _backbones(rows: list[Row]) -> list[str]:
+    of: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        of.setdefault((row["part"], row["way"]), []).append(row)
+    body = []
+    for (part, way), line in of.items():
+        times = ", ".join(
+            f"{what}: {sum(row['time_of'][what] for row in line) / len(line):.2f}" for what in line[0]["time_of"]
+        )
+        text = [f"{_mean(line, key):.3f}" if key in line[0] else "" for key in ("bits_per_token", "kl_bits")]
+        right = f"{_mean(line, 'passkeys' if 'passkeys' in line[0] else 'right'):.0%}"
+        stored = f"{_mean(line, 'weight_bytes'):.2f}" if "weight_bytes" in line[0] else ""
+        body.append([part, way, len(line), *text, right, f"{line[0]['parameters']:,}", stored, times])
+    head = ["part", "what", "seeds", "bits", "KL", "keys or digits", "parameters", "bytes of weights", "time"]
+    return _table(head, body)
+
+
+def _convert_speeds(rows: list[Row]) -> list[str]:
+    kinds = {kind: [row for row in rows if row["measured"] == kind] for kind in ("transfer", "decode", "step", "shift")}
+    lines = [
+        f"- {row['model']}: transfer {row['ratio']:.2f} times the tokens a second of full healing"
+        + (f" ({row['ratio_of_new_rows']:.2f} on rows that are new)" if "ratio_of_new_rows" in row else "")
+        for row in kinds["transfer"]
+    ]
+    lines += [
+        f"- {row['model']}, a token behind {row['context']:,}, {row['way']}: {row['ratio_to_before']:.2f} of before"
+        + (f", {row['ratio_to_gqa']:.2f} of the heads of as many bytes" if "ratio_to_gqa" in row else "")
+        for row in kinds["decode"]
+    ]
+    for name in dict.fromkeys(row["name"] for row in kinds["step"]):
+        own = [row for row in kinds["step"] if row["name"] == name]
+        told = ", ".join(f"{row['context']:,}: {row['ms'] / own[0]['ms']:.2f}" for row in own)
+        lines.append(f"- a layer's step, {name}, times the first, behind {told}")
+    first = next(iter(kinds["shift"]), None)
+    return lines + [
+        f"- a linear layer by {row['way']}: {row['ms'] / first['ms']:.2f} of the time, "
+        f"{row['weight_bytes'] / first['weight_bytes']:.2f} of the bytes"
+        for row in kinds["shift"][1:] if first is not None
+    ]  # fmt: skip
+
+
+def _convert_stream(rows: list[Row]) -> list[str]:
+    return _table(
+        ["model", "conversion", "time", "peak above an empty process, files", "targets"],
+        (
+            [row["model"], row["conversion"], f"{row['time_ratio_to_load_and_save']:.2f}",
+             f"{row['peak_over_overhead']:.2f}", {True: "met", False: "not met", None: ""}[row.get("met")]]
+            for row in rows
+        ),
+    )  # fmt: skip
 
 
 def _vlm(rows: list[Row]) -> list[str]:
