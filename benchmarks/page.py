@@ -22,6 +22,7 @@ def measured_page() -> str:
         ("Windows and the whole image", "canvases", CANVASES, _canvases),
         ("Edges and sets", "relations", RELATIONS, _relations),
         ("Maps and edges: time and memory", "vision", VISION, _vision),
+        ("The field's benchmarks", "field", FIELD, _field),
         ("Time over the length", "linear", LENGTH, _linear),
         ("Against other packages", "peers", PEERS, _peers),
         ("A real model with a smaller cache", "real", REAL, _real),
@@ -96,6 +97,21 @@ STUDIES = (
     "seen where it holds in the mean or in every seed, as the study says, over three seeds at least; where it is not "
     "seen, the small model may be the reason."
 )
+FIELD = (
+    "`python benchmarks/field.py`: small forms of published benchmarks, two layers of width 32, hundreds of steps, "
+    "no cell beyond 12 seconds (* where that ended it). Three seeds where a spread stands, else one. "
+    "The trivial answer knows how often each answer is right and nothing else. No figure compares with a "
+    "paper's: the tasks' page says what each lacks."
+)
+PARTS = {
+    "causal": "Every causal mechanism: functions in context (conjunctions of 4 bits), counting letters, mazes of 3 x 3 "
+    "(whole ways) and synthetic nucleotides (bits per base, lower is better).",
+    "beyond": "Trained at one length, scored at two and four times it: recall without positions, functions with rotary "
+    "ones where a mechanism takes them.",
+    "recall": "Multi-query recall of 12 pairs over the width of the model; in brackets the state of the whole model.",
+    "gcog": "gCOG: what the evaluation has that training has not.",
+    "cab": "CAB's seven stand-ins and their index: the mean over tasks of deviations from this table's mean.",
+}
 LENGTH = (
     "`python benchmarks/linear.py`: width 256, 4 heads; forward milliseconds of the mechanism alone, and the slope "
     "of log time over log n from 2k to 32k. Decode: a step at a context of 64k over one at 1k, where the state is of "
@@ -143,8 +159,9 @@ CONVERT = (
 )
 BACKBONES = (
     "`python benchmarks/backbones.py`: mean of the seeds. A window and half the layers by distillation, in both orders "
-    "and each alone for as many tokens; weights of shifts, healed alike; a Swin of two stages on scikit-learn's digits, "
-    "pruned by DIMAP and by magnitude. Time is a share of the original's, of a prompt of so many tokens or a batch."
+    "and each alone for as many tokens; weights of shifts, healed alike; a Swin of two stages on scikit-learn's "
+    "digits, pruned by DIMAP and by magnitude. Time is a share of the original's, of a prompt of so many tokens or a "
+    "batch."
 )
 CONVERT_SPEEDS = (
     "`python benchmarks/convert_speeds.py`: attention transfer beside full healing of the same converted layers, over "
@@ -218,6 +235,67 @@ def _vision(rows: list[Row]) -> list[str]:
         asked = "" if target is None else f"{target:g}"
         body.append([name, words[row["what"]], f"{figure:.3g}", asked])
     return _table(["mechanism", "what", "measured", "target, at most"], body)
+
+
+def _field(rows: list[Row]) -> list[str]:
+    """A table for each part, a line per mechanism, best first at the first column."""
+    lines: list[str] = []
+    for part, words in PARTS.items():
+        own = [row for row in rows if row["part"] == part]
+        if not own:
+            continue
+        columns = list(dict.fromkeys(row["column"] for row in own))
+        found: dict[str, dict[str, Row]] = {}
+        for row in own:
+            found.setdefault(row["mechanism"], {})[row["column"]] = row
+        names = sorted(found, key=lambda name: _rank(found[name].get(columns[0])))
+        body = [[name, *(_field_cell(found[name].get(column)) for column in columns)] for name in names]
+        lines += ["", words, "", *_table(["mechanism", *columns], body)]
+        lines += [f"- {sentence}" for sentence in _at_chance(own, columns)]
+        lines += [f"- {sentence}" for sentence in _unscored(own)]
+    return lines[1:]
+
+
+def _rank(row: Row | None) -> tuple[bool, float]:
+    if row is None or row["value"] is None:
+        return True, 0.0
+    return False, -row["value"] if row["higher_is_better"] else row["value"]
+
+
+def _field_cell(row: Row | None) -> str:
+    if row is None or row["value"] is None:
+        return "" if row is None else "cannot"
+    share = row["metric"] in ("accuracy", "whole answers right")
+    scale, form = (100, ".1f") if share else (1, "+.2f" if row["metric"] == "index" else ".3f")
+    text = format(scale * row["value"], form) + "%" * share
+    if row.get("seeds", 1) > 1:
+        text += f" ± {format(scale * row['value_error'], form)}"
+    held = f" ({row['state_bytes'] / 1024:.1f} KiB)" if row["part"] == "recall" and "state_bytes" in row else ""
+    return text + held + "*" * (not row.get("in_time", True))
+
+
+def _at_chance(rows: list[Row], columns: list[str]) -> list[str]:
+    """Columns in which nobody is better than the trivial answer by two errors."""
+    said = []
+    for column in columns:
+        own = [row for row in rows if row["column"] == column and row["value"] is not None and "trivial" in row]
+        if own and not any(_better(row) for row in own):
+            said.append(f"{column}: nobody learnt it in these steps; the trivial answer has {own[0]['trivial']:.3f}")
+    return said
+
+
+def _better(row: Row) -> bool:
+    gain = row["value"] - row["trivial"] if row["higher_is_better"] else row["trivial"] - row["value"]
+    return bool(gain > 2 * (row["value_error"] or 0.0))
+
+
+def _unscored(rows: list[Row]) -> list[str]:
+    """Whoever has no score, once for each reason."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["value"] is None:
+            reasons.setdefault(row["error"], {})[row["mechanism"]] = None
+    return [f"cannot: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def _studies(rows: list[Row]) -> list[str]:

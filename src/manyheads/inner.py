@@ -14,12 +14,13 @@ from torch import Tensor
 class Inner(NamedTuple):
     """query [b, h, n, d], key [b, g, m, d], value [b, g, m, e], output [b, h, n, e]: what the heads read and give,
     before anything joins them. weights: [b, h, n, m], None where the pass made none. where: which queries meet which
-    keys, or that as a mask [b or 1, 1 or h, n, m], True = may attend; None where all meet all."""
+    keys, or that as a mask [b or 1, 1 or h, n, m], True = may attend; None where all meet all. An output that is no
+    tensor yet is made by calling it, once and while the pass lasts, or not at all where another takes its place."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    output: Tensor
+    output: Tensor | Callable[[], Tensor]
     weights: Tensor | None
     where: Any
 

@@ -194,6 +194,36 @@ class SoftmaxAttention(Mechanism):
         if call.state is not None and call.state.keeper is not None:
             return self._beside_keeper(x, call, call.state)
         q, k, v, where = self._read(x, context, call)
+        if self.listener is not None and self._waits(call):
+
+            def later() -> Tensor:
+                return self._mixed(q, k, v, where, context is not None, call)[0]
+
+            output, losses = self.output(self.listener(Inner(q, k, v, later, None, where)), x, call)
+            return Result(output, None, losses)
+        mixed, weights = self._mixed(q, k, v, where, context is not None, call)
+        if self.listener is not None:
+            mixed = self.listener(Inner(q, k, v, mixed, weights, where))
+        output, losses = self.output(mixed, x, call)
+        return Result(output, weights if call.need_weights else None, losses)
+
+    def _waits(self, call: Call) -> bool:
+        """Whether head outputs may be made when the listener asks for them: what a state holds is written over, graphs
+        and other processes have their order, weights are told with the pass, and a mix of its own says the shape."""
+        return not (
+            call.need_weights
+            or self.eager
+            or self.shell.softcap
+            or torch.is_grad_enabled()
+            or call.state is not None
+            or call.across is not None
+            or type(self).mix is not SoftmaxAttention.mix
+        )
+
+    def _mixed(
+        self, q: Tensor, k: Tensor, v: Tensor, where: Where, cross: bool, call: Call
+    ) -> tuple[Tensor, Tensor | None]:
+        """Head outputs, and the weights where the pass makes any."""
         weights = None
         mixed: Tensor | None
         if call.across is not None:
@@ -203,13 +233,10 @@ class SoftmaxAttention(Mechanism):
         if mixed is None:
             weights = self.weigh(q, k, where)
             mixed = self.mix(weights, v, where)
-        if context is not None:
+        if cross:
             # PyTorch's kernel takes a query of NaN for one with nothing to attend to, and gives zeros: do not hide it.
             mixed = mixed + (q * 0).sum(-1, keepdim=True)
-        if self.listener is not None:
-            mixed = self.listener(Inner(q, k, v, mixed, weights, where))
-        output, losses = self.output(mixed, x, call)
-        return Result(output, weights if call.need_weights else None, losses)
+        return mixed, weights
 
     def _beside_keeper(self, x: Tensor, call: Call, state: State) -> Result:
         """A pass over keys and values that the state's keeper keeps, and attends to."""

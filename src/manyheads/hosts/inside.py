@@ -114,7 +114,7 @@ class ShellCall(AttentionCall):
         module: Any = self.site.module
         start, stop, _ = rows.indices(self.query.shape[2])
         own = slice(start, stop)
-        part = Inner(self.query[:, :, own], self.key, self.value, self.output, None, self.where.rows(own))
+        part = Inner(self.query[:, :, own], self.key, self.value, self.value, None, self.where.rows(own))
         return _may_see(module, part)
 
 

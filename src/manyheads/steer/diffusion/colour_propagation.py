@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.calls import AttentionCall
-from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, parts, replaced_rows
+from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, parts, replaced_rows, taken
 from manyheads.steer.diffusion.drawing import Drawing, Rows, beside, drawn_with, first_steps
 from manyheads.steer.method import steering
 
@@ -45,8 +45,8 @@ def colour_propagation(
             there += [half[places[neighbour(i, len(places), step.index)]] for i in range(len(places))]
         key, value = call.key[there], call.value[there]
         if own:
-            key, value = torch.cat([key, call.key[rows]], 2), torch.cat([value, call.value[rows]], 2)
-        return replaced_rows(call, rows, attended(call, call.query[rows], key, value))
+            key, value = torch.cat([key, taken(call.key, rows)], 2), torch.cat([value, taken(call.value, rows)], 2)
+        return replaced_rows(call, rows, attended(call, taken(call.query, rows), key, value))
 
     with changed(model, "colour_propagation", change, kind="self", active=active):
         yield

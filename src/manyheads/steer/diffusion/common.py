@@ -141,8 +141,18 @@ def per_head(rows: Tensor, heads: int) -> Tensor:
     return rows if rows.shape[1] == heads else rows.repeat_interleave(heads // rows.shape[1], 1)
 
 
+def taken(rows: Tensor, which: Sequence[int]) -> Tensor:
+    """These rows, in order; of rows that stand in line a view, which copies nothing."""
+    if which and list(which) == list(range(which[0], which[0] + len(which))):
+        return rows.narrow(0, which[0], len(which))
+    return rows[list(which)]
+
+
 def replaced_rows(call: AttentionCall, rows: Sequence[int], output: Tensor) -> Tensor:
-    """The call's output with these rows' [len(rows), h, n, e] in their place."""
+    """The call's output with these rows' [len(rows), h, n, e] in their place; the layer's own is not made where none of
+    it stays."""
+    if list(rows) == list(range(len(call.query))):
+        return output.to(call.value.dtype)
     place = torch.tensor(list(rows), device=output.device)
     return call.output.index_copy(0, place, output.to(call.output.dtype))
 
@@ -153,6 +163,35 @@ class Words(NamedTuple):
     key: Tensor
     value: Tensor
     added: Tensor
+
+
+class Regions:
+    """Regions that read captions of their own: output = own (1 - taken) + sum_k share_k softmax(scale q k_k^T) v_k.
+
+    All captions are read at once, and what stays the same over the steps is made once: keys and values of the words
+    side by side, by layer; shares by the size of the map.
+    """
+
+    def __init__(self, words: dict[str, Words]):
+        self.words = words
+        self._joined: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def read(self, call: AttentionCall, query: Tensor, shares: Tensor) -> Tensor:
+        """query [r, h, n, d], shares [k, n] -> sum_k share_k CA_k, [r, h, n, e]."""
+        key, value, added = self._of(call)
+        count, words = shares.shape[0], key.shape[2] // shares.shape[0]
+        scores = (call.scale * query) @ key.mT + added
+        weights = scores.unflatten(-1, (count, words)).softmax(-1) * shares.T.to(scores)[:, :, None]
+        return weights.flatten(-2) @ value
+
+    def _of(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys [1, h, k m, d] and values of all captions' words, and what of them is none, [k m] added."""
+        path = call.site.path
+        if path not in self._joined:
+            read, heads = self.words[path], call.query.shape[1]
+            key, value = (per_head(own, heads).transpose(0, 1).flatten(1, 2)[None] for own in read[:2])
+            self._joined[path] = key, value, read.added.flatten()
+        return self._joined[path]
 
 
 def heard_words(model: Any, captions: Sequence[str]) -> dict[str, Words]:
@@ -195,6 +234,22 @@ def on_patches(who: str, masks: Tensor, patches: int) -> Tensor:
         )
     step = masks.shape[1] // side
     return masks[:, step // 2 :: step, step // 2 :: step].flatten(1)
+
+
+class OnPatches:
+    """Masks of pixels on the patches of a call, made once for every size of map."""
+
+    def __init__(self, who: str, masks: Tensor):
+        self.who, self.masks = who, masks
+        self._made: dict[int, Tensor] = {}
+
+    def of(self, call: AttentionCall) -> Tensor:
+        """[k, n], where the call is; of numbers, in its precision."""
+        n = call.query.shape[2]
+        if n not in self._made:
+            found = on_patches(self.who, self.masks, n).to(call.query.device)
+            self._made[n] = found.to(call.query.dtype) if found.is_floating_point() else found
+        return self._made[n]
 
 
 def check_masks(who: str, model: Any, masks: Tensor) -> Tensor:

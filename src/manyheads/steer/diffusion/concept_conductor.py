@@ -13,12 +13,12 @@ from manyheads.hosts.calls import AttentionCall
 from manyheads.hosts.taps import record
 from manyheads.steer.diffusion.common import (
     Active,
+    OnPatches,
     changed,
     check_masks,
     check_rows,
     conditional,
     moving,
-    on_patches,
     replaced_rows,
 )
 from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, first_steps, read_regions, some_steps
@@ -111,15 +111,15 @@ def merge_concepts(
     given = {place: mask for place, mask in concepts.items() if bool(mask.any())}
     for mask in given.values():
         check_masks("merge_concepts", model, mask[None])
+    grids = OnPatches("merge_concepts", torch.stack(list(given.values()))) if given else None
 
     def change(call: AttentionCall, step: Any) -> Tensor | None:
-        if not given:
+        if grids is None:
             return None
         told = conditional(call, step)
         check_rows("merge_concepts", [base, *given], len(told))
-        grid = on_patches("merge_concepts", torch.stack(list(given.values())), call.query.shape[2]).bool()
         others = [call.output[told[place]] for place in given]
-        mixed = merged(call.output[told[base]], others, grid.to(call.output.device))
+        mixed = merged(call.output[told[base]], others, grids.of(call).bool())
         return replaced_rows(call, [told[base]], mixed[None])
 
     with changed(model, "merge_concepts", change, kind=kind, active=active):

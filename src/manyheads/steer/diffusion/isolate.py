@@ -20,6 +20,8 @@ from manyheads.steer.diffusion.common import (
     check_rows,
     on_patches,
     parts,
+    replaced_rows,
+    taken,
 )
 from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, first_steps, read_boxes
 from manyheads.steer.method import steering
@@ -54,6 +56,18 @@ def reposition(features: Tensor, box: tuple[int, int, int, int], to: tuple[int, 
     return moved
 
 
+def _hidden(masks: Tensor, references: Mapping[int, int], inside: Tensor | None, n: int) -> Tensor:
+    """[n, n + n of each reference], 0 or -inf: what every token sees of its own picture and of the references."""
+    subjects = subjects_of(on_patches("isolate", masks, n))
+    seen = [may_see(subjects, subjects)]
+    if inside is not None:
+        for subject in references:
+            there = on_patches("isolate", inside[subject : subject + 1], n)[0].bool()
+            seen.append(((subjects == subject) | (subjects == BACKGROUND))[:, None] & there)
+    whole = ~torch.cat(seen, 1)
+    return torch.zeros(whole.shape).masked_fill(whole, -math.inf)
+
+
 @contextmanager
 def isolate(
     model: Any,
@@ -82,30 +96,24 @@ def isolate(
     if reference_masks is not None:
         check_masks("isolate: reference_masks", model, reference_masks)
 
+    own_rows, hidden = rows, dict[int, Tensor]()
+
     def change(call: AttentionCall, step: Any) -> Tensor | None:
         if len(masks) < 2 and not given:
             return None
-        subjects = subjects_of(on_patches("isolate", masks, call.query.shape[2])).to(call.query.device)
-        output = call.output
-        for half in parts(call, step):
-            check_rows("isolate: references", list(given.values()), len(half))
-            targets = [row for row in range(len(half)) if row not in given.values()] if rows is None else rows
-            own = [half[row] for row in check_rows("isolate", targets, len(half))]
-            keys, values, seen = [call.key[own]], [call.value[own]], [may_see(subjects, subjects)]
-            for subject, place in given.items():
-                there = [half[place]] * len(own)
-                keys.append(call.key[there])
-                values.append(call.value[there])
-                seen.append(foreign_seen(subjects, subject, reference_masks))
-            hidden = ~torch.cat(seen, 1)
-            added = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -math.inf)
-            mixed = attended(call, call.query[own], torch.cat(keys, 2), torch.cat(values, 2), added)
-            output = output.index_copy(0, torch.tensor(own, device=output.device), mixed.to(output.dtype))
-        return output
-
-    def foreign_seen(subjects: Tensor, subject: int, inside: Any) -> Tensor:
-        there = on_patches("isolate", inside[subject : subject + 1], len(subjects))[0].to(subjects.device)
-        return ((subjects == subject) | (subjects == BACKGROUND))[:, None] & there
+        n, halves_of, foreign = call.query.shape[2], parts(call, step), list(given.values())
+        if n not in hidden:
+            hidden[n] = _hidden(masks, given, reference_masks, n).to(call.query)
+        rows: list[int] = []
+        there: list[list[int]] = [[] for _ in given]
+        for half in halves_of:
+            check_rows("isolate: references", foreign, len(half))
+            targets = [row for row in range(len(half)) if row not in foreign] if own_rows is None else own_rows
+            rows += [half[row] for row in check_rows("isolate", targets, len(half))]
+            for number, place in enumerate(foreign):
+                there[number] += [half[place]] * len(targets)
+        key, value = (torch.cat([taken(own, rows), *(own[of] for of in there)], 2) for own in (call.key, call.value))
+        return replaced_rows(call, rows, attended(call, taken(call.query, rows), key, value, hidden[n]))
 
     with changed(model, "isolate", change, kind="self", active=active):
         yield

@@ -26,6 +26,16 @@ from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, first_s
 from manyheads.steer.method import steering
 
 
+def _added(references: Mapping[int, Tensor], weights: float | Mapping[int, float], n: int) -> Tensor:
+    """[1, 1, 1, n + n of each reference]: what is added to the scores of their tokens."""
+    parts_of = [torch.zeros(n)]
+    for place, mask in references.items():
+        bonus = weights if isinstance(weights, int | float) else weights[place]
+        inside = on_patches("multi_reference", mask[None], n)[0].bool()
+        parts_of.append(torch.full((n,), float(bonus)).masked_fill(~inside.cpu(), -math.inf))
+    return torch.cat(parts_of)[None, None, None]
+
+
 @contextmanager
 def multi_reference(
     model: Any,
@@ -54,6 +64,8 @@ def multi_reference(
     if target in references:
         raise ValueError(f"multi_reference: the target {target} is among its references {sorted(references)}")
 
+    added: dict[int, Tensor] = {}
+
     def change(call: AttentionCall, step: Any) -> Tensor | None:
         if not given:
             return None
@@ -63,21 +75,16 @@ def multi_reference(
             plain = style_fidelity if number < len(own_parts) - 1 else 0.0
             if plain < 1:
                 rows.append(half[target])
-                own = _joined(call, rows[-1], {half[place]: (place, mask) for place, mask in given.items()})
+                own = _joined(call, rows[-1], [half[place] for place in given])
                 mixed.append(plain * call.output[rows[-1:]] + (1 - plain) * own)
         return replaced_rows(call, rows, torch.cat(mixed))
 
-    def _joined(call: AttentionCall, own: int, there: dict[int, tuple[int, Tensor]]) -> Tensor:
-        n = call.query.shape[2]
-        keys, values, added = [call.key[[own]]], [call.value[[own]]], [torch.zeros(n)]
-        for row, (place, mask) in there.items():
-            bonus = weights if isinstance(weights, int | float) else weights[place]
-            inside = on_patches("multi_reference", mask[None], n)[0].bool()
-            keys.append(call.key[[row]])
-            values.append(call.value[[row]])
-            added.append(torch.full((n,), float(bonus)).masked_fill(~inside.cpu(), -math.inf))
-        joined = torch.cat(added).to(call.query.device)
-        return attended(call, call.query[[own]], torch.cat(keys, 2), torch.cat(values, 2), joined.expand(1, 1, n, -1))
+    def _joined(call: AttentionCall, own: int, there: list[int]) -> Tensor:
+        n, rows = call.query.shape[2], [own, *there]
+        if n not in added:
+            added[n] = _added(given, weights, n).to(call.query)
+        key, value = (torch.cat([tensor[[row]] for row in rows], 2) for tensor in (call.key, call.value))
+        return attended(call, call.query[[own]], key, value, added[n])
 
     with changed(model, "multi_reference", change, kind="self", active=active):
         yield

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from manyheads.hosts.calls import AttentionCall
-from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, parts, replaced_rows
+from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, parts, replaced_rows, taken
 from manyheads.steer.diffusion.drawing import Drawing, Rows, beside, drawn_with, some_steps
 from manyheads.steer.method import steering
 
@@ -39,33 +38,37 @@ def multi_view(
     def change(call: AttentionCall, step: Any) -> Tensor | None:
         if scale == 0 and (reference is None or reference_scale == 0):
             return None
-        rows, mixed = [], []
-        for half in parts(call, step):
-            own = [half[place] for place in check_rows("multi_view", views, len(half))]
-            rows += own
-            out = call.output[own] + scale * _across(call, own)
-            if reference is not None and reference_scale != 0:
-                there = [half[check_rows("multi_view: reference", [reference], len(half))[0]]] * len(own)
-                out = out + reference_scale * attended(call, call.query[own], call.key[there], call.value[there])
-            mixed.append(out)
-        return replaced_rows(call, rows, torch.cat(mixed))
+        groups = [[half[place] for place in check_rows("multi_view", views, len(half))] for half in parts(call, step)]
+        rows = [row for group in groups for row in group]
+        out = taken(call.output, rows) + scale * _across(call, rows, len(groups))
+        if reference is not None and reference_scale != 0:
+            there: list[int] = []
+            for half in parts(call, step):
+                there += [half[check_rows("multi_view: reference", [reference], len(half))[0]]] * len(views)
+            out = out + reference_scale * attended(call, taken(call.query, rows), call.key[there], call.value[there])
+        return replaced_rows(call, rows, out)
 
     with changed(model, "multi_view", change, kind="self", active=active):
         yield
 
 
-def _across(call: AttentionCall, rows: list[int]) -> Tensor:
-    """[views, h, n, e] of each view's rows attending the same rows of all views."""
+def _across(call: AttentionCall, rows: list[int], groups: int) -> Tensor:
+    """[views of all groups, h, n, e] of each view's rows attending the same rows of all views of its group."""
     side = math.isqrt(call.query.shape[2])
     if side * side != call.query.shape[2]:
         raise ValueError(f"multi_view: {call.query.shape[2]} patches are no square grid")
-    # [views, h, n, d] -> a batch of picture rows: [side, h, views * side, d]
+    # [groups * views, h, n, d] -> a batch of picture rows: [groups * side, h, views * side, d]
     query, key, value = (
-        tensor[rows].unflatten(2, (side, side)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        taken(tensor, rows)
+        .unflatten(0, (groups, -1))
+        .unflatten(3, (side, side))
+        .permute(0, 3, 2, 1, 4, 5)
+        .flatten(3, 4)
+        .flatten(0, 1)
         for tensor in (call.query, call.key, call.value)
     )
-    out = attended(call, query, key, value)
-    return out.unflatten(2, (len(rows), side)).permute(2, 1, 0, 3, 4).flatten(2, 3)
+    out = attended(call, query, key, value).unflatten(0, (groups, side)).unflatten(3, (-1, side))
+    return out.permute(0, 3, 2, 1, 4, 5).flatten(3, 4).flatten(0, 1)
 
 
 @steering(

@@ -9,7 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from manyheads.hosts.calls import AttentionCall
-from manyheads.steer.diffusion.common import Active, attended, changed, check_rows, conditional, halves, replaced_rows
+from manyheads.steer.diffusion.common import (
+    Active,
+    attended,
+    changed,
+    check_rows,
+    conditional,
+    halves,
+    replaced_rows,
+    taken,
+)
 from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, first_steps, referred
 from manyheads.steer.method import steering
 
@@ -39,11 +48,14 @@ def plug_and_play(
 
     def change(call: AttentionCall, step: Any) -> Tensor:
         own = _source_row(call, step, source)
-        rows = [row for row in range(call.query.shape[0]) if row != own]
-        if not rows:
+        count = call.query.shape[0]
+        if count == 1:
             raise ValueError("plug_and_play: the batch holds the source alone; want a target beside it")
+        # In line with the others the source, whose queries and keys these are, costs no pass of the layer's own.
+        alike = call.mask is None and not call.causal
+        rows = [row for row in range(count) if alike or row != own]
         query, key = (tensor[own : own + 1].expand(len(rows), -1, -1, -1) for tensor in (call.query, call.key))
-        return replaced_rows(call, rows, attended(call, query, key, call.value[rows]))
+        return replaced_rows(call, rows, attended(call, query, key, taken(call.value, rows)))
 
     with ExitStack() as stack:
         stack.enter_context(changed(model, "plug_and_play", change, kind="self", active=active))

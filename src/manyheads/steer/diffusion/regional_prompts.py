@@ -11,14 +11,15 @@ from torch import Tensor
 from manyheads.hosts.calls import AttentionCall
 from manyheads.steer.diffusion.common import (
     Active,
-    attended,
+    OnPatches,
+    Regions,
     changed,
     check_masks,
     check_rows,
     conditional,
     heard_words,
-    on_patches,
     replaced_rows,
+    taken,
 )
 from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, read_regions, some_steps
 from manyheads.steer.method import steering
@@ -51,7 +52,7 @@ def regional_prompts(
     share = masks.float().sum(0) * weight
     if weight < 0 or bool((share > 1 + 1e-6).any()):
         raise ValueError(f"regional_prompts: masks times {weight} must be at least 0 and sum to 1 at most")
-    words = heard_words(model, captions)
+    regions, grids = Regions(heard_words(model, captions)), OnPatches("regional_prompts", masks.float() * weight)
 
     def change(call: AttentionCall, step: Any) -> Tensor | None:
         if weight == 0:
@@ -60,12 +61,8 @@ def regional_prompts(
         own = [
             told[row] for row in check_rows("regional_prompts", range(len(told)) if rows is None else rows, len(told))
         ]
-        grid = on_patches("regional_prompts", masks.float() * weight, call.query.shape[2]).to(call.query)
-        mixed = call.output[own] * (1 - grid.sum(0))[:, None]
-        read, query = words[call.site.path], call.query[own]
-        for region, share in enumerate(grid):
-            key, value = (tensor[region : region + 1].expand(len(own), -1, -1, -1) for tensor in read[:2])
-            mixed = mixed + share[:, None] * attended(call, query, key, value, read.added[region : region + 1])
+        grid = grids.of(call)
+        mixed = taken(call.output, own) * (1 - grid.sum(0))[:, None] + regions.read(call, taken(call.query, own), grid)
         return replaced_rows(call, own, mixed)
 
     with changed(model, "regional_prompts", change, kind="cross", active=active):

@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from manyheads.hosts.calls import AttentionCall
-from manyheads.steer.diffusion.common import Active, attended, changed, halves, heard_words, replaced_rows
+from manyheads.steer.diffusion.common import Active, Regions, changed, halves, heard_words, replaced_rows, taken
 from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, read_centres, some_steps
 from manyheads.steer.method import steering
 
@@ -25,6 +26,10 @@ def disc(side: int, centre: tuple[float, float], radius: float = RADIUS) -> Tens
         raise ValueError(f"disc: centre {centre} and radius {radius}: want a place in 0..1 and a radius above 0")
     at = torch.arange(side) / side
     return ((at[:, None] - centre[0]) ** 2 + (at - centre[1]) ** 2 <= radius**2).flatten()
+
+
+def _discs(side: int, centres: Sequence[tuple[float, float]], radius: float) -> Tensor:
+    return torch.stack([disc(side, centre, radius) for centre in centres])
 
 
 @contextmanager
@@ -49,7 +54,7 @@ def space_time(
     """
     if len(captions) != len(centres) or not captions:
         raise ValueError(f"space_time: {len(captions)} captions and {len(centres)} centres: want one for each")
-    words = heard_words(model, captions)
+    regions, discs = Regions(heard_words(model, captions)), cache(lambda side: _discs(side, centres, radius))
     for centre in centres:
         disc(1, centre, radius)
 
@@ -60,13 +65,10 @@ def space_time(
         c = _row(coefficients, step, len(captions))
         if not any(c):
             return None
-        read, mixed = words[call.site.path], call.output[told]
-        plain, query = call.output[plain_rows], call.query[told]
-        for number, (centre, share) in enumerate(zip(centres, c, strict=True)):
-            inside = disc(math.isqrt(query.shape[2]), centre, radius).to(query)[:, None]
-            key, value = (tensor[number : number + 1].expand(len(told), -1, -1, -1) for tensor in read[:2])
-            own = attended(call, query, key, value, read.added[number : number + 1])
-            mixed = mixed + inside * share * (own - plain)
+        query = taken(call.query, told)
+        shares = discs(math.isqrt(query.shape[2])).to(query) * torch.tensor(c).to(query)[:, None]
+        own = regions.read(call, query, shares) - shares.sum(0)[:, None] * taken(call.output, plain_rows)
+        mixed = taken(call.output, told) + own
         return replaced_rows(call, told, mixed)
 
     with changed(model, "space_time", change, kind="cross", active=active):
