@@ -43,7 +43,7 @@ MEASURES = (
 Row = dict[str, Any]
 MODEL = {"hidden_size": 32, "heads": 4, "layers": 2, "intermediate_size": 64, "short_conv": 0, "positions": "learned"}
 # seconds: what no cell exceeds, so that the whole has an end; a row says which were stopped by it.
-TRAINING = {"learning_rates": [0.003], "batch_size": 32, "eval_every": 1000, "seconds": 12.0}
+TRAINING = {"learning_rates": [0.003], "batch_size": 32, "eval_every": 1000, "seconds": 10.0}
 RECALL = {"hidden_size": 64, "heads": 4, "layers": 1, "intermediate_size": 0, "short_conv": 3, "positions": "none"}
 
 
@@ -53,9 +53,9 @@ def task(name: str, steps: int, model: Mapping[str, Any] = MODEL, **more: Any) -
 
 
 CAUSAL = {
-    "functions": task("functions", 200, kind="conjunction", bits=4, points=10, eval_examples=256),
-    "counting": task("counting", 300, eval_examples=512),
-    "maze": task("maze", 250, size=3, eval_examples=256),
+    "functions": task("functions", 150, kind="conjunction", bits=4, points=10, eval_examples=256),
+    "counting": task("counting", 200, eval_examples=256),
+    "maze": task("maze", 200, size=3, eval_examples=128),
     "nucleotides": task("nucleotides", 60, RECALL | {"layers": 2}, n=128, batch_size=16, eval_examples=32),
 }
 BEYOND = {

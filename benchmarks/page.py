@@ -99,7 +99,7 @@ STUDIES = (
 )
 FIELD = (
     "`python benchmarks/field.py`: small forms of published benchmarks, two layers of width 32, hundreds of steps, "
-    "no cell beyond 12 seconds (* where that ended it). Three seeds where a spread stands, else one. "
+    "no cell beyond 10 seconds (* where that ended it). Three seeds where a spread stands, else one. "
     "The trivial answer knows how often each answer is right and nothing else. No figure compares with a "
     "paper's: the tasks' page says what each lacks."
 )
