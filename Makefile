@@ -15,13 +15,16 @@ board: $(VENV)/.installed-dev
 
 # Compute is single-threaded per worker: two workers with two threads each would fight over two cores. A file goes to one
 # worker, so that what its tests share (a trained model, a conversion, a browser) is made once. Byte code is kept whatever
-# the environment says: both workers, and some fifty processes that tests start, would compile the same sources again.
+# the environment says: both workers, and the processes that tests start, would compile the same sources again. Files are
+# taken in the order that conftest.py gives them. Types are checked beside the tests: mypy uses one core only.
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	@echo "mypy runs beside the tests, and is heard after them"
+	@said=$$(mktemp); $(BIN)/mypy > $$said 2>&1 & types=$$!; \
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	wait $$types; types=$$?; cat $$said; rm $$said; exit $$((tests || types))
 
 # The generators of odd calls, 25 times as many as in `make test`: some 10^5. ODD_SEED=7 draws others.
 test-odd: $(VENV)/.installed-dev
@@ -29,7 +32,8 @@ test-odd: $(VENV)/.installed-dev
 
 # Not run in CI: transformers' own tests out of its sdist, lm-evaluation-harness, PEFT, accelerate and captum over our
 # models, converted checkpoints in CTranslate2, and interventions on pipelines of diffusers (installed without what it
-# asks for, which constraints.txt has newer), in an environment of their own. CLIENTS="--kinds softmax,gqa" takes some kinds of layers only.
+# asks for, which constraints.txt has newer), in an environment of their own. CLIENTS="--kinds softmax,gqa" takes some
+# kinds of layers only.
 CLIENTS_VENV := .venv-clients
 test-clients: $(CLIENTS_VENV)/.installed
 	$(CLIENTS_VENV)/bin/python benchmarks/engines.py
@@ -39,7 +43,7 @@ $(CLIENTS_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CLIENTS_VENV)
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
-		pytest peft parameterized==0.9.0 lm-eval==0.4.13 ctranslate2==4.8.5
+		pytest peft parameterized==0.9.0 lm-eval==0.4.13 ctranslate2==4.8.5 httpx importlib_metadata
 	$(CLIENTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps diffusers==0.36.0
 	@touch $@
 

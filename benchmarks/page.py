@@ -20,11 +20,17 @@ def measured_page() -> str:
         ("Recall", "recall", RECALL, _quality),
         ("Digits", "digits", DIGITS, _quality),
         ("Windows and the whole image", "canvases", CANVASES, _canvases),
+        ("Edges and sets", "relations", RELATIONS, _relations),
+        ("Maps and edges: time and memory", "vision", VISION, _vision),
+        ("The field's benchmarks", "field", FIELD, _field),
         ("Time over the length", "linear", LENGTH, _linear),
         ("Against other packages", "peers", PEERS, _peers),
         ("A real model with a smaller cache", "real", REAL, _real),
         ("Published claims, repeated", "studies", STUDIES, _studies),
         ("Conversions", "convert", CONVERT, _convert),
+        ("Backbones made cheaper", "backbones", BACKBONES, _backbones),
+        ("What conversions take", "convert_speeds", CONVERT_SPEEDS, _convert_speeds),
+        ("Conversions file by file", "convert_stream", CONVERT_STREAM, _convert_stream),
         ("A small model that reads pictures", "vlm", VLM, _vlm),
         ("The same model, steered", "steer", STEER, _steer),
         ("Fewer image tokens: time and bytes", "thinning", THINNING, _thinning),
@@ -33,7 +39,8 @@ def measured_page() -> str:
         ("Pairs like speech and its text", "speech", SPEECH, _speech),
     ):
         if not (RESULTS / f"{name}.json").is_file():
-            continue  # not measured yet
+            parts += ["", f"## {title}", "", words, "", "*Not measured yet.*"]
+            continue
         results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         words += _unpassed() if table is _quality else ""
         parts += ["", f"## {title}", "", words, "", *table(results["rows"]), "", _where(results["environment"])]
@@ -71,11 +78,38 @@ CANVASES = (
     "that must learn it. The error is the spread over seeds where there are several, else that of 256 answers. Seconds "
     "are of a machine shared with other work."
 )
+RELATIONS = (
+    "`python benchmarks/relations.py`: which community a node is of where few say theirs and four edges in ten are "
+    "noise; what the node across a ring holds, four edges away (chance is 25% for both); boxes around digits among "
+    "distractors, by their overlap with the true ones. A node that sees all others and no edges cannot tell either of "
+    "the first two. The error is the spread over seeds."
+)
+VISION = (
+    "`python benchmarks/vision.py`: maps of 64 x 64 cells of 64 features, two heads, forward. Windows against "
+    "`scaled_dot_product_attention` over all cells with the mask that says who sees whom; convolutions against the "
+    "same ones in plain torch; how time grows with the cells of a map, from 32 x 32 to 256 x 256; a graph of 100,000 "
+    "edges. Where the figure is above the target, it fell short."
+)
 STUDIES = (
     "`python benchmarks/studies.py`: each study of `manyheads explain study --list` at its own size. A claim counts as "
     "seen where it holds in the mean or in every seed, as the study says, over three seeds at least; where it is not "
     "seen, the small model may be the reason."
 )
+FIELD = (
+    "`python benchmarks/field.py`: small forms of published benchmarks, two layers of width 32, hundreds of steps, "
+    "no cell beyond 12 seconds (* where that ended it). Three seeds where a spread stands, else one. "
+    "The trivial answer knows how often each answer is right and nothing else. No figure compares with a "
+    "paper's: the tasks' page says what each lacks."
+)
+PARTS = {
+    "causal": "Every causal mechanism: functions in context (conjunctions of 4 bits), counting letters, mazes of 3 x 3 "
+    "(whole ways) and synthetic nucleotides (bits per base, lower is better).",
+    "beyond": "Trained at one length, scored at two and four times it: recall without positions, functions with rotary "
+    "ones where a mechanism takes them.",
+    "recall": "Multi-query recall of 12 pairs over the width of the model; in brackets the state of the whole model.",
+    "gcog": "gCOG: what the evaluation has that training has not.",
+    "cab": "CAB's seven stand-ins and their index: the mean over tasks of deviations from this table's mean.",
+}
 LENGTH = (
     "`python benchmarks/linear.py`: width 256, 4 heads; forward milliseconds of the mechanism alone, and the slope "
     "of log time over log n from 2k to 32k. Decode: a step at a context of 64k over one at 1k, where the state is of "
@@ -116,9 +150,25 @@ SPEECH = (
     "buckets whose batch sizes were found by measuring in the memory that the fixed size takes at the longest lengths."
 )
 CONVERT = (
-    "`python benchmarks/convert.py`: what [conversions](converting.md) cost right after them, before any training "
-    "(`--heal TOKENS` trains, with a control). Bits and KL are of held-out text, the same for all; hidden keys are of "
-    "three seeds, ten each, in 512 tokens. Random heads and weights are one draw."
+    "`python benchmarks/convert.py`: what [conversions](converting.md) cost, mean of the seeds, each with text, hidden "
+    "keys, calibration and training of its own; bits and KL are of held-out text. Healed beside the original healed "
+    "alike (`none`), of so many tokens and seeds as the row says. Below it what the papers claim, and whether every "
+    "seed has that order: by KL to the original, where healed by bits per token."
+)
+BACKBONES = (
+    "`python benchmarks/backbones.py`: mean of the seeds. A window and half the layers by distillation, in both orders "
+    "and each alone for as many tokens; weights of shifts, healed alike; a Swin of two stages on scikit-learn's "
+    "digits, pruned by DIMAP and by magnitude. Time is a share of the original's, of a prompt of so many tokens or a "
+    "batch."
+)
+CONVERT_SPEEDS = (
+    "`python benchmarks/convert_speeds.py`: attention transfer beside full healing of the same converted layers, over "
+    "100 steps as `--transfer 100` takes them, where a row that comes back needs no pass of the host; a token behind "
+    "8,192 through our cache; a linear layer's step over the length; a linear layer of shifts. Ratios within one run."
+)
+CONVERT_STREAM = (
+    "`python benchmarks/convert_stream.py`: a checkpoint converted file by file, each in a fresh process, beside "
+    "loading and saving it, which takes 1; and a whole model in memory."
 )
 REAL = (
     "`python benchmarks/real.py`: SmolLM2-135M-Instruct (the model `smollm2`), every cache after the same prompt of "
@@ -151,6 +201,99 @@ def _canvases(rows: list[Row]) -> list[str]:
         else:
             body.append([*cells, _percent(row), "", "", ""])
     return _table(head, body)
+
+
+def _relations(rows: list[Row]) -> list[str]:
+    head = ["task", "mechanism", "sees in a layer", "parameters", "right", "error", "seeds", "seconds"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    body = []
+    for row in sorted(rows, key=lambda row: (tasks.index(row["task"]), -(row["value"] or 0.0))):
+        cells = [row["task"], row["mechanism"], row["sees"]]
+        if row["value"] is None:
+            body.append([*cells, "", _percent(row, "value"), "", "", ""])
+            continue
+        measured = [f"{100 * row['value_error']:.1f}", str(row["seeds"]), f"{row['seconds']:.0f}"]
+        body.append([*cells, f"{row['parameters']:,}", _percent(row, "value"), *measured])
+    return _table(head, body)
+
+
+def _vision(rows: list[Row]) -> list[str]:
+    words = {"windows": "time, of dense attention's", "by hand": "time, of torch's own convolutions'"}
+    words |= {"exponent over cells": "time grows with cells to the power of", "sampling": "seconds for 1,000,000 edges"}
+    words |= {"graph": "milliseconds for 100,000 edges", "graph peer": "time, of torch_geometric's"}
+    words |= {"graph memory": "memory, of torch_geometric's", "graph by hand": "time, of a hand-written layer's"}
+    of = {"windows": "ratio", "by hand": "ratio", "exponent over cells": "exponent", "sampling": "seconds"}
+    of |= {"graph": "ms", "graph peer": "ratio", "graph memory": "ratio", "graph by hand": "ratio"}
+    own = ("window", "dilation", "block", "halo")
+    body = []
+    for row in rows:
+        given = ",".join(f"{key}={row[key]}" for key in own if key in row)
+        name = row.get("mechanism", row.get("by", "")) + (f"[{given}]" if given else "")
+        figure, target = row[of[row["what"]]], row.get("target")
+        asked = "" if target is None else f"{target:g}"
+        body.append([name, words[row["what"]], f"{figure:.3g}", asked])
+    return _table(["mechanism", "what", "measured", "target, at most"], body)
+
+
+def _field(rows: list[Row]) -> list[str]:
+    """A table for each part, a line per mechanism, best first at the first column."""
+    lines: list[str] = []
+    for part, words in PARTS.items():
+        own = [row for row in rows if row["part"] == part]
+        if not own:
+            continue
+        columns = list(dict.fromkeys(row["column"] for row in own))
+        found: dict[str, dict[str, Row]] = {}
+        for row in own:
+            found.setdefault(row["mechanism"], {})[row["column"]] = row
+        names = sorted(found, key=lambda name: _rank(found[name].get(columns[0])))
+        body = [[name, *(_field_cell(found[name].get(column)) for column in columns)] for name in names]
+        lines += ["", words, "", *_table(["mechanism", *columns], body)]
+        lines += [f"- {sentence}" for sentence in _at_chance(own, columns)]
+        lines += [f"- {sentence}" for sentence in _unscored(own)]
+    return lines[1:]
+
+
+def _rank(row: Row | None) -> tuple[bool, float]:
+    if row is None or row["value"] is None:
+        return True, 0.0
+    return False, -row["value"] if row["higher_is_better"] else row["value"]
+
+
+def _field_cell(row: Row | None) -> str:
+    if row is None or row["value"] is None:
+        return "" if row is None else "cannot"
+    share = row["metric"] in ("accuracy", "whole answers right")
+    scale, form = (100, ".1f") if share else (1, "+.2f" if row["metric"] == "index" else ".3f")
+    text = format(scale * row["value"], form) + "%" * share
+    if row.get("seeds", 1) > 1:
+        text += f" ± {format(scale * row['value_error'], form)}"
+    held = f" ({row['state_bytes'] / 1024:.1f} KiB)" if row["part"] == "recall" and "state_bytes" in row else ""
+    return text + held + "*" * (not row.get("in_time", True))
+
+
+def _at_chance(rows: list[Row], columns: list[str]) -> list[str]:
+    """Columns in which nobody is better than the trivial answer by two errors."""
+    said = []
+    for column in columns:
+        own = [row for row in rows if row["column"] == column and row["value"] is not None and "trivial" in row]
+        if own and not any(_better(row) for row in own):
+            said.append(f"{column}: nobody learnt it in these steps; the trivial answer has {own[0]['trivial']:.3f}")
+    return said
+
+
+def _better(row: Row) -> bool:
+    gain = row["value"] - row["trivial"] if row["higher_is_better"] else row["trivial"] - row["value"]
+    return bool(gain > 2 * (row["value_error"] or 0.0))
+
+
+def _unscored(rows: list[Row]) -> list[str]:
+    """Whoever has no score, once for each reason."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["value"] is None:
+            reasons.setdefault(row["error"], {})[row["mechanism"]] = None
+    return [f"cannot: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def _studies(rows: list[Row]) -> list[str]:
@@ -244,21 +387,89 @@ def _table(head: list[str], body: Iterable[list[str]]) -> list[str]:
     return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
+HEALED = ", healed"
+
+
 def _convert(rows: list[Row]) -> list[str]:
-    lines = [
-        "| model | conversion | cache per token | bits per token | KL to the original | hidden keys |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in (row for row in rows if "conversion" in row):
-        keys = f"{row['passkeys']:.0%} of {row['keys'] * len(row['passkeys_of'])}"
-        figures = f"{row['cache']:,} numbers | {row['bits_per_token']:.3f} | {row['kl_bits']:.3f} | {keys}"
-        lines.append(f"| {row['model']} | {row['conversion']} | {figures} |")
+    of: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if "conversion" in row:
+            of.setdefault((row["model"], row["conversion"]), []).append(row)
+    head = ["model", "conversion", "numbers of cache", "seeds", "bits", "KL", "hidden keys", "bits, healed",
+            "keys, healed", "tokens, seeds"]  # fmt: skip
+    body = []
+    for (model, title), line in of.items():
+        if title.endswith(HEALED):
+            continue
+        healed = of.get((model, title + HEALED), [])
+        told = [f"{_mean(healed, 'bits_per_token'):.3f}", f"{_mean(healed, 'passkeys'):.0%}",
+                f"{healed[0]['healed']:,}, {len(healed)}"] if healed else ["", "", ""]  # fmt: skip
+        body.append(
+            [model, title, f"{line[0]['cache']:,}", len(line), f"{_mean(line, 'bits_per_token'):.3f}",
+             f"{_mean(line, 'kl_bits'):.3f}", f"{_mean(line, 'passkeys'):.0%}", *told]
+        )  # fmt: skip
     claims = [row for row in rows if "claim" in row]
-    return lines + ([""] if claims else []) + [
+    return _table(head, body) + ([""] if claims else []) + [
         f"- {row['model']}, {row['claim']}: {'shows' if row['shows'] else 'does not show'} "
-        f"({len(row['kl_by_seed'])} seeds, KL)"
+        f"({'; '.join(' < '.join(f'{each:.3f}' for each in seed) for seed in row['of_seeds'])})"
         for row in claims
     ]  # fmt: skip
+
+
+def _mean(rows: list[Row], key: str) -> float:
+    return float(sum(row[key] for row in rows) / len(rows))
+
+
+def _backbones(rows: list[Row]) -> list[str]:
+    of: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        of.setdefault((row["part"], row["way"]), []).append(row)
+    body = []
+    for (part, way), line in of.items():
+        times = ", ".join(
+            f"{what}: {sum(row['time_of'][what] for row in line) / len(line):.2f}" for what in line[0]["time_of"]
+        )
+        text = [f"{_mean(line, key):.3f}" if key in line[0] else "" for key in ("bits_per_token", "kl_bits")]
+        right = f"{_mean(line, 'passkeys' if 'passkeys' in line[0] else 'right'):.0%}"
+        stored = f"{_mean(line, 'weight_bytes'):.2f}" if "weight_bytes" in line[0] else ""
+        body.append([part, way, len(line), *text, right, f"{line[0]['parameters']:,}", stored, times])
+    head = ["part", "what", "seeds", "bits", "KL", "keys or digits", "parameters", "bytes of weights", "time"]
+    return _table(head, body)
+
+
+def _convert_speeds(rows: list[Row]) -> list[str]:
+    kinds = {kind: [row for row in rows if row["measured"] == kind] for kind in ("transfer", "decode", "step", "shift")}
+    lines = [
+        f"- {row['model']}: transfer {row['ratio']:.2f} times the tokens a second of full healing"
+        + (f" ({row['ratio_of_new_rows']:.2f} on rows that are new)" if "ratio_of_new_rows" in row else "")
+        for row in kinds["transfer"]
+    ]
+    lines += [
+        f"- {row['model']}, a token behind {row['context']:,}, {row['way']}: {row['ratio_to_before']:.2f} of before"
+        + (f", {row['ratio_to_gqa']:.2f} of the heads of as many bytes" if "ratio_to_gqa" in row else "")
+        for row in kinds["decode"]
+    ]
+    for name in dict.fromkeys(row["name"] for row in kinds["step"]):
+        own = [row for row in kinds["step"] if row["name"] == name]
+        told = ", ".join(f"{row['context']:,}: {row['ms'] / own[0]['ms']:.2f}" for row in own)
+        lines.append(f"- a layer's step, {name}, times the first, behind {told}")
+    first = next(iter(kinds["shift"]), None)
+    return lines + [
+        f"- a linear layer by {row['way']}: {row['ms'] / first['ms']:.2f} of the time, "
+        f"{row['weight_bytes'] / first['weight_bytes']:.2f} of the bytes"
+        for row in kinds["shift"][1:] if first is not None
+    ]  # fmt: skip
+
+
+def _convert_stream(rows: list[Row]) -> list[str]:
+    return _table(
+        ["model", "conversion", "time", "peak above an empty process, files", "targets"],
+        (
+            [row["model"], row["conversion"], f"{row['time_ratio_to_load_and_save']:.2f}",
+             f"{row['peak_over_overhead']:.2f}", {True: "met", False: "not met", None: ""}[row.get("met")]]
+            for row in rows
+        ),
+    )  # fmt: skip
 
 
 def _vlm(rows: list[Row]) -> list[str]:

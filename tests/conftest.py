@@ -2,6 +2,8 @@
 
 import gc
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +11,24 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files with slow tests first, then those with most tests: what is left for one of two workers at the end is short.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    many = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -many[item.path], item.path))
+
+
 def pytest_collection_finish() -> None:
     # What modules and thousands of tests are made of stays to the end: no collector need look through it again.
     gc.collect()
     gc.freeze()
+    if forked := sys.modules.get("forked"):
+        forked.start()
+
+
+def pytest_unconfigure() -> None:
+    if forked := sys.modules.get("forked"):
+        forked.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ def broken_tokens(x: Tensor) -> Tensor | None:
     """[..., n] True where a token of x [..., n, features] holds NaN or infinity; None where none does, as far as that
     can be asked at once: on another device the answer would stop the queue, and while a graph is traced there is
     none, so that there the tensor comes without a question."""
-    if type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling():
         try:
             if math.isfinite(x.sum().item()):
                 return None

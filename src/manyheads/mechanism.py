@@ -32,7 +32,7 @@ class Result(NamedTuple):
     losses: Mapping[str, Tensor] = _NO_LOSSES
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """One checked call. padding: [batch, m], True = real, of the tokens of this pass (or of the context; a tuple, one
     per source or map, where there are several). dense: [batch, 1 or heads, n, m]. positions: [batch or 1, n], given

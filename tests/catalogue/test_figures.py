@@ -88,7 +88,6 @@ ROWS = [
         ("title~'of mem'", "b"),
         ("title='Of Memory'", "b"),
         ("bytes<1e6", "a"),
-        ("recall>2", ""),
     ],
 )
 def test_where(text: str, names: str) -> None:
@@ -104,7 +103,10 @@ def test_where(text: str, names: str) -> None:
         ("recall>nan", "recall is a number"),
         ("recall~9", "recall is a number"),
         ("recall>", "recall is a number"),
+        ("recall>2", "recall is a share from 0 to 1; want recall>2% or a number up to 1"),
         ("state<2", "state is a text, which has no <"),
+        ("state=1, recall>.9", "no mechanism here has state '1,'; did you mean '1'.*there are 1, n"),
+        ("pattern=gird", "no mechanism here has pattern 'gird'; did you mean 'grid'"),
         ("recall", "is no term"),
         ("title='of", "close what is quoted"),
         ("__import__('os')", "is no term"),
@@ -155,6 +157,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         assert code == 0
         assert all(word in out for word in ("recall", "digits", "exponent", "bytes", "peer", "fastmax"))
     assert run("--where", "nothing=1")[0] == 2
+    code, out = run("--where", "state=1", "--where", "recall>.9", "--sort", "recall", "--json")
+    assert (code, json.loads(out)) == (0, found)
 
 
 def test_only_what_is_not_fresh_is_measured_again(figures: ModuleType) -> None:

@@ -227,6 +227,7 @@ def test_nothing_found_and_another_language(capsys: pytest.CaptureFixture[str]) 
     assert "nothing in the catalogue" in run("注意力机制")
     assert "ask in English" in run("lange Dokumente mit wenig Speicher lesen, image")
     assert "ask in English" not in run("long documents with little memory")
+    assert run("long", "documents", "with", "little", "memory") == run("long documents with little memory")
     told = json.loads(run("long documents with constant memory", "--json", "--limit", "3"))
     assert len(told["hits"]) == 3
     assert told["searched_by"] == "words"

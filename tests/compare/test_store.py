@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run
 
 from manyheads.runs.cells import Cell
 from manyheads.runs.store import Store
@@ -99,8 +98,8 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
 
 
 def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
-    code = f"import os, sys; from manyheads.runs.store import Store; s = Store({str(tmp_path)!r}); os._exit(9)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    code = f"import os; from manyheads.runs.store import Store; s = Store({str(tmp_path)!r}); os._exit(9)"
+    assert run("-c", code).returncode == 9
     Store(tmp_path).close()
 
 

@@ -20,7 +20,7 @@ def card(pattern: str, **more: Any) -> Card:
         reference="none",
         family="grid",  # type: ignore[arg-type]
         patterns={pattern},
-        time="n",
+        time="e" if pattern == "graph" else "n",
         state="",
         decodes=False,
         **more,
@@ -142,6 +142,62 @@ class Beside(Mechanism):
         return Result(x + self.value(mean)[:, None, None])
 
 
+class CountsRim(Mechanism):
+    """The mean around each cell, for which padded cells count as cells. Its example is too small to show that."""
+
+    card = card("grid", example={"window": 1})
+
+    def __init__(self, dim: int, heads: int, *, causal: bool = False, window: int = 3) -> None:
+        super().__init__(dim, heads, causal=causal)
+        self.value, self.window = nn.Linear(dim, dim), window
+
+    def attend(self, x: Any, context: Any, call: Call) -> Result:
+        shown = x if call.padding is None else x.masked_fill(~call.padding[..., None], 0.0)
+        around = nn.functional.avg_pool2d(
+            shown.movedim(-1, 1), self.window, 1, self.window // 2, count_include_pad=False
+        )
+        return Result(self.value(around.movedim(1, -1)) + shown.sum((1, 2), keepdim=True))
+
+
+class Cut(Gate):
+    """The first map, as far as the second reaches."""
+
+    card = card("maps")
+
+    def attend(self, x: Any, context: Any, call: Call) -> Result:
+        height, width = (2 * side for side in x[1].shape[1:3])
+        output = super().attend(x, context, call).output
+        return Result(output[:, :height, :width])
+
+
+class Crowd(Neighbours):
+    """Every node, joined or not, adds the mean of all nodes."""
+
+    card = card("graph")
+
+    def attend(self, x: Any, context: Any, call: Call) -> Result:
+        source, target = call.inputs["edges"]
+        real = torch.ones_like(x[..., :1]) if call.padding is None else call.padding[..., None].to(x.dtype)
+        mean = (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+        sent = self.value(x)[:, source] * real[:, source]
+        return Result(x + mean + torch.zeros_like(x).index_add(1, target, sent))
+
+    def example_inputs(self, n: int, edges: Tensor | None = None) -> dict[str, Tensor]:
+        return {}
+
+
+class Fading(Crowd):
+    """An edge counts less the later it stands in the list."""
+
+    card = card("graph")
+
+    def attend(self, x: Any, context: Any, call: Call) -> Result:
+        source, target = call.inputs["edges"]
+        share = 1 / (1 + torch.arange(len(source), device=x.device)).to(x.dtype)
+        sent = self.value(x)[:, source] * share[:, None]
+        return Result(x + torch.zeros_like(x).index_add(1, target, sent))
+
+
 class Deep(Mechanism):
     """Every cell adds a map of the sum over the whole volume, padded cells left out."""
 
@@ -167,6 +223,10 @@ def test_what_keeps_the_contract_passes(cls: type[Mechanism]) -> None:
         (CountsPadding, {}, "batch"),
         (FirstNodes, {}, "permuted-nodes"),
         (Halved, {"wrong": 1}, "shapes"),
+        (CountsRim, {}, "small-maps"),
+        (Cut, {}, "misfit-maps"),
+        (Crowd, {}, "lonely-nodes"),
+        (Fading, {}, "edges-twice"),
     ],
 )
 def test_a_planted_bug_is_found(cls: type[Mechanism], config: dict[str, Any], property_name: str) -> None:

@@ -1,14 +1,12 @@
-"""Healing by two processes is healing by one: the command as a launcher starts it, and what cannot be shared out."""
+"""Healing by two processes is healing by one: the command as torchrun starts it, and what cannot be shared out."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import ranks, together
 from transformers import AutoModelForCausalLM
 
 from manyheads.cli import main
@@ -21,12 +19,9 @@ COMMAND = [
 
 
 def test_two_processes_heal_as_one_does(tmp_path: Path) -> None:
-    """torchrun, since accelerate's own launcher starts several processes without accelerators through MPI alone."""
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    together = [*launcher, "-m", "manyheads", *COMMAND, "--out", str(tmp_path / "two")]
-    done = subprocess.run(together, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("written:") == 1
+    both = together("-m", "manyheads", *COMMAND, "--out", tmp_path / "two", envs=ranks(2))
+    assert [done.returncode for done in both] == [0, 0], "".join(done.stderr[-2000:] for done in both)
+    assert "".join(done.stdout for done in both).count("written:") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["two"]
     with pytest.raises(SystemExit) as end:
         main([*COMMAND, "--out", str(tmp_path / "one")])

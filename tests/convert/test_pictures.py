@@ -14,6 +14,7 @@ from transformers import AutoModelForImageClassification
 from manyheads.cli import main
 from manyheads.convert import load_dimap, pictures
 from manyheads.convert.dimap import dimap
+from manyheads.tasks.digits import split
 
 
 @pytest.fixture
@@ -39,6 +40,10 @@ def test_weights_go_and_the_class_stays(capsys: pytest.CaptureFixture[str], swin
     wanted = dimap(source, 0.5)
     images, labels = pictures.digits(source.config)
     assert images.shape == (128, 3, 16, 16)
+    held, classes = split()[1]
+    torch.testing.assert_close(labels, classes[:128])
+    same = torch.nn.functional.interpolate(held[:128, None].float() / 8 - 1, (16, 16), mode="bilinear")
+    torch.testing.assert_close(images[:, 0], same[:, 0])
     with torch.no_grad():
         logits = made(images).logits
         torch.testing.assert_close(logits, wanted(images).logits)

@@ -191,3 +191,31 @@ def test_a_step_is_one_pass_up_to_the_last_of_its_layers(monkeypatch: pytest.Mon
         mechanism.o_proj.register_forward_hook(lambda module, args, out: passes.append("joined"))
     transfer(made, tiny(), [0, 1], ROWS, steps=1, loss="heads")
     assert passes == ["self_attn 0", "mlp 0", "learner 0", "learner 1"]
+
+
+@pytest.mark.parametrize("loss", ["output", "heads", "weights"])
+def test_what_the_host_gave_is_held_for_rows_that_come_back(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same losses and weights to the bit, and a pass of the host for each row that is new or has no room."""
+    passes: list[int] = []
+    see = imitation._seen
+
+    def counted(*given: Any) -> Any:
+        passes.append(1)
+        return see(*given)
+
+    monkeypatch.setattr(imitation, "_seen", counted)
+    # A row of 16 tokens in two layers: x, the output and the heads of 32; where projections stay, q of 32, k, v of 16.
+    row = 16 * (3 * 32 + (64 if loss != "output" else 0)) * 2 * 4
+    found, counts = [], []
+    for remember in (0, row, imitation.REMEMBERED):
+        made = hosted(tiny(), {"name": "hedgehog", "window": 4}, [0, 2])
+        given = [list(range(start, start + 16)) for start in (1, 20, 40)]
+        losses = transfer(made, tiny(), [0, 2], given, steps=8, loss=loss, remember=remember)
+        found.append((losses, weights(made)))
+        counts.append(len(passes))
+        passes.clear()
+    # Nothing is held in steps after which no row comes back.
+    assert counts == [8, 6, 3]
+    for losses, made in found[1:]:
+        assert losses == found[0][0]
+        torch.testing.assert_close(made, found[0][1], rtol=0, atol=0)

@@ -1,8 +1,10 @@
 """The commands as a user types them."""
 
 import json
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,20 @@ def test_no_command_line_waits_for_torch() -> None:
     )
     run = [sys.executable, "-c", f"import sys, manyheads.cli; print({heavy})"]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_help_shows_all_that_was_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets in a help text are markup to the library that prints it, which then leaves them out."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 400)
+    written = 0
+    for name, command in {name: verb(name) for name in VERBS}.items():
+        for part in (command, *getattr(command, "commands", {}).values()):
+            with suppress(SystemExit):
+                part(["--help"], prog_name=name)
+            shown = re.sub(r"[\s│]+", "", capsys.readouterr().out)
+            for option in part.params:
+                said = re.sub(r"\s+", "", getattr(option, "help", None) or "")
+                if "[" in said:
+                    written += 1
+                    assert said.replace("\\[", "[") in shown
+    assert written

@@ -171,7 +171,7 @@ def test_a_bias_out_of_a_table():
 
 def test_logits_of_offsets():
     torch.manual_seed(0)
-    logits = OffsetLogits(4, 2, 1).double()
+    logits = OffsetLogits(4, 2, 4).double()
     q = torch.randn(1, 4, 4).double()
     found = logits(q)
     for s, t in itertools.product(range(4), range(16)):

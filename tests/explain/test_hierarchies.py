@@ -168,6 +168,8 @@ def test_the_command_explains_a_picture(kind: str, tmp_path: Path) -> None:
     assert [own["layer"] for own in found.report["stages"]] == ([0, 1, 2, 3] if kind == "swin" else [0, 1, 2])
     assert [own["layer"] for own in found.report["stages"] if "left_out" in own] == ([] if kind == "swin" else [1])
     assert len(found.views) == 3
+    numbers = [panel["store"]["layers"] for view in found.views[1:] for panel in view.payload["panels"]]
+    assert numbers == ([[0, 1], [2, 3]] if kind == "swin" else [[0], [2]])
     there = "there is rollout alone" if kind == "swin" else "there is rollout, grad-cam, guided-grad-cam"
     with pytest.raises(ValueError, match=there):
         explain_image(loaded, tmp_path / "picture.png", methods=["flow"])

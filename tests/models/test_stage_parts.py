@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from manyheads.models import ManyheadsConfig, ManyheadsForImageClassification
 from manyheads.models.class_tokens import ClassToken
 from manyheads.models.layouts import HEAD, STAGE, STEP, TOKEN
+from manyheads.models.stage_blocks import Bottleneck, MLPBlock
 from manyheads.models.stages import HierarchyHead, Positions, StageBlock, Step
 from manyheads.registry import create_attention
 
@@ -153,3 +154,68 @@ def test_plain_attention_of_a_stage_is_that_of_torch() -> None:
         there.out_proj.bias.copy_(layer.o_proj.bias)
     rows = x.flatten(1, 2)
     torch.testing.assert_close(block(x, None)[0].flatten(1, 2), there(rows, rows, rows)[0])
+
+
+@torch.no_grad()
+def test_a_bottleneck_around_a_mixer_that_steps_down() -> None:
+    torch.manual_seed(0)
+    spec = {"name": "halonet", "block": 2, "halo": 1, "stride": 2}
+    block = shaken(Bottleneck(6, {**STAGE, "dim": 8, "heads": 2, "bottleneck": 0.5}, spec))
+    x = torch.randn(2, 4, 5, 6).double()
+    found, reached, _, _ = block(x, REAL)
+
+    def normed(norm: Any, cells: Tensor) -> Tensor:
+        return (cells - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+
+    for row, (height, width) in enumerate(((4, 5), (3, 2))):
+        own = x[row : row + 1, :height, :width]
+        inner = block.mechanism(normed(block.norm_narrow, own @ block.narrow.weight.T).relu()).output
+        wide = normed(block.norm_wide, normed(block.norm_mixed, inner).relu() @ block.widen.weight.T)
+        beside = normed(block.norm_shortcut, own[:, ::2, ::2] @ block.shortcut.weight.T)
+        wanted = (wide + beside).relu()[0]
+        torch.testing.assert_close(found[row][: wanted.shape[0], : wanted.shape[1]], wanted)
+        assert int(reached[row].sum()) == wanted[..., 0].numel()
+    same = Bottleneck(8, {**STAGE, "dim": 8, "heads": 2, "bottleneck": 1.0}, {**spec, "stride": 1})
+    assert same.shortcut is None
+
+
+@torch.no_grad()
+def test_a_block_without_a_mixer() -> None:
+    block = shaken(MLPBlock(6, {**STAGE, "mlp_ratio": 2.0, "layer_scale": 0.5}))
+    x = torch.randn(1, 3, 4, 6).double()
+    found, _, weights, _ = block(x, None)
+    hidden = F.gelu(block.mlp.up_proj(block.norm(x)))
+    torch.testing.assert_close(found, x + block.scale * block.mlp.down_proj(hidden))
+    assert weights is None
+
+
+@torch.no_grad()
+def test_a_step_with_a_maximum_behind_it() -> None:
+    torch.manual_seed(0)
+    step = shaken(Step(3, {**STEP, "features": 5, "kernel": 3, "stride": 1, "padding": 1, "pool": True}))
+    x = torch.randn(2, 4, 5, 3).double()
+    found, reached = step(x, REAL)
+    for row, (height, width) in enumerate(((4, 5), (3, 2))):
+        own = step.conv(x[row : row + 1, :height, :width].movedim(-1, 1))[0]
+        assert int(reached[row].sum()) == -(-height // 2) * -(-width // 2)
+        for i in range(0, height, 2):
+            for j in range(0, width, 2):
+                near = own[:, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
+                torch.testing.assert_close(found[row, i // 2, j // 2], near.amax((1, 2)))
+    torch.testing.assert_close(step(x[:1], None)[0], found[:1])
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"bottleneck": 2}, "bottleneck=2"),
+        ({"bottleneck": 0.5, "down": {}}, "down=None"),
+        ({"bottleneck": 0.5, "mixers": ["none"]}, "none"),
+    ],
+)
+def test_a_bottleneck_that_is_none_is_refused(stage: Any, words: str) -> None:
+    layout = {"stem": [{"features": 4}], "stages": [{"dim": 4, "mixers": ["halonet"], **stage}]}
+    with pytest.raises(ValueError, match=words):
+        ManyheadsConfig(stages=layout)
+    with pytest.raises(ValueError, match="want one group"):
+        Step(4, {**STEP, "features": 4, "groups": 2, "deforms": True})

@@ -13,8 +13,8 @@ from transformers import AutoModelForImageClassification
 from manyheads.models import ManyheadsConfig, ManyheadsForImageClassification, ManyheadsForSemanticSegmentation
 from manyheads.models.presets import PRESETS, preset_config
 
-# The numbers of the released code or of timm's, for 1,000 labels; spectformer_h_s is 22.2M in the paper,
-# its digits are added up from the released code.
+# The numbers of the released code or of timm's, for 1,000 labels. spectformer_h_s is 22.2M in the paper, litv2_small
+# 28M, halonet_h1 8.1M: their digits are added up from the released code, of HaloNet from timm's.
 PUBLISHED = {
     "convit_tiny": 5_710_512,
     "davit_tiny": 28_360_168,
@@ -23,6 +23,8 @@ PUBLISHED = {
     "emo2_5m": 5_126_440,
     "focalnet_tiny_lrf": 28_647_928,
     "focalnet_tiny_srf": 28_427_116,
+    "halonet_h1": 8_100_056,
+    "litv2_small": 27_844_000,
     "mambaout_femto": 7_304_536,
     "mambaout_kobe": 9_141_208,
     "maxvit_tiny": 30_916_528,
@@ -113,7 +115,9 @@ def test_a_padded_image_is_the_smaller_image(name: str, cls: Any) -> None:
     torch.testing.assert_close(found, alone)
 
 
-@pytest.mark.parametrize("name", ["van_b0", "twins_svt_small", "volo_d1", "nextvit_small", "convit_tiny"])
+@pytest.mark.parametrize(
+    "name", ["van_b0", "twins_svt_small", "volo_d1", "nextvit_small", "convit_tiny", "litv2_small", "halonet_h1"]
+)
 def test_learns_checkpointed_as_without(name: str) -> None:
     found: list[list[Tensor]] = []
     for checkpointed in (False, True):

@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 COUNT = 100 * TIMES
 
 
+@pytest.mark.slow  # a hundred command lines, some of which load models
 def test_odd_lines_end_well(tmp_path: Path) -> None:
     command = [sys.executable, HERE / "run_lines.py", tmp_path, str(COUNT), str(SEED)]
     paths = os.pathsep.join([str(HERE), *sys.path])

@@ -15,10 +15,10 @@ def build(**config):
 def by_loops(module, x, real):
     """x [height, width, 12], one place after the other."""
     height, width, _ = x.shape
-    b, reach = module.block, module.block + 2 * module.halo
-    y = torch.zeros_like(x)
-    for i in range(height):
-        for j in range(width):
+    b, reach, step = module.block, module.block + 2 * module.halo, module.stride
+    y = torch.zeros_like(x[::step, ::step])
+    for i in range(0, height, step):
+        for j in range(0, width, step):
             top, left = i // b * b - module.halo, j // b * b - module.halo
             scores, values = [], []
             q = module.q_proj(x[i, j]).view(4, 3)
@@ -28,13 +28,13 @@ def by_loops(module, x, real):
                     if 0 <= row < height and 0 <= column < width and real[row, column]:
                         k, v = (layer(x[row, column]).view(4, 3) for layer in (module.k_proj, module.v_proj))
                     # An offset of a cell is counted from its place in the block to a place of the block with its halo.
-                    down = row - top - (i - i // b * b) + reach - 1
-                    right = column - left - (j - j // b * b) + reach - 1
+                    down = row - top - (i - i // b * b) // step + reach - 1
+                    right = column - left - (j - j // b * b) // step + reach - 1
                     position = module.positions.height[down] + module.positions.width[right]
                     scores.append((q * k).sum(-1) / 3**0.5 + q @ position)
                     values.append(v)
             weights = torch.stack(scores).softmax(0)
-            y[i, j] = (weights[..., None] * torch.stack(values)).sum(0).flatten()
+            y[i // step, j // step] = (weights[..., None] * torch.stack(values)).sum(0).flatten()
     return y
 
 
@@ -46,6 +46,23 @@ def test_equation(block, halo):
     real = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(0)) < 0.6
     found, wanted = module(x, mask=real).output[0], by_loops(module, x[0], real[0])
     torch.testing.assert_close(found[real[0]], wanted[real[0]])
+
+
+@pytest.mark.parametrize(("block", "halo", "stride"), [(2, 1, 2), (4, 1, 2), (3, 0, 3)])
+@torch.no_grad()
+def test_every_so_manieth_cell_asks(block, halo, stride):
+    module, x = build(block=block, halo=halo, stride=stride), torch.randn(1, 5, 6, 12).double()
+    real = torch.ones(1, 5, 6, dtype=torch.bool)
+    real[:, 4:] = False
+    found, wanted = module(x, mask=real).output[0], by_loops(module, x[0], real[0])
+    small = module(x[:, :4]).output[0]
+    assert found.shape[:2] == module.result_size(5, 6) == (-(-5 // stride), -(-6 // stride))
+    torch.testing.assert_close(found[: len(small)], wanted[: len(small)])
+    torch.testing.assert_close(small, wanted[: len(small)])
+    weights = module(x, need_weights=True).weights
+    assert weights.shape[2:] == (found[..., 0].numel(), 30)
+    v = module.v_proj(x).flatten(1, 2).unflatten(-1, (4, 3)).transpose(1, 2)
+    torch.testing.assert_close((weights @ v).transpose(1, 2).flatten(2)[0], module(x).output[0].flatten(0, 1))
 
 
 @torch.no_grad()
@@ -76,3 +93,5 @@ def test_weights_times_values():
 def test_refusals():
     with pytest.raises(ValueError, match=r"halo=-1"):
         build(halo=-1)
+    with pytest.raises(ValueError, match=r"stride=3 in blocks of 8"):
+        build(stride=3)

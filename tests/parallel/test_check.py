@@ -1,23 +1,15 @@
-"""The command that shows that all schemes agree, under torchrun and without."""
-
-import os
-import subprocess
-import sys
+"""The command that shows that all schemes agree, as torchrun starts it and without."""
 
 import pytest
+from forked import ranks, together
 
 from manyheads.parallel import check
 
 
-def run(*words: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, timeout=100)
-
-
-def test_two_processes_under_torchrun() -> None:
-    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "manyheads.parallel.check")
-    assert done.returncode == 0, done.stderr
-    title, _, *lines = done.stdout.splitlines()
+def test_two_processes() -> None:
+    both = together("-m", "manyheads.parallel.check", envs=ranks(2))
+    assert [done.returncode for done in both] == [0, 0], "".join(done.stderr for done in both)
+    title, _, *lines = "".join(done.stdout for done in both).splitlines()
     assert title.startswith("processes: 2, each on ")
     assert len(lines) == len(check.schemes(4))
     assert all(line.endswith("equal") for line in lines)

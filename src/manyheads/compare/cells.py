@@ -65,7 +65,9 @@ def _quality_cell(
     processes: int,
 ) -> Cell:
     place = {"task": title, "n": task.n, "seed": seed, "learning_rate": rate}
-    training = entry.training.model_dump(mode="json", exclude={"learning_rates"})
+    # Cells that were stored before there was a `beyond` have none.
+    unsaid = {"learning_rates"} if entry.training.beyond else {"learning_rates", "beyond"}
+    training = entry.training.model_dump(mode="json", exclude=unsaid)
     settings = shared | {
         "task": {"name": task.name, "args": task.config},
         "model": entry.model.model_dump(mode="json"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from manyheads.compare.marks import lines_of, mechanism_marks, slug
-from manyheads.compare.summary import quality_against_state, series, tasks_of
+from manyheads.compare.summary import quality_against_state, series, summarise, tasks_of
 from manyheads.compare.sweeps import sweep_plots
 from manyheads.runs.charts import BYTES, LENGTH, Plot, log_ticks, theme, vega_lite_version
 from manyheads.runs.files import write_atomically
@@ -25,6 +25,7 @@ def plots(results: Results) -> list[Plot]:
     """Every chart for which there are figures."""
     made = [
         *_quality_plots(results),
+        *_beyond_plots(results),
         *sweep_plots(results),
         *_cost_plots(results),
         *_decode_plots(results),
@@ -134,6 +135,32 @@ def place_labels(points: Sequence[dict[str, Any]], all_named: bool) -> None:
         up = max([up, *(other + 0.055 for other in near)])
         placed.append((across, up))
         point |= {"label": bottom + up * height, "side": "left" if across > 0.7 else "right"}
+
+
+def _beyond_plots(results: Results) -> Iterable[Plot]:
+    """Quality over the length, from the trained one on, where it was scored beyond."""
+    import altair as alt
+
+    summary = summarise(results)
+    for task, cells in tasks_of(results).items():
+        found = {row["mechanism"]: row["quality"][task] for row in summary if row["quality"][task]["beyond"]}
+        trained, rows = cells[0]["n"], []
+        for name, quality in found.items():
+            points = [{"n": trained, "mean": quality["mean"], "std": quality["std"]}, *quality["beyond"]]
+            rows += [
+                {"mechanism": name, **{key: point[key] for key in ("n", "mean", "std")}}
+                for point in points
+                if point["mean"] is not None
+            ]
+        if rows:
+            first = next(iter(found.values()))
+            metric, higher = str(first["metric"]).replace("_", " "), first["higher_is_better"]
+            title = f"{metric} ({'higher is better' if higher else 'lower is better, so the axis is turned'})"
+            y = alt.Y("mean:Q", scale=alt.Scale(zero=False, reverse=not higher, padding=16), title=title)
+            tips = ["n:Q", alt.Tooltip("mean:Q", title=metric, format=".4~f"), alt.Tooltip("std:Q", format=".2~g")]
+            chart = lines_of(rows, mechanisms_of(results), _lengths("n", rows, "length n"), y, tips)
+            text = f"Measured, mean over seeds. Trained at n {trained:,} alone; a missing point has no score."
+            yield Plot(f"beyond-{slug(task)}", f"Quality beyond the trained length: {task}", text, chart, wide=True)
 
 
 def _over_length(results: Results, kind: str, x: str, y: str, factor: float = 1.0) -> list[dict[str, Any]]:

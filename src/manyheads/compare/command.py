@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +24,9 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="[NAME]...",
-            help="Mechanisms, as `manyheads list` names them; with arguments: 'moba[block=64,top_k=2]'; one per layer "
-            "as one contestant: 'based,based,softmax'. "
-            "A bare name has the arguments that the experiment or preset gives it. Default: all of those.",
+            help="Mechanisms, as `manyheads list` names them; with arguments: 'moba\\[block=64,top_k=2]'; one per "
+            "layer as one contestant: 'based,based,softmax'. A bare name has the arguments that the "
+            "experiment or preset gives it. Default: all of those.",
         ),
     ] = None,
     everything: Annotated[
@@ -47,6 +47,16 @@ def compare(
         list[int] | None, typer.Option(help="Width of the tasks' models; may be repeated, for one model each.")
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Layers of the tasks' models.")] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Of the tasks' models: none, rotary, learned, or boxes.")
+    ] = None,
+    beyond: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Score the trained models at so many times the trained length too; may be repeated. Where positions "
+            "are learned, that is refused: take --positions none or rotary."
+        ),
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="How many seeds, or which: 3, or 0,7.")] = None,
     section: Annotated[
         list[str] | None, typer.Option(help="Only quality, speed, memory or decode; may be repeated.")
@@ -75,7 +85,7 @@ def compare(
     changes |= changes_of(changes, names, preset, task, seeds, section)
     if processes is not None:
         changes["processes"] = processes
-    changes |= resized(changes, width or [], layers)
+    changes |= resized(changes, width or [], layers, positions, beyond or [])
     if everything:
         changes["mechanisms"] = [as_on_card(entry) for entry in changes["mechanisms"]]
     built = create_experiment(changes, where=str(experiment or "compare"))
@@ -165,25 +175,34 @@ def changes_of(
     return changes
 
 
-def resized(changes: Mapping[str, Any], widths: list[int], layers: int | None) -> dict[str, Any]:
-    """The tasks once per width, and with as many layers, as `create_experiment` takes it; {} where nothing is asked."""
+def resized(
+    changes: Mapping[str, Any],
+    widths: list[int],
+    layers: int | None,
+    positions: str | None = None,
+    beyond: Sequence[int] = (),
+) -> dict[str, Any]:
+    """The tasks once per width, with as many layers and such positions, scored at so many times their length too, as
+    `create_experiment` takes it; {} where nothing is asked."""
     from .experiment import preset as read_preset
 
-    sizes = [{"hidden_size": width} for width in dict.fromkeys(widths)] or [{}]
-    sizes = [size | ({"layers": layers} if layers is not None else {}) for size in sizes]
-    if sizes == [{}]:
+    given: dict[str, Any] = {"layers": layers, "positions": positions}
+    asked = {key: value for key, value in given.items() if value is not None}
+    sizes = [asked | size for size in [{"hidden_size": width} for width in dict.fromkeys(widths)] or [{}]]
+    training = {"beyond": list(dict.fromkeys(beyond))} if beyond else {}
+    if sizes == [{}] and not training:
         return {}
     tasks = changes["tasks"] if "tasks" in changes else read_preset(changes.get("preset", "quick"))["tasks"]
     if not isinstance(tasks, list):
         return {}  # refused where the experiment is made
-    return {"tasks": [_of_size(task, size) for task in tasks for size in sizes]}
+    return {"tasks": [_with(task, model=size, training=training) for task in tasks for size in sizes]}
 
 
-def _of_size(task: Any, size: Mapping[str, int]) -> Any:
+def _with(task: Any, **sections: Mapping[str, Any]) -> Any:
     entry: Any = {"name": task} if isinstance(task, str) else task
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("model", {}), Mapping):
+    if not isinstance(entry, Mapping) or not all(isinstance(entry.get(key, {}), Mapping) for key in sections):
         return task  # refused where the experiment is made
-    return {**entry, "model": {**entry.get("model", {}), **size}}
+    return {**entry, **{key: {**entry.get(key, {}), **more} for key, more in sections.items() if more}}
 
 
 def depths(experiment: Any) -> list[str]:

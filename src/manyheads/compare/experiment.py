@@ -71,7 +71,8 @@ class Model(Heads):
 
 class Training(Settings):
     """One budget for every mechanism. seconds: a limit per cell on top of the steps. eval_every: steps between the
-    points of the learning curve. warmup: fraction of the steps. stop_at: accuracy at which training ends early."""
+    points of the learning curve. warmup: fraction of the steps. stop_at: accuracy at which training ends early. beyond:
+    at how many times the trained length the trained model is scored too."""
 
     learning_rates: Annotated[tuple[Positive, ...], Field(min_length=1)] = (3e-3,)
     steps: Whole = 400
@@ -84,6 +85,7 @@ class Training(Settings):
     clip: Positive = 1.0
     router_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     stop_at: Fraction | None = 0.99
+    beyond: tuple[Annotated[int, Field(ge=2, le=64)], ...] = ()
 
 
 class Speed(Heads):
@@ -210,7 +212,14 @@ class TaskEntry(Entry):
 
     @model_validator(mode="after")
     def _exists(self) -> TaskEntry:
-        create_task(self.name, **self.args)
+        task = create_task(self.name, **self.args)
+        for times in self.training.beyond:
+            task.longer(times)
+        if self.training.beyond and self.model.positions == "learned" and "max_length" in task.model_settings():
+            raise ValueError(
+                f"{self.name}: beyond={list(self.training.beyond)}, but its model learns a position for each place of "
+                "the trained length and has none beyond; want positions of none or rotary"
+            )
         return self
 
 

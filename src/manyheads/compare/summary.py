@@ -183,7 +183,23 @@ def _quality(cells: Sequence[Cell]) -> dict[str, Any]:
         "learning_rate": chosen[0].get("learning_rate") if chosen else None,
         "parameters": next((cell["parameters"] for cell in [*chosen, *cells] if cell.get("parameters")), None),
         "model_state_bytes": _model_state(chosen),
+        "beyond": _beyond(chosen),
     }
+
+
+def _beyond(cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """For each multiple of the trained length that was asked for, the mean over the seeds that have a score there, with
+    the sample deviation, or why none has."""
+    found: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    for point in (point for cell in cells if done(cell) for point in cell.get("beyond") or ()):
+        found.setdefault((point["times"], point["n"]), []).append(point)
+    rows = []
+    for (times, n), points in sorted(found.items()):
+        values = [value for point in points if (value := number(point["value"])) is not None]
+        spread = {"mean": mean(values) if values else None, "std": stdev(values) if len(values) > 1 else None}
+        error = next((point["error"] for point in points if point["error"]), None)
+        rows.append({"times": times, "n": n, **spread, "seeds": len(values), "error": error})
+    return rows
 
 
 def _model_state(cells: Iterable[Cell]) -> float | None:

@@ -128,13 +128,7 @@ def summary_table(results: Results) -> tuple[list[Column], list[list[Entry]]]:
     """Columns for which some mechanism has a figure or a failure, and a line of entries per mechanism."""
     rows = summarise(results)
     kinds = {cell["kind"] for cell in cells_of(results)}
-    made: list[tuple[Column, list[Entry]]] = []
-    for task in tasks_of(results):
-        first: Mapping[str, Any] = next((row["quality"][task] for row in rows if row["quality"][task]["metric"]), {})
-        metric = str(first.get("metric", "quality")).replace("_", " ")
-        higher = bool(first.get("higher_is_better", True))
-        note = f"{metric}, {'higher' if higher else 'lower'} is better; {SOURCES['quality']}"
-        made.append(_hoist(Column(task, note, down=higher), [_quality_entry(row, task) for row in rows]))
+    made = _quality_columns(results, rows)
     made += _index_columns(rows)
     if "quality" in kinds:
         made.append(_column(rows, "Parameters", "parameters", "quality", count_text))
@@ -148,6 +142,48 @@ def summary_table(results: Results) -> tuple[list[Column], list[list[Entry]]]:
     names = [Entry(row["mechanism"], row["mechanism"]) for row in rows]
     columns = [Column("Mechanism", number=False), *(column for column, _ in made)]
     return columns, [list(line) for line in zip(names, *(entries for _, entries in made), strict=True)]
+
+
+def _quality_columns(results: Results, rows: Sequence[Mapping[str, Any]]) -> list[tuple[Column, list[Entry]]]:
+    made: list[tuple[Column, list[Entry]]] = []
+    for task in tasks_of(results):
+        first: Mapping[str, Any] = next((row["quality"][task] for row in rows if row["quality"][task]["metric"]), {})
+        metric = str(first.get("metric", "quality")).replace("_", " ")
+        higher = bool(first.get("higher_is_better", True))
+        note = f"{metric}, {'higher' if higher else 'lower'} is better; {SOURCES['quality']}"
+        made.append(_hoist(Column(task, note, down=higher), [_quality_entry(row, task) for row in rows]))
+        made += _beyond_columns(rows, task, note, higher)
+    return made
+
+
+def _beyond_columns(
+    rows: Sequence[Mapping[str, Any]], task: str, note: str, higher: bool
+) -> list[tuple[Column, list[Entry]]]:
+    """A column for each multiple of the trained length at which some contestant was scored, or was to be."""
+    lengths = sorted({point["times"] for row in rows for point in row["quality"][task]["beyond"]})
+    made = []
+    for times in lengths:
+        column = Column(f"{task} ×{times}", f"{note}; at {times} times the trained length", down=higher)
+        made.append(_hoist(column, [_beyond_entry(row["quality"][task]["beyond"], times) for row in rows]))
+    return made
+
+
+def _beyond_entry(points: Sequence[Mapping[str, Any]], times: int) -> Entry:
+    point = next((point for point in points if point["times"] == times), None)
+    if point is None or point["mean"] is None:
+        return Entry("–") if point is None else Entry("cannot", notes=(point["error"],), bad=True)
+    return Entry(_spread(point), point["mean"])
+
+
+def _beyond_lines(results: Results) -> list[str]:
+    """Who has no score beyond the trained length, and why."""
+    said: dict[str, None] = {}
+    for row in summarise(results):
+        for task, quality in row["quality"].items():
+            for point in quality["beyond"]:
+                if point["error"]:
+                    said[f"no score at {task} ×{point['times']}, {row['mechanism']}: {point['error']}"] = None
+    return list(said)
 
 
 def _index_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Column, list[Entry]]]:
@@ -256,14 +292,14 @@ def print_table(results: Results, console: Console) -> None:
     from rich.text import Text
 
     columns, lines = summary_table(results)
-    tasks = len(tasks_of(results))
     if lines:
-        if tasks:
-            console.print(rich_table(columns[: tasks + 1], lines, range(tasks + 1)))
-        console.print(rich_table(columns, lines, [0, *range(tasks + 1, len(columns))]))
+        quality = 1 + len(_quality_columns(results, summarise(results)))
+        if quality > 1:
+            console.print(rich_table(columns[:quality], lines, range(quality)))
+        console.print(rich_table(columns, lines, [0, *range(quality, len(columns))]))
     for sentence in [*headline(results), *missing_sections(results)]:
         console.print(Text(sentence))
-    for line in _undeclared_lines(results):
+    for line in [*_undeclared_lines(results), *_beyond_lines(results)]:
         console.print(Text(line, style="dim"))
     for line in failure_lines(results):
         console.print(Text(line, style="red"), no_wrap=True, overflow="ellipsis")

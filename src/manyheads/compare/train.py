@@ -20,6 +20,7 @@ from manyheads.tasks import Batch, Task, create_task, list_tasks, task_class
 
 Specs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 _EVAL_BATCH = 128
+_PROBED, _NOTHING = 8, 1e-12  # examples; a gradient whose square float32 holds as 0 is none
 _SHAPED = (Pattern.GRID, Pattern.GRAPH)  # noncausal mechanisms see these as a sequence, or a set
 
 
@@ -43,9 +44,12 @@ def train_cell(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
     batches = task.train_batches(training["batch_size"], settings["seed"])
     with passes_of(accelerator, model, training["router_weight"]) as passes:
-        outcome |= _train(_Run(task, model, optimizer, scheduler, accelerator, training, passes), batches)
-    if outcome["status"] != "done":
-        return outcome
+        run = _Run(task, model, optimizer, scheduler, accelerator, training, passes)
+        outcome |= _train(run, batches)
+        if outcome["status"] != "done":
+            return outcome
+        if training.get("beyond"):
+            outcome["beyond"] = [beyond(run, times) for times in training["beyond"]]
     held = state_bytes(task, accelerator.unwrap_model(model), accelerator.device)
     return outcome if held is None else outcome | {"model_state_bytes": held}
 
@@ -97,6 +101,43 @@ def _step(run: _Run, batch: Batch) -> Tensor:
     run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
     return loss.detach()
+
+
+def beyond(run: _Run, times: int) -> dict[str, Any]:
+    """The trained model's score on examples `times` as long, or why it has none."""
+    task = run.task.longer(times)
+    place = {"times": times, "n": task.n}
+    try:
+        if untrained := _untrained(run, task):
+            words = f"{untrained} numbers that no step of training changed are read at n {task.n}"
+            return place | {"value": None, "error": f"{words}: what it learnt ends at n {run.task.n}"}
+        score = evaluate(task, run.model, run.passes.device, run.passes)
+    except ValueError as error:  # the mechanism's own limit
+        return place | {"value": None, "error": str(error)}
+    if not math.isfinite(score.value):
+        return place | {"value": None, "error": f"{task.metric} is {score.value}"}
+    return place | {"value": score.value, "value_error": score.error, "answers": score.answers, "error": None}
+
+
+def _untrained(run: _Run, task: Task) -> str:
+    """Of the first parameter, tokens' embeddings aside, that has numbers which the task reads and no step changed, its
+    name and how many; '' where there is none. Tables by position or distance are as they were drawn beyond what was
+    trained, and an accuracy would be of those."""
+    model = run.accelerator.unwrap_model(run.model)
+    model.eval()
+    _, total = run.passes.learn(task, run.model, next(iter(task.eval_batches(_PROBED))))
+    run.accelerator.backward(total)
+    words = [embed.weight for embed in (model.get_input_embeddings(), model.get_output_embeddings()) if embed]
+    found = ""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None or any(parameter is word for word in words):
+            continue
+        changed = run.optimizer.state.get(parameter, {}).get("exp_avg_sq")
+        read = parameter.grad.abs() > _NOTHING
+        read = read if changed is None else read & (changed == 0)
+        found = found or (f"{name}: {int(read.sum())}" if read.any() else "")
+    run.optimizer.zero_grad(set_to_none=True)
+    return found
 
 
 @torch.no_grad()

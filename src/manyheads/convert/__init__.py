@@ -10,6 +10,7 @@ from manyheads.convert.damage import Judge, Sizes
 from manyheads.convert.dimap import dimap, load_dimap
 from manyheads.convert.distilled import student
 from manyheads.convert.fused import Fused, load_fused
+from manyheads.convert.fused_ends import ImageEnds, draw_pictures, drawn_times, fusion_loss, load_ends
 from manyheads.convert.grouped import aligned, grouped
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.hosted import hosted, unhosted
@@ -28,6 +29,7 @@ __all__ = [
     "Composed",
     "Fused",
     "Healing",
+    "ImageEnds",
     "Judge",
     "Sizes",
     "add_prompts",
@@ -36,6 +38,9 @@ __all__ = [
     "check_conversion",
     "compose",
     "dimap",
+    "draw_pictures",
+    "drawn_times",
+    "fusion_loss",
     "grouped",
     "head_scores",
     "heal",
@@ -43,6 +48,7 @@ __all__ = [
     "latent",
     "load_composed",
     "load_dimap",
+    "load_ends",
     "load_fused",
     "load_prompts",
     "measured_latencies",

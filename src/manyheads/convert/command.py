@@ -23,7 +23,7 @@ def convert(
         ),
     ] = None,
     to: Annotated[
-        str, typer.Option(help=f"{', '.join(METHODS)}, or a mechanism: hedgehog, 'mswa[window=64]'.")
+        str, typer.Option(help=f"{', '.join(METHODS)}, or a mechanism: hedgehog, 'mswa\\[window=64]'.")
     ] = "gqa",
     kv_heads: Annotated[
         str | None, typer.Option(help="gqa: key/value heads; several with --dry-run: 4,2,1. A half without it.")

@@ -19,6 +19,8 @@ from manyheads.runs.steps import Tell, silent
 
 # Windows whose second half is written greedily, tokens of it, and turns of timing.
 GREEDY_ROWS, GREEDY_TOKENS, TURNS = 4, 32, 3
+# Bytes of the original's answers that are held for the next model; what is beyond is computed again.
+HELD = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Judge:
         self.trials = [questions.passkey(sizes.key_length, n / span, n) for n in range(sizes.keys)]
         self.needles = [questions.needle(sizes.key_length, n / span, n) for n in range(sizes.keys)]
         self.original = loaded.model
+        self._known: dict[int, Tensor] = {}
 
     @property
     def steps(self) -> int:
@@ -51,16 +54,9 @@ class Judge:
         """bits per token of held-out text, KL in bits to the original (0 for itself), how often both think the same
         token likeliest, the share of greedy text before the first other token, hidden keys told (all digits likeliest,
         given those before), parameters, bytes of cache, and times as shares of the original's, taken by turns."""
-        bits, apart, agree = [], [], []
-        begun, done = time.perf_counter(), 0
-        for row in self.windows:
-            own = _log_probabilities(model, row)
-            other = own if model is self.original else _log_probabilities(self.original, row)
-            bits.append(float(-own[:-1].gather(1, row[1:, None]).double().mean()) / math.log(2))
-            apart.append(float((other.exp() * (other - own)).sum(1).mean()) / math.log(2))
-            agree.append(float((own.argmax(1) == other.argmax(1)).double().mean()))
-            done += 1
-            tell(done, self.steps, "")
+        begun = time.perf_counter()
+        text = self.distance(model, tell)
+        done = len(self.windows)
         told = []
         for trial in (*self.trials, *self.needles):
             told.append(answers(model, trial))
@@ -72,9 +68,7 @@ class Judge:
         tell(done + 2, self.steps, "")
         whole, half = (cache_bytes(model, self.windows[0][: self.sizes.length // k]) for k in (1, 2))
         return {
-            "bits_per_token": sum(bits) / len(bits),
-            "kl_bits": max(0.0, sum(apart) / len(apart)),
-            "top_agreement": sum(agree) / len(agree),
+            **text,
             "greedy_agreement": alike,
             "passkeys": sum(told[: len(self.trials)]),
             "needles": sum(told[len(self.trials) :]),
@@ -87,6 +81,31 @@ class Judge:
             "tokens": len(self.windows[0]),
             "seconds": time.perf_counter() - begun,
         }
+
+    @torch.no_grad()
+    def distance(self, model: Any, tell: Tell = silent) -> dict[str, float]:
+        """What `measure` says of the windows: bits per token, KL to the original, and the share of likeliest tokens
+        that both have."""
+        bits, apart, agree = [], [], []
+        for i, row in enumerate(self.windows):
+            other = self._original(i)
+            own = other if model is self.original else _log_probabilities(model, row)
+            bits.append(float(-own[:-1].gather(1, row[1:, None]).double().mean()) / math.log(2))
+            apart.append(float((other.exp() * (other - own)).sum(1).mean()) / math.log(2))
+            agree.append(float((own.argmax(1) == other.argmax(1)).double().mean()))
+            tell(i + 1, self.steps, "")
+        found = {"bits_per_token": bits, "kl_bits": apart, "top_agreement": agree}
+        means = {key: sum(each) / len(each) for key, each in found.items()}
+        return {**means, "kl_bits": max(0.0, means["kl_bits"])}
+
+    def _original(self, i: int) -> Tensor:
+        """Its log-probabilities of window i, held as long as there is room."""
+        found = self._known.get(i)
+        if found is None:
+            found = _log_probabilities(self.original, self.windows[i])
+            if found.nbytes + sum(one.nbytes for one in self._known.values()) <= HELD:
+                self._known[i] = found
+        return found
 
     def _same_greedy_text(self, model: Any) -> float:
         if model is self.original:

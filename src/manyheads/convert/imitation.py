@@ -9,7 +9,8 @@ A prime marks softmax's. The last two train only what the host's weights do not 
 stays as it is, as in the released code of LoLCATs. Inputs are those of the unchanged host, so that no layer sees
 another's errors: a step is one pass of the host without gradients, up to the last of the chosen layers' attention, and
 each mechanism's own pass and gradients. No logits are made, and none flow through the trunk; queries, keys and values
-that host and mechanism project alike, by weights that stay, are the host's pass' own.
+that host and mechanism project alike, by weights that stay, are the host's pass' own. What the host gave on a row is
+held for the steps in which the row comes back, which then are the mechanisms' passes alone, to the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,9 @@ from manyheads.convert.keeping import Keeping, facts, kept_file
 from manyheads.convert.loop import take_steps
 from manyheads.runs.steps import Tell, silent
 
+# Bytes of what the host saw and gave that are held.
+REMEMBERED = 2 << 30
+
 
 class Seen(NamedTuple):
     """One pass of the layer that is learnt from: x and its output [b, n, e], its heads' outputs [b, n, h d]; what its
@@ -39,6 +43,10 @@ class Seen(NamedTuple):
     output: Tensor
     heads: Tensor
     projected: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.x, self.output, self.heads, *self.projected.values()))
 
 
 @dataclass(frozen=True)
@@ -189,12 +197,14 @@ def transfer(
     loss: str = "output",
     rate: float | None = None,
     keep: Path | None = None,
+    remember: int = REMEMBERED,
     tell: Tell = silent,
 ) -> list[float]:
     """Trains the mechanisms of `layers` of `made`, where they stand, to give what the host's attention gives on the
     same inputs; returns the losses of the steps that it took, each the mean over layers. rows: of token ids, one for a
     step, from the start when they end. rate: of AdamW; 1e-3 for output, 1e-2 for the others, as published. keep: as
-    `heal` has it, the beginning of the path of what a stopped run goes on from."""
+    `heal` has it, the beginning of the path of what a stopped run goes on from. remember: bytes of what the host
+    gave to hold for when a row comes back; it changes the time that a step takes, and nothing else."""
     measure = check_loss(loss)
     if not rows:
         raise ValueError("attention transfer needs text: rows of token ids")
@@ -217,17 +227,39 @@ def transfer(
     for pair in pairs.values():
         pair.learner.train()
     with _only(made, weights):
-        learn = partial(_learn, teacher, pairs, measure, rows)
+        learn = partial(_learn, _Host(teacher, pairs, rows, remember, steps), pairs, measure)
         losses = take_steps(made, optimizer, steps, learn, seed=0, keeping=keeping, tell=tell)
     made.eval()
     return losses
 
 
-def _learn(teacher: Any, pairs: Mapping[int, _Pair], measure: Loss, rows: Sequence[Sequence[int]], step: int) -> float:
+@dataclass
+class _Host:
+    """What the host saw and gave on the row of a step. remember: bytes to hold of it, of rows that come back."""
+
+    teacher: Any
+    pairs: Mapping[int, _Pair]
+    rows: Sequence[Sequence[int]]
+    remember: int
+    steps: int
+    held: dict[int, dict[int, Seen]] = field(default_factory=dict)
+
+    def seen(self, step: int) -> dict[int, Seen]:
+        at = step % len(self.rows)
+        found = self.held.get(at)
+        if found is None:
+            found = _seen(self.teacher, self.pairs, torch.tensor([list(self.rows[at])], device=self.teacher.device))
+            size = sum(one.nbytes for one in found.values())
+            if step + len(self.rows) < self.steps and size <= self.remember:
+                self.held[at] = found
+                self.remember -= size
+        return found
+
+
+def _learn(host: _Host, pairs: Mapping[int, _Pair], measure: Loss, step: int) -> float:
     """The gradients of one step. Layers do not see each other, so that each has its own backward and one graph at a
     time is held."""
-    ids = torch.tensor([list(rows[step % len(rows)])], device=teacher.device)
-    seen, total = _seen(teacher, pairs, ids), 0.0
+    seen, total = host.seen(step), 0.0
     for i, pair in pairs.items():
         with _recalled(pair.learner, seen[i]):
             apart = measure.apart(pair.learner, pair.teacher, seen[i])

@@ -153,7 +153,7 @@ def digits(config: Any) -> tuple[Tensor, Tensor]:
     channels, height, width = _shape(config)
     some = scaled(images[:COUNT])["pixel_values"]
     sized = torch.nn.functional.interpolate(some, (height, width), mode="bilinear", align_corners=False)
-    return sized.expand(-1, channels, -1, -1), labels[-COUNT:]
+    return sized.expand(-1, channels, -1, -1), labels[:COUNT]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,7 +139,8 @@ def _of_stages(model: Any, inputs: dict[str, Tensor], layers: Sequence[int] | No
                 "attends over other cells than it gives" if weights.shape[2:] != (rows * columns,) * 2 else ""
             )
         own = None if why else weights[0]
-        yield GridLayer(number, f"stage {stage}, {block.mechanism.card.name}", rows, columns, own, why)
+        mixer = "no mixer" if block.mechanism is None else block.mechanism.card.name
+        yield GridLayer(number, f"stage {stage}, {mixer}", rows, columns, own, why)
 
 
 def _too_many(heads: int, n: int) -> str:
@@ -229,6 +230,7 @@ def views_of(
     for (rows, columns, _), together in alike.items():
         kept = [own.weights for own in together]
         store = AttentionStore.from_attention(kept, budget_mb=page_mb / len(alike))
+        store = replace(store, layers=tuple(own.layer for own in together))  # by the model's numbers
         tokens = [f"{row}.{column}" for row in range(rows) for column in range(columns)]
         numbers = ", ".join(str(own.layer) for own in together)
         views.append(view_heads(Panel(store, tokens), title=f"{rows} x {columns}: layers {numbers}"))

@@ -45,13 +45,13 @@ class OffsetBias(nn.Module):
 class OffsetLogits(nn.Module):
     """Logits of a query with where a key stands from it, per axis: q . height[row offset] + q . width[column offset].
 
-    The s = block^2 queries of a window see t = (block + 2 halo)^2 keys; height, width: [2 (block + 2 halo) - 1, d],
-    offset key minus query, queries counted from the window's first key. Shared by all heads.
+    The s = queries^2 queries of a window see t = reach^2 keys; height, width: [2 reach - 1, d], offset key minus query,
+    queries counted from the window's first key, each as far on as a key. Shared by all heads.
     """
 
-    def __init__(self, head_dim: int, block: int, halo: int) -> None:
+    def __init__(self, head_dim: int, queries: int, reach: int) -> None:
         super().__init__()
-        self.block, self.reach = block, block + 2 * halo
+        self.block, self.reach = queries, reach
         self.height, self.width = (
             nn.Parameter(torch.randn(2 * self.reach - 1, head_dim) * head_dim**-0.5) for _ in range(2)
         )

@@ -71,17 +71,18 @@ class Laid(NamedTuple):
     allowed: Tensor | None = None
 
 
-def blocks(length: int, size: int, *, halo: int = 0, shift: int = 0) -> Axis:
+def blocks(length: int, size: int, *, halo: int = 0, shift: int = 0, stride: int = 1) -> Axis:
     """Neighbouring places, `size` at a time, the first window beginning `shift` places before the axis; its keys are
-    these and `halo` more on either side."""
-    return Axis(_blocks, length, (size, halo, shift))
+    these and `halo` more on either side. stride: queries are every so-manieth of a block's places, counted as places
+    of an axis of these alone; a divisor of the size."""
+    return Axis(_blocks, length, (size, halo, shift, stride))
 
 
-def _blocks(device: Any, length: int, size: int, halo: int, shift: int) -> Laid:
+def _blocks(device: Any, length: int, size: int, halo: int, shift: int, stride: int) -> Laid:
     starts = torch.arange(-shift, length, size, device=device)[:, None]
-    queries = starts + torch.arange(size, device=device)
+    queries = starts // stride + torch.arange(size // stride, device=device)
     keys = starts + torch.arange(-halo, size + halo, device=device)
-    return Laid(_inside(queries, length), _inside(keys, length))
+    return Laid(_inside(queries, -(-length // stride)), _inside(keys, length))
 
 
 def spread(length: int, size: int) -> Axis:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Where:
     """Which queries meet which keys. i: [n] and j: [m], places in the sequence (a state's keys come first). padding:
     [b, m] and dense: [b, 1 or h, n, m] as given by the caller, True = may attend. causal: keys j <= i only.

@@ -129,8 +129,8 @@ class ShortConvolution(nn.Module):
 class ScaledEmbedding(nn.Embedding):
     """Rows times a scale, rounded to their dtype as Gemma does."""
 
-    def __init__(self, count: int, dim: int, *, scale: float) -> None:
-        super().__init__(count, dim)
+    def __init__(self, count: int, dim: int, *, scale: float, padding_idx: int | None = None) -> None:
+        super().__init__(count, dim, padding_idx)
         self.scale = scale
 
     def forward(self, input: Tensor) -> Tensor:

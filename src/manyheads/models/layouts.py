@@ -7,11 +7,12 @@ from typing import Any
 
 from manyheads.near import suggest
 
+NO_MIXER = "none"  # among a stage's mixers: a block that is its MLP alone
 STEP = {"kernel": 2, "stride": 2, "padding": 0, "features": None, "before": "none", "after": "none", "act": "none"}
-STEP |= {"bias": True, "groups": 1, "norm_eps": None}
+STEP |= {"bias": True, "groups": 1, "norm_eps": None, "deforms": False, "pool": False}
 STAGE = {"dim": None, "depth": 1, "heads": 1, "mixers": None, "whole": False, "norm": "layer", "norm_eps": 1e-6}
 STAGE |= {"mlp": "plain", "mlp_ratio": 4.0, "layer_scale": None, "down": None, "between": None, "norm_end": "none"}
-STAGE |= {"positions": None}
+STAGE |= {"positions": None, "bottleneck": None}
 HEAD = {"norm": "layer", "norm_eps": 1e-6, "hidden": 0, "act": "gelu", "norm_hidden": False, "token": None}
 TOKEN = {"depth": 1, "heads": 1, "mlp_ratio": 4.0, "bias": False, "begins": "learnt", "moves": "token", "dense": False}
 LAYOUT: dict[str, Any] = {"stem": [], "stages": [], "head": {}}
@@ -36,12 +37,26 @@ def checked_layout(stages: Any) -> dict[str, Any]:
         if not isinstance(stage["mixers"], Sequence) or isinstance(stage["mixers"], str) or not stage["mixers"]:
             raise ValueError(f"{place}.mixers is {stage['mixers']!r}; want a list of specs, taken in turn")
         _one_of(place, stage, norm=("layer", "batch"), mlp=("plain", "convolved"))
+        _narrowed(place, stage)
         sides = stage["positions"]
         if sides is not None and not (
             isinstance(sides, list | tuple) and len(sides) == 2 and all(isinstance(s, int) and s > 0 for s in sides)
         ):
             raise ValueError(f"{place}.positions={sides!r}; want [height, width] of the map that has a vector per cell")
     return layout
+
+
+def _narrowed(place: str, stage: Mapping[str, Any]) -> None:
+    ratio = stage["bottleneck"]
+    if ratio is None:
+        return
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        raise ValueError(f"{place}.bottleneck={ratio!r}; want the part of dim inside a block, above 0 and up to 1")
+    if stage["down"] is not None or NO_MIXER in stage["mixers"]:
+        raise ValueError(
+            f"{place}: a bottleneck steps down by its mixers' stride, and has one in each block; want down=None and no "
+            f"{NO_MIXER!r} among the mixers"
+        )
 
 
 def _one_of(place: str, given: Mapping[str, Any], **known: Sequence[str]) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from manyheads.models.beside import NOTHING, Beside
 from manyheads.models.cache import ManyheadsCache
 
+HIDES = -1e4  # added to a score, leaves nothing of it in any dtype
+
 
 class Masks(NamedTuple):
     """self_mask: [b, n] padding of this pass, or dense [b, 1 or h, n, total]. context_mask: [b, m]. positions: [b, n],
@@ -34,9 +36,7 @@ def read_masks(
     seen = 0 if cache is None else cache.get_seq_length()
     n, total = x.shape[1], seen + x.shape[1]
     if attention_mask is not None and attention_mask.ndim == 4:
-        if attention_mask.dtype != torch.bool:
-            raise ValueError(f"a 4-D attention_mask must be boolean, True = may attend; got {attention_mask.dtype}")
-        return Masks(attention_mask, positions=position_ids)
+        return Masks(_dense(attention_mask), positions=position_ids)
     real = None
     if attention_mask is not None:
         if tuple(attention_mask.shape) != (x.shape[0], total):
@@ -52,6 +52,25 @@ def read_masks(
     if torch.compiler.is_compiling():
         return Masks(real, positions=position_ids)
     return worth_saying(Masks(real, positions=position_ids), n, seen)
+
+
+def _dense(mask: Tensor) -> Tensor:
+    """A 4-D mask as booleans, True = may attend; what is added to scores, as transformers makes it, where that hides
+    or leaves alone."""
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise ValueError(
+            "a 4-D attention_mask is boolean, True = may attend, or of floating point and added to scores; got "
+            f"{mask.dtype}"
+        )
+    seen, hidden = mask == 0, mask <= HIDES
+    if not bool((seen | hidden).all()):
+        raise ValueError(
+            "a 4-D attention_mask that is not boolean is added to scores: 0 where a key may be attended to and at most "
+            f"{HIDES} where not; scores that are only changed are not a mask"
+        )
+    return seen
 
 
 def worth_saying(masks: Masks, n: int, seen: int = 0) -> Masks:

@@ -47,6 +47,8 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         """Embeddings are normal; all else keeps PyTorch's own initialisation. Mechanisms never come here."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                nn.init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, nn.Linear | nn.RMSNorm | ShortConvolution | Scale):
             module.reset_parameters()
 
@@ -136,8 +138,12 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         if decodes and config.is_encoder_decoder:
             raise ValueError("the configuration is an encoder-decoder's; use ManyheadsSeq2SeqModel or ...ForSeq2SeqLM")
         self.decodes = decodes
+        padding = config.pad_token_id  # untrained, as in transformers; a configuration may name one that is no row
         self.embed_tokens: nn.Embedding = ScaledEmbedding(
-            config.vocab_size, config.hidden_size, scale=config.embedding_scale
+            config.vocab_size,
+            config.hidden_size,
+            scale=config.embedding_scale,
+            padding_idx=padding if padding is not None and 0 <= padding < config.vocab_size else None,
         )
         self.stack = build_stack(config, causal if config.is_causal is None else config.is_causal)
         config.tell_rows(shape_of_rows(self.stack))

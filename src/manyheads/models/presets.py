@@ -3,9 +3,7 @@
 Each is the published model to the last parameter for 1,000 labels. Where every cell is normed before the mean
 (FocalNet, Twins, VAN, EMO), the norm stands at the end of the last stage; stochastic depth is left out, and so are the
 extra losses of token labelling in training (VOLO, SpectFormer), whose logits are those of evaluation in any case.
-
-Left out: litv2_small, whose steps between stages are deformable convolutions; halonet26t, whose bottlenecks around a
-strided halo attention, and the maximum behind its stem, no layout has.
+halonet_h1 is the smallest of the paper, in timm's form.
 """
 
 from __future__ import annotations
@@ -178,6 +176,31 @@ def _emo2(
     return {"stem": stem, "stages": stages, "head": {"norm": "none"}}
 
 
+def _litv2_small() -> dict[str, Any]:
+    sizes = zip((96, 192, 384, 768), (2, 2, 6, 2), (3, 6, 12, 24), (None, None, 2, 1), strict=True)
+    stages = [
+        {"dim": dim, "depth": depth, "heads": heads, "mlp": "convolved", "norm_eps": 1e-5}
+        | {"mixers": ["none"] if window is None else [{"name": "hilo", "alpha": 0.9, "window": window, "bias": True}]}
+        | ({"down": _step(dim, 2, 2, after="batch", act="gelu", deforms=True)} if i else {})
+        for i, (dim, depth, heads, window) in enumerate(sizes)
+    ]
+    stages[-1]["norm_end"] = "layer"
+    return {"stem": [_step(96, 4, 4, after="layer", norm_eps=1e-5)], "stages": stages, "head": {"norm": "none"}}
+
+
+def _halonet_h1() -> dict[str, Any]:
+    def halo(stride: int) -> dict[str, Any]:
+        return {"name": "halonet", "block": 8, "halo": 3, "stride": stride}
+
+    stages = [
+        {"dim": dim, "depth": depth, "heads": 8, "bottleneck": 1.0}
+        | {"mixers": [halo(2 if i else 1), *[halo(1)] * (depth - 1)]}
+        for i, (dim, depth) in enumerate(zip((64, 128, 256, 512), (3, 3, 10, 3), strict=True))
+    ]
+    stem = [_step(64, 7, 2, 3, after="batch", act="relu", bias=False, pool=True)]
+    return {"stem": stem, "stages": stages, "head": {"norm": "none"}}
+
+
 def _maxvit_tiny() -> dict[str, Any]:
     stem = [_step(64, 3, 2, 1, after="batch", act="gelu"), _step(64, 3, 1, 1)]
     stages = [
@@ -196,6 +219,8 @@ PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
     "emo2_5m": partial(_emo2, (3, 3, 9, 3), (48, 72, 160, 288), (2.0, 3.0, 4.0, 4.0), (16, 24, 32, 32)),
     "focalnet_tiny_lrf": partial(_focalnet_tiny, 3),
     "focalnet_tiny_srf": partial(_focalnet_tiny, 2),
+    "halonet_h1": _halonet_h1,
+    "litv2_small": _litv2_small,
     "mambaout_femto": partial(_mambaout, (3, 3, 9, 3)),
     "mambaout_kobe": partial(_mambaout, (3, 3, 15, 3)),
     "maxvit_tiny": _maxvit_tiny,

@@ -1,6 +1,7 @@
 """Hierarchies for images: a stem of convolutions, then stages of blocks at one size each, a step down between them.
 
-    block: x + s1 mixer(norm(x)), then x + s2 mlp(norm(x)); or the mechanism alone, where it is a whole block
+    block: x + s1 mixer(norm(x)), then x + s2 mlp(norm(x)); the mechanism alone, where it is a whole block; the second
+    half alone, where there is no mixer; or a bottleneck around the mixer
 
 Maps are [b, height, width, e]. With a pixel mask every size is that of what is real, as if the image ended there.
 """
@@ -13,49 +14,40 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from manyheads.card import Pattern
-from manyheads.functional.cells import CellNorm, cell_mean, convolve, depthwise, shown
+from manyheads.functional.cells import CellNorm, cell_mean, convolve, shown
+from manyheads.functional.deformed import DeformedConv2d
 from manyheads.functional.feature_maps import extent, rectangle, resized
-from manyheads.mechanism import Mechanism, Result
 from manyheads.models.class_tokens import ClassToken
-from manyheads.models.configuration import Spec, spec_arguments, spec_name
-from manyheads.models.layers import housed_mechanism
 from manyheads.models.layouts import STAGE
+from manyheads.models.stage_blocks import StageBlock, block_of, norm_of, normed
 
 ACTIVATIONS = {"none": nn.Identity, "gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
-def _norm(kind: str, dim: int, eps: float = 1e-6, batch_eps: float = 1e-5) -> nn.Module | None:
-    if kind == "none":
-        return None
-    return CellNorm(dim, eps=batch_eps) if kind == "batch" else nn.LayerNorm(dim, eps=eps)
-
-
-def _normed(norm: nn.Module | None, x: Tensor, real: Tensor | None) -> Tensor:
-    if norm is None:
-        return x
-    normed: Tensor = norm(x, real) if isinstance(norm, CellNorm) else norm(x)
-    return normed
-
-
 class Step(nn.Module):
-    """norm -> convolution -> norm -> activation, to another size."""
+    """norm -> convolution -> norm -> activation, to another size; deforms: of moved taps. pool: behind all that the
+    maximum of 3 x 3 cells around every second one."""
 
     def __init__(self, dim: int, settings: Mapping[str, Any]) -> None:
         super().__init__()
         self.sizes = settings["kernel"], settings["stride"], settings["padding"]
         eps = () if settings["norm_eps"] is None else (settings["norm_eps"],) * 2
-        self.before = _norm(settings["before"], dim, *eps)
+        self.before = norm_of(settings["before"], dim, *eps)
         more = {name: settings[name] for name in ("bias", "groups")}
         if more["groups"] < 1 or dim % more["groups"] or settings["features"] % more["groups"]:
             raise ValueError(
                 f"a step of {dim} to {settings['features']} features with groups={more['groups']}; want a "
                 "divisor of both"
             )
-        self.conv = nn.Conv2d(dim, settings["features"], *self.sizes, **more)
-        self.after, self.act = _norm(settings["after"], settings["features"], *eps), ACTIVATIONS[settings["act"]]()
+        self.pools = settings["pool"]
+        if settings["deforms"]:
+            if more["groups"] != 1:
+                raise ValueError(f"a step that deforms, with groups={more['groups']}; want one group")
+            self.conv: nn.Module = DeformedConv2d(dim, settings["features"], *self.sizes, bias=more["bias"])
+        else:
+            self.conv = nn.Conv2d(dim, settings["features"], *self.sizes, **more)
+        self.after, self.act = norm_of(settings["after"], settings["features"], *eps), ACTIVATIONS[settings["act"]]()
 
     def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
         kernel, stride, padding = self.sizes
@@ -63,101 +55,21 @@ class Step(nn.Module):
             raise ValueError(
                 f"a map of {x.shape[1]} x {x.shape[2]} is smaller than the kernel of {kernel}; want a larger image"
             )
-        x = convolve(self.conv, _normed(self.before, x, real), real)
+        x = convolve(self.conv, normed(self.before, x, real), real)
         if real is not None:
             reach = (extent(real) + 2 * padding - kernel).clamp(min=0) // stride + 1
             real = rectangle(reach, x.shape[1:3])
-        return self.act(_normed(self.after, x, real)), real
+        x = self.act(normed(self.after, x, real))
+        return (x, real) if not self.pools else _largest_around(x, real)
 
 
-class CellMLP(nn.Module):
-    """Two layers with GELU; convolved: with a 3 x 3 convolution of each feature in front of it."""
-
-    def __init__(self, dim: int, hidden: int, convolved: bool) -> None:
-        super().__init__()
-        self.up_proj, self.down_proj = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.conv = depthwise(hidden, 3) if convolved else None
-
-    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
-        hidden = self.up_proj(x)
-        hidden = hidden if self.conv is None else convolve(self.conv, hidden, real)
-        output: Tensor = self.down_proj(F.gelu(hidden))
-        return output
-
-
-def _as_grid(mechanism: Mechanism, x: Tensor, real: Tensor | None, need_weights: bool) -> Result:
-    return mechanism(x, mask=real, need_weights=need_weights)
-
-
-def in_reading_order(mechanism: Mechanism, x: Tensor, real: Tensor | None, need_weights: bool) -> Result:
-    """A mechanism for sequences over the cells of a map, row by row; real ones stand next to each other, as in the map
-    that ends where they do, and all padding behind them."""
-    rows = x.flatten(1, 2)
+def _largest_around(x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if real is None:
-        result = mechanism(rows, need_weights=need_weights)
-        return result._replace(output=result.output.unflatten(1, tuple(x.shape[1:3])))
-    there = real.flatten(1)
-    order = (~there).to(torch.uint8).argsort(dim=1, stable=True)
-    back = order.argsort(1)
-    result = mechanism(_moved(rows, order), mask=there.gather(1, order), need_weights=need_weights)
-    output, weights = _moved(result.output, back).unflatten(1, tuple(x.shape[1:3])), result.weights
-    if weights is not None:
-        places = back[:, None, :, None].expand(weights.shape)
-        weights = weights.gather(2, places).gather(3, places.mT)
-    return result._replace(output=output, weights=weights)
-
-
-def _moved(rows: Tensor, places: Tensor) -> Tensor:
-    return rows.gather(1, places[..., None].expand_as(rows))
-
-
-class StageBlock(GradientCheckpointingLayer):
-    """One mechanism, and what stands around it unless it is a whole block. dim: the features of x."""
-
-    def __init__(self, dim: int, stage: Mapping[str, Any], spec: Spec) -> None:
-        super().__init__()
-        arguments = {"heads": stage["heads"], "causal": False, **spec_arguments(spec)}
-        self.mechanism = housed_mechanism("stages", spec_name(spec), dim, arguments.pop("heads"), arguments)
-        declared = self.mechanism.card.patterns
-        self.by_row = Pattern.GRID not in declared
-        if self.by_row and Pattern.NONCAUSAL_SELF not in declared:
-            raise ValueError(
-                f"stages: {spec_name(spec)!r} declares {sorted(declared)}; a stage wants mechanisms for a grid, or "
-                "noncausal ones, to which its cells are a sequence"
-            )
-        self.features = self.mechanism.result_dim or dim
-        self.mlp: CellMLP | None = None
-        if stage["whole"]:
-            return
-        self.norm, self.norm_mlp = (_norm(stage["norm"], dim, stage["norm_eps"]) for _ in range(2))
-        if stage["mlp_ratio"]:
-            self.mlp = CellMLP(dim, int(dim * stage["mlp_ratio"]), stage["mlp"] == "convolved")
-        scale = stage["layer_scale"]
-        self.scale, self.scale_mlp = (
-            (nn.Parameter(torch.full((dim,), float(scale))) if scale is not None else None) for _ in range(2)
-        )
-
-    def forward(self, x: Tensor, real: Tensor | None, need_weights: bool = False) -> tuple[Any, ...]:
-        """The map, what of it is real, weights where asked for, and auxiliary losses."""
-        if not hasattr(self, "norm"):
-            result = self._mixed(x, real, need_weights)
-            return result.output, self._reached(real, x, result.output), result.weights, list(result.losses.values())
-        result = self._mixed(_normed(self.norm, x, real), real, need_weights)
-        x = x + (result.output if self.scale is None else self.scale * result.output)
-        if self.mlp is not None:
-            added = self.mlp(_normed(self.norm_mlp, x, real), real)
-            x = x + (added if self.scale_mlp is None else self.scale_mlp * added)
-        return x, real, result.weights, list(result.losses.values())
-
-    def _mixed(self, x: Tensor, real: Tensor | None, need_weights: bool) -> Result:
-        return (in_reading_order if self.by_row else _as_grid)(self.mechanism, x, real, need_weights)
-
-    def _reached(self, real: Tensor | None, before: Tensor, after: Tensor) -> Tensor | None:
-        """What is real of a result of another size."""
-        if real is None or before.shape[1:3] == after.shape[1:3]:
-            return real
-        reach = [self.mechanism.result_size(*map(int, size)) for size in extent(real)]
-        return rectangle(torch.tensor(reach, device=real.device), after.shape[1:3])
+        return F.max_pool2d(x.movedim(-1, 1), 3, 2, 1).movedim(1, -1), None
+    hidden = x.masked_fill(~real[..., None], -torch.inf)
+    pooled = F.max_pool2d(hidden.movedim(-1, 1), 3, 2, 1).movedim(1, -1)
+    real = rectangle((extent(real) + 1) // 2, pooled.shape[1:3])
+    return shown(pooled, real), real
 
 
 class Positions(nn.Module):
@@ -186,12 +98,12 @@ class Stage(nn.Module):
         self.positions = None if stage["positions"] is None else Positions(dim, stage["positions"])
         self.blocks = nn.ModuleList()
         for i in range(stage["depth"]):
-            block = StageBlock(dim, stage, mixers[i % len(mixers)])
+            block = block_of(dim, stage, mixers[i % len(mixers)])
             self.blocks.append(block)
             dim = block.features
         between = stage["between"]
         self.between = None if between is None else StageBlock(dim, {**STAGE, "whole": True}, between)
-        self.norm, self.features = _norm(stage["norm_end"], dim, stage["norm_eps"]), dim
+        self.norm, self.features = norm_of(stage["norm_end"], dim, stage["norm_eps"]), dim
 
     def forward(self, x: Tensor, real: Tensor | None, need_weights: bool) -> tuple[Any, ...]:
         weights, losses = [], []
@@ -206,7 +118,7 @@ class Stage(nn.Module):
             if i == 0 and self.between is not None:
                 added, _, _, more = self.between(x, real)
                 x, losses = x + added, losses + more
-        return _normed(self.norm, x, real), real, weights, losses
+        return normed(self.norm, x, real), real, weights, losses
 
 
 class StagedTrace(NamedTuple):
@@ -275,7 +187,7 @@ class HierarchyHead(nn.Module):
         super().__init__()
         hidden, eps, token = settings["hidden"], settings["norm_eps"], settings["token"]
         self.token = None if token is None else ClassToken(dim, eps, token)
-        self.norm = _norm(settings["norm"], dim, eps)
+        self.norm = norm_of(settings["norm"], dim, eps)
         self.up_proj = nn.Linear(dim, hidden) if hidden else None
         self.act = ACTIVATIONS[settings["act"]]()
         self.norm_hidden = nn.LayerNorm(hidden, eps=eps) if hidden and settings["norm_hidden"] else None

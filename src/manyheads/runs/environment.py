@@ -64,12 +64,16 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout that manyheads is imported from, marked where it has changes; '' outside of one."""
-    here = Path(__file__).parent
+    """The commit of the checkout that manyheads is imported from, marked where code has changes; '' outside of one.
+    What was measured, and what is said of it, changes nothing that a measurement rests on."""
+    here, said = Path(__file__).parent, ("benchmarks/results", "docs")
+    code = ["--", ":(top)", *(f":(top,exclude){path}" for path in said)]
     git = ["git", "-C", str(here)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=5)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", *code], capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     if head.returncode:

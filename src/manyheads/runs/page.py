@@ -148,7 +148,7 @@ def cells_html(results: Results, who: str = "mechanism") -> str:
 
 def _kind_html(kind: str, cells: Sequence[Cell], who: str) -> str:
     keys = list(dict.fromkeys(key for cell in cells for key in cell))
-    keys = [key for key in keys if key not in ("kind", "mechanism", "error", "curve")]
+    keys = [key for key in keys if key not in ("kind", "mechanism", "error", "curve", "beyond")]
     keys += ["error"] * any(cell.get("error") for cell in cells)
     numeric = {key: all(number(cell.get(key)) is not None or cell.get(key) is None for cell in cells) for key in keys}
     columns = [Column(who, number=False), *(Column(key.replace("_", " "), number=numeric[key]) for key in keys)]

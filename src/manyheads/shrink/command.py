@@ -34,7 +34,7 @@ def shrink(
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="streaming, snapkv, duo, ...; with arguments: 'snapkv[window_size=16]'. May be repeated."),
+        typer.Option(help="streaming, snapkv, duo, ...; with arguments: 'snapkv\\[window_size=16]'. May be repeated."),
     ] = None,
     budget_tokens: Annotated[
         list[int] | None, typer.Option(help="Entries per KV head, on average; may be repeated.")

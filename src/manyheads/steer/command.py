@@ -77,7 +77,7 @@ def run(
         str | None, typer.Argument(help="A folder, hub name, .gguf file or smollm2; else the packaged byte model.")
     ] = None,
     with_: Annotated[
-        str | None, typer.Option("--with", help="The intervention: NAME, or NAME[key=value,heads=3.1,4.2].")
+        str | None, typer.Option("--with", help="The intervention: NAME, or NAME\\[key=value,heads=3.1,4.2].")
     ] = None,
     text: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     file: Annotated[Path | None, typer.Option(help="A UTF-8 text file that holds the prompt.")] = None,

@@ -24,7 +24,7 @@ class Row:
 TRAINED = "losses and masks for training; no training of a diffusion model is in the command"
 ROWS = (
     Row(9, "2503.03321", "visual attention redistribution", ("redistribute",)),
-    Row(17, "2405.17965", "AttenCraft", (), ("manyheads.steer.diffusion.attencraft",), TRAINED),
+    Row(17, "2403.18551", "DisenDiff", (), ("manyheads.steer.diffusion.disendiff",), TRAINED),
     Row(29, "2411.15453", "VMTC and CMAI", ("clustered",), (), "the equations are ours: the paper's abstract has none"),
     Row(30, "2411.19261", "isolation and reposition", ("isolate",), ("manyheads.steer.diffusion.isolate",),
         "references of subjects and reposition are called from Python"),
@@ -45,7 +45,7 @@ ROWS = (
     Row(164, "2312.00878", "GEM", ("gem",), (), "maps are called from Python: word_maps(model, inputs)"),
     Row(173, "2407.21534", "ControlMLLM", ("control",)),
     Row(182, "2408.13987", "FocusICL", ("focus_icl",)),
-    Row(202, "2403.18551", "DisenDiff", (), ("manyheads.steer.diffusion.disendiff",), TRAINED),
+    Row(202, "2405.17965", "AttenCraft", (), ("manyheads.steer.diffusion.attencraft",), TRAINED),
     Row(220, "2506.14224", "GridToM", ("push",)),
     Row(222, "2310.12274", "MCPL", (), ("manyheads.steer.diffusion.masked_loss",),
         "the masked loss; its contrastive loss of prompts could not be read"),

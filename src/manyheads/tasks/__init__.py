@@ -24,6 +24,10 @@ __all__ = [
 ]
 
 
+# By what papers call it.
+KNOWN_AS = {"mqar": "recall", "selective-copying": "selective-copy"}
+
+
 @cache
 def _load_all() -> None:
     for module in pkgutil.iter_modules(__path__, __name__ + "."):
@@ -37,10 +41,13 @@ def list_tasks() -> list[str]:
 
 
 def task_group(name: str) -> tuple[str, ...]:
-    """The tasks that a name stands for: `cab` for seven of them, any other for itself."""
+    """The tasks that a name stands for: `cab` for seven of them, a name that papers use for the one here, any other for
+    itself."""
     from manyheads.tasks.cab import CAB
 
-    return tuple(task for tasks in CAB.values() for task in tasks) if name == "cab" else (name,)
+    if name == "cab":
+        return tuple(task for tasks in CAB.values() for task in tasks)
+    return (KNOWN_AS.get(name, name),)
 
 
 def task_class(name: str) -> type[Task]:

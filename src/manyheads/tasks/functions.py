@@ -117,6 +117,7 @@ class Functions(Generated):
     name: ClassVar[str] = "functions"
     title: ClassVar[str] = "Boolean functions in context"
     pattern: ClassVar[str] = "causal-self"
+    grows: ClassVar[str] = "points"
 
     kind: str = "conjunction"
     bits: int = 8

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from operator import index
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -41,7 +41,8 @@ class Task(ABC):
 
     pattern: which of the attention patterns the task needs. head: "causal-lm", "seq2seq-lm", "sequence-classification",
     "image-classification", "semantic-segmentation", "object-detection" or "node-classification". metric: what `score`
-    adds up. beside: what the model passes to mechanisms whose card takes it by name.
+    adds up. beside: what the model passes to mechanisms whose card takes it by name. grows: the argument of which a
+    multiple makes the examples that much longer and changes nothing else.
     """
 
     name: ClassVar[str]
@@ -51,6 +52,7 @@ class Task(ABC):
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
     beside: ClassVar[tuple[str, ...]] = ()
+    grows: ClassVar[str] = "n"
 
     @property
     @abstractmethod
@@ -61,6 +63,18 @@ class Task(ABC):
     def config(self) -> dict[str, Any]:
         """The arguments that make this task again: `create_task(task.name, **task.config) == task`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def longer(self, times: int) -> Self:
+        """The same task on examples about `times` as long, for a model that was trained on this one: same vocabulary,
+        same answers. Raises ValueError where there is no such task."""
+        whole(self, "times", times, 2, 64)
+        if self.grows not in self.config:
+            raise ValueError(f"{self.name}: no argument of it makes its examples longer and leaves all else as it is")
+        made = replace(self, **{self.grows: times * self.config[self.grows]})
+        for key, value in made.model_settings().items():
+            if key != "max_length" and value != self.model_settings().get(key):
+                raise ValueError(f"{self.name}: {times} times as long it needs {key}={value}, which the model has not")
+        return made
 
     @abstractmethod
     def model_settings(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from manyheads.training.deceptive import DeceptionReport, deception_report, dece
 from manyheads.training.dense_reward import attention_reward, generator_reward
 from manyheads.training.drop_key import drop_key
 from manyheads.training.entropy import EntropyMaximised, negative_attention_entropy
+from manyheads.training.episodic import Episodes, EpisodicPolicy, play, policy_loss, train_on_bandits
 from manyheads.training.guided_heads import (
     guided_heads,
     neighbours,
@@ -42,6 +43,8 @@ __all__ = [
     "BucketBatches",
     "DeceptionReport",
     "EntropyMaximised",
+    "Episodes",
+    "EpisodicPolicy",
     "HardInstanceMining",
     "HeadMask",
     "Lamb",
@@ -76,6 +79,8 @@ __all__ = [
     "one_to_many",
     "padding_share",
     "pattern_relevance",
+    "play",
+    "policy_loss",
     "relation_loss",
     "same_number",
     "same_sentence",
@@ -83,6 +88,7 @@ __all__ = [
     "sentence_mask",
     "sentence_numbers",
     "token_match",
+    "train_on_bandits",
     "virtual_adversarial_attention_loss",
     "with_sink_token",
 ]

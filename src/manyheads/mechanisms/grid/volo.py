@@ -57,6 +57,12 @@ class Volo(Mechanism):
         self.v_proj = nn.Linear(dim, dim, bias=bias)
         self.attention = nn.Linear(dim, heads * kernel**4)
         self.o_proj = nn.Linear(dim, dim)
+        # As released. Each cell sums kernel^2 windows: begun as linear layers usually are, that sum is many times x,
+        # and what cells have in common drowns what tells them apart.
+        for layer in (self.v_proj, self.attention, self.o_proj):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         sizes, real = x.shape[1:3], call.padding

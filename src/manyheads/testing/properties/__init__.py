@@ -3,7 +3,18 @@
 Sizes are tried in ascending order, so that the first failure is the smallest. Everything is compared in float64.
 """
 
-from manyheads.testing.properties import basics, decoding, gradients, graph, odd, visibility, wrapped
+from manyheads.testing.properties import basics, decoding, gradients, graph, odd, planes, visibility, wrapped
 from manyheads.testing.properties.prop import PROPERTIES, Property
 
-__all__ = ["PROPERTIES", "Property", "basics", "decoding", "gradients", "graph", "odd", "visibility", "wrapped"]
+__all__ = [
+    "PROPERTIES",
+    "Property",
+    "basics",
+    "decoding",
+    "gradients",
+    "graph",
+    "odd",
+    "planes",
+    "visibility",
+    "wrapped",
+]

@@ -65,3 +65,38 @@ def wrong_edges(case: Case, n: int) -> None:
     must_raise("edges of floats", lambda: module(x, edges=torch.zeros(2, 1, device=case.device)))
     must_raise("edges that are a list", lambda: module(x, edges=[[0], [1]]))
     must_raise("edges [e, 2]", lambda: module(x, edges=torch.zeros(3, 2, dtype=torch.int64, device=case.device)))
+
+
+def _goes_along_edges(case: Case) -> bool:
+    """Alone: its time is that of the edges. LargeGT, which draws any nodes in place of neighbours, does not."""
+    return _is_graph(case) and case.cls.card.time == "e"
+
+
+@prop(
+    "lonely-nodes",
+    "a node that no edge joins gets nothing from others, and with no edge none does",
+    sizes=(1, 2, 5, 9),
+    when=_goes_along_edges,
+)
+def lonely_nodes(case: Case, n: int) -> None:
+    module, x = case.shared(), case.x(n)
+    edges = example_edges(n, case.device)
+    for given in (edges, edges[:, :0]):
+        alone = sorted(set(range(n)) - set(given.flatten().tolist()))
+        output = _run(case, module, x, given)
+        for node in alone[:3]:
+            changed = case.x(n, seed=7)
+            changed[:, node] = x[:, node]
+            found = _run(case, module, changed, given)
+            expect_close(found[:, node], output[:, node], f"node {node} of {n} has no edge, and changes with others")
+
+
+@prop("edges-twice", "edges given twice, wherever the second stands, are an answer alike", sizes=(3, 9), when=_is_graph)
+def edges_twice(case: Case, n: int) -> None:
+    if case.cls.card.takes:
+        return  # what goes with an edge would have to be given twice as well: for the mechanism's own test
+    module, x, edges = case.shared(), case.x(n), example_edges(n, case.device)
+    behind = _run(case, module, x, torch.cat([edges, edges[:, :2]], 1))
+    before = _run(case, module, x, torch.cat([edges[:, :2], edges], 1))
+    expect(bool(behind.isfinite().all()), "edges given twice give values that are not finite")
+    expect_close(before, behind, "edges given a second time count otherwise at another place of the list")
