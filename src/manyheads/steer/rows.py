@@ -27,7 +27,7 @@ ROWS = (
     Row(17, "2403.18551", "DisenDiff", (), ("manyheads.steer.diffusion.disendiff",), TRAINED),
     Row(29, "2411.15453", "VMTC and CMAI", ("clustered",), (), "the equations are ours: the paper's abstract has none"),
     Row(30, "2411.19261", "isolation and reposition", ("isolate",), ("manyheads.steer.diffusion.isolate",),
-        "references of subjects and reposition are called from Python"),
+        "references of several subjects, and reposition, are called from Python"),
     Row(41, "2503.02597", "modality-mutual mask", ("modality_mutual",)),
     Row(62, "2406.01388", "AutoStudio's parallel cross attention", ("regional_prompts",), (),
         "no subject branch, for which a model needs an image adapter"),
