@@ -76,9 +76,9 @@ CANVASES = (
     "stand whole, two layers of width 64, 200 steps of 32, 256 images to answer. What a cell sees in one layer tells "
     "mechanisms apart here as 8 x 8 digits do not; a block that brings a convolution of its own learns sooner than one "
     "that must learn it. What large-kernel-attention adds is at first next to nothing, a product of four small layers "
-    "(begun as released it is large, and wants the layer scale of 0.01 of its block): it learns as little as what mixes "
-    "no cells. The error is the spread over seeds where there are several, else that of 256 answers. Seconds are of a "
-    "machine shared with other work."
+    "(begun as released it is large, and wants the layer scale of 0.01 of its block): it learns as little as what "
+    "mixes no cells. The error is the spread over seeds where there are several, else that of 256 answers. Seconds are "
+    "of a machine shared with other work."
 )
 RELATIONS = (
     "`python benchmarks/relations.py`: which community a node is of where few say theirs and four edges in ten are "
