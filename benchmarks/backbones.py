@@ -32,7 +32,6 @@ from manyheads.convert.dimap import dimap, weight_scores
 from manyheads.convert.distilled import student
 from manyheads.convert.healing import Healing, heal
 from manyheads.convert.hosted import hosted
-from manyheads.convert.pictures import digits
 from manyheads.convert.primitives import primitive_mixture, settled_mixture
 from manyheads.convert.shifted import BITS, settled, shifted
 from manyheads.hosts.loading import Loaded, load_model
@@ -151,7 +150,7 @@ def swin(setting: Setting, seed: int) -> Any:
     sizes = {"image_size": 16, "patch_size": 2, "num_channels": 1, "embed_dim": 24, "depths": [2, 2]}
     config = SwinConfig(**sizes, num_heads=[2, 4], window_size=4, num_labels=10, drop_path_rate=0.0)
     model = SwinForImageClassification(config)
-    images, labels = training_digits(config)
+    images, labels = digit_images(config, held_out=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(setting.steps):
         rows = torch.randint(0, len(images), (64,))
@@ -162,10 +161,11 @@ def swin(setting: Setting, seed: int) -> Any:
     return model.eval()
 
 
-def training_digits(config: Any) -> tuple[Tensor, Tensor]:
+def digit_images(config: Any, *, held_out: bool) -> tuple[Tensor, Tensor]:
+    """[b, 1, size, size] from -1 to 1, to train on or all those that are held out, and which digit each is."""
     from manyheads.tasks.digits import scaled, split
 
-    images, labels = split()[0]
+    images, labels = split()[held_out]
     small = scaled(images)["pixel_values"]
     size = (config.image_size, config.image_size)
     return torch.nn.functional.interpolate(small, size, mode="bilinear", align_corners=False), labels
@@ -191,7 +191,7 @@ def told(model: Any, images: Tensor, labels: Tensor) -> float:
 
 def pruned(loaded: Loaded, setting: Setting, seed: int) -> Iterator[tuple[str, Row]]:
     source = swin(setting, seed)
-    images, labels = digits(source.config)
+    images, labels = digit_images(source.config, held_out=True)
     ways: Mapping[str, Callable[[Any, float], Any]] = {"dimap": dimap, "magnitude": smallest_gone}
 
     def row(model: Any, share: float) -> Row:

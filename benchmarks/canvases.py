@@ -59,8 +59,9 @@ def main() -> None:
     given = [parse_name(name) for name in arguments.only or SEES]
     if not arguments.only:
         named = {name.split("[")[0] for name in SEES}
-        others = list_attentions(pattern=Pattern.GRID)
-        given += [as_on_card(name) for name in others if name not in named]
+        others, asked = list_attentions(pattern=Pattern.GRID), preset("quick").get("arguments", {})
+        others = [name for name in others if name not in named]
+        given += [{"name": name, **asked[name]} if name in asked else as_on_card(name) for name in others]
     cells = accuracies(given, "1", arguments.out)
     learnt = sorted((label for label in cells if cells[label][0].get("value")), key=lambda one: -cells[one][0]["value"])
     best = [parse_name(label) for label in learnt[: arguments.best]]

@@ -1,5 +1,5 @@
 """Tasks over edges and of sets, by `manyheads compare`: communities under noise, what stands across a ring, where
-digits are. Those that go along edges or see windows stand beside those that see everything, and beside both in turn."""
+digits are. Those that go along edges or see windows stand beside those that see everything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common import save
 from manyheads.compare.command import changes_of
 from manyheads.compare.experiment import create_experiment, preset
 from manyheads.compare.run import run_experiment
-from manyheads.runs.names import parse_names
+from manyheads.runs.names import parse_name
 
 MEASURES = (
     "src/manyheads/mechanism.py",
@@ -30,14 +30,13 @@ MEASURES = (
     "src/manyheads/compare",
 )
 
-ALONG, ALL, BOTH, WINDOWS = "edges", "all", "edges, then all", "windows"
+ALONG, ALL, WINDOWS = "edges", "all", "windows"
 GRAPHS = {
     "supergat": ALONG,
     "supergat[form=sd]": ALONG,
     "relation-aware": ALONG,
     "graph-layout": ALONG,
     "softmax": ALL,
-    "supergat,softmax": BOTH,
 }
 # What a cell can see in one layer, of 8 x 8 patches.
 GRIDS = {
@@ -67,7 +66,7 @@ def main() -> None:
             if arguments.only and name not in arguments.only:
                 continue
             changes = changes_of({}, tasks=[task], seeds=arguments.seeds, sections=["quality"])
-            changes |= {"mechanisms": [parse_names(name)]}
+            changes |= {"mechanisms": [parse_name(name)]}
             cells = run_experiment(create_experiment(changes), arguments.out / task / _folder(name))["cells"]
             rows.append(row(task, name, sees, cells))
             print(rows[-1], flush=True)

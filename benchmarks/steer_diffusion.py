@@ -1,6 +1,6 @@
 """The claims of diffusion interventions on the packaged models that draw, with and without:
-`python benchmarks/steer_diffusion.py [--model unet] [--captions 24] [claim ...]`. Of the transformer the result is
-steer_diffusion.json, of the UNet steer_diffusion_unet.json.
+`python benchmarks/steer_diffusion.py [--model unet] [--captions 24] [--missing] [claim ...]`. Of the transformer the
+result is steer_diffusion.json, of the UNet steer_diffusion_unet.json.
 
 Every row: the measure without the intervention and with it, on the same captions and noise in ten steps, and whether
 the claim shows (the difference is of the claimed sign and beyond twice its standard error, by pairs).
@@ -420,12 +420,15 @@ def main() -> None:
     parser.add_argument("claims", nargs="*", choices=[[], *CLAIMS], default=[])
     parser.add_argument("--captions", type=int, default=24)
     parser.add_argument("--model", choices=["dit", "unet"], default="dit")
+    parser.add_argument("--missing", action="store_true", help="go on where a run stopped: claims without rows alone")
     given = parser.parse_args()
     MODEL = load_model(given.model).model
     name = "steer_diffusion" if given.model == "dit" else f"steer_diffusion_{given.model}"
     results = RESULTS / f"{name}.json"
-    rows = json.loads(results.read_text())["rows"] if given.claims and results.exists() else []
-    for claim in given.claims or CLAIMS:
+    kept = (given.claims or given.missing) and results.exists()
+    rows = json.loads(results.read_text())["rows"] if kept else []
+    done = {own["group"] for own in rows} if given.missing else set()
+    for claim in [own for own in given.claims or CLAIMS if own not in done]:
         rows = [own for own in rows if own.get("group") != claim]
         found = CLAIMS[claim](given.captions if claim not in ("references", "alike") else given.captions // 3)
         rows += [{"group": claim, **own} for own in found]

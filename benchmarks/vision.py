@@ -1,5 +1,5 @@
 """Mechanisms for grids and graphs: windows against dense masked attention, convolutions against the same ones written
-by hand, exponents over the image's cells, and how long edges take.
+by hand, exponents over the image's cells, and edges against message passing.
 
 Windows: the dense side is scaled_dot_product_attention over all cells with the mask that says who sees whom, and the
 same projections. largest: elements of the largest tensor that any operator of ours returned, beside the cells squared.
@@ -8,13 +8,14 @@ same projections. largest: elements of the largest tensor that any operator of o
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import device_argument, exponent, keep_pages, once, pair, save
+from common import device_argument, exponent, keep_pages, once, pair, peak_bytes, save
 from manyheads import create_attention
 from manyheads.functional.edges import sample_edges, sample_two_hops
 from manyheads.testing import LargestTensor
@@ -35,6 +36,8 @@ MEASURES = (
 
 SIDE, DIM, HEADS = 64, 64, 2
 SIDES = [32, 64, 128, 256]
+SCANS = ("vision-rwkv", "lamamba", "vfimamba")
+EDGE_HEADS = 4
 
 
 def _near(window: int, dilation: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -157,26 +160,114 @@ def convolutions(device: str) -> list[dict[str, Any]]:
 
 def exponents(device: str) -> list[dict[str, Any]]:
     rows = []
-    cards = ("focal-modulation", "large-kernel-attention", "mambaout", "spectformer", "vision-rwkv", "twins-local")
-    for name in (*cards, "davit-channel", "efficient-local-attention"):
+    cards = ("focal-modulation", "large-kernel-attention", "mambaout", "spectformer", "twins-local")
+    for name in (*cards, "davit-channel", "efficient-local-attention", *SCANS):
+        sides = SIDES[:3] if name in ("lamamba", "vfimamba") else SIDES  # their states are 16 times as large as a map
         module = create_attention(name, 32, 1 if "local-a" in name or "focal" in name else 2).to(device).eval()
         seconds = []
         with torch.no_grad():
-            for side in SIDES:
-                x = torch.randn(1, side, side, 32, device=device)
+            for side in sides:
+                deep = (2,) if name == "vfimamba" else ()
+                x = torch.randn(1, *deep, side, side, 32, device=device)
                 module(x)
                 seconds.append(min(once(lambda: module(x), device) for _ in range(5)))  # noqa: B023
-        cells = [side**2 for side in SIDES]
+        cells = [side**2 for side in sides]
+        target = 1.1 if name in SCANS else 1.15
         rows.append(
-            {"what": "exponent over cells", "mechanism": name, "exponent": exponent(cells, seconds), "target": 1.15}
-            | {f"ms_at_{side}": 1e3 * s for side, s in zip(SIDES, seconds, strict=True)}
+            {"what": "exponent over cells", "mechanism": name, "exponent": exponent(cells, seconds), "target": target}
+            | {f"ms_at_{side}": 1e3 * s for side, s in zip(sides, seconds, strict=True)}
         )
+    return rows
+
+
+class _Gathered(nn.Module):
+    """SuperGAT as message passing has it: the features of both ends of every edge side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(DIM, DIM, bias=False)
+        self.att_l, self.att_r = (nn.Parameter(torch.randn(EDGE_HEADS, DIM // EDGE_HEADS)) for _ in range(2))
+        self.bias = nn.Parameter(torch.zeros(DIM))
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        n = len(x)
+        nodes = self.lin(x).unflatten(-1, (EDGE_HEADS, -1))
+        edges = torch.cat([edges[:, edges[0] != edges[1]], torch.arange(n, device=x.device).expand(2, -1)], 1)
+        sources, targets = nodes[edges[0]], nodes[edges[1]]
+        likely = (sources * targets).sum(-1).sigmoid()
+        scores = F.leaky_relu(((sources * self.att_l).sum(-1) + (targets * self.att_r).sum(-1)) * likely, 0.2)
+        place = edges[1][:, None].expand_as(scores)
+        highest = scores.new_full((n, EDGE_HEADS), -torch.inf).scatter_reduce(0, place, scores, "amax")
+        parts = (scores - highest[edges[1]]).exp()
+        total = parts.new_zeros(n, EDGE_HEADS).index_add(0, edges[1], parts)
+        sent = sources * (parts / total[edges[1]])[..., None]
+        return sent.new_zeros(n, DIM).index_add(0, edges[1], sent.flatten(1)) + self.bias
+
+
+def _geometric() -> nn.Module | None:
+    """torch_geometric's, where it is installed (`peers.py --make-env DIR` installs it beside manyheads)."""
+    try:
+        from torch_geometric.nn import SuperGATConv
+    except ImportError:
+        return None
+    return SuperGATConv(DIM, DIM // EDGE_HEADS, heads=EDGE_HEADS, attention_type="MX")
+
+
+def graph_pair(peer: str, device: str = "cpu") -> tuple[Callable[[], Tensor], Callable[[], Tensor]] | None:
+    """Our pass over a graph of 100,000 edges and that of a peer with the same weights, "by hand" or "geometric"."""
+    torch.manual_seed(0)
+    nodes, edges = 10_000, torch.randint(10_000, (2, 100_000), device=device)
+    x, ours = torch.randn(nodes, DIM, device=device), create_attention("supergat", DIM, EDGE_HEADS).to(device).eval()
+    theirs = _Gathered() if peer == "by hand" else _geometric()
+    if theirs is None:
+        return None
+    theirs = theirs.to(device).eval()
+    with torch.no_grad():
+        theirs.lin.weight.copy_(ours.proj.weight)
+        for name in ("att_l", "att_r", "bias"):
+            held = getattr(theirs, name)
+            held.copy_(getattr(ours, name).view_as(held))
+    return lambda: ours(x[None], edges=edges).output[0], lambda: theirs(x, edges)
+
+
+MEMORY = """
+import sys
+sys.path.insert(0, sys.argv[3])
+import torch
+from common import peak_reset, peak_since
+from vision import graph_pair
+torch.set_num_threads(1)
+call = graph_pair(sys.argv[1])[int(sys.argv[2])]
+with torch.no_grad():
+    base = peak_reset()
+    call()
+    print(peak_since(base))
+"""
+
+
+def graph_peers(device: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for peer, what in (("by hand", "graph by hand"), ("geometric", "graph peer")):
+        sides = graph_pair(peer, device)
+        if sides is None:
+            continue
+        with torch.no_grad():
+            torch.testing.assert_close(sides[0](), sides[1](), rtol=1e-4, atol=1e-4)
+            found = pair(*sides, device=device)
+        rows.append({"what": what, "mechanism": "supergat", "edges": 100_000, **found, "target": 1.0})
+        if device == "cpu":
+            a, b = (peak_bytes(MEMORY, peer, str(side), str(Path(__file__).parent)) for side in (0, 1))
+            rows.append(
+                {"what": "graph memory", "mechanism": "supergat", "beside": peer, "bytes": a, "ratio": a / b}
+                | {"target": 1.0}
+            )
     return rows
 
 
 def graphs(device: str) -> list[dict[str, Any]]:
     nodes, edges = 10_000, torch.randint(10_000, (2, 100_000), device=device)
-    module, x = create_attention("supergat", DIM, 4).to(device).eval(), torch.randn(1, nodes, DIM, device=device)
+    module = create_attention("supergat", DIM, EDGE_HEADS).to(device).eval()
+    x = torch.randn(1, nodes, DIM, device=device)
     with torch.no_grad(), LargestTensor() as largest:
         module(x, edges=edges)
     with torch.no_grad():
@@ -198,7 +289,8 @@ def main() -> None:
     device = device_argument()
     keep_pages()
     torch.manual_seed(0)
-    save("vision", device, [*windows(device), *convolutions(device), *exponents(device), *graphs(device)])
+    edges = [*graph_peers(device), *graphs(device)]
+    save("vision", device, [*windows(device), *convolutions(device), *exponents(device), *edges])
 
 
 if __name__ == "__main__":

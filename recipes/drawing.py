@@ -38,6 +38,41 @@ class Training:
     average: float = 0.995
 
 
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` with adjust_lr_fn="match_rms_adamw" and no weight decay, in float32 and with matrices of one
+    shape at a time: there Newton and Schulz' iteration is in bfloat16, a third of a whole step where a processor has no
+    such product."""
+
+    def __init__(self, matrices: list[torch.nn.Parameter], lr: float):
+        super().__init__(matrices, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
+            for matrix in group["params"]:
+                by_shape.setdefault(matrix.shape, []).append(matrix)
+            for shape, matrices in by_shape.items():
+                moved = orthogonal(torch.stack([self._moment(matrix) for matrix in matrices]))
+                for matrix, change in zip(matrices, moved, strict=True):
+                    matrix.sub_(change, alpha=group["lr"] * 0.2 * max(shape) ** 0.5)
+
+    def _moment(self, matrix: torch.nn.Parameter) -> torch.Tensor:
+        assert matrix.grad is not None
+        kept = self.state[matrix].setdefault("moment", torch.zeros_like(matrix))
+        return matrix.grad.lerp(kept.lerp_(matrix.grad, 0.05), 0.95)
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """Nearly U V^T of each U S V^T, [count, rows, columns], by five of Newton and Schulz' steps."""
+    x = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if matrices.shape[1] <= matrices.shape[2] else x.mT
+
+
 class Run:
     """make: the model of a recipe. inner: whether a matrix of this name is Muon's."""
 
@@ -50,7 +85,7 @@ class Run:
         for name, parameter in self.model.named_parameters():
             (matrices if parameter.ndim == 2 and inner(name) else rest).append(parameter)
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, lr=recipe.muon_lr),
             torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
 

@@ -14,6 +14,7 @@ from manyheads.tasks.two_digits import WORDS
 class Recipe(Training):
     """narrow: the width at full size; wide: of the levels below, which attend."""
 
+    batch: int = 32
     narrow: int = 32
     wide: int = 64
     heads: int = 4

@@ -150,6 +150,8 @@ def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path: Path, capsys: pyte
         told = capsys.readouterr().err
         assert "the source model is untouched" in told, told
         assert "Traceback" not in told
+        assert "Errno" not in told
+        assert str(out) in told
         assert listing(out) == before
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -361,3 +363,24 @@ def test_calibration_text_shorter_than_asked_is_refused(tmp_path: Path, capsys: 
     assert run(*arguments) == 2
     assert "give a longer text" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_half_written_folder_is_told_and_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    stream(BUNDLED, out, Pooling(2))
+    weights, config = (out / "model.safetensors"), (out / "config.json")
+    whole, settings = weights.read_bytes(), config.read_text()
+    made = tmp_path / "made"
+
+    def told(*arguments: str) -> str:
+        assert run(*arguments) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "is damaged" in told(str(out), "--to", "prune", *SMALL, "--out", str(made))
+    weights.unlink()
+    assert "write or fetch it again" in told(str(out), "--to", "prune", *SMALL, "--out", str(made))
+    weights.write_bytes(whole)
+    config.write_text(settings[:40])
+    assert "config.json is not JSON" in told(str(out), "--to", "prune", *SMALL, "--out", str(made))
+    assert not made.exists()

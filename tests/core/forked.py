@@ -234,6 +234,7 @@ def _as_new() -> None:
     sys.excepthook, sys.unraisablehook, threading.excepthook = (
         sys.__excepthook__, sys.__unraisablehook__, threading.__excepthook__,
     )  # fmt: skip
+    warnings.showwarning = _show_warning  # pytest collects them
     warnings.resetwarnings()
     for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", kind)
@@ -246,6 +247,10 @@ def _as_new() -> None:
     numpy.random.seed()
     torch.default_generator.manual_seed(67280421310721)  # what it begins with in every process
     torch.set_num_threads(1)
+
+
+def _show_warning(*told: Any) -> None:
+    sys.stderr.write(warnings.formatwarning(*told[:4]))
 
 
 def _execute(words: list[str]) -> None:

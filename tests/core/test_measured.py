@@ -76,3 +76,19 @@ def test_cards_tell_which_package_is_faster() -> None:
         if row.get("ratio", 0.0) > 1.2:
             package, notes = row["peer"].split("==")[0], mechanism_class(row["mechanism"]).card.notes
             assert package in notes, f"{row['mechanism']} takes {row['ratio']:.2f} times as long as {package}"
+
+
+def test_tables_of_relations_and_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = page_module(monkeypatch)
+    shared = {"mechanism": "supergat", "sees": "edges", "chance": 0.25}
+    learnt = {"value": 0.5, "value_error": 0.01, "seeds": 2, "parameters": 1234, "seconds": 9.7, "steps": 200}
+    failed = {**shared, "task": "far-away", "value": None, "error": "ValueError: none"}
+    lines = page._relations([failed, {**shared, **learnt, "task": "far-away"}])
+    assert lines[2].split(" | ")[3:] == ["1,234", "50.0%", "1.0", "2", "10 |"]
+    assert "ValueError: none" in lines[3]
+    kinds = {row["what"] for row in rows("vision")} | {"graph peer", "graph memory", "graph by hand"}
+    for what in kinds:
+        (line,) = page._vision(
+            [{"what": what, "mechanism": "m", "ratio": 0.5, "exponent": 0.5, "ms": 0.5, "seconds": 0.5, "target": 1.0}]
+        )[2:]
+        assert line.endswith("| 0.5 | 1 |")

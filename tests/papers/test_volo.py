@@ -66,3 +66,11 @@ def test_refusals():
     for config in ({"kernel": 2}, {"kernel": 3, "stride": 4}):
         with pytest.raises(ValueError, match="odd kernel"):
             build(**config)
+
+
+@torch.no_grad()
+def test_begins_no_louder_than_what_it_reads():
+    """Else what cells have in common, summed over kernel^2 windows, drowns the cells themselves."""
+    torch.manual_seed(0)
+    module, x = Volo(64, 4).eval(), torch.randn(64) + 0.4 * torch.randn(2, 8, 8, 64)
+    assert module(x).output.square().mean() < x.square().mean() / 4

@@ -238,6 +238,7 @@ def test_what_is_refused_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixtu
     cases = [
         (["--with", "vision_heads", *image], "no vision tower"),
         (["vlm", "--with", "vision_heads", "--text", "Is there a 3?"], "give --image"),
+        (["vlm", "--with", "agla", *image, "--image", "other.png"], "--image is given 2 times"),
         (["vlm", "--with", "buckets", *image], "buckets takes language models; vlm is a vision-language model"),
         (["vlm", "--with", "vision_heads", "--image", "none.png", "--text", "x"], "none.png"),
         (["vlm", "--with", "vision_heads", "--chat", *image], "--chat goes with text alone"),

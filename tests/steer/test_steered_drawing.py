@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from drawing_models import CAPTIONS, before_and_after, features_of, read_words, tiny, tiny_unet
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from manyheads.hosts.taps import record
 from manyheads.models.flow import Step
@@ -457,3 +458,31 @@ class _Encoder:
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return pixel_values
+
+
+class Kernels(TorchDispatchMode):
+    """Counts attention kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "scaled_dot_product" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["isolate", "plug_and_play"])
+def test_what_is_replaced_whole_is_not_attended_twice(name: str) -> None:
+    """And nothing is lost by it: a reader that only looks still finds the layer's own output."""
+    change = isolate(MODEL, BOTH) if name == "isolate" else plug_and_play(MODEL, 0)
+    counts = []
+    for opened in (nullcontext(), change):
+        with opened, Kernels() as kernels:
+            MODEL.sample(CAPTIONS, steps=1)
+        counts.append(kernels.count)
+    assert counts[0] == counts[1] > 0
+    wanted = MODEL.sample(CAPTIONS, steps=1)
+    with record(MODEL, kind="self") as calls:
+        assert_close(MODEL.sample(CAPTIONS, steps=1), wanted, atol=0, rtol=0)
+    assert_close(calls[0].output, calls[0].weights() @ calls[0].value, atol=1e-5, rtol=1e-5)

@@ -20,6 +20,7 @@ from manyheads.cli import main
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.taps import record
 from manyheads.steer.asked import parse
+from manyheads.steer.diffusion import box_mask, isolate
 from manyheads.steer.diffusion.drawing import Drawing, Rows, pixels_of, some_steps
 from manyheads.steer.drawn import steered_drawing, unknown, watched
 from manyheads.steer.drawn_report import picture_html, png, text_of
@@ -64,6 +65,22 @@ def test_neutral_is_the_model_itself_and_the_default_is_not(name: str) -> None:
     assert report["difference"]["rms"] > 1e-6
     assert report["moved"]["self"][1] > 0
     assert_close(torch.tensor(report["pictures"]["without"]), torch.tensor(neutral["pictures"]["without"]))
+
+
+def test_a_reference_of_an_isolated_subject_is_drawn_beside_it() -> None:
+    """By hand: the reference is the second caption, its box all that its subject sees of it."""
+    boxes = "boxes=[[0,0,8,4],[0,4,8,8]]"
+    report = drawn(f"isolate[{boxes},source=a 5,subject=1,box=[0,0,8,4]]")
+    model = tiny()
+    left, right = box_mask(model, (0, 0, 8, 4)), box_mask(model, (0, 4, 8, 8))
+    seen = torch.stack([torch.zeros_like(left), left])
+    with isolate(model, torch.stack([left, right]), references={1: 1}, reference_masks=seen):
+        wanted = model.sample([CAPTION, "a 5"], steps=3)[0]
+    assert_close(torch.tensor(report["pictures"]["with"]).flatten()[:64], wanted.flatten().float(), atol=2e-3, rtol=0)
+    alone = drawn(f"isolate[{boxes}]")
+    assert report["pictures"]["with"] != alone["pictures"]["with"]
+    neutral = drawn(f"isolate[{boxes},source=a 5,share=0]")
+    assert neutral["difference"] == {"rms": 0.0, "pixels": 0.0}
 
 
 @pytest.mark.parametrize("name", DECLARED)
@@ -179,6 +196,8 @@ IMAGE = ("--image", "{image}")
         ('regional_prompts[regions={"a cat":[0,0,8,8]}]', (), "does not know 'cat'"),
         ("isolate[boxes=[[0,0,8,8]]]", (), "want 2 to 8 boxes"),
         ("isolate[boxes=[[0,0,8,8],[0,0,4,4]]]", (), "subjects overlap"),
+        ("isolate[boxes=[[0,0,8,8],[8,8,16,16]],source=a 3,subject=2]", (), "subject=2 of 2 boxes"),
+        ("isolate[boxes=[[0,0,8,8],[8,8,16,16]],subject=1]", (), "give source=CAPTION"),
         ('space_time[objects={"a 3":[2,0]}]', (), "is no place in the picture"),
         ("plug_and_play[source=a cat]", (), "does not know 'cat'"),
         ("plug_and_play[source=a 3,share=2]", (), "until wants a share"),

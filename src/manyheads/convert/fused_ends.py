@@ -78,8 +78,8 @@ class ImageEnds(nn.Module):
 def load_ends(path: str | Path) -> ImageEnds:
     weights, sizes = read_adapter(path, KIND, {})
     made = ImageEnds(sizes["width"], channels=sizes["channels"], patch=sizes["patch"])
-    made.load_state_dict(weights)
-    return made.to(next(iter(weights.values())).dtype)
+    made.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+    return made
 
 
 class FusionLoss(NamedTuple):
@@ -159,10 +159,12 @@ def draw_pictures(
     steps: int = 50,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Pictures [b, c, *shape] behind rows of text ids [b, n] without padding, from noise, in `steps` even steps of time
-    without new noise (DDIM, arXiv:2010.02502):
+    """Pictures [b, c, *shape] behind rows of text ids [b, n] without padding, from noise, without new noise on the way
+    (DDIM, arXiv:2010.02502):
 
         x' = a(t') x_0 + (1 - a(t')^2)^1/2 e',  x_0 = (x - (1 - a(t)^2)^1/2 e') / a(t)
+
+    t: the middles of `steps` even parts of time, and 0; at 1 nothing is left of a picture, and a is none to divide by.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: want 1 or more")
@@ -172,8 +174,7 @@ def draw_pictures(
     count = ends.tokens(x)
     whole = F.pad(ids, (0, count))
     kinds = F.pad(torch.zeros_like(ids), (0, count), value=1)
-    # At pure noise nothing is left of the picture, which a(t) divides by.
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).clamp(max=0.999)
+    times = F.pad((torch.arange(steps - 1, -1, -1, dtype=torch.float64) + 0.5) / steps, (0, 1))
     for now, after in itertools.pairwise(times):
         at = now.expand(len(ids)).to(weight.device)
         states = fused(whole, kinds=kinds, embeddings=ends.embed(x, at), use_cache=False, logits_to_keep=1).states

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -75,8 +74,7 @@ def drafted(out: Path, source: str | None) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         advice = "make room or choose another folder; the source model is untouched"
-        code = getattr(error, "errno", None) or errno.EIO
-        raise OSError(code, f"could not write it ({reason}): {advice}", str(out)) from error
+        raise OSError(f"{out}: could not write it ({reason}): {advice}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(before, ignore_errors=True)

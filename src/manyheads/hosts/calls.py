@@ -157,6 +157,25 @@ class AttentionCall:
             parts.append((lines @ value).reshape(*edited.shape[:3], value.shape[-1]))
         return self._placed(parts, own, rows)
 
+    def mix_rows(self, edit: Edit, batch: Sequence[int]) -> Tensor:
+        """`mix` of some rows of the batch, [len(batch), h, n, e]; the others' weights are not made, unless somebody
+        hears all of them."""
+        if _hearers.get():
+            return self._mix_whole(edit, batch)
+        chosen = torch.tensor(list(batch), device=self.query.device)
+        mask = self.mask
+        mask = mask if mask is None or len(mask) == 1 else mask[chosen]
+        query, key, value = (rows[chosen] for rows in (self.query, self.key, self.value))
+        return AttentionCall(self.site, query, key, value, mask, self.causal, self.scoring).mix(edit)
+
+    def _mix_whole(self, edit: Edit, batch: Sequence[int]) -> Tensor:
+        chosen = torch.tensor(list(batch), device=self.query.device)
+
+        def whole(weights: Tensor, rows: slice) -> Tensor:
+            return weights.index_copy(0, chosen, edit(weights[chosen], rows))
+
+        return self.mix(whole)[chosen]
+
     def _placed(self, parts: list[Tensor], heads: list[int], rows: slice) -> Tensor:
         """The output with these heads' new rows among their old ones."""
         start, stop, _ = rows.indices(self.query.shape[2])
@@ -212,7 +231,7 @@ class AttentionCall:
     def replaced(self, output: Tensor, heads: Sequence[int] | Tensor) -> Tensor:
         """The call's output with these heads' [b, heads, n, e] in their place."""
         if len(heads) == self.heads and [int(head) for head in heads] == list(range(self.heads)):
-            return output.to(self.output.dtype)
+            return output.to(self.value.dtype)  # the layer's own may not be made yet, and need not be
         chosen = torch.as_tensor(heads, device=output.device)
         return self.output.index_copy(1, chosen, output.to(self.output.dtype))
 

@@ -161,6 +161,9 @@ class StagedCall(AttentionCall):
         # A stage of its own may join heads, so that all of what it gives counts.
         return self._mixed(whole.to(self.value.dtype))
 
+    def mix_rows(self, edit: Edit, batch: Sequence[int]) -> Tensor:
+        return self._mix_whole(edit, batch)
+
     def weight_gradients(self, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:
         if not self._mixes:
             return super().weight_gradients(heads, rows)

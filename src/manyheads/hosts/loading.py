@@ -98,8 +98,10 @@ def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausa
             model, told = _class(auto).from_pretrained(where, output_loading_info=True, **options)
     except ValueError as error:
         raise ValueError(f"{where} cannot be loaded by {auto}: {error}") from error
-    except OSError:
-        raise
+    except OSError as error:
+        if not Path(where).is_dir():
+            raise
+        raise ValueError(f"{where} is half-written or damaged ({error}): write or fetch it again") from error
     except Exception as error:  # whatever bytes from outside bring to pass in three packages
         raise ValueError(f"{where} is damaged or not a checkpoint that {auto} reads: {error!r}") from error
     if lacking := sorted(told["missing_keys"]):
@@ -218,9 +220,12 @@ def _tokenizer(where: str, model: Any) -> Any | None:
     if words is None or not reads_text(model) or (words == 256 and not _has_tokenizer(where)):
         return None
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # as of the model
         raise ValueError(f"{where} has no tokenizer that can be read: {error!r}") from error
+    # Whole texts are encoded, and cut into what the model takes afterwards: no word of warning is due.
+    found.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return found
 
 
 def _has_tokenizer(where: str) -> bool:

@@ -76,12 +76,14 @@ class Residual(nn.Module):
 
 
 class Attending(nn.Module):
-    """x + SelfAttention(LN(x)); x + CrossAttention(LN(x), words); x + MLP(LN(x)), over the map's places row by row;
-    all three begin at zero. The words come in through a linear map of the block's own."""
+    """x + p; x + SelfAttention(LN(x)); x + CrossAttention(LN(x), words); x + MLP(LN(x)), over the map's places row by
+    row, p a learnt vector of each place; the last three begin at zero. The words come in through a linear map of the
+    block's own."""
 
-    def __init__(self, width: int, words: int, config: UNetConfig):
+    def __init__(self, width: int, side: int, words: int, config: UNetConfig):
         super().__init__()
         heads = config.num_attention_heads
+        self.places = nn.Parameter(torch.zeros(side * side, width))
         self.self_attention = mechanism_class(config.attention)(width, heads)
         self.words = nn.Linear(words, width)
         self.cross_attention = mechanism_class(config.cross_attention)(width, heads)
@@ -89,7 +91,7 @@ class Attending(nn.Module):
 
     def forward(self, grid: Tensor, words: Tensor, mask: Tensor) -> Tensor:
         """grid [b, e, s, s], words [b, m, e'], mask [b, m] (True = a word)."""
-        x = grid.flatten(2).transpose(1, 2)
+        x = grid.flatten(2).transpose(1, 2) + self.places
         x = x + self.self_attention(normed(x)).output
         x = x + self.cross_attention(normed(x), self.words(words), mask=mask).output
         x = x + self.down(F.gelu(self.up(normed(x)), approximate="tanh"))
@@ -103,7 +105,7 @@ class Level(nn.Module):
         super().__init__()
         words = config.widths[-1]
         self.residual = Residual(wide, width, words)
-        self.attention = Attending(width, words, config) if side in config.attention_sides else None
+        self.attention = Attending(width, side, words, config) if side in config.attention_sides else None
 
     def forward(self, x: Tensor, words: Tensor, mask: Tensor, time: Tensor) -> Tensor:
         x = self.residual(x, time)
@@ -119,7 +121,7 @@ class DiffusionUNet(Captioned, Flow, PreTrainedModel):
     rectified flow, and takes and gives what `DiffusionTransformer` does.
     Sources: the UNet of latent diffusion (arXiv 2112.10752), scales and shifts by the time (2105.05233), rectified flow
     (2209.03003) with classifier-free guidance (2207.12598). Different: one residual block a level, pixels where there
-    it is latents, a learnt place for each pixel, and no text encoder: what a word's column shows is that word's.
+    it is latents, learnt places where it attends, and no text encoder: what a word's column shows is that word's.
     """
 
     config_class = UNetConfig
@@ -135,7 +137,6 @@ class DiffusionUNet(Captioned, Flow, PreTrainedModel):
         self.words = nn.Embedding(len(config.words), e)
         self.word_places = nn.Parameter(torch.zeros(config.max_words, e))
         self.inward = nn.Conv2d(config.num_channels, widths[0], 3, padding=1)
-        self.places = nn.Parameter(torch.zeros(widths[0], config.image_size, config.image_size))
         self.down = nn.ModuleList(Level(width, width, side, config) for width, side in zip(widths, sides, strict=True))
         self.halve = nn.ModuleList(nn.Conv2d(wide, width, 3, stride=2, padding=1) for wide, width in pairwise(widths))
         self.middle = Level(e, e, sides[-1], config)
@@ -157,9 +158,9 @@ class DiffusionUNet(Captioned, Flow, PreTrainedModel):
         elif isinstance(module, Residual):
             zero(module.second)
         elif isinstance(module, Attending):
+            nn.init.normal_(module.places, std=0.5)
             zero(module.self_attention.o_proj, module.cross_attention.o_proj, module.down)
         elif isinstance(module, DiffusionUNet):
-            nn.init.normal_(module.places, std=0.5)
             nn.init.normal_(module.word_places, std=0.5)
             zero(module.velocity)
 
@@ -181,7 +182,7 @@ class DiffusionUNet(Captioned, Flow, PreTrainedModel):
             caption_mask = torch.ones_like(caption_ids, dtype=torch.bool)
         words = self.words(caption_ids) + self.word_places[: caption_ids.shape[1]]
         told = self.time_out(F.silu(self.time_in(sinusoids(time, self.config.frequencies).to(self.dtype))))
-        x, kept = self.inward(pixel_values) + self.places, []
+        x, kept = self.inward(pixel_values), []
         for number, level in enumerate(self.down):
             x = level(self.halve[number - 1](x) if number else x, words, caption_mask, told)
             kept.append(x)

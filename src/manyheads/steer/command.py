@@ -71,6 +71,12 @@ def facts(method: Any) -> dict[str, Any]:
     }
 
 
+def _one(images: Sequence[Path]) -> Path | None:
+    if len(images) > 1:
+        raise ValueError(f"--image is given {len(images)} times ({', '.join(map(str, images))}): want one picture")
+    return images[0] if images else None
+
+
 @steer.command("run", epilog="Which interventions there are: `manyheads steer list`.")
 def run(
     model: Annotated[
@@ -82,7 +88,7 @@ def run(
     text: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     file: Annotated[Path | None, typer.Option(help="A UTF-8 text file that holds the prompt.")] = None,
     image: Annotated[
-        Path | None, typer.Option(help="The prompt's picture, for a model that reads both, such as vlm.")
+        list[Path] | None, typer.Option(help="The prompt's one picture, for a model that reads both, such as vlm.")
     ] = None,
     span: Annotated[list[str] | None, typer.Option(help="Words of the prompt to mark; may be repeated.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="As a user's message in the model's chat template.")] = False,
@@ -113,7 +119,7 @@ def run(
         raise ValueError(f"--out {out} is a file: give a folder")
     method, arguments = parse(with_)
     over = parse_sweep(method, sweep) if sweep is not None else None
-    asked = Asked(method, arguments, over, content, image, span or (), chat, wanted, new, steps, seed)
+    asked = Asked(method, arguments, over, content, _one(image or []), span or (), chat, wanted, new, steps, seed)
     report, shown = asked.run(model)
     record = {**report, "text": content, "environment": environment(), "created": _now()}
     data, page = write_json(record, out / DATA), shown.write_report(record, out / PAGE)

@@ -58,12 +58,6 @@ class LargeKernelAttention(Mechanism):
         self.near = nn.Conv2d(dim, dim, near, padding=near // 2, groups=dim, bias=bias)
         self.far = nn.Conv2d(dim, dim, taps, padding=taps // 2 * dilation, dilation=dilation, groups=dim, bias=bias)
         self.point = nn.Linear(dim, dim, bias=bias)
-        # As released. A product of what four layers made smaller would be next to nothing, and its gradients too.
-        for layer in (self.proj_1, self.proj_2, self.near, self.far, self.point):
-            fan_out = layer.weight.numel() // dim if isinstance(layer, nn.Conv2d) else dim
-            nn.init.normal_(layer.weight, std=(2 / fan_out) ** 0.5)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
         real = call.padding

@@ -112,7 +112,7 @@ class NAtS(SoftmaxAttention):
         if call.state is not None:
             k, v, keys = self._joined(k, v, keys, call.state)
         keys = keys._replace(until=_until(keys))
-        mixed, weights = self._mixed(q, k, v, i, keys, call)
+        mixed, weights = self._over_visible(q, k, v, i, keys, call)
         if call.state is not None:
             self._hold(k, v, keys, call.state, x.shape[1])
         if weights is not None and call.state is not None:
@@ -124,7 +124,7 @@ class NAtS(SoftmaxAttention):
         output, _ = self.output(mixed, x, call)
         return Result(output, weights if call.need_weights else None, losses)
 
-    def _mixed(
+    def _over_visible(
         self, q: Tensor, k: Tensor, v: Tensor, i: Tensor, keys: _Keys, call: Call
     ) -> tuple[Tensor, Tensor | None]:
         def allowed(rows: slice) -> Tensor:

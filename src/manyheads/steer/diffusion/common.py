@@ -180,17 +180,17 @@ class Regions:
         """query [r, h, n, d], shares [k, n] -> sum_k share_k CA_k, [r, h, n, e]."""
         key, value, added = self._of(call)
         count, words = shares.shape[0], key.shape[2] // shares.shape[0]
-        scores = (call.scale * query) @ key.mT + added
+        scores = query @ key.mT + added
         weights = scores.unflatten(-1, (count, words)).softmax(-1) * shares.T.to(scores)[:, :, None]
         return weights.flatten(-2) @ value
 
     def _of(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys [1, h, k m, d] and values of all captions' words, and what of them is none, [k m] added."""
+        """Keys [1, h, k m, d], scaled, and values of all captions' words, and what of them is none, [k m] added."""
         path = call.site.path
         if path not in self._joined:
             read, heads = self.words[path], call.query.shape[1]
             key, value = (per_head(own, heads).transpose(0, 1).flatten(1, 2)[None] for own in read[:2])
-            self._joined[path] = key, value, read.added.flatten()
+            self._joined[path] = key * call.scale, value, read.added.flatten()
         return self._joined[path]
 
 

@@ -46,6 +46,8 @@ def edit_words(
     if any(word < 0 for word in words) or times < 0:
         raise ValueError(f"edit_words: words {list(words)} are places from 0, and times={times} at least 0")
 
+    columns: dict[tuple[int, int], Tensor] = {}
+
     def change(call: AttentionCall, step: Any) -> Tensor | None:
         if add == 0 and times == 1:
             return None
@@ -54,18 +56,21 @@ def edit_words(
         beyond = [word for word in words if word >= call.key.shape[2]]
         if beyond:
             raise ValueError(f"edit_words: no word at {beyond}: the captions have {call.key.shape[2]} places")
-        column = torch.zeros(call.query.shape[2], call.key.shape[2], dtype=torch.bool, device=call.query.device)
-        column[patches, list(words)] = True
+        size = call.query.shape[2], call.key.shape[2]
+        if size not in columns:
+            columns[size] = torch.zeros(size, dtype=torch.bool, device=call.query.device)
+            columns[size][patches, list(words)] = True
 
         def edit(weights: Tensor, lines: slice) -> Tensor:
-            seen = call.visible(lines)
-            here = column[lines] if seen is None else column[lines] & seen.expand(len(call.query), -1, -1, -1)[own]
-            changed = weights.clone()
-            changed[own] = torch.where(here, times * weights[own] + add, weights[own])
-            return changed
+            here = columns[size][lines]
+            # A hidden word's weight is 0 however often it is taken, and stays so.
+            if add:
+                seen = call.visible(lines)
+                here = here if seen is None else here & seen.expand(len(call.query), -1, -1, -1)[own]
+            return torch.where(here, times * weights + add, weights)
 
         # Rows that are not named keep the layer's own output to the bit.
-        return replaced_rows(call, own, call.mix(edit)[own])
+        return replaced_rows(call, own, call.mix_rows(edit, own))
 
     with changed(model, "edit_words", change, kind="cross", active=active):
         yield

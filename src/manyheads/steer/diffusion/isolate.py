@@ -23,7 +23,7 @@ from manyheads.steer.diffusion.common import (
     replaced_rows,
     taken,
 )
-from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, first_steps, read_boxes
+from manyheads.steer.diffusion.drawing import Drawing, Rows, drawn_with, first_steps, read_boxes, referred
 from manyheads.steer.method import steering
 
 BACKGROUND = -1
@@ -129,8 +129,31 @@ def isolate(
     reach=(0.0, 1.0),
     towers=("patches",),
 )
-def _open(model: Any, drawing: Drawing, *, boxes: str, share: float = 1.0) -> AbstractContextManager[Rows]:
-    """boxes: [[top, left, bottom, right], ...] in pixels, a subject each. References are given from Python."""
+def _open(
+    model: Any,
+    drawing: Drawing,
+    *,
+    boxes: str,
+    source: str = "",
+    subject: int = 0,
+    box: str = "",
+    share: float = 1.0,
+) -> AbstractContextManager[Rows]:
+    """boxes: [[top, left, bottom, right], ...] in pixels, a subject each. source: the caption of a reference of the
+    subject with this number, from 0, drawn beside it or of the picture that is given; box: what of it is seen, all
+    unless given. References of several subjects are given from Python."""
     masks = read_boxes(model, "isolate: boxes", boxes, least=2)
     subjects_of(masks.flatten(1))
-    return drawn_with(isolate(model, masks, active=first_steps("isolate", drawing, share)), Rows((drawing.caption,)))
+    active = first_steps("isolate", drawing, share)
+    if not source.strip():
+        if drawing.picture is not None or box.strip() or subject:
+            raise ValueError(
+                "isolate: a picture, box and subject are of a reference: give source=CAPTION, what it shows"
+            )
+        return drawn_with(isolate(model, masks, active=active), Rows((drawing.caption,)))
+    if not 0 <= subject < len(masks):
+        raise ValueError(f"isolate: subject={subject} of {len(masks)} boxes: want 0 to {len(masks) - 1}")
+    inside = torch.zeros_like(masks)
+    inside[subject] = read_boxes(model, "isolate: box", f"[{box}]")[0] if box.strip() else True
+    rows = referred(model, drawing, "isolate", source)
+    return drawn_with(isolate(model, masks, references={subject: 1}, reference_masks=inside, active=active), rows)

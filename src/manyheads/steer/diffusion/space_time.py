@@ -28,8 +28,9 @@ def disc(side: int, centre: tuple[float, float], radius: float = RADIUS) -> Tens
     return ((at[:, None] - centre[0]) ** 2 + (at - centre[1]) ** 2 <= radius**2).flatten()
 
 
-def _discs(side: int, centres: Sequence[tuple[float, float]], radius: float) -> Tensor:
-    return torch.stack([disc(side, centre, radius) for centre in centres])
+def _shares(side: int, centres: Sequence[tuple[float, float]], radius: float, c: Sequence[float]) -> Tensor:
+    """[objects, side * side]: c_k inside of disc k."""
+    return torch.stack([disc(side, centre, radius) * own for centre, own in zip(centres, c, strict=True)])
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def space_time(
     """
     if len(captions) != len(centres) or not captions:
         raise ValueError(f"space_time: {len(captions)} captions and {len(centres)} centres: want one for each")
-    regions, discs = Regions(heard_words(model, captions)), cache(lambda side: _discs(side, centres, radius))
+    regions, discs = Regions(heard_words(model, captions)), cache(lambda side, c: _shares(side, centres, radius, c))
     for centre in centres:
         disc(1, centre, radius)
 
@@ -66,7 +67,7 @@ def space_time(
         if not any(c):
             return None
         query = taken(call.query, told)
-        shares = discs(math.isqrt(query.shape[2])).to(query) * torch.tensor(c).to(query)[:, None]
+        shares = discs(math.isqrt(query.shape[2]), tuple(c)).to(query)
         own = regions.read(call, query, shares) - shares.sum(0)[:, None] * taken(call.output, plain_rows)
         mixed = taken(call.output, told) + own
         return replaced_rows(call, told, mixed)

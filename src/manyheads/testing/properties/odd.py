@@ -86,14 +86,14 @@ def no_numbers_ahead(case: Case, n: int) -> None:
             expect_close(dirty[1], clean[1], f"{value} in row 0 changed row 1")
             expect(not bool(dirty[0, cut].isfinite().all()), f"{value} in token {cut} is hidden from its own output")
             if decodes(case) and cut < n - 1:
-                _stays_broken(case, module, changed, context, cut)
+                _stays_broken(case, module, changed, context, cut, dirty[:, cut + 1 :])
 
 
-def _stays_broken(case: Case, module: Mechanism, x: Tensor, context: Any, cut: int) -> None:
+def _stays_broken(case: Case, module: Mechanism, x: Tensor, context: Any, cut: int, whole: Tensor) -> None:
+    """In a later pass as in one pass, of which `whole` is what came after the token."""
     state = module.init_state(2)
     case.outputs(module, x[:, : cut + 1], context, state=state)
     later = case.outputs(module, x[:, cut + 1 :], context, state=state).output
-    whole = case.outputs(module, x, context).output[:, cut + 1 :]
     same = bool((later.isfinite() == whole.isfinite()).all())
     expect(same, f"token {cut} held no number: what a later pass makes of it differs from one pass")
 
