@@ -144,6 +144,8 @@ def _beyond_plots(results: Results) -> Iterable[Plot]:
     summary = summarise(results)
     for task, cells in tasks_of(results).items():
         found = {row["mechanism"]: row["quality"][task] for row in summary if row["quality"][task]["beyond"]}
+        if not found:
+            continue
         trained, rows = cells[0]["n"], []
         for name, quality in found.items():
             points = [{"n": trained, "mean": quality["mean"], "std": quality["std"]}, *quality["beyond"]]
