@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from manyheads.parallel import blocks, ring
+
 # The last two are what the first backward pass and the first checkpoint import.
 PRELOADED = [
     "manyheads.parallel",
@@ -25,6 +27,9 @@ PRELOADED = [
 def run_all(folder: Path, rank: int, size: int, modules: tuple[str, ...]) -> None:
     """In a process of its own: every function named in the modules' CASES, and what each raised, in a file."""
     begin(folder, rank, size)
+    # Small tiles, so that short sequences have many, and heads that go round one by one. Of this process alone: others
+    # run what users run.
+    blocks.TILE, ring.UNDERWAY = 5, 1
     found = {}
     for module in modules:
         for name, case in importlib.import_module(module).CASES.items():

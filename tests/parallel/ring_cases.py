@@ -10,12 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from manyheads.parallel import Layout, blocks, ring, ring_attention, traffic
-
-# Small tiles, so that short sequences have many, and heads that go round one by one.
-blocks.TILE = 5
-ring.UNDERWAY = 1
-
+from manyheads.parallel import Layout, blocks, ring_attention, traffic
 
 # What rounding what goes in and comes out leaves.
 CLOSE = {
