@@ -14,7 +14,7 @@ def some_edges(nodes=7, count=30, seed=0):
 
 @pytest.mark.parametrize("block", [4, 1 << 16])
 def test_dot_and_mix_and_their_gradients_are_those_of_gathers(block, monkeypatch):
-    monkeypatch.setattr(along, "BLOCK", block)
+    monkeypatch.setattr(along, "CPU_BLOCK", block)
     edges = some_edges()
     q, k = (torch.randn(2, 7, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     found = along.edge_dot(q, k, edges)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from manyheads.functional.precision import own_dtype
 
-# Edges whose vectors of features stand in memory at once.
-BLOCK = 1 << 16
+# Edges whose vectors of features stand in memory at once; on a CPU, in its cache.
+BLOCK, CPU_BLOCK = 1 << 16, 1 << 11
 # Ways of two edges that are listed at once, but for the ways into one node.
 BLOCK_WAYS = 1 << 22
 
@@ -169,9 +169,15 @@ def rank_in_group(group: Tensor) -> Tensor:
     return rank
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """[b, n, h, d] at [part of e] -> [b, part, h, d], at least in float32."""
-    return x[:, index].to(torch.promote_types(x.dtype, torch.float32))
+def _block(x: Tensor) -> int:
+    return CPU_BLOCK if x.device.type == "cpu" else BLOCK
+
+
+def _rows(x: Tensor, index: Tensor, batch: int) -> Tensor:
+    """[b * n, h * d] at the nodes [part of e] of each row of a batch -> [b * part, h * d], at least in float32. Whole
+    rows by `index_select`: three times as fast on a CPU as an index between slices."""
+    at = flat(index, batch, x.shape[0] // batch)
+    return x.index_select(0, at).to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _Dot(torch.autograd.Function):
@@ -181,7 +187,12 @@ class _Dot(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, edges: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, edges)
         with own_dtype(q):
-            parts = [(_rows(q, at[1]) * _rows(k, at[0])).sum(-1) for at in edges.split(BLOCK, 1)]
+            b, _, h, d = q.shape
+            flat_q, flat_k = q.reshape(-1, h * d), k.reshape(-1, h * d)
+            parts = []
+            for at in edges.split(_block(q), 1):
+                products = _rows(flat_q, at[1], b).mul_(_rows(flat_k, at[0], b))
+                parts.append(products.view(b, -1, h, d).sum(-1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     @staticmethod
@@ -201,9 +212,10 @@ class _Mix(torch.autograd.Function):
         (b, _, h, d), wide = v.shape, torch.promote_types(v.dtype, torch.float32)
         with own_dtype(v):
             mixed = torch.zeros(b * nodes, h * d, dtype=wide, device=v.device)
-            for part, at in zip(weights.split(BLOCK, 1), edges.split(BLOCK, 1), strict=True):
-                sent = part.to(wide)[..., None] * _rows(v, at[0])
-                mixed.index_add_(0, flat(at[1], b, nodes), sent.reshape(-1, h * d))
+            flat_v, block = v.reshape(-1, h * d), _block(v)
+            for part, at in zip(weights.split(block, 1), edges.split(block, 1), strict=True):
+                sent = _rows(flat_v, at[0], b).view(b, -1, h, d).mul_(part.to(wide)[..., None])
+                mixed.index_add_(0, flat(at[1], b, nodes), sent.view(-1, h * d))
             return mixed.view(b, nodes, h, d).to(v.dtype)
 
     @staticmethod
