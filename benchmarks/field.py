@@ -1,5 +1,6 @@
 """The field's own benchmarks, small, by `manyheads compare`: counting, mazes and nucleotides for every causal mechanism
-(in-context functions wait for more steps than a small table has: see `beyond`); scores beyond the trained length; recall over width and state; gCOG's splits; CAB's seven with their index.
+(in-context functions want more steps than a small table has: see `beyond`); scores beyond the trained length; recall
+over width and state; gCOG's splits; CAB's seven with their index.
 
 A stopped run goes on where it was; parts that are named run alone, and join the rows that are there.
 """

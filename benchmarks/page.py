@@ -104,8 +104,8 @@ FIELD = (
     "paper's: the tasks' page says what each lacks."
 )
 PARTS = {
-    "causal": "Every causal mechanism: counting letters, mazes of 3 x 3 (whole ways) and synthetic nucleotides (bits per "
-    "base, lower is better). Functions in context are not here: in so few steps nobody learns them, see below.",
+    "causal": "Every causal mechanism: counting letters, mazes of 3 x 3 (whole ways) and synthetic nucleotides (bits "
+    "per base, lower is better). Functions in context are not here: in so few steps nobody learns them, see below.",
     "beyond": "Trained at one length, scored at two and four times it: recall without positions, functions with rotary "
     "ones where a mechanism takes them.",
     "recall": "Multi-query recall of 12 pairs over the width of the model; in brackets the state of the whole model.",
