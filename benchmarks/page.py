@@ -36,6 +36,7 @@ def measured_page() -> str:
         ("Fewer image tokens: time and bytes", "thinning", THINNING, _thinning),
         ("Fewer image tokens: answers", "thinning_answers", THINNING_ANSWERS, _thinned),
         ("Interventions while a model draws", "steer_diffusion", DRAWING, _drawing),
+        ("The same while a UNet draws", "steer_diffusion_unet", DRAWING_UNET, _drawing),
         ("Pairs like speech and its text", "speech", SPEECH, _speech),
     ):
         if not (RESULTS / f"{name}.json").is_file():
@@ -145,6 +146,7 @@ DRAWING = (
     "`python benchmarks/steer_diffusion.py`: the packaged `dit`, the same noise with and without; a claim shows where "
     "the change is beyond twice its standard error. Costs are no claims."
 )
+DRAWING_UNET = "`python benchmarks/steer_diffusion.py --model unet`: as above, on the packaged UNet."
 SPEECH = (
     "`python benchmarks/speech.py`: an encoder-decoder on utterances of 12 tokens whose frames show their tokens, the "
     "same training for each depth; right: next tokens under the true text, mean of the seeds; speeds are ratios within "
