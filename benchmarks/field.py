@@ -49,7 +49,9 @@ RECALL = {"hidden_size": 64, "heads": 4, "layers": 1, "intermediate_size": 0, "s
 
 
 def task(name: str, steps: int, model: Mapping[str, Any] = MODEL, **more: Any) -> dict[str, Any]:
-    own = {key: more.pop(key) for key in ("batch_size", "beyond", "learning_rates", "eval_every") if key in more}
+    own = {
+        key: more.pop(key) for key in ("batch_size", "beyond", "learning_rates", "eval_every", "seconds") if key in more
+    }
     return {"name": name, "model": dict(model), "training": {**TRAINING, "steps": steps, **own}, **more}
 
 
@@ -60,7 +62,7 @@ CAUSAL = {
 }
 BEYOND = {
     "recall": task("recall", 300, RECALL, n=64, vocabulary=128, pairs=8, eval_examples=128, beyond=[2, 4],
-                   learning_rates=[0.005], eval_every=50),
+                   learning_rates=[0.005], eval_every=50, seconds=30.0),
     "functions": task("functions", 200, MODEL | {"positions": "rotary"}, kind="conjunction", bits=4, points=10,
                       eval_examples=128, beyond=[2, 4]),
 }  # fmt: skip

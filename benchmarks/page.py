@@ -100,9 +100,9 @@ STUDIES = (
 )
 FIELD = (
     "`python benchmarks/field.py`: small forms of published benchmarks, two layers of width 32, hundreds of steps, "
-    "no cell beyond 10 seconds (* where that ended it). Three seeds where a spread stands, else one. "
-    "The trivial answer knows how often each answer is right and nothing else. No figure compares with a "
-    "paper's: the tasks' page says what each lacks."
+    "no cell beyond 10 seconds, 30 of recall beyond its length (* where that ended it). Three seeds where a "
+    "spread stands, else one. The trivial answer knows how often each answer is right and nothing else. No figure "
+    "compares with a paper's: the tasks' page says what each lacks."
 )
 PARTS = {
     "causal": "Every causal mechanism: counting letters, mazes of 3 x 3 (whole ways) and synthetic nucleotides (bits "
