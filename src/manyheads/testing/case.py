@@ -60,6 +60,10 @@ class Case:
     def build(self, dtype: torch.dtype = torch.float64, *, random: bool = True) -> Mechanism:
         """A small instance in eval mode, the same every time. random: adds noise to every parameter, so that no zero
         or identity initialisation hides a path."""
+        return feed(self.unfed(dtype, random=random), self.pattern)
+
+    def unfed(self, dtype: torch.dtype = torch.float64, *, random: bool = True) -> Mechanism:
+        """What `build` gives without its hooks: it wants all that the card takes, and maps in a tuple."""
         with torch.random.fork_rng(devices=[]):
             self.seeds(1)
             module = self.cls(**self.settings)
@@ -67,7 +71,7 @@ class Case:
                 with torch.no_grad():
                     for parameter in module.parameters():
                         parameter.add_(0.1 * torch.randn(parameter.shape).to(parameter.dtype))
-        return feed(module.to(device=self.device, dtype=dtype).eval(), self.pattern)
+        return module.to(device=self.device, dtype=dtype).eval()
 
     def shared(self, dtype: torch.dtype = torch.float64) -> Mechanism:
         """What `build` gives, made once for all who only pass through it in eval mode: nothing may be left in it, so
