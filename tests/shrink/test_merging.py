@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -443,13 +444,19 @@ def test_razor_on_the_packaged_model() -> None:
     assert right(Razor(retrieval=[(2, 0), (3, 1)], recent_floor=48, compression=100)) == 0
 
 
+@lru_cache(maxsize=2)
+@torch.no_grad()
+def expectations(model: Any, ids: Tensor) -> Tensor:
+    """Of the full model, for as long as the same texts are asked of."""
+    return model(ids, use_cache=False).logits.log_softmax(-1)
+
+
 def divergence(model: Any, policy: Policy, ids: Tensor, prefix: int) -> float:
     """KL from the full model of what follows a prefix that was compressed."""
-    with torch.no_grad():
-        wanted = model(ids, use_cache=False).logits[:, prefix:].log_softmax(-1)
-        with policy(model) as active:
-            model(ids[:, :prefix], use_cache=True)
-            given = model(ids[:, prefix:], past_key_values=active.cache).logits.log_softmax(-1)
+    wanted = expectations(model, ids)[:, prefix:]
+    with torch.no_grad(), policy(model) as active:
+        model(ids[:, :prefix], use_cache=True)
+        given = model(ids[:, prefix:], past_key_values=active.cache).logits.log_softmax(-1)
     return float((wanted.exp() * (wanted - given)).sum(-1).mean())
 
 
