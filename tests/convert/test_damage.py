@@ -1,5 +1,6 @@
 """What a conversion cost: greedy text as generate writes it, bytes by the formula, and text that is too short."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,8 +39,12 @@ def lines(loaded: Loaded, judge: Judge) -> list[dict[str, Any]]:
 
 
 def test_greedy_text_is_what_generate_writes(loaded: Loaded, judge: Judge, lines: list[dict[str, Any]]) -> None:
-    made = grouped(loaded.model, 2, align="mean")
-    shares = []
+    """Of a model that is near enough to begin as the original does."""
+    made, shares = copy.deepcopy(loaded.model), []
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                parameter += 0.1 * parameter.std() * torch.randn(parameter.shape)
     for row in judge.windows:
         prompt = row[None, :96]
         own, other = (
@@ -54,7 +59,7 @@ def test_greedy_text_is_what_generate_writes(loaded: Loaded, judge: Judge, lines
             same += 1
         shares.append(same / GREEDY)
     assert 0 < sum(shares) < 2
-    assert lines[1]["greedy_agreement"] == pytest.approx(sum(shares) / 2)
+    assert judge.measure(made)["greedy_agreement"] == pytest.approx(sum(shares) / 2)
     assert lines[0]["greedy_agreement"] == 1.0
 
 

@@ -300,12 +300,17 @@ def test_a_window_of_text_is_read_once(small: Loaded) -> None:
     assert read == [64, *[1] * 7, 8, 64, *[1] * 15]
 
 
-def test_what_comes_together_is_what_comes_one_by_one(small: Loaded) -> None:
-    """To the dense cache, in passes that end in the middle of a tail and with it."""
+def test_what_comes_together_is_what_comes_one_by_one(small: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the dense cache, in passes of as many tokens as their logits leave room for."""
+    monkeypatch.setattr(measure, "LOGITS_AT_ONCE", 2 * 256 * 16)
+    read: list[int] = []
+    counting = small.model.register_forward_pre_hook(lambda model, args: read.append(args[0].shape[1]))
     draw = torch.Generator().manual_seed(3)
     prefix, tail = torch.randint(256, (2, 20), generator=draw), torch.randint(256, (2, 35), generator=draw)
     given: list[Tensor] = []
     size = follow(small.model, None, prefix, tail, lambda _, logits: given.append(logits))
+    counting.remove()
+    assert read == [20, 16, 16, 2]
     with torch.no_grad():
         wanted = small.model(torch.cat([prefix, tail], 1), use_cache=False).logits[:, 19:-1]
     torch.testing.assert_close(torch.stack(given, 1), wanted, atol=2e-5, rtol=1e-4)

@@ -27,8 +27,8 @@ from manyheads.runs.memory import memory_meter, trim_memory
 from manyheads.shrink.cache import RaggedCache
 from manyheads.shrink.policy import Policy, release
 
-# Tokens of all rows of a batch together; those of a row whose logits, a number per word each, are held at once.
-TOKENS_AT_ONCE, LOGITS_AT_ONCE = 16_384, 16
+# Tokens of all rows of a batch together; numbers of all logits that are held at once, a word of a row's token each.
+TOKENS_AT_ONCE, LOGITS_AT_ONCE = 16_384, 1 << 24
 # Told, for every place of a tail, the logits of what is expected there.
 See = Callable[[int, Tensor], None]
 
@@ -83,7 +83,10 @@ def follow(model: Any, policy: Policy | None, prefix: Tensor, tail: Tensor, see:
 def _give(model: Any, policy: Policy | None, tail: Tensor, begin: int, cache: Any, see: See) -> None:
     """All of a tail from place `begin` on but its last token."""
     # A cache that drops nothing says of tokens that come together what it says of them one by one.
-    many, last = LOGITS_AT_ONCE if policy is None else 1, tail.shape[1] - 1
+    many, last = 1, tail.shape[1] - 1
+    if policy is None:
+        words = model.config.get_text_config(decoder=True).vocab_size
+        many = max(1, LOGITS_AT_ONCE // (len(tail) * words))
     for start in range(begin, last, many):
         given = tail[:, start : min(start + many, last)]
         for i, logits in enumerate(steps(model, given, cache), start + 1):
