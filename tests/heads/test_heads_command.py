@@ -94,7 +94,7 @@ def test_no_needle_found_is_said(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_a_killed_run_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path) -> None:
-    arguments = [folder, "--length", 128, "--steps", 100, "--measure", "echo,gates", "--out", tmp_path / "out"]
+    arguments = [folder, "--length", 192, "--steps", 100, "--measure", "echo,gates", "--out", tmp_path / "out"]
     process = Program("-m", "manyheads", "heads", *arguments)
     partial = tmp_path / "out" / "gates.partial.safetensors"
     end = time.monotonic() + 300
@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert process.wait() == -signal.SIGKILL
     assert list(Profile.load(tmp_path / "out").scores) == ["echo", "induction"]
     progress: list[int] = []
-    watched = command.Study(str(folder), tmp_path / "out", length=128, steps=100, progress=Watched(progress))
+    watched = command.Study(str(folder), tmp_path / "out", length=192, steps=100, progress=Watched(progress))
     watched.run(["echo", "gates"])
     assert progress[0] > 10
     assert progress[-1] == 100
