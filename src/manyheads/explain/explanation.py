@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -296,7 +296,8 @@ def _attention_views(
     stack = "encoder" if loaded.model.config.is_encoder_decoder else text_stack(loaded.model)
     where: dict[str, Any] = {"stack": stack, "kind": "self"}
     short = len(tokens) <= VECTOR_TOKENS
-    with record(loaded.model, layers=layers, **where) if short else nullcontext([]) as calls:
+    recording: AbstractContextManager[Any] = record(loaded.model, layers=layers, **where) if short else nullcontext([])
+    with recording as calls:
         store = read_store(loaded.model, inputs, layers=layers, budget_mb=page_mb * 0.6, **where)
     panel = Panel(store, tokens)
     # Taking the heads' mean of a store opens every matrix in it again: for long texts another run is cheaper.
