@@ -152,7 +152,7 @@ def test_what_is_no_number_is_too_much_damage() -> None:
 
 def test_healing_is_measured_beside_a_control_healed_alike(tmp_path: Path) -> None:
     out = tmp_path / "healed"
-    assert run("--kv-heads", "2", "--heal", "4k", *SMALL, "--out", str(out)) == 0
+    assert run("--kv-heads", "2", "--heal", "2560", *SMALL, "--out", str(out)) == 0
     rows = json.loads((out / "conversion.json").read_text())["rows"]
     assert [row["title"] for row in rows] == [
         "original", "gqa 2, procrustes", "gqa 2, procrustes, healed", "control, healed",
