@@ -150,9 +150,9 @@ def test_what_is_no_number_is_too_much_damage() -> None:
         allow(Plan((1,), Sizes(), max_damage=0.5), lines, "nothing is written")
 
 
-def test_healing_is_measured_beside_a_control_healed_alike(tmp_path: Path) -> None:
+def test_healing_is_measured_beside_a_control_healed_alike(tmp_path: Path, halved: str) -> None:
     out = tmp_path / "healed"
-    assert run("--kv-heads", "2", "--heal", "4k", *SMALL, "--out", str(out)) == 0
+    assert run(halved, "--kv-heads", "2", "--heal", "2560", *SMALL, "--out", str(out)) == 0
     rows = json.loads((out / "conversion.json").read_text())["rows"]
     assert [row["title"] for row in rows] == [
         "original", "gqa 2, procrustes", "gqa 2, procrustes, healed", "control, healed",
@@ -237,7 +237,9 @@ def test_a_stopped_healing_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_is_killed_late_does_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_killed_late_does_nothing_again(
+    tmp_path: Path, halved: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed while the control is measured, when the conversion is healed."""
     steps: list[int] = []
     measure, train = Judge.measure, healing_module.batch
@@ -253,7 +255,7 @@ def test_a_run_that_is_killed_late_does_nothing_again(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(healing_module, "batch", counted)
     monkeypatch.setattr(Judge, "measure", killed)
-    asked = ["--kv-heads", "4", "--heal", "2560", *SMALL, "--out", str(tmp_path / "out")]
+    asked = [halved, "--kv-heads", "4", "--heal", "2560", *SMALL, "--out", str(tmp_path / "out")]
     assert run(*asked) != 0
     assert steps == [0, 1, 0, 1]
     monkeypatch.setattr(Judge, "measure", measure)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from recorder import feed, feed_dense, recording
-from tiny_families import FAMILIES, prompt, tiny
+from tiny_families import FAMILIES, prompt, shallow
 from torch import Tensor
 
 from manyheads.shrink import H2O, TOVA, AdaKV, Duo, KeyNorm, Policy, PyramidKV, SnapKV, StreamingLLM
@@ -25,8 +25,8 @@ POLICIES: list[Policy] = [
     SnapKV(compression_ratio=0.6, window_size=2, kernel_size=3, allocation=AdaKV(floor=0.1)),
     KeyNorm(budget_tokens=8, allocation=PyramidKV(beta=4)),
     TOVA(budget_tokens=6, allocation=AdaKV(), when="both"),
-    Duo(gates=[[0.9, 0.1], [0.2, 0.8], [0.3, 0.4]], sink_size=2, recent_size=4, compression_ratio=0.5),
-    Duo(gates=[[0.9, 0.1], [0.2, 0.8], [0.3, 0.4]], sink_size=2, recent_size=3, budget_tokens=7),
+    Duo(gates=[[0.9, 0.1], [0.2, 0.8]], sink_size=2, recent_size=4, compression_ratio=0.5),
+    Duo(gates=[[0.9, 0.1], [0.2, 0.8]], sink_size=2, recent_size=3, budget_tokens=7),
 ]
 ENDS = [14, 15, 16, 17, 21, 22, 23]
 
@@ -89,7 +89,7 @@ def padding_of(rows: int, length: int, left: list[int]) -> Tensor:
 
 
 def check(family: str, policy: Policy, ends: list[int], padding: Tensor) -> None:
-    model = tiny(family)
+    model = shallow(family)
     tokens = prompt(*padding.shape)
     cache = policy.make_cache(model)
     with recording() as steps:
@@ -101,7 +101,7 @@ def check(family: str, policy: Policy, ends: list[int], padding: Tensor) -> None
 
 @pytest.mark.parametrize("policy", POLICIES[:4], ids=name)
 def test_rows_of_a_batch_do_not_touch_each_other(policy: Policy) -> None:
-    model = tiny("llama")
+    model = shallow("llama")
     tokens, padding = prompt(2, 23), padding_of(2, 23, [0, 5])
     policy.interval = 1
     both = feed(model, policy.make_cache(model), tokens, padding, ENDS)
@@ -121,7 +121,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(policy: Policy) -> None:
 def test_what_a_streaming_head_sees_of_a_prompt_and_after_it(policy: Policy) -> None:
     """As their docstrings say: a first pass sees all of itself, a later token sinks and recent ones with itself among
     them, and before a pass of several tokens there is room for all of them."""
-    model, ends = tiny("llama"), [14, 15, 18]
+    model, ends = shallow("llama"), [14, 15, 18]
     with recording() as steps:
         feed(model, policy.make_cache(model), prompt(1, 18), padding_of(1, 18, [0]), ends)
     streaming = 1 if isinstance(policy, Duo) else 0  # of layer 0

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import prompt, tiny
+from tiny_families import prompt, shallow
 from torch import Tensor
 
 from manyheads.convert import hosted
@@ -58,9 +58,9 @@ POLICIES: dict[str, Policy] = {
     "noncausal": NonCausal(budget_tokens=15),
     "simlayer": SimLayerKV(lazy_threshold=0.1, sink_size=2, recent_size=6),
     "finch": Finch(budget_tokens=9, window_size=3),
-    "duo": Duo(gates=[[1.0, 0.0]] * 3, compression_ratio=0.5, sink_size=2, recent_size=4),
+    "duo": Duo(gates=[[1.0, 0.0]] * 2, compression_ratio=0.5, sink_size=2, recent_size=4),
     "longheads": LongHeads(budget_tokens=12, chunk_size=4),
-    "tidal": TidalDecode(top_k=6, sparse_layer_start=1),
+    "tidal": TidalDecode(top_k=6, sparse_layer_start=0),
 }
 
 
@@ -71,7 +71,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 def pair(family: str = "llama") -> tuple[Any, Any]:
     """A model of transformers' own, and ours with the same weights."""
-    model = tiny(family).double().eval()
+    model = shallow(family).double().eval()
     return model, hosted(model)
 
 

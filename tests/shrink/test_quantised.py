@@ -18,7 +18,7 @@ import pytest
 import torch
 from optimum.quanto.library.extensions import get_extension
 from recorder import feed, recording
-from tiny_families import FAMILIES, prompt, tiny
+from tiny_families import FAMILIES, prompt, shallow, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
@@ -203,7 +203,7 @@ def checked(tolerance: float = 1e-5) -> Iterator[list[float]]:
     ("family", "bits"), [*((family, 8) for family in FAMILIES), ("llama", 4), ("gemma2", 4), ("gpt_oss", 4)]
 )
 def test_every_family(family: str, bits: int) -> None:
-    model, tokens, padding = tiny(family), prompt(2, 26), padding_of(26, [0, 5])
+    model, tokens, padding = shallow(family), prompt(2, 26), padding_of(26, [0, 5])
     exact = feed(model, DynamicCache(config=model.config), tokens, padding, ENDS)
     with checked() as found:
         given = feed(model, Full(storage=Quantised(bits=bits, residual=2)).make_cache(model), tokens, padding, ENDS)
@@ -233,7 +233,7 @@ ON_CODES += [(policy, 0) for policy in POLICIES if isinstance(policy, H2O | Razo
     ("policy", "residual"), ON_CODES, ids=[f"{residual}-{type(own).__name__}" for own, residual in ON_CODES]
 )
 def test_any_policy_on_codes(policy: Policy, residual: int) -> None:
-    model, tokens, padding = tiny("llama"), prompt(2, 26), padding_of(26, [0, 5])
+    model, tokens, padding = shallow("llama"), prompt(2, 26), padding_of(26, [0, 5])
     policy.storage = None
     with recording() as plain:
         exact = feed(model, policy.make_cache(model), tokens, padding, ENDS)
@@ -355,7 +355,7 @@ def test_an_overwritten_entry_is_coded_anew() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_ways_of_generating(family: str, settings: dict[str, Any]) -> None:
     """Exactly so while all is within the residual; on codes the scores of the same text stay near."""
-    model = tiny(family)
+    model = shallow(family)
     tokens = prompt(1, 5).repeat(1 if "prompt_lookup_num_tokens" in settings else 2, 3)
     padding = torch.ones_like(tokens)
     if len(tokens) > 1:
@@ -549,7 +549,7 @@ def passkey(number: int) -> tuple[Tensor, list[int]]:
 
 
 def test_passkeys_are_still_found(packaged: PreTrainedModel) -> None:
-    for number in (0, 2, 4):
+    for number in (0, 4):
         asked, key = passkey(number)
         assert spoken(packaged, asked) == key
         for bits in (8, 4):

@@ -102,12 +102,13 @@ def logit(query: Tensor, key: Tensor, scoring: Any) -> float:
 
 
 def mix(scores: list[float], values: list[Tensor], sink: float | None) -> Tensor:
+    # Numbers of Python's own: a tensor's take thirty times as long one by one.
     every = scores if sink is None else [*scores, sink]
     top = max(every)
-    total = sum(math.exp(score - top) for score in every)
-    return sum(
-        (math.exp(score - top) / total * value for score, value in zip(scores, values, strict=True)), 0 * values[0]
-    )
+    shares = [math.exp(score - top) for score in every]
+    columns = zip(*(value.tolist() for value in values), strict=True)
+    mixed = [sum(a * b for a, b in zip(shares, column, strict=False)) / sum(shares) for column in columns]
+    return torch.tensor(mixed, dtype=values[0].dtype)
 
 
 def sink_of(scoring: Any, head: int) -> float | None:
@@ -179,7 +180,7 @@ def test_tidal_llama(trial: bool) -> None:
     tapes = check_tidal(model, TidalDecode(top_k=5, sparse_layer_start=1, correction_layer=3), trial=trial)
     assert [tapes[layer].steps[-1].read for layer in range(5)] == [None, None, 5, None, 5]
     assert tapes[2].steps[0].read is None
-    assert tapes[2].steps[4].read == (5 if trial else None)
+    assert tapes[2].steps[3].read == (5 if trial else None)
 
 
 def test_tidal_caps_sinks_and_windows() -> None:
@@ -214,12 +215,11 @@ def test_query_heads_of_one_kv_head_read_their_own() -> None:
 
 def turned(vector: Tensor, by: int, angles: Tensor | None) -> Tensor:
     """RoPE in halves, pair by pair."""
-    out = vector.clone()
-    for i in range(0 if angles is None else len(angles)):
-        cos, sin = math.cos(by * float(angles[i])), math.sin(by * float(angles[i]))
-        a, b = float(vector[i]), float(vector[i + len(angles)])
-        out[i], out[i + len(angles)] = a * cos - b * sin, b * cos + a * sin
-    return out
+    out, pairs = vector.tolist(), [] if angles is None else angles.tolist()
+    for i, angle in enumerate(pairs):
+        cos, sin, a, b = math.cos(by * angle), math.sin(by * angle), out[i], out[i + len(pairs)]
+        out[i], out[i + len(pairs)] = a * cos - b * sin, b * cos + a * sin
+    return torch.tensor(out, dtype=vector.dtype)
 
 
 def represent(

@@ -307,11 +307,12 @@ def test_what_comes_together_is_what_comes_one_by_one(small: Loaded, monkeypatch
     counting = small.model.register_forward_pre_hook(lambda model, args: read.append(args[0].shape[1]))
     draw = torch.Generator().manual_seed(3)
     prefix, tail = torch.randint(256, (2, 20), generator=draw), torch.randint(256, (2, 35), generator=draw)
-    given: list[Tensor] = []
-    size = follow(small.model, None, prefix, tail, lambda _, logits: given.append(logits))
+    given: dict[int, Tensor] = {}
+    size = follow(small.model, None, prefix, tail, given.__setitem__)
     counting.remove()
     assert read == [20, 16, 16, 2]
     with torch.no_grad():
         wanted = small.model(torch.cat([prefix, tail], 1), use_cache=False).logits[:, 19:-1]
-    torch.testing.assert_close(torch.stack(given, 1), wanted, atol=2e-5, rtol=1e-4)
+    assert list(given) == list(range(35))
+    torch.testing.assert_close(torch.stack([*given.values()], 1), wanted, atol=2e-5, rtol=1e-4)
     assert size == 54 * SIZES["layers"] * 2 * SIZES["kv_heads"] * SIZES["head_dim"] * 4 * 2
