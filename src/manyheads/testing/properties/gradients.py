@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from manyheads.card import Pattern
-from manyheads.testing.case import Case, expect, expect_close
+from manyheads.testing.case import Case, Violation, expect, expect_close
 from manyheads.testing.properties.prop import (
     everything,
     is_plane,
@@ -86,35 +86,37 @@ STEP = 1e-7
 def gradcheck(case: Case, n: int) -> None:
     n = min(n, 4) if is_plane(case) else n
     module, context = case.shared(), case.context(n, 1)
-    values = {"x": case.x(n, 1).requires_grad_()}
-    values |= {f"parameter {k}": p.detach().clone().requires_grad_() for k, p in module.named_parameters()}
+    names = [name for name, _ in module.named_parameters()]
+    values = [case.x(n, 1), *(value.detach().clone() for _, value in module.named_parameters())]
 
-    def function(values: dict[str, Tensor]) -> Tensor:
-        x, *parameters = values.values()
-        own = dict(zip((name for name, _ in module.named_parameters()), parameters, strict=True))
-        result = torch.func.functional_call(module, own, (x, context))
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        result = torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x, context))
         return torch.cat([result.output.flatten(), *(loss.view(1) for loss in result.losses.values())])
 
-    # All together in one direction: a wrong gradient shows in any. A kink that lies on the way does not in another.
-    if _mismatch(function, values, list(values)):
-        wrong = [name for name in values if _mismatch(function, values, [name])]
-        wrong = wrong or [text for text in [_mismatch(function, values, list(values))] if text]
-        expect(not wrong, f"gradcheck: analytic and numeric gradients differ: {', '.join(wrong)}")
+    inputs = [value.requires_grad_() for value in values]
+    if _agree(function, inputs):
+        return
+    # One after the other, in some twenty times the time: a kink that lay on the way is none here, and where a paper
+    # lets no gradient through (what lln and nats measure), that is within this tolerance.
+    try:
+        torch.autograd.gradcheck(function, inputs, fast_mode=True, atol=1e-4, rtol=1e-3)
+    except RuntimeError as error:
+        raise Violation(f"gradcheck: {str(error).strip().splitlines()[0]}") from None
 
 
-def _mismatch(function: Callable[[dict[str, Tensor]], Tensor], values: dict[str, Tensor], moved: list[str]) -> str:
-    """How derivatives of a random sum of the output differ where some values move in a random direction, or nothing."""
-    output, along = function(values), {name: torch.randn_like(values[name]) for name in moved}
+def _agree(function: Callable[..., Tensor], inputs: list[Tensor]) -> bool:
+    """Whether the derivatives of a random sum of the output agree where all inputs move in one random direction: a
+    wrong gradient of any of them shows in it, of one in 10^5 of all."""
+    output, along = function(*inputs), [torch.randn_like(value) for value in inputs]
     weight = torch.randn_like(output)
-    grads = torch.autograd.grad((output * weight).sum(), [values[name] for name in moved], allow_unused=True)
-    parts = [float((g * along[name]).sum()) for name, g in zip(moved, grads, strict=True) if g is not None]
+    grads = torch.autograd.grad((output * weight).sum(), inputs, allow_unused=True)
+    parts = [float((grad * way).sum()) for grad, way in zip(grads, along, strict=True) if grad is not None]
     with torch.no_grad():
         ahead, behind = (
-            function({k: v + step * along[k] if k in along else v for k, v in values.items()}) for step in (STEP, -STEP)
+            function(*(value + step * way for value, way in zip(inputs, along, strict=True))) for step in (STEP, -STEP)
         )
     numeric = float(((ahead - behind) * weight).sum()) / (2 * STEP)
-    near = abs(sum(parts) - numeric) <= 1e-5 + 1e-6 * sum(map(abs, parts))  # never of NaN
-    return "" if near else f"{sum(parts):.6g} and {numeric:.6g}"
+    return abs(sum(parts) - numeric) <= 1e-5 + 1e-6 * sum(map(abs, parts))
 
 
 @prop("losses", "auxiliary losses are finite scalars and padding does not enter them", sizes=(5, 17))

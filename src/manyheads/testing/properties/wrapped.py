@@ -111,12 +111,12 @@ def _paths(case: Case, module: Mechanism, x: Tensor, context: Any) -> Iterator[t
     if not decodes(case):
         return
     n = x.shape[1]
-    for sizes in ([1] * n,) if n <= SMALL else ([n - 2, 1, 1],):
-        state, parts, start = module.init_state(x.shape[0]), [], 0
-        for size in sizes:
-            parts.append(case.outputs(module, x[:, start : start + size], context, state=state).output)
-            start += size
-        yield f"decoded in parts of {sizes}", torch.cat(parts, 1)
+    sizes = [1, 1, n - 2] if n <= SMALL else [n - 2, 1, 1]
+    state, parts, start = module.init_state(x.shape[0]), [], 0
+    for size in sizes:
+        parts.append(case.outputs(module, x[:, start : start + size], context, state=state).output)
+        start += size
+    yield f"decoded in parts of {sizes}", torch.cat(parts, 1)
 
 
 def _acts(case: Case, n: int, kind: str, module: Mechanism, wanted: Tensor) -> None:
