@@ -58,7 +58,7 @@ def test_the_seven_are_asked_for_by_one_name(capsys: pytest.CaptureFixture[str],
     assert [task.name for task in create_experiment({"tasks": ["cab"], "mechanisms": ["softmax"]}).tasks] == TASKS
     path = tmp_path / "small.yaml"
     path.write_text(
-        "mechanisms: [softmax, {name: gqa, kv_heads: 1}, based]\nsections: [quality]\n"
+        "mechanisms: [softmax]\nsections: [quality]\n"
         "training: {steps: 1, batch_size: 2}\nmodel: {hidden_size: 16, heads: 2, layers: 1}\n"
     )
     with pytest.raises(SystemExit) as end:
