@@ -54,7 +54,11 @@ def test_other_tasks_have_none() -> None:
     assert compositional(rows) == {}
 
 
-def test_the_seven_are_asked_for_by_one_name(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+def test_the_seven_are_asked_for_by_one_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr("manyheads.compare.charts.write_png", lambda *_: [])
+    monkeypatch.setattr("manyheads.runs.page._libraries", lambda: "")
     assert [task.name for task in create_experiment({"tasks": ["cab"], "mechanisms": ["softmax"]}).tasks] == TASKS
     path = tmp_path / "small.yaml"
     path.write_text(

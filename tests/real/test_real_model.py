@@ -156,7 +156,7 @@ def beside_each_other(recorded: list[dict[int, list[Step]]]) -> dict[int, list[S
     }
 
 
-@pytest.mark.parametrize("policy", map(title, DROPPING))
+@pytest.mark.parametrize("policy", [title(policy) for policy in DROPPING])
 def test_a_policy_is_dense_attention_under_its_own_mask(
     dropped: dict[str, tuple[int, Tensor, Tensor]], policy: str
 ) -> None:
@@ -242,7 +242,7 @@ def test_heads_that_copy_are_needed_for_repeats(real: Loaded, kind: str) -> None
     """Found on one set of inputs, silenced on another, beside as many others."""
     inputs = Inputs(real, text=TEXT * 8)
     if kind == "induction":
-        scores = on_repeats(inputs, length=128, count=1)["induction"]
+        scores = on_repeats(inputs, length=128, count=2)["induction"]
     else:
         scores = on_text(inputs, length=128, recent=16, count=1)["previous"]
     order = scores.flatten().argsort(descending=True).tolist()
