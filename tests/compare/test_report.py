@@ -80,10 +80,23 @@ class Page(HTMLParser):
 LIBRARIES = "window.vegaEmbed=0;"  # stands in for the real bundle, which takes seconds to make
 
 
+@pytest.fixture(scope="module")
+def written() -> dict[str, str]:
+    """The page of each set of results, by them as JSON: its charts take a second."""
+    return {}
+
+
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: dict[str, str]) -> Any:
     monkeypatch.setattr(page, "_libraries", lambda: LIBRARIES)
-    return lambda results: write_report(results, tmp_path / "report.html").read_text(encoding="utf-8")
+
+    def page_of(results: dict[str, Any]) -> str:
+        told = json.dumps(results)
+        if told not in written:
+            written[told] = write_report(results, tmp_path / "report.html").read_text(encoding="utf-8")
+        return written[told]
+
+    return page_of
 
 
 def text_of(page: str) -> str:
