@@ -79,7 +79,7 @@ def steered_drawing(
         },
         "drawing": {"caption": drawing.caption, "steps": drawing.steps, "seed": drawing.seed, "wanted": wanted}
         | {"guidance": drawing.guidance, "captions": list(given.rows.captions)},
-        "pictures": {"without": _rounded(plain.pictures[-1]), "with": _rounded(given.pictures[-1])},
+        "pictures": {"without": rounded(plain.pictures[-1]), "with": rounded(given.pictures[-1])},
         "path": {"without": _path(plain), "with": _path(given)},
         "difference": difference(plain.pictures[-1][:1], given.pictures[-1][:1]),
         "known": known,
@@ -237,7 +237,7 @@ def _words(model: Any, drawing: Drawing, plain: Drawn, given: Drawn) -> list[dic
                 "word": model.config.words[number],
                 "share": {side: float(own.mean()) for side, own in maps.items()},
                 "moved": float((after - before).abs().sum() / 2),
-                "maps": {side: _rounded(own) for side, own in maps.items()},
+                "maps": {side: rounded(own) for side, own in maps.items()},
             }
         )
     return rows
@@ -288,7 +288,7 @@ def _point(
     model knows the picture, whatever caption."""
     known = _known(model, own, captions)
     found = {"value": value, **difference(plain.pictures[-1][:1], own.pictures[-1][:1]), "known": known}
-    found |= {"lost": known["none"] - before["none"], "picture": _rounded(own.pictures[-1][:1])}
+    found |= {"lost": known["none"] - before["none"], "picture": rounded(own.pictures[-1][:1])}
     if "wanted" in known:
         found["gained"] = (before["wanted"] - before["caption"]) - (known["wanted"] - known["caption"])
     return found
@@ -298,8 +298,8 @@ def _path(own: Drawn) -> list[Any]:
     """The drawing at about eight of its steps, the last one the end."""
     steps = len(own.pictures) - 1
     chosen = sorted({round(i * steps / min(8, steps)) for i in range(min(8, steps) + 1)})
-    return [{"step": step, "picture": _rounded(own.pictures[step][0])} for step in chosen]
+    return [{"step": step, "picture": rounded(own.pictures[step][0])} for step in chosen]
 
 
-def _rounded(values: Tensor) -> Any:
+def rounded(values: Tensor) -> Any:
     return np.round(values.detach().double().cpu().numpy(), 4).tolist()
