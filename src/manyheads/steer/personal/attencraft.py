@@ -20,8 +20,8 @@ from manyheads.steer.personal.mcpl import masked_velocity_loss, on_pixels
 from manyheads.steer.personal.passes import Pass, draw_noise, noisy
 from manyheads.steer.personal.subjects import Album
 
-# The noisiest picture that masks are first taken from, and how often they are taken anew, in steps.
-EARLY, ANEW = 0.3, 20
+# The noisiest picture that masks are first taken from, of how many noises, and how often masks are taken anew, in steps.
+EARLY, NOISES, ANEW = 0.5, 8, 20
 
 
 def claims(cross: Tensor, affinity: Tensor, *, power: float = 2.0) -> Tensor:
@@ -77,10 +77,11 @@ class AttenCraft:
 
     mean(M (v - v')^2) + weight * mean over the told concepts and the background of JS(their maps, their masks), M the
     union of the told concepts' masks. Each picture is told one of its concepts, or all of them, as often: parts of its
-    caption between "and". Masks: of one pass of the model before training at little noise; every 20 steps anew from
-    that step's pass, kept where no mask is empty and each is as it was by an SSIM of `alike`.
-    Source: arXiv 2405.17965, junjie-shentu/AttenCraft `train.py`. Different: masks stay patches where there they are
-    enlarged by bicubic interpolation, and a picture whose first masks are empty is refused for all pictures, not one.
+    caption between "and". Masks: of the model before training at little noise; every 20 steps anew from that step's
+    pass, kept where no mask is empty and each is as it was by an SSIM of `alike`.
+    Source: arXiv 2405.17965, junjie-shentu/AttenCraft `train.py`. Different: the first maps are the mean over
+    eight noises, where there they are of one (one says too little here); masks stay patches where there they are
+    enlarged by bicubic interpolation; every picture has masks of its own, where there it is one picture.
     """
 
     def __init__(self, model: Any, album: Album, weight: float, masked: bool, subsets: bool, **how: float):
@@ -95,11 +96,12 @@ class AttenCraft:
 
     @torch.no_grad()
     def _begin(self, model: Any) -> None:
-        rows = list(range(len(self.album.pictures)))
-        noise, times = draw_noise(model, len(rows), 0)
-        own = noisy(model, self.album.pictures, noise, EARLY * times, list(self.album.captions), rows)
-        for row in rows:
-            masks = self._found(own, row)
+        for row in range(len(self.album.pictures)):
+            rows = [row] * NOISES
+            noise, _ = draw_noise(model, NOISES, row)
+            times = torch.linspace(0, EARLY, NOISES + 1, device=noise.device, dtype=noise.dtype)[1:]
+            own = noisy(model, self.album.pictures[rows], noise, times, [self.album.captions[row]] * NOISES, rows)
+            masks = self._found(own, range(NOISES))
             if not bool(masks[:-1].any(1).all()):
                 lost = self.told_of(row)[int((~masks[:-1].any(1)).nonzero()[0, 0])]
                 raise ValueError(
@@ -108,11 +110,12 @@ class AttenCraft:
                 )
             self.masks[row] = masks
 
-    def _found(self, own: Pass, row: int) -> Tensor:
-        """Of the row's concepts in order, and last of the background."""
-        words = self.told_of(own.rows[row])
-        maps = [map_ for word in words if (map_ := own.word(row, word)) is not None]
-        return concept_masks(torch.stack([*maps, own.maps[row, :, 0]]), own.affinity[row], threshold=self.threshold)
+    def _found(self, own: Pass, rows: Sequence[int]) -> Tensor:
+        """Of the concepts of the rows, which are of one picture, in order, and last of the background."""
+        words = self.told_of(own.rows[rows[0]])
+        places = [own.place(rows[0], word) for word in words]
+        maps = own.maps[list(rows)].mean(0).T[[*(place for place in places if place is not None), 0]]
+        return concept_masks(maps, own.affinity[list(rows)].mean(0), threshold=self.threshold)
 
     def captions(self, step: int, rows: Sequence[int]) -> list[str]:
         whole = [self.album.captions[row] for row in rows]
@@ -147,7 +150,7 @@ class AttenCraft:
     @torch.no_grad()
     def _anew(self, own: Pass) -> None:
         for row, picture in enumerate(own.rows):
-            found, before = self._found(own, row), self.masks[picture]
+            found, before = self._found(own, [row]), self.masks[picture]
             alike = [similarity(a, b) for a, b in zip(found[:-1], before[:-1], strict=True)]
             if bool(found.any(1).all()) and min(alike) >= self.alike:
                 self.masks[picture] = found

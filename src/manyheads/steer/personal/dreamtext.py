@@ -49,8 +49,8 @@ class DreamText:
     and M_k the character's mask; on average over the pictures. The characters' words and the attention to them learn
     in turn only as far as each step's masks are those of the step before, as released: one optimiser has both."""
 
-    def __init__(self, album: Album, weight: float, masked: float):
-        self.album, self.weight, self.masked = album, weight, masked
+    def __init__(self, album: Album, weight: float, masked: float, deviations: float):
+        self.album, self.weight, self.masked, self.deviations = album, weight, masked, deviations
 
     def captions(self, step: int, rows: Sequence[int]) -> list[str]:
         return [self.album.captions[row] for row in rows]
@@ -63,8 +63,9 @@ class DreamText:
         on_maps, inside_loss = [], []
         for row in range(len(own.rows)):
             maps = torch.stack([found for word in self.album.words if (found := own.word(row, word)) is not None])
-            on_maps.append(character_loss(maps))
-            inside = on_pixels(character_masks(maps)[1], error.shape[-1]).to(error.dtype)
+            on_maps.append(character_loss(maps, deviations=self.deviations))
+            masks = character_masks(maps, deviations=self.deviations)[1]
+            inside = on_pixels(masks, error.shape[-1]).to(error.dtype)
             inside_loss.append((inside[:, None] * error[row]).mean())
         return loss + self.weight * torch.stack(on_maps).mean() + self.masked * torch.stack(inside_loss).mean()
 
@@ -78,8 +79,10 @@ class DreamText:
     rate=1e-3,
     neutral={"weight": 0.0, "masked": 0.0},
 )
-def open_dreamtext(model: Any, album: Album, *, weight: float = 0.01, masked: float = 0.01) -> Lesson:
+def open_dreamtext(
+    model: Any, album: Album, *, weight: float = 0.01, masked: float = 0.01, deviations: float = 2.0
+) -> Lesson:
     """Subjects are characters, such as the digits of a caption (--subject 3 --subject 7). weight: of the loss on their
-    maps; masked: of the velocity's error inside of their masks; both as released. Learns the characters' words and all
+    maps; masked: of the velocity's error inside of their masks; deviations: of the masks; all as released. Learns the characters' words and all
     of cross attention. Its recogniser of text and its second encoder are not here."""
-    return DreamText(album, weight, masked)
+    return DreamText(album, weight, masked, deviations)
