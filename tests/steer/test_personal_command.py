@@ -145,7 +145,7 @@ REFUSED: dict[str, tuple[list[str], dict[str, Any], str]] = {
         ["--image", "PLAIN", "--text", "a mine and a yours"], {"form": "attencraft[threshold=2]"}, "claimed by 'mine'",
     ),
     "an unknown form": (["--images", "FOLDER"], {"form": "mcpll"}, "did you mean 'mcpl'"),
-    "an unknown argument": (["--images", "FOLDER"], {"form": "mcpl[weight=1]"}, "has no argument weight"),
+    "an unknown argument": (["--images", "FOLDER"], {"form": "mcpl[weight=1]"}, "has no argument 'weight'"),
     "a rate that cannot be": (["--image", "PLAIN", "--text", "a mine and a yours", "--rate", "-1"], {}, "rate=-1"),
     "an unknown word to draw": (
         ["--image", "PLAIN", "--text", "a mine and a yours", "--draw", "a cat"], {}, "does not know 'cat'",
@@ -170,7 +170,17 @@ def test_refused_by_name_before_anything_is_written(
     places["TEXT"].write_text("no picture")
     given, how, words = REFUSED[case]
     more = [str(places.get(part, part)) for part in given]
-    assert typed(asked(how.get("model", model), tmp_path / "out", *more, **{key: own for key, own in how.items() if key != "model"})) == 2
+    assert (
+        typed(
+            asked(
+                how.get("model", model),
+                tmp_path / "out",
+                *more,
+                **{key: own for key, own in how.items() if key != "model"},
+            )
+        )
+        == 2
+    )
     err = capsys.readouterr().err
     assert words in err, err
     assert not (tmp_path / "out").exists()

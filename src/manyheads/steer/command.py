@@ -183,7 +183,7 @@ def personalise(
 
     columns, lines = table(record)
     _console().print(rich_table(columns, lines, range(len(columns))))
-    return typer.echo(f"\npage: {out / PAGE}\ndraws as: manyheads explain {out} --text \"{album.captions[0]}\"")
+    return typer.echo(f'\npage: {out / PAGE}\ndraws as: manyheads explain {out} --text "{album.captions[0]}"')
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,10 @@ class AttenCraft:
         if not self.subsets or step % ANEW == 0:
             return whole
         rng = random.Random(f"attencraft {step}")
-        return [self._part(caption, rng.choice([None, *self.told_of(row)])) for caption, row in zip(whole, rows, strict=True)]
+        return [
+            self._part(caption, rng.choice([None, *self.told_of(row)]))
+            for caption, row in zip(whole, rows, strict=True)
+        ]
 
     def _part(self, caption: str, word: str | None) -> str:
         parts = caption.split(" and ")
@@ -162,7 +165,7 @@ class AttenCraft:
     source="arXiv 2405.17965",
     trains=("k_proj", "v_proj"),
     prior=True,
-    rate=1e-3,
+    rate=3e-3,
     neutral={"weight": 0.0, "masked": False, "subsets": False},
 )
 def open_attencraft(

@@ -66,7 +66,7 @@ class DisenDiff:
     source="arXiv 2403.18551",
     trains=("k_proj", "v_proj"),
     prior=True,
-    rate=1e-3,
+    rate=3e-3,
     neutral={"weight": 0.0},
 )
 def open_disendiff(model: Any, album: Album, *, weight: float = 0.01) -> Lesson:

@@ -76,7 +76,7 @@ class DreamText:
     source="arXiv 2405.14701",
     trains=("q_proj", "k_proj", "v_proj", "o_proj"),
     prior=False,
-    rate=1e-3,
+    rate=2e-3,
     neutral={"weight": 0.0, "masked": 0.0},
 )
 def open_dreamtext(

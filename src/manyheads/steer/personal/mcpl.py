@@ -109,7 +109,7 @@ class MCPL:
     source="arXiv 2310.12274",
     trains=(),
     prior=False,
-    rate=2e-2,
+    rate=5e-2,
     neutral={"scale": 0.0, "masked": False},
 )
 def open_mcpl(
@@ -131,7 +131,13 @@ def open_mcpl(
     if bound and len(bound) != len(album.words):
         raise ValueError(f"mcpl: {len(bound)} adjectives of {len(album.words)} subjects: want one for each, in order")
     for name, caption in zip(album.names or album.captions, album.captions, strict=True):
-        lost = [a for a, word in zip(bound, album.words, strict=False) if word in caption.split() and a not in caption.split()]
+        lost = [
+            a
+            for a, word in zip(bound, album.words, strict=False)
+            if word in caption.split() and a not in caption.split()
+        ]
         if lost:
-            raise ValueError(f"mcpl: {name}: the caption {caption!r} has no {lost[0]!r}, the adjective of a subject in it")
+            raise ValueError(
+                f"mcpl: {name}: the caption {caption!r} has no {lost[0]!r}, the adjective of a subject in it"
+            )
     return MCPL(model, album, scale, masked, bound, temperature=temperature, threshold=threshold)

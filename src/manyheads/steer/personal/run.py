@@ -26,13 +26,13 @@ STEPS = 20  # of a drawing
 DATA, PAGE = "personalised.json", "personalised.html"
 
 
-def begun(
-    loaded: Loaded, files: Sequence[Path], typed: Sequence[str], caption: str | None
-) -> tuple[Any, Album]:
+def begun(loaded: Loaded, files: Sequence[Path], typed: Sequence[str], caption: str | None) -> tuple[Any, Album]:
     """The model with the subjects' words, and the pictures that it is to learn."""
     model = loaded.model
     if not hasattr(model, "word_places") or not hasattr(model, "velocities"):
-        raise ValueError(f"{loaded.name} ({type(model).__name__}) cannot be personalised: give dit, unet or such a model")
+        raise ValueError(
+            f"{loaded.name} ({type(model).__name__}) cannot be personalised: give dit, unet or such a model"
+        )
     subjects = read_subjects(model, typed)
     base = with_words(model, subjects)
     return base, read_album(base, files, subjects, caption, lambda picture: pixels_of(base, picture))

@@ -165,5 +165,7 @@ def _mask(file: Path, size: int, word: str, caption: str) -> Tensor:
     levels = torch.frombuffer(bytearray(picture.convert("L").tobytes()), dtype=torch.uint8).view(size, size)
     inside = levels >= 128
     if not bool(inside.any()) or bool(inside.all()):
-        raise ValueError(f"{file} is {'white' if bool(inside.any()) else 'black'} all over: a mask is white where it is")
+        raise ValueError(
+            f"{file} is {'white' if bool(inside.any()) else 'black'} all over: a mask is white where it is"
+        )
     return inside

@@ -105,7 +105,9 @@ def _opened(model: Any, album: Album, form: Form) -> Iterator[nn.Parameter]:
     for name, module in _crosses(model):
         for own in form.trains:
             if not isinstance(getattr(module, own, None), nn.Linear):
-                raise ValueError(f"{form.name} trains {own} of cross attention; {name} ({type(module).__name__}) has none")
+                raise ValueError(
+                    f"{form.name} trains {own} of cross attention; {name} ({type(module).__name__}) has none"
+                )
             yield getattr(module, own).weight.requires_grad_(True)
 
 
@@ -121,7 +123,9 @@ def _begins_quietly(model: Any) -> Iterator[None]:
         return torch.cat([made[:, :1].detach(), made[:, 1:]], 1)
 
     hooks = [
-        getattr(module, own).register_forward_hook(quiet) for _, module in _crosses(model) for own in ("k_proj", "v_proj")
+        getattr(module, own).register_forward_hook(quiet)
+        for _, module in _crosses(model)
+        for own in ("k_proj", "v_proj")
     ]
     try:
         yield
