@@ -41,8 +41,8 @@ from manyheads.steer.diffusion import (
     space_time,
     until,
 )
-from manyheads.steer.personal.attencraft import concept_masks
 from manyheads.steer.diffusion.common import on_patches
+from manyheads.steer.personal.attencraft import concept_masks
 from manyheads.tasks.two_digits import CELL, CELLS, SIZE, cell_of, draw_scene, read_caption, reading, shown
 
 WRITES = ("steer_diffusion", "steer_diffusion_unet")

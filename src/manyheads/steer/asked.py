@@ -16,7 +16,7 @@ _MOST = 10_000
 
 
 class Declared(Protocol):
-    """An intervention, or a form of training: what it is called, what it takes, and whose signature says of what type."""
+    """An intervention, or a form of training: its name, what it takes, and whose signature says of what type."""
 
     @property
     def name(self) -> str: ...

@@ -51,10 +51,11 @@ def list_(
     if as_json:
         return typer.echo(json.dumps(rows, indent=2))
     _print_list(rows)
-    if kind in (None, "diffusion"):
-        from manyheads.steer.personal.form import forms
+    if kind not in (None, "diffusion"):
+        return None
+    from manyheads.steer.personal.form import forms
 
-        _print_forms(forms())
+    return _print_forms(forms())
 
 
 def facts(method: Any) -> dict[str, Any]:

@@ -33,8 +33,8 @@ KNOWN_AT, NOISES = (0.2, 0.4, 0.6, 0.8), 8
 @dataclass
 class Drawn:
     """pictures [steps + 1, r, c, height, width]; the caption's own attention: words [steps, m, n] on average over
-    layers and heads (of smaller maps each patch repeated), layers: (kind, layer) -> [n, m or n] on average over steps and heads; milliseconds of a step, and
-    rows that went through the model in one."""
+    layers and heads (of smaller maps each patch repeated), layers: (kind, layer) -> [n, m or n] on average over steps
+    and heads; milliseconds of a step, and rows that went through the model in one."""
 
     rows: Rows
     pictures: list[Tensor] = field(default_factory=list)

@@ -20,7 +20,7 @@ from manyheads.steer.personal.mcpl import masked_velocity_loss, on_pixels
 from manyheads.steer.personal.passes import Pass, draw_noise, noisy
 from manyheads.steer.personal.subjects import Album
 
-# The noisiest picture that masks are first taken from, of how many noises, and how often masks are taken anew, in steps.
+# The noisiest picture that masks are first taken from, and how many; how often masks are taken anew, in steps.
 EARLY, NOISES, ANEW = 0.5, 8, 20
 
 

@@ -45,9 +45,9 @@ def character_loss(maps: Tensor, *, sigma: float = 1.0, deviations: float = 2.0)
 
 
 class DreamText:
-    """mean(e) + weight * `character_loss` + masked * mean over characters of mean(M_k e), e the velocity's squared error
-    and M_k the character's mask; on average over the pictures. The characters' words and the attention to them learn
-    in turn only as far as each step's masks are those of the step before, as released: one optimiser has both."""
+    """mean(e) + weight * `character_loss` + masked * mean over characters of mean(M_k e), e the velocity's squared
+    error and M_k the character's mask; on average over the pictures. The masks are what the last step left, and the
+    characters' words and the attention to them both learn from them: one optimiser has both, as released."""
 
     def __init__(self, album: Album, weight: float, masked: float, deviations: float):
         self.album, self.weight, self.masked, self.deviations = album, weight, masked, deviations
@@ -83,6 +83,6 @@ def open_dreamtext(
     model: Any, album: Album, *, weight: float = 0.01, masked: float = 0.01, deviations: float = 2.0
 ) -> Lesson:
     """Subjects are characters, such as the digits of a caption (--subject 3 --subject 7). weight: of the loss on their
-    maps; masked: of the velocity's error inside of their masks; deviations: of the masks; all as released. Learns the characters' words and all
-    of cross attention. Its recogniser of text and its second encoder are not here."""
+    maps; masked: of the velocity's error inside of their masks; deviations: of the masks; all as released. Learns
+    the characters' words and all of cross attention. Its recogniser of text and its second encoder are not here."""
     return DreamText(album, weight, masked, deviations)

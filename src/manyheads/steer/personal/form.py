@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from manyheads.steer.personal.passes import Pass
-    from manyheads.steer.personal.subjects import Album
 
 
 class Lesson(Protocol):

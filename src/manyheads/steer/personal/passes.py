@@ -20,8 +20,9 @@ from manyheads.steer.diffusion.word_maps import mean_map
 @dataclass(frozen=True)
 class Pass:
     """rows: which picture of the album each is. captions, ids [b, m] and mask: what it was told. velocity and wanted
-    [b, c, height, width]; told [b, m, e]: the words as cross attention reads them; maps [b, n, m]: attention to the words over heads and the layers of the largest map, and
-    affinity [b, n, n]: attention of its patches to each other, likewise. Gradients reach the model through all."""
+    [b, c, height, width]; told [b, m, e]: the words as cross attention reads them; maps [b, n, m]: attention
+    to the words over heads and the layers of the largest map, and affinity [b, n, n]: attention of its patches to each
+    other, likewise. Gradients reach the model through all."""
 
     rows: Sequence[int]
     captions: Sequence[str]

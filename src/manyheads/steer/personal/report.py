@@ -20,8 +20,8 @@ ROWS = (
     ("kept", "other drawings right", True, "as the judge of digits reads them; more is better"),
 )
 NOTES = (
-    "Without is the model that knows the subjects' words as the words that they begin as, and has learnt nothing. Plain "
-    "is fine-tuning of the same parameters for as many steps on the same batches by the velocity's error alone.",
+    "Without is the model that knows the subjects' words as the words that they begin as, and has learnt nothing. "
+    "Plain is fine-tuning of the same parameters for as many steps on the same batches by the velocity's error alone.",
     "All drawings begin with the same noise. Figures are of this run: a claim needs several seeds.",
 )
 
