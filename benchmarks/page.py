@@ -150,8 +150,8 @@ DRAWING = (
 )
 DRAWING_UNET = "`python benchmarks/steer_diffusion.py --model unet`: as above, on the packaged UNet."
 PERSONAL = (
-    "`python benchmarks/personalise.py`: the packaged `dit` taught a faint digit and a barred one from four pictures, "
-    "each form of `manyheads steer personalise` as released beside plain fine-tuning of the same parameters on the same "
+    "`python benchmarks/personalise.py`: the packaged `dit` taught a faint digit and a barred one from four "
+    "pictures, each form of `manyheads steer personalise` as released beside plain fine-tuning of the same parameters on the same "
     "batches; means of three seeds. A claim shows where the change is beyond twice its standard error; other captions "
     "where they are not drawn worse by as much."
 )
