@@ -21,9 +21,10 @@ BUDGETS: list[dict[str, Any]] = [{"compression_ratio": 0.5}, {"budget_tokens": 1
 
 
 def cases() -> list[Any]:
-    found = [pytest.param(cls, own | some, id=f"{cls.__name__}-{next(iter(some))}") for cls, own in SMALL.items()
-             for some in BUDGETS]  # fmt: skip
-    return [*found, pytest.param(MoA, {"rule": (3, 0.2), "sink_size": 1}, id="MoA")]
+    """A ratio of one row, and a number of entries in two rows of which one is padded."""
+    found = [pytest.param(cls, own | some, rows, id=f"{cls.__name__}-{next(iter(some))}-{rows}")
+             for cls, own in SMALL.items() for rows, some in enumerate(BUDGETS, 1)]  # fmt: skip
+    return [*found, *(pytest.param(MoA, {"rule": (3, 0.2), "sink_size": 1}, rows, id=f"MoA-{rows}") for rows in (1, 2))]
 
 
 def padded(rows: int, length: int) -> Tensor:
@@ -36,8 +37,7 @@ def slots(cache: Any) -> list[dict[tuple[int, int], list[int]]]:
     return [held(layer) for layer in cache.layers]
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize(("cls", "settings"), cases())
+@pytest.mark.parametrize(("cls", "settings", "rows"), cases())
 def test_what_follows_the_context_stays(cls: type[Policy], settings: dict[str, Any], rows: int) -> None:
     model = tiny("llama")
     tokens, padding = prompt(rows, ENDS[-1]), padded(rows, ENDS[-1])

@@ -28,7 +28,7 @@ POLICIES: list[Policy] = [
     Duo(gates=[[0.9, 0.1], [0.2, 0.8], [0.3, 0.4]], sink_size=2, recent_size=4, compression_ratio=0.5),
     Duo(gates=[[0.9, 0.1], [0.2, 0.8], [0.3, 0.4]], sink_size=2, recent_size=3, budget_tokens=7),
 ]
-ENDS = [14, 15, 16, 17, 18, 22, 23, 24, 25, 26]
+ENDS = [14, 15, 16, 17, 21, 22, 23]
 
 
 def name(policy: Policy) -> str:
@@ -36,19 +36,19 @@ def name(policy: Policy) -> str:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=name)
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_logits_are_those_of_a_dense_cache_with_the_same_mask(family: str, policy: Policy) -> None:
-    check(family, policy, ENDS, padding_of(2, 26, [0, 5]))
+    check(family, policy, ENDS, padding_of(2, 23, [0, 5]))
 
 
 @pytest.mark.parametrize("family", [own for own in FAMILIES if own not in ("gpt2", "gpt_neox")])
 def test_every_family(family: str) -> None:
-    check(family, TOVA(budget_tokens=5), ENDS, padding_of(2, 26, [0, 5]))
+    check(family, TOVA(budget_tokens=5), ENDS, padding_of(2, 23, [0, 5]))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_families_without_grouped_heads(family: str) -> None:
-    check(family, SnapKV(budget_tokens=6, window_size=2, allocation=AdaKV()), ENDS, padding_of(2, 26, [0, 5]))
+    check(family, SnapKV(budget_tokens=6, window_size=2, allocation=AdaKV()), ENDS, padding_of(2, 23, [0, 5]))
 
 
 @dataclass(kw_only=True)
@@ -66,11 +66,11 @@ class Scattered(Policy):
         return (mean[:, None] * torch.tensor(spread) / 1.5).long()
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_policies_paddings_and_call_patterns(seed: int) -> None:
     draw = random.Random(seed)
     family = draw.choice(["llama", "gemma2", "qwen2", "gpt2"])
-    length = draw.randint(12, 30)
+    length = draw.randint(12, 24)
     cuts = sorted(draw.sample(range(1, length), draw.randint(1, length - 2)))
     budget: dict[str, Any] = draw.choice(
         [{"compression_ratio": draw.random()}, {"budget_tokens": draw.randint(1, 9)}, {"budget_bytes": 9000}]
@@ -102,7 +102,7 @@ def check(family: str, policy: Policy, ends: list[int], padding: Tensor) -> None
 @pytest.mark.parametrize("policy", POLICIES[:4], ids=name)
 def test_rows_of_a_batch_do_not_touch_each_other(policy: Policy) -> None:
     model = tiny("llama")
-    tokens, padding = prompt(2, 26), padding_of(2, 26, [0, 5])
+    tokens, padding = prompt(2, 23), padding_of(2, 23, [0, 5])
     policy.interval = 1
     both = feed(model, policy.make_cache(model), tokens, padding, ENDS)
     alone = feed(model, policy.make_cache(model), tokens[1:, 5:], padding[1:, 5:], [end - 5 for end in ENDS])

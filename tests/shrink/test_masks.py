@@ -118,7 +118,8 @@ def talk(model: Any, cache: Any) -> Tensor:
 def test_a_turn_that_hides_tokens_of_an_earlier_one(family: str) -> None:
     model = tiny(family)
     wanted = talk(model, DynamicCache(config=model.config))
-    for policy in COVERING:
+    # What a family does to masks is the same for all: with and without windows every policy is asked.
+    for policy in COVERING if family in ("llama", "gemma2") else (COVERING[0], COVERING[-1]):
         torch.testing.assert_close(talk(model, policy.make_cache(model)), wanted, atol=1e-5, rtol=1e-5)
         release(model)
 

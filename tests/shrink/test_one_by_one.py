@@ -35,19 +35,19 @@ def decoded(policy: Policy, family: str, rows: int) -> tuple[Tensor, list[Any]]:
     model = tiny(family)
     # No token twice: equal keys have equal norms, and which of them leaves is nobody's promise.
     draw = torch.Generator().manual_seed(5)
-    tokens = torch.stack([torch.randperm(model.config.vocab_size, generator=draw)[:45] for _ in range(rows)])
+    tokens = torch.stack([torch.randperm(model.config.vocab_size, generator=draw)[:34] for _ in range(rows)])
     cache = policy.make_cache(model)
     logits, held = [], []
     with torch.no_grad():
-        for start, stop in pairwise([0, *range(15, 26), *range(30, 46)]):
+        for start, stop in pairwise([0, *range(15, 22), *range(26, 35)]):
             logits.append(model(tokens[:, start:stop], past_key_values=cache).logits)
             groups = [group for layer in cache.layers for group in layer.store.groups]
             held.append([own.slots().expand(rows, len(own.heads), -1).sort(-1).values.tolist() for own in groups])
     return torch.cat(logits, 1), held
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+# Projections apart or in one matrix are nothing to a cache: each family has its number of rows.
+@pytest.mark.parametrize(("family", "rows"), [("llama", 1), ("phi3", 3)])
 @pytest.mark.parametrize("policy", POLICIES, ids=name)
 def test_it_is_what_the_general_way_gives(
     policy: Policy, family: str, rows: int, monkeypatch: pytest.MonkeyPatch

@@ -41,17 +41,25 @@ class Windows:
         """Whether every query, and every key, is a cell."""
         return bool((self.queries >= 0).all()), bool((self.keys >= 0).all())
 
-    @cached_property
+    @property
     def blocked(self) -> Tensor | None:
         """[w, 1, s, t] to be added to scores, -inf where a pair does not meet; None where all do. Queries that are no
         cells, which nobody reads, may see everything, so that nothing is NaN."""
+        # Traced, nothing is kept: before Python 3.12 cached_property takes a lock, at which the graph would break.
+        return self._blocking() if torch.compiler.is_compiling() else self._kept_blocking
+
+    @cached_property
+    def _kept_blocking(self) -> Tensor | None:
         with torch.inference_mode(False):
-            allowed = _meeting(self)
-            if allowed is None:
-                return None
-            allowed = allowed.expand(-1, self.queries.shape[1], -1)
-            forbidden = ~(allowed | ~allowed.any(-1, keepdim=True))
-            return torch.zeros(forbidden.shape, device=forbidden.device).masked_fill(forbidden, -torch.inf)[:, None]
+            return self._blocking()
+
+    def _blocking(self) -> Tensor | None:
+        allowed = _meeting(self)
+        if allowed is None:
+            return None
+        allowed = allowed.expand(-1, self.queries.shape[1], -1)
+        forbidden = ~(allowed | ~allowed.any(-1, keepdim=True))
+        return torch.zeros(forbidden.shape, device=forbidden.device).masked_fill(forbidden, -torch.inf)[:, None]
 
 
 class Axis(NamedTuple):

@@ -206,13 +206,22 @@ def library_text() -> str:
 
 def _sources(wanted: Callable[[int], bool], most: int) -> str:
     """Files of the standard library by their number in the order of their names, cut to so many characters."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root, paths = _library_files()
     texts, size = [], 0
-    for number, path in enumerate(sorted(root.rglob("*.py"))):
-        if size > most or not wanted(number) or _SKIPPED & set(path.relative_to(root).parts):
+    for number, path in enumerate(paths):
+        if size > most:
+            break
+        if not wanted(number) or _SKIPPED & set(path.relative_to(root).parts):
             continue
         data = path.read_bytes()
         if data.isascii():
             texts.append(data.decode())
             size += len(data)
     return "\n".join(texts)[:most]
+
+
+@lru_cache(maxsize=1)
+def _library_files() -> tuple[Path, list[Path]]:
+    """The standard library's folder, and what it holds in the order of the names: thousands of files, walked once."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return root, sorted(root.rglob("*.py"))
