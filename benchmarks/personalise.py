@@ -2,8 +2,9 @@
 
 `python benchmarks/personalise.py [forms] [--model unet]`, `--missing` to go on where a run stopped: four pictures, each
 with a faint digit and a barred one (`manyheads.tasks.marked_digits`), and three seeds, each with digits, pictures and
-noise of its own. Every form of `manyheads steer personalise` with the weights of its released code, beside plain fine-tuning of the same
-parameters on the same batches. A claim shows where the change is beyond twice its standard error over the seeds.
+noise of its own. Every form of `manyheads steer personalise` with the weights of its released code, beside plain
+fine-tuning of the same parameters on the same batches. A claim shows where the change is beyond twice its standard
+error over the seeds.
 """
 
 from __future__ import annotations
