@@ -40,7 +40,7 @@ DIGITS = ((7, 4), (3, 6), (9, 2))
 # Rows of the catalogue; of a form whose subjects are things, each begins as its digit, else as the word before it.
 NUMBERS = {"disendiff": 17, "attencraft": 202, "mcpl": 222, "dreamtext": 392}
 MODIFIED = ("disendiff",)
-# By the released margin of 0.1, and by none at all, some picture's first masks are empty, and are refused: these models'
+# By the released margin of 0.1, and by none at all, some picture's first masks are empty and refused: these models'
 # maps say less of a thing than Stable Diffusion's. By this one masks overlap a little.
 ARGUMENTS: dict[str, dict[str, Any]] = {"attencraft": {"threshold": -0.05}}
 # Of each claim: its measure, and whether it is to fall.
