@@ -41,13 +41,14 @@ from manyheads.steer.diffusion import (
     space_time,
     until,
 )
-from manyheads.steer.diffusion.attencraft import concept_masks
 from manyheads.steer.diffusion.common import on_patches
+from manyheads.steer.personal.attencraft import concept_masks
 from manyheads.tasks.two_digits import CELL, CELLS, SIZE, cell_of, draw_scene, read_caption, reading, shown
 
 WRITES = ("steer_diffusion", "steer_diffusion_unet")
 MEASURES = (
     "src/manyheads/steer/diffusion",
+    "src/manyheads/steer/personal/attencraft.py",
     "src/manyheads/bundled/dit",
     "src/manyheads/bundled/unet",
     "src/manyheads/models/flow.py",
@@ -354,7 +355,7 @@ def masks_found(count: int) -> list[dict[str, Any]]:
         assert cells is not None
         grid = on_patches("masks", torch.stack([mask(cell) for cell in cells]), near.shape[0])
         for score, affinity in zip(scores, (torch.eye(len(near)), near), strict=True):
-            found = concept_masks(cross[:, words].T, affinity)
+            found = concept_masks(cross[:, [*words, 0]].T, affinity)[:-1]
             score.append(float(((found & grid).sum(1) / (found | grid).sum(1)).mean()))
     return [
         row(

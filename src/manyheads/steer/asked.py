@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, get_args, get_type_hints
+from typing import Any, Protocol, TypeVar, get_args, get_type_hints
 
 from manyheads.near import suggest
 from manyheads.runs.given import shown
@@ -15,9 +15,30 @@ from manyheads.steer.method import Method, method
 _MOST = 10_000
 
 
+class Declared(Protocol):
+    """An intervention, or a form of training: its name, what it takes, and whose signature says of what type."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def arguments(self) -> dict[str, Any]: ...
+
+    @property
+    def open(self) -> Callable[..., Any]: ...
+
+
+D = TypeVar("D", bound=Declared)
+
+
 def parse(text: str) -> tuple[Method, dict[str, Any]]:
-    """The intervention and its arguments in their own types. A comma parts arguments only where `key=` follows, so that
-    lists need no quotes; a head 3.10 stays a head, and is no number."""
+    """The intervention and its arguments in their own types."""
+    return parse_as(text, method)
+
+
+def parse_as(text: str, find: Callable[[str], D]) -> tuple[D, dict[str, Any]]:
+    """What `find` finds by its name, and its arguments in their own types. A comma parts arguments only where `key=`
+    follows, so that lists need no quotes; a head 3.10 stays a head, and is no number."""
     found = re.fullmatch(r"\s*([\w.-]+)\s*(?:\[(.*)\])?\s*", text[:_MOST], re.DOTALL)
     if found is None or len(text) > _MOST:
         raise ValueError(f"{shown(text)!r} is no intervention; want NAME or NAME[key=value,key=value]")
@@ -29,11 +50,11 @@ def parse(text: str) -> tuple[Method, dict[str, Any]]:
         if key.strip() in typed:
             raise ValueError(f"{shown(text)!r}: {key.strip()!r} is there twice; give it once")
         typed[key.strip()] = value.strip()
-    chosen = method(found[1])
+    chosen = find(found[1])
     return chosen, arguments(chosen, typed)
 
 
-def arguments(chosen: Method, typed: Mapping[str, str]) -> dict[str, Any]:
+def arguments(chosen: Declared, typed: Mapping[str, str]) -> dict[str, Any]:
     """What was typed, read as the types that the intervention's own signature says."""
     known, hints = chosen.arguments, get_type_hints(chosen.open)
     for key in typed:

@@ -17,15 +17,16 @@ from manyheads.runs.given import parse_json, read_text
 
 MOST_TEXT = 1_000_000
 MOST_NEW, MOST_STEPS = 512, 200
+MOST_TRAINED = 100_000
 MOST_RECORD = 100_000_000
 PAGE, DATA = "steer.html", "steer.json"
 
 
 class Default(TyperGroup):
-    """`steer MODEL ...` is `steer run MODEL ...`; only `list` has to be named."""
+    """`steer MODEL ...` is `steer run MODEL ...`; the others have to be named."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args[:1] not in (["list"], ["run"]):
+        if args[:1] not in (["list"], ["run"], ["personalise"]):
             args = ["run", *args]
         return list(super().parse_args(ctx, args))
 
@@ -49,7 +50,12 @@ def list_(
     rows = [facts(method) for method in methods(kind)]
     if as_json:
         return typer.echo(json.dumps(rows, indent=2))
-    return _print_list(rows)
+    _print_list(rows)
+    if kind not in (None, "diffusion"):
+        return None
+    from manyheads.steer.personal.form import forms
+
+    return _print_forms(forms())
 
 
 def facts(method: Any) -> dict[str, Any]:
@@ -129,6 +135,56 @@ def run(
         return typer.echo(json.dumps({"files": files, **stored}, indent=1))
     _print(record, shown)
     return typer.echo(f"\npage: {page}")
+
+
+@steer.command("personalise", epilog="Which forms there are: `manyheads steer list --kind diffusion`.")
+def personalise(
+    model: Annotated[str, typer.Argument(help="A model that draws: dit, unet, or the folder of one.")],
+    with_: Annotated[str, typer.Option("--with", help="The form: NAME, or NAME\\[weight=0.1].")],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to learn from; may be repeated.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="A folder: NAME.png, its caption NAME.txt, a mask NAME.WORD.png.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="The caption of pictures that have no NAME.txt.")] = None,
+    subject: Annotated[
+        list[str] | None, typer.Option(help="A word to learn: NEW=KNOWN begins as that; may be repeated.")
+    ] = None,
+    draw: Annotated[list[str] | None, typer.Option(help="A caption that all sides draw; may be repeated.")] = None,
+    steps: Annotated[int, typer.Option(min=1, max=MOST_TRAINED, help="Steps of training.")] = 200,
+    rate: Annotated[float | None, typer.Option(help="The learning rate; the form's own by default.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of batches and noise.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the model, personalised.json and .html.")] = Path(
+        "personalised"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Teach a model that draws a subject from a few pictures, beside plain fine-tuning; what is made opens by --out."""
+    from manyheads.hosts.loading import load_any
+    from manyheads.runs.environment import environment
+    from manyheads.steer.asked import parse_as
+    from manyheads.steer.personal.form import form
+    from manyheads.steer.personal.report import table, write_report
+    from manyheads.steer.personal.run import DATA, PAGE, begun, check_out, personalised, save
+    from manyheads.steer.personal.subjects import listed
+    from manyheads.steer.personal.training import Plan
+
+    chosen, arguments = parse_as(with_, form)
+    check_out(out, model)
+    words = [own.partition("=")[0].strip().lower() for own in subject or ()]
+    files = [*(image or ()), *(listed(images, words) if images is not None else ())]
+    loaded = load_any(model)
+    base, album = begun(loaded, files, subject or (), text)
+    record, made = personalised(base, album, chosen, arguments, Plan(steps, rate=rate, seed=seed), draw=draw or ())
+    record = {"model": {"name": loaded.name, "class": type(base).__name__}, **record}
+    record |= {"environment": environment(), "created": _now()}
+    save(record, made, out, write_report)
+    if as_json:
+        return typer.echo(read_text(out / DATA, most=MOST_RECORD))
+    from manyheads.runs.tables import rich_table
+
+    columns, lines = table(record)
+    _console().print(rich_table(columns, lines, range(len(columns))))
+    return typer.echo(f'\npage: {out / PAGE}\ndraws as: manyheads explain {out} --text "{album.captions[0]}"')
 
 
 @dataclass(frozen=True)
@@ -261,6 +317,20 @@ def _print_list(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             row["name"], ", ".join(row["kinds"]), ", ".join(row["towers"]), escape(own), row["title"], row["source"]
         )
+    _console().print(table)
+
+
+def _print_forms(found: Sequence[Any]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="steer personalise: forms of training", box=SIMPLE_HEAD, padding=(0, 1))
+    for header in ("name", "arguments", "what it does", "source"):
+        table.add_column(header, no_wrap=header == "name")
+    for form in found:
+        own = ", ".join(f"{name}={value}" for name, value in form.arguments.items())
+        table.add_row(form.name, escape(own), form.title, form.source)
     _console().print(table)
 
 

@@ -6,6 +6,7 @@ Shapes: r rows that are drawn together, c channels, n patches, m words of the ca
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +33,8 @@ KNOWN_AT, NOISES = (0.2, 0.4, 0.6, 0.8), 8
 @dataclass
 class Drawn:
     """pictures [steps + 1, r, c, height, width]; the caption's own attention: words [steps, m, n] on average over
-    layers and heads, layers: (kind, layer) -> [n, m or n] on average over steps and heads; milliseconds of a step, and
-    rows that went through the model in one."""
+    layers and heads (of smaller maps each patch repeated), layers: (kind, layer) -> [n, m or n] on average over steps
+    and heads; milliseconds of a step, and rows that went through the model in one."""
 
     rows: Rows
     pictures: list[Tensor] = field(default_factory=list)
@@ -79,7 +80,7 @@ def steered_drawing(
         },
         "drawing": {"caption": drawing.caption, "steps": drawing.steps, "seed": drawing.seed, "wanted": wanted}
         | {"guidance": drawing.guidance, "captions": list(given.rows.captions)},
-        "pictures": {"without": _rounded(plain.pictures[-1]), "with": _rounded(given.pictures[-1])},
+        "pictures": {"without": rounded(plain.pictures[-1]), "with": rounded(given.pictures[-1])},
         "path": {"without": _path(plain), "with": _path(given)},
         "difference": difference(plain.pictures[-1][:1], given.pictures[-1][:1]),
         "known": known,
@@ -191,7 +192,10 @@ class _Ear:
             self.words.setdefault(self.model.step.index, []).append(mean.T)
 
     def told(self, steps: int) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
-        words = torch.stack([torch.stack(self.words[step]).mean(0) for step in range(steps)])
+        most = max(own.shape[1] for maps in self.words.values() for own in maps)
+        words = torch.stack(
+            [torch.stack([_enlarged(own, most) for own in self.words[step]]).mean(0) for step in range(steps)]
+        )
         return words, {place: torch.stack(own).mean(0) for place, own in self.layers.items()}
 
 
@@ -199,6 +203,16 @@ def difference(one: Tensor, two: Tensor) -> dict[str, float]:
     """Root mean square over pixels from -1 to 1, and the share of pixels that are seen to change."""
     change = (two - one).double()
     return {"rms": float(change.square().mean().sqrt()), "pixels": float((change.abs() > SEEN).double().mean())}
+
+
+def _enlarged(maps: Tensor, patches: int) -> Tensor:
+    """[m, n] of square maps, each patch repeated up to so many, whose weights are then those of the patch: a UNet's
+    smaller maps beside its largest."""
+    small, large = math.isqrt(maps.shape[1]), math.isqrt(patches)
+    if small == large:
+        return maps
+    grid = maps.unflatten(1, (small, small))
+    return grid.repeat_interleave(large // small, 1).repeat_interleave(large // small, 2).flatten(1)
 
 
 @torch.no_grad()
@@ -237,7 +251,7 @@ def _words(model: Any, drawing: Drawing, plain: Drawn, given: Drawn) -> list[dic
                 "word": model.config.words[number],
                 "share": {side: float(own.mean()) for side, own in maps.items()},
                 "moved": float((after - before).abs().sum() / 2),
-                "maps": {side: _rounded(own) for side, own in maps.items()},
+                "maps": {side: rounded(own) for side, own in maps.items()},
             }
         )
     return rows
@@ -288,7 +302,7 @@ def _point(
     model knows the picture, whatever caption."""
     known = _known(model, own, captions)
     found = {"value": value, **difference(plain.pictures[-1][:1], own.pictures[-1][:1]), "known": known}
-    found |= {"lost": known["none"] - before["none"], "picture": _rounded(own.pictures[-1][:1])}
+    found |= {"lost": known["none"] - before["none"], "picture": rounded(own.pictures[-1][:1])}
     if "wanted" in known:
         found["gained"] = (before["wanted"] - before["caption"]) - (known["wanted"] - known["caption"])
     return found
@@ -298,8 +312,8 @@ def _path(own: Drawn) -> list[Any]:
     """The drawing at about eight of its steps, the last one the end."""
     steps = len(own.pictures) - 1
     chosen = sorted({round(i * steps / min(8, steps)) for i in range(min(8, steps) + 1)})
-    return [{"step": step, "picture": _rounded(own.pictures[step][0])} for step in chosen]
+    return [{"step": step, "picture": rounded(own.pictures[step][0])} for step in chosen]
 
 
-def _rounded(values: Tensor) -> Any:
+def rounded(values: Tensor) -> Any:
     return np.round(values.detach().double().cpu().numpy(), 4).tolist()

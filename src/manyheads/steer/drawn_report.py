@@ -191,7 +191,7 @@ def _heat(values: Sequence[float], most: float) -> Any:
     return np.asarray(values).reshape(1, side, -1) / max(most, 1e-12) * 2 - 1
 
 
-def _grid_html(head: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
+def grid_html(head: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]]) -> str:
     top = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *head))
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
@@ -208,7 +208,7 @@ def _drawings_html(record: Mapping[str, Any]) -> str:
         both = [picture_html(record["pictures"][side][row], f"{caption}, {side}", 200) for side in SIDES]
         lines.append((caption, both))
     items = "".join(f"<li>{escape(line)}</li>" for line in headline(record))
-    return f'{_grid_html(SIDES, lines)}<div class="answer"><ul>{items}</ul></div>'
+    return f'{grid_html(SIDES, lines)}<div class="answer"><ul>{items}</ul></div>'
 
 
 def _path_html(record: Mapping[str, Any]) -> str:
@@ -217,7 +217,7 @@ def _path_html(record: Mapping[str, Any]) -> str:
         (side, [picture_html(own["picture"], f"before step {own['step']}, {side}", 64) for own in record["path"][side]])
         for side in SIDES
     ]
-    return _grid_html(steps, lines)
+    return grid_html(steps, lines)
 
 
 def _maps_html(record: Mapping[str, Any]) -> str:
@@ -228,14 +228,14 @@ def _maps_html(record: Mapping[str, Any]) -> str:
             most = max(max(row["maps"][each]) for each in SIDES)
             cells.append(picture_html(_heat(row["maps"][side], most), f"{row['word']}, {side}", 96))
         lines.append((side, cells))
-    return _grid_html([row["word"] for row in record["words"]], lines)
+    return grid_html([row["word"] for row in record["words"]], lines)
 
 
 def _sweep_html(record: Mapping[str, Any]) -> str:
     own = record["sweep"]
     names = [f"{point['value']}" for point in own["points"]]
     cells = [picture_html(point["picture"][0], f"{own['argument']}={point['value']}", 96) for point in own["points"]]
-    return _grid_html(names, [(own["argument"], cells)])
+    return grid_html(names, [(own["argument"], cells)])
 
 
 # -- charts ------------------------------------------------------------------------------------------------------------

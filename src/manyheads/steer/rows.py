@@ -11,7 +11,7 @@ from manyheads.steer.method import method
 @dataclass(frozen=True)
 class Row:
     """names: of `manyheads steer`. elsewhere: modules, a mechanism or a study by their names. left: why it is not here,
-    or what of it is not."""
+    or what of it is not. trained: forms of `manyheads steer personalise`."""
 
     number: int
     paper: str
@@ -19,12 +19,12 @@ class Row:
     names: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
     left: str = ""
+    trained: tuple[str, ...] = ()
 
 
-TRAINED = "losses and masks for training; no training of a diffusion model is in the command"
 ROWS = (
     Row(9, "2503.03321", "visual attention redistribution", ("redistribute",)),
-    Row(17, "2403.18551", "DisenDiff", (), ("manyheads.steer.diffusion.disendiff",), TRAINED),
+    Row(17, "2403.18551", "DisenDiff", (), (), "", ("disendiff",)),
     Row(29, "2411.15453", "VMTC and CMAI", ("clustered",), (), "the equations are ours: the paper's abstract has none"),
     Row(30, "2411.19261", "isolation and reposition", ("isolate",), ("manyheads.steer.diffusion.isolate",),
         "references of several subjects, and reposition, are called from Python"),
@@ -45,10 +45,9 @@ ROWS = (
     Row(164, "2312.00878", "GEM", ("gem",), (), "maps are called from Python: word_maps(model, inputs)"),
     Row(173, "2407.21534", "ControlMLLM", ("control",)),
     Row(182, "2408.13987", "FocusICL", ("focus_icl",)),
-    Row(202, "2405.17965", "AttenCraft", (), ("manyheads.steer.diffusion.attencraft",), TRAINED),
+    Row(202, "2405.17965", "AttenCraft", (), (), "", ("attencraft",)),
     Row(220, "2506.14224", "GridToM", ("push",)),
-    Row(222, "2310.12274", "MCPL", (), ("manyheads.steer.diffusion.masked_loss",),
-        "the masked loss; its contrastive loss of prompts could not be read"),
+    Row(222, "2310.12274", "MCPL", (), (), "", ("mcpl",)),
     Row(265, "2412.03632", "MV-Adapter", ("multi_view",), (), "untrained: the branches are the base's own"),
     Row(285, "2401.12264", "CoAVT", (), (),
         "left out: the abstract names a query encoder and three losses, its equations and masks could not be read; no "
@@ -68,7 +67,8 @@ ROWS = (
     Row(375, "2410.05963", "VL-SAM", (), (),
         "left out: the rule that keeps its attention flow from collapse could not be read"),
     Row(376, "2410.18977", "MotionCLR", ("edit_words", "borrow_maps")),
-    Row(392, "2405.14701", "DreamText", (), ("manyheads.steer.diffusion.dreamtext",), TRAINED),
+    Row(392, "2405.14701", "DreamText", (), (), "its recogniser of text and its label encoder, trained models both",
+        ("dreamtext",)),
     Row(397, "2211.12572", "plug-and-play features", ("plug_and_play",), ("manyheads.steer.diffusion.plug_and_play",),
         "features of a residual branch are named from Python"),
     Row(418, "2406.15765", "heads chosen offline", ("calibrate",), ("manyheads.steer.calibrate",)),
@@ -80,9 +80,13 @@ def table() -> str:
     lines = ["| row | paper | by name | models | not here, or elsewhere |", "|---|---|---|---|---|"]
     for row in ROWS:
         found = [method(name) for name in row.names]
-        kinds = ", ".join(dict.fromkeys(kind for own in found for kind in own.kinds))
+        kinds = ", ".join(
+            dict.fromkeys([*(kind for own in found for kind in own.kinds), *["diffusion"] * len(row.trained)])
+        )
         where = ", ".join(f"`{name.removeprefix('manyheads.')}`" for name in row.elsewhere)
         rest = "; ".join(part for part in (where, row.left) if part)
-        names = ", ".join(f"`{name}`" for name in row.names)
+        names = ", ".join(
+            [*(f"`{name}`" for name in row.names), *(f"`personalise --with {own}`" for own in row.trained)]
+        )
         lines.append(f"| {row.number} | {row.title}, {row.paper} | {names} | {kinds} | {rest} |")
     return "\n".join(lines)

@@ -64,9 +64,8 @@ def draw_scene(caption: str, rng: np.random.Generator, held_out: bool = False) -
     if cells is None:
         cells = tuple(RELATIONS.values())[rng.integers(4)][: len(scene.digits)]
     for digit, cell in zip(scene.digits, cells, strict=True):
-        pool = _pools()[held_out][digit]
         row, column = CELLS[cell]
-        picture[row : row + CELL, column : column + CELL] = pool[rng.integers(len(pool))]
+        picture[row : row + CELL, column : column + CELL] = glyph(digit, rng, held_out)
     return picture
 
 
@@ -74,6 +73,13 @@ def batch(rng: np.random.Generator, size: int) -> tuple[Tensor, list[str]]:
     """Pictures [size, 1, 16, 16] and their captions."""
     captions = [draw_caption(rng) for _ in range(size)]
     return torch.from_numpy(np.stack([draw_scene(caption, rng) for caption in captions]))[:, None], captions
+
+
+def glyph(digit: int, rng: np.random.Generator, held_out: bool = False) -> np.ndarray:
+    """One of the digit's images [8, 8] from -1 to 1."""
+    pool = _pools()[held_out][digit]
+    own: np.ndarray = pool[rng.integers(len(pool))]
+    return own
 
 
 @cache
@@ -100,7 +106,12 @@ def cell_of(pictures: Tensor, cell: str) -> Tensor:
 
 def reading(pictures: Tensor) -> dict[str, list[int]]:
     """Cell -> the digit that each picture shows there, or NOTHING."""
-    return {cell: _classifier()(cell_of(pictures, cell).clamp(-1, 1)) for cell in CELLS}
+    return {cell: read_cells(cell_of(pictures, cell).clamp(-1, 1)) for cell in CELLS}
+
+
+def read_cells(cells: Tensor) -> list[int]:
+    """[b, 8, 8] -> the digit that each shows, or NOTHING."""
+    return _classifier()(cells)
 
 
 def shown(pictures: Tensor, captions: Sequence[str]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ Shapes: b pictures, h heads, n patches (a square), m words.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,7 +28,12 @@ def word_maps(
         raise ValueError(
             f"word_maps: maps have sides {', '.join(map(str, sides))}; say by side= which ones, not {side}"
         )
-    own = [call.weights().mean(1) for call, there in zip(calls, sides, strict=True) if side in (None, there)]
+    return mean_map(calls, sides[0] if side is None else side)
+
+
+def mean_map(calls: Iterable[Any], side: int) -> Tensor:
+    """Attention of the calls over side x side patches, averaged over heads and layers, [b, n, m]."""
+    own = [call.weights().mean(1) for call in calls if call.query.shape[2] == side**2]
     return torch.stack(own).mean(0)
 
 
