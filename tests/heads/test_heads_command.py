@@ -94,7 +94,7 @@ def test_no_needle_found_is_said(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_a_killed_run_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path, folder: Path) -> None:
-    arguments = [folder, "--length", 192, "--steps", 100, "--measure", "echo,gates", "--out", tmp_path / "out"]
+    arguments = [folder, "--length", 128, "--steps", 100, "--measure", "echo,gates", "--out", tmp_path / "out"]
     process = Program("-m", "manyheads", "heads", *arguments)
     partial = tmp_path / "out" / "gates.partial.safetensors"
     end = time.monotonic() + 300
@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert process.wait() == -signal.SIGKILL
     assert list(Profile.load(tmp_path / "out").scores) == ["echo", "induction"]
     progress: list[int] = []
-    watched = command.Study(str(folder), tmp_path / "out", length=192, steps=100, progress=Watched(progress))
+    watched = command.Study(str(folder), tmp_path / "out", length=128, steps=100, progress=Watched(progress))
     watched.run(["echo", "gates"])
     assert progress[0] > 10
     assert progress[-1] == 100
@@ -175,8 +175,11 @@ def saved(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
-def test_short_memory_halves_the_length(error: Exception) -> None:
+def test_short_memory_halves_the_length(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of a try is collected before the next; here that would look through thousands of tests."""
     notes: list[str] = []
+    collected: list[int] = []
+    monkeypatch.setattr("manyheads.runs.memory.gc.collect", lambda: collected.append(len(notes)))
 
     def measure(length: int) -> str:
         if length > 200:
@@ -185,6 +188,7 @@ def test_short_memory_halves_the_length(error: Exception) -> None:
 
     assert within_memory(measure, 512, notes.append) == ("done", 128)
     assert notes == ["out of memory: again with 256 tokens", "out of memory: again with 128 tokens"]
+    assert collected == [0, 1]
     with pytest.raises(ValueError, match="out of memory even with 100 tokens"):
         within_memory(lambda length: measure(300), 100)
 

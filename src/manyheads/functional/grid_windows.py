@@ -58,17 +58,25 @@ class Windows:
         """Of so many cells, what `_places` says."""
         return {}
 
-    @cached_property
+    @property
     def blocked(self) -> Tensor | None:
         """[w, 1, s, t] to be added to scores, -inf where a pair does not meet; None where all do. Queries that are no
         cells, which nobody reads, may see everything, so that nothing is NaN."""
+        # Traced, nothing is kept: before Python 3.12 cached_property takes a lock, at which the graph would break.
+        return self._blocking() if torch.compiler.is_compiling() else self._kept_blocking
+
+    @cached_property
+    def _kept_blocking(self) -> Tensor | None:
         with torch.inference_mode(False):
-            allowed = _meeting(self)
-            if allowed is None:
-                return None
-            allowed = allowed.expand(-1, self.queries.shape[1], -1)
-            forbidden = ~(allowed | ~allowed.any(-1, keepdim=True))
-            return torch.zeros(forbidden.shape, device=forbidden.device).masked_fill(forbidden, -torch.inf)[:, None]
+            return self._blocking()
+
+    def _blocking(self) -> Tensor | None:
+        allowed = _meeting(self)
+        if allowed is None:
+            return None
+        allowed = allowed.expand(-1, self.queries.shape[1], -1)
+        forbidden = ~(allowed | ~allowed.any(-1, keepdim=True))
+        return torch.zeros(forbidden.shape, device=forbidden.device).masked_fill(forbidden, -torch.inf)[:, None]
 
 
 class Axis(NamedTuple):
@@ -306,9 +314,9 @@ def attend_windows(
     as in a padded convolution; else they are no keys. Memory grows with n t. Rows with nothing to attend to are zero.
     """
     (b, h, n, _), m = q.shape, k.shape[2]
-    whole = (False, False) if torch.compiler.is_compiling() else windows.whole
-    queries = _cut(q, windows.queries, None if whole[0] else windows.query_rows)
-    keys, values = (_cut(part, windows.keys, None if whole[1] else windows.key_rows) for part in (k, v))
+    asking, read = _behind(windows)
+    queries = _cut(q, windows.queries, asking)
+    keys, values = (_cut(part, windows.keys, read) for part in (k, v))
     added = bias(queries) if callable(bias) else None if bias is None else bias.repeat(b, 1, 1)[None]
     if need_weights or keys.shape[2] < FEW_KEYS or real is not None:
         allowed = None if zero_outside and windows.allowed is None else _meeting(windows)
@@ -325,6 +333,14 @@ def attend_windows(
     if inner is None:
         return output, None
     return output, whole_weights(inner.unflatten(1, (b, h)).permute(1, 2, 0, 3, 4), windows, n, m)
+
+
+def _behind(windows: Windows) -> tuple[Tensor | None, Tensor | None]:
+    """For `_cut`, of queries and of keys; traced, nothing is kept, nor known of what is there."""
+    if torch.compiler.is_compiling():
+        return _behind_one(windows.queries), _behind_one(windows.keys)
+    whole = windows.whole
+    return None if whole[0] else windows.query_rows, None if whole[1] else windows.key_rows
 
 
 def _cut(x: Tensor, cells: Tensor, behind: Tensor | None) -> Tensor:

@@ -171,7 +171,8 @@ class LargeGT(Mechanism):
             self._split(self.k_g(book)),
             self._split(self.v_g(book[:, : self.global_dim])),
         )
-        count = torch.bincount(self.assigned, minlength=self.centroids)
+        # Not bincount, whose size is not known where a graph is traced.
+        count = self.assigned.new_zeros(self.centroids).index_add(0, self.assigned, torch.ones_like(self.assigned))
         scores = (self.dim**-0.5 * q @ k.mT).float() if known.dtype.itemsize < 4 else self.dim**-0.5 * q @ k.mT
         scores = scores + count.clamp(min=1).to(scores.dtype).log()
         mixed = masked_softmax(scores, (count > 0).expand(1, 1, 1, -1)).to(v.dtype) @ v

@@ -137,7 +137,9 @@ class PMAA(Mechanism):
     def _read(self, x: Tensor, real: Tensor | None) -> tuple[list[Tensor], list[Region]]:
         """The map at every scale, and what is real of it."""
         region: Region = (real, None if real is None else extent(real))
-        h, outputs, regions = shown(self.enter(x, real, real), real), list[Tensor](), list[Region]()
+        h = shown(self.enter(x, real, real), real)
+        outputs: list[Tensor] = []
+        regions: list[Region] = []
         for i, scale in enumerate(self.scales):
             before, reach = region
             if i and reach is not None:

@@ -135,7 +135,8 @@ class Combiner(SoftmaxAttention):
     def _by_row(self, q: Tensor, k: Tensor, v: Tensor, places: Tensor, regions: _Regions, count: Tensor) -> Tensor:
         """The queries of a row share their keys, its tokens and all summaries: matrix products, nothing gathered."""
         size, slots = self.block, torch.arange(self.block, device=q.device)
-        first = int(places.min()) // size
+        # Traced, places are no numbers yet: then rows before the first that is asked for are computed too.
+        first = 0 if torch.compiler.is_compiling() else int(places.min()) // size
         q, k, v = (F.pad(t, (0, 0, 0, -t.shape[2] % size)).unflatten(2, (-1, size)) for t in (q, k, v))
         own = torch.arange(q.shape[2], device=q.device)
         step, outs = max(1, BY_ROW // size), []
