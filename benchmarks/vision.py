@@ -23,6 +23,8 @@ from manyheads.testing import LargestTensor
 MEASURES = (
     "src/manyheads/mechanism.py",
     "src/manyheads/functional/grid_windows.py",
+    "src/manyheads/functional/grid_extents.py",
+    "src/manyheads/functional/grid_bias.py",
     "src/manyheads/functional/cells.py",
     "src/manyheads/functional/grid_scans.py",
     "src/manyheads/functional/edges.py",

@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from manyheads.functional.grid_bias import OffsetBias, OffsetLogits
+from manyheads.functional.grid_extents import extents, over_extents
 from manyheads.functional.grid_windows import (
     attend_windows,
     blocks,
-    extents,
     near,
-    over_extents,
     spread,
     windows_of,
     within_windows,
@@ -169,11 +168,21 @@ def test_a_bias_out_of_a_table():
         torch.testing.assert_close(found[:, s, t], bias.table[row * 5 + column])
 
 
-def test_logits_of_offsets():
+@pytest.mark.parametrize(("queries", "reach"), [(2, 4), (1, 3), (3, 3), (2, 7), (1, 1)])
+def test_logits_of_offsets(queries, reach):
     torch.manual_seed(0)
-    logits = OffsetLogits(4, 2, 4).double()
-    q = torch.randn(1, 4, 4).double()
+    logits = OffsetLogits(4, queries, reach).double()
+    q = torch.randn(2, queries**2, 3, 4).double().transpose(1, 2).requires_grad_()
+    index = torch.arange(reach) - torch.arange(queries)[:, None] + reach - 1
+    row, column = (
+        t.flatten(2, 3).flatten(0, 1) for t in torch.broadcast_tensors(index[:, None, :, None], index[None, :, None, :])
+    )
+    wanted = torch.einsum("bhsd,std->bhst", q, logits.height[row] + logits.width[column])
     found = logits(q)
-    for s, t in itertools.product(range(4), range(16)):
-        row, column = t // 4 - s // 2 + 3, t % 4 - s % 2 + 3
-        torch.testing.assert_close(found[0, s, t], q[0, s] @ (logits.height[row] + logits.width[column]))
+    torch.testing.assert_close(found, wanted)
+    assert found.is_contiguous()
+    like, leaves = torch.randn_like(wanted), [q, logits.height, logits.width]
+    torch.testing.assert_close(torch.autograd.grad(found, leaves, like), torch.autograd.grad(wanted, leaves, like))
+    for s, t in itertools.product(range(queries**2), range(reach**2)):
+        assert row[s, t] == t // reach - s // queries + reach - 1
+        assert column[s, t] == t % reach - s % queries + reach - 1

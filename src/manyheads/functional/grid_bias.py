@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -58,11 +59,18 @@ class OffsetLogits(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         """q [.., s, d] -> [.., s, t]"""
-        lag = torch.arange(self.reach, device=q.device) - torch.arange(self.block, device=q.device)[:, None]
-        lag = lag + self.reach - 1
-        each = q.unflatten(-2, (self.block, self.block))
-        rows = torch.einsum("...ijd,iad->...ija", each, self.height.to(q.dtype)[lag])
-        columns = torch.einsum("...ijd,jcd->...ijc", each, self.width.to(q.dtype)[lag])
-        # In their own order: else so would the sum be, which is t wide, and would have to be copied.
-        rows, columns = rows.contiguous(), columns.contiguous()
+        near = slice(self.reach - self.block, None)  # the offsets that occur
+        each = F.linear(q, torch.cat([self.height[near], self.width[near]]).to(q.dtype)).flatten(-2)
+        rows, columns = self._along(each)
         return (rows[..., :, None] + columns[..., None, :]).flatten(-2).flatten(-3, -2)
+
+    def _along(self, each: Tensor) -> tuple[Tensor, Tensor]:
+        """each [.., s w], w numbers of a query: those of the row offsets, then those of the column offsets -> both as
+        [.., queries, queries, reach], the ones that a key of each row, and of each column, stands at. Query i begins
+        block - 1 - i further on than it would, which is another step from query to query: views, without a copy."""
+        count, reach = self.block, self.reach
+        kinds = count + reach - 1
+        wide = 2 * kinds
+        lines = each[..., count - 1 :].unfold(-1, (count - 1) * wide + reach, count * wide - 1)[..., :count, :]
+        columns = each.unflatten(-1, (count, -1))[..., kinds + count - 1 :].unfold(-1, reach, wide - 1)
+        return lines.unfold(-1, reach, wide), columns[..., :count, :]

@@ -41,6 +41,23 @@ class Windows:
         """Whether every query, and every key, is a cell."""
         return bool((self.queries >= 0).all()), bool((self.keys >= 0).all())
 
+    @cached_property
+    def query_rows(self) -> Tensor:
+        """[w s], which row each query is behind one for what is no cell."""
+        with torch.inference_mode(False):
+            return _behind_one(self.queries)
+
+    @cached_property
+    def key_rows(self) -> Tensor:
+        """[w t], likewise."""
+        with torch.inference_mode(False):
+            return _behind_one(self.keys)
+
+    @cached_property
+    def kept_places(self) -> dict[int, Tensor]:
+        """Of so many cells, what `_places` says."""
+        return {}
+
     @property
     def blocked(self) -> Tensor | None:
         """[w, 1, s, t] to be added to scores, -inf where a pair does not meet; None where all do. Queries that are no
@@ -208,9 +225,16 @@ def _cells(axes: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 def gathered(x: Tensor, cells: Tensor) -> Tensor:
     """x [.., n, d], cells [w, s] -> [.., w, s, d], zeros where there is no cell."""
-    n = x.shape[-2]
-    padded = F.pad(x, (0, 0, 0, 1))
-    return padded.index_select(-2, torch.where(cells < 0, n, cells).flatten()).unflatten(-2, tuple(cells.shape))
+    return _behind_zeros(x).index_select(-2, _behind_one(cells)).unflatten(-2, tuple(cells.shape))
+
+
+def _behind_zeros(x: Tensor) -> Tensor:
+    """x [.., n, d] behind a row of zeros. PyTorch's padding writes all of it twice."""
+    return torch.cat([x.new_zeros(*x.shape[:-2], 1, x.shape[-1]), x], -2)
+
+
+def _behind_one(cells: Tensor) -> Tensor:
+    return (cells + 1).flatten()
 
 
 def put_back(parts: Tensor, windows: Windows, n: int) -> Tensor:
@@ -220,7 +244,17 @@ def put_back(parts: Tensor, windows: Windows, n: int) -> Tensor:
 
 def _places(windows: Windows, n: int) -> Tensor:
     """Where each of n cells stands among the queries of all windows, one behind the other."""
-    flat = windows.queries.flatten()
+    if torch.compiler.is_compiling():
+        return _found_places(windows.queries, n)
+    held = windows.kept_places
+    if n not in held:
+        with torch.inference_mode(False):
+            held[n] = _found_places(windows.queries, n)
+    return held[n]
+
+
+def _found_places(queries: Tensor, n: int) -> Tensor:
+    flat = queries.flatten()
     place = torch.arange(len(flat), device=flat.device)
     return place.new_zeros(n + 1).scatter(0, torch.where(flat < 0, n, flat), place)[:n]
 
@@ -280,9 +314,9 @@ def attend_windows(
     as in a padded convolution; else they are no keys. Memory grows with n t. Rows with nothing to attend to are zero.
     """
     (b, h, n, _), m = q.shape, k.shape[2]
-    whole = (False, False) if torch.compiler.is_compiling() else windows.whole
-    queries = _cut(q, windows.queries, whole[0])
-    keys, values = (_cut(part, windows.keys, whole[1]) for part in (k, v))
+    asking, read = _behind(windows)
+    queries = _cut(q, windows.queries, asking)
+    keys, values = (_cut(part, windows.keys, read) for part in (k, v))
     added = bias(queries) if callable(bias) else None if bias is None else bias.repeat(b, 1, 1)[None]
     if need_weights or keys.shape[2] < FEW_KEYS or real is not None:
         allowed = None if zero_outside and windows.allowed is None else _meeting(windows)
@@ -301,13 +335,22 @@ def attend_windows(
     return output, whole_weights(inner.unflatten(1, (b, h)).permute(1, 2, 0, 3, 4), windows, n, m)
 
 
-def _cut(x: Tensor, cells: Tensor, whole: bool) -> Tensor:
+def _behind(windows: Windows) -> tuple[Tensor | None, Tensor | None]:
+    """For `_cut`, of queries and of keys; traced, nothing is kept, nor known of what is there."""
+    if torch.compiler.is_compiling():
+        return _behind_one(windows.queries), _behind_one(windows.keys)
+    whole = windows.whole
+    return None if whole[0] else windows.query_rows, None if whole[1] else windows.key_rows
+
+
+def _cut(x: Tensor, cells: Tensor, behind: Tensor | None) -> Tensor:
     """x [b, h, n, d], cells [w, s] -> [w, b h, s, d]. A cell's features of all rows and heads are read at once, and one
-    mask of the windows serves all of them."""
+    mask of the windows serves all of them. behind: the cells as `_behind_one` has them, None where all are there."""
     b, h, n, d = x.shape
     rows = x.permute(2, 0, 1, 3).reshape(n, b * h * d)
-    found = rows.index_select(0, cells.flatten()).unflatten(0, tuple(cells.shape)) if whole else gathered(rows, cells)
-    return found.unflatten(-1, (b * h, d)).transpose(1, 2)
+    rows, index = (rows, cells.flatten()) if behind is None else (_behind_zeros(rows), behind)
+    found = rows.index_select(0, index)
+    return found.view(*cells.shape, b * h, d).transpose(1, 2)
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -359,54 +402,3 @@ def _weighted(
         return attend_weighted(q, k, v, allowed, scale=scale, need_weights=need_weights)
     weights = masked_softmax((q * scale) @ k.transpose(-1, -2) + bias.to(q.dtype), allowed)
     return weights @ v, weights if need_weights else None
-
-
-def extents(real: Tensor) -> dict[tuple[tuple[int, int], ...], list[int]]:
-    """real [b, *sizes] -> rows of the batch by the box that holds their real cells, (first, last + 1) for each axis;
-    rows without any are left out."""
-    spans = []
-    for axis in range(1, real.ndim):
-        there = real.flatten(1, -1) if real.ndim == 2 else real.movedim(axis, 1).flatten(2).any(-1)
-        last = there.shape[1] - there.flip(1).int().argmax(1)
-        spans.append(torch.stack([there.int().argmax(1), last], 1))
-    boxes: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    some = real.flatten(1).any(1).tolist()
-    for row, box in enumerate(torch.stack(spans, 1).tolist()):
-        if some[row]:
-            boxes.setdefault(tuple((first, last) for first, last in box), []).append(row)
-    return boxes
-
-
-def over_extents(
-    x: Tensor, real: Tensor | None, run: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-) -> tuple[Tensor, Tensor | None]:
-    """run(x, real) -> output and weights, on the box of real cells of each row: for what depends on the size of a grid.
-
-    x [b, *sizes, e], real [b, *sizes] -> [b, *sizes, any] and [b, h, n, n] or None, zeros outside of the boxes. Rows of
-    one box run together; real is None where all cells of the box are.
-    """
-    if real is None:
-        return run(x, None)
-    sizes, parts = x.shape[1:-1], []
-    for box, rows in extents(real).items():
-        cut: Any = (rows, *(slice(first, last) for first, last in box))
-        seen = real[cut]
-        parts.append((box, rows, *run(x[cut], None if bool(seen.all()) else seen)))
-    if not parts:  # nothing is real: zeros, of the width that a run gives
-        one, inner = run(x.new_zeros(1, *[1] * len(sizes), x.shape[-1]), None)
-        empty = x[..., :1].masked_fill(~real[..., None], 0.0).expand(*x.shape[:-1], one.shape[-1])
-        n = math.prod(sizes)
-        return empty, None if inner is None else inner.new_zeros(x.shape[0], inner.shape[1], n, n)
-    _, _, first, inner = parts[0]
-    output = first.new_zeros(x.shape[0], *sizes, first.shape[-1])
-    n = math.prod(sizes)
-    weights = None if inner is None else inner.new_zeros(x.shape[0], inner.shape[1], n, n)
-    cells = torch.arange(n, device=x.device).view(sizes)
-    for box, rows, mixed, inner in parts:
-        places: Any = tuple(slice(start, stop) for start, stop in box)
-        output[(rows, *places)] = mixed
-        if weights is not None and inner is not None:
-            own = cells[places].flatten()
-            grown = inner.new_zeros(*inner.shape[:3], n).index_copy(3, own, inner)
-            weights[rows] = inner.new_zeros(*inner.shape[:2], n, n).index_copy(2, own, grown)
-    return output, weights

@@ -162,10 +162,9 @@ class AttentionCall:
         hears all of them."""
         if _hearers.get():
             return self._mix_whole(edit, batch)
-        chosen = torch.tensor(list(batch), device=self.query.device)
         mask = self.mask
-        mask = mask if mask is None or len(mask) == 1 else mask[chosen]
-        query, key, value = (rows[chosen] for rows in (self.query, self.key, self.value))
+        mask = mask if mask is None or len(mask) == 1 else taken(mask, batch)
+        query, key, value = (taken(rows, batch) for rows in (self.query, self.key, self.value))
         return AttentionCall(self.site, query, key, value, mask, self.causal, self.scoring).mix(edit)
 
     def _mix_whole(self, edit: Edit, batch: Sequence[int]) -> Tensor:
@@ -298,6 +297,23 @@ class MechanismCall:
 
     def blocks(self, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Iterator[slice]:
         yield rows
+
+
+def runs(which: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows of a batch as runs of neighbours in order, (first, how many)."""
+    found: list[tuple[int, int]] = []
+    for row in which:
+        if found and row == sum(found[-1]):
+            found[-1] = found[-1][0], found[-1][1] + 1
+        else:
+            found.append((int(row), 1))
+    return found
+
+
+def taken(rows: Tensor, which: Sequence[int]) -> Tensor:
+    """These rows, in order, a run of neighbours at a time; of one run a view, which copies nothing."""
+    parts = [rows.narrow(0, first, count) for first, count in runs(which)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else rows[:0]
 
 
 def opened(call: Any, who: str) -> AttentionCall:

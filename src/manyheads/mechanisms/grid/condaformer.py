@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from manyheads.card import Card, Family
 from manyheads.functional.cells import CellNorm, FeedForward, convolve, shown
-from manyheads.functional.grid_windows import blocks, gathered, over_extents, put_back, whole_weights, windows_of
+from manyheads.functional.grid_extents import over_extents
+from manyheads.functional.grid_windows import blocks, gathered, put_back, whole_weights, windows_of
 from manyheads.functional.grouped import masked_softmax
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from manyheads.card import Card, Family
 from manyheads.functional.cells import CellNorm, FeedForward, cell_mean, convolve, shown, square_means
 from manyheads.functional.grid_bias import OffsetBias
-from manyheads.functional.grid_windows import attend_cells, blocks, over_extents, spread, windows_of
+from manyheads.functional.grid_extents import over_extents
+from manyheads.functional.grid_windows import attend_cells, blocks, spread, windows_of
 from manyheads.functional.multihead import Heads
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from manyheads.card import Card, Family
 from manyheads.functional.cells import shown
-from manyheads.functional.grid_windows import attend_cells, near, over_extents, windows_of
+from manyheads.functional.grid_extents import over_extents
+from manyheads.functional.grid_windows import attend_cells, near, windows_of
 from manyheads.functional.multihead import Heads
 from manyheads.mechanism import Call, Mechanism, Result
 from manyheads.registry import register

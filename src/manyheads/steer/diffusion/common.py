@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from manyheads.hosts.calls import AttentionCall
+from manyheads.hosts.calls import AttentionCall, runs
+from manyheads.hosts.calls import taken as taken
 from manyheads.hosts.inside import softmax_call
 from manyheads.hosts.sites import choose
 from manyheads.hosts.taps import record, tap
@@ -141,20 +142,16 @@ def per_head(rows: Tensor, heads: int) -> Tensor:
     return rows if rows.shape[1] == heads else rows.repeat_interleave(heads // rows.shape[1], 1)
 
 
-def taken(rows: Tensor, which: Sequence[int]) -> Tensor:
-    """These rows, in order; of rows that stand in line a view, which copies nothing."""
-    if which and list(which) == list(range(which[0], which[0] + len(which))):
-        return rows.narrow(0, which[0], len(which))
-    return rows[list(which)]
-
-
 def replaced_rows(call: AttentionCall, rows: Sequence[int], output: Tensor) -> Tensor:
     """The call's output with these rows' [len(rows), h, n, e] in their place; the layer's own is not made where none of
     it stays."""
     if list(rows) == list(range(len(call.query))):
         return output.to(call.value.dtype)
-    place = torch.tensor(list(rows), device=output.device)
-    return call.output.index_copy(0, place, output.to(call.output.dtype))
+    whole, start = call.output.clone(), 0
+    for first, count in runs(rows):
+        whole.narrow(0, first, count).copy_(output.narrow(0, start, count))
+        start += count
+    return whole
 
 
 class Words(NamedTuple):

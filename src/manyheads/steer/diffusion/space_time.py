@@ -28,9 +28,13 @@ def disc(side: int, centre: tuple[float, float], radius: float = RADIUS) -> Tens
     return ((at[:, None] - centre[0]) ** 2 + (at - centre[1]) ** 2 <= radius**2).flatten()
 
 
-def _shares(side: int, centres: Sequence[tuple[float, float]], radius: float, c: Sequence[float]) -> Tensor:
-    """[objects, side * side]: c_k inside of disc k."""
-    return torch.stack([disc(side, centre, radius) * own for centre, own in zip(centres, c, strict=True)])
+def _shares(
+    side: int, centres: Sequence[tuple[float, float]], radius: float, c: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The patches that a disc changes, [p] of side * side, and [objects, p]: c_k for those inside of disc k."""
+    shares = torch.stack([disc(side, centre, radius) * own for centre, own in zip(centres, c, strict=True)])
+    places = shares.any(0).nonzero()[:, 0]
+    return places, shares[:, places]
 
 
 @contextmanager
@@ -66,11 +70,14 @@ def space_time(
         c = _row(coefficients, step, len(captions))
         if not any(c):
             return None
-        query = taken(call.query, told)
-        shares = discs(math.isqrt(query.shape[2]), tuple(c)).to(query)
-        own = regions.read(call, query, shares) - shares.sum(0)[:, None] * taken(call.output, plain_rows)
-        mixed = taken(call.output, told) + own
-        return replaced_rows(call, told, mixed)
+        # Patches in no disc keep what they have: captions are read by the others alone.
+        places, shares = discs(math.isqrt(call.query.shape[2]), tuple(c))
+        places, shares = places.to(call.query.device), shares.to(call.query)
+        query, plain = (
+            taken(rows, own).index_select(2, places) for rows, own in ((call.query, told), (call.output, plain_rows))
+        )
+        own = regions.read(call, query, shares) - shares.sum(0)[:, None] * plain
+        return replaced_rows(call, told, taken(call.output, told).index_add(2, places, own.to(call.output.dtype)))
 
     with changed(model, "space_time", change, kind="cross", active=active):
         yield
