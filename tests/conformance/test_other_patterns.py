@@ -159,6 +159,16 @@ class CountsRim(Mechanism):
         return Result(self.value(around.movedim(1, -1)) + shown.sum((1, 2), keepdim=True))
 
 
+class Traced(Gate):
+    """While a graph is traced the second map is not read."""
+
+    card = card("maps")
+
+    def attend(self, x: Any, context: Any, call: Call) -> Result:
+        coarse = 0 * x[1] if torch.compiler.is_compiling() else x[1]
+        return super().attend((x[0], coarse), context, call)
+
+
 class Cut(Gate):
     """The first map, as far as the second reaches."""
 
@@ -225,6 +235,7 @@ def test_what_keeps_the_contract_passes(cls: type[Mechanism]) -> None:
         (Halved, {"wrong": 1}, "shapes"),
         (CountsRim, {}, "small-maps"),
         (Cut, {}, "misfit-maps"),
+        (Traced, {}, "compile"),
         (Crowd, {}, "lonely-nodes"),
         (Fading, {}, "edges-twice"),
     ],

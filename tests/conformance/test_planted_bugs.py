@@ -218,6 +218,40 @@ class DetachedScores(SoftmaxAttention):
         return super().score(q, k, where) - 0.5 * super().score(q, k, where).detach()
 
 
+class OneWrongGradient(SoftmaxAttention):
+    """The forward is right, the gradient of one parameter counts twice."""
+
+    card = bug("one-wrong-gradient")
+
+    def output(self, mixed: Tensor, x: Tensor, call: Call) -> tuple[Tensor, Mapping[str, Tensor]]:
+        output, losses = super().output(mixed, x, call)
+        again = self.o_proj(mixed.detach().transpose(1, 2).flatten(-2))
+        return output + again - again.detach(), losses
+
+
+class OneCutGradient(SoftmaxAttention):
+    """The forward is right, x learns nothing through the queries."""
+
+    card = bug("one-cut-gradient")
+
+    def project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _, k, v = super().project(x, source)
+        return super().project(3 * x.detach(), source)[0], k, v
+
+
+class DiffersTraced(SoftmaxAttention):
+    """While a graph is traced another scale is taken."""
+
+    card = bug("differs-traced")
+
+    def score(self, q: Tensor, k: Tensor, where: Where) -> Tensor:
+        scores = super().score(q, k, where)
+        return 1.01 * scores if torch.compiler.is_compiling() else scores
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, where: Where) -> Tensor | None:
+        return None
+
+
 class NoisyInEval(SoftmaxAttention):
     """Noise that stays on in eval mode."""
 
@@ -365,6 +399,16 @@ class FutureThroughZeroWeights(SoftmaxAttention):
         return self._pass(x, context, call)
 
 
+class RowsThroughZeroWeights(FutureThroughZeroWeights):
+    """So are the values of other rows of the batch."""
+
+    card = bug("rows-through-zero-weights", "causal-self")
+
+    def output(self, mixed: Tensor, x: Tensor, call: Call) -> tuple[Tensor, Mapping[str, Tensor]]:
+        output, losses = super().output(mixed, x, call)
+        return output + 0 * x.sum(0, keepdim=True), losses
+
+
 class PaddingThroughZeroWeights(FutureThroughZeroWeights):
     """So are padded ones."""
 
@@ -490,6 +534,9 @@ BUGS: list[tuple[type[Mechanism], str]] = [
     (BatchNormalised, "batch"),
     (DeadParameter, "gradients"),
     (DetachedScores, "gradcheck"),
+    (OneWrongGradient, "gradcheck"),
+    (OneCutGradient, "gradcheck"),
+    (DiffersTraced, "compile"),
     (NoisyInEval, "deterministic"),
     (StillSoftmax, "not-softmax"),
     (Overflows, "extreme"),
@@ -502,6 +549,7 @@ BUGS: list[tuple[type[Mechanism], str]] = [
     (KeepsDimOnly, "dtype"),
     (WrittenEarly, "broken-off"),
     (FutureThroughZeroWeights, "no-numbers-ahead"),
+    (RowsThroughZeroWeights, "no-numbers-ahead"),
     (PaddingThroughZeroWeights, "no-numbers-padded"),
     (Overflowing, "no-numbers-padded"),
     (AnyPositions, "odd-arguments"),

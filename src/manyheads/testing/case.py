@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,9 @@ def expect(holds: bool, message: str) -> None:
 
 def expect_close(actual: Tensor, wanted: Tensor, message: str, *, tolerance: float = 1e-8) -> None:
     expect(actual.shape == wanted.shape, f"{message}: shapes {tuple(actual.shape)} and {tuple(wanted.shape)}")
+    alike = actual.dtype == wanted.dtype and actual.device == wanted.device and actual.is_floating_point()
+    if alike and actual.numel() and bool((actual - wanted).abs().max() <= tolerance):
+        return  # what assert_close asks next takes as long as a small pass
     try:
         torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance)
     except AssertionError:
@@ -46,6 +50,7 @@ class Case:
     device: str = "cpu"
     oracle: Oracle | None = None
     _kept: dict[torch.dtype, Mechanism] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _usual: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -106,15 +111,23 @@ class Case:
 
     def _noise(self, batch: int, *shape: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
         # Row by row, so that a batch of one is the first row of a larger batch.
-        rows = [
-            torch.randn(*shape, dim, generator=torch.Generator().manual_seed(1000 * seed + row), dtype=torch.float64)
-            for row in range(batch)
-        ]
+        rows = [_row((*shape, dim), 1000 * seed + row) for row in range(batch)]
         return torch.stack(rows).to(device=self.device, dtype=dtype)
 
     def outputs(self, module: Mechanism, x: Tensor, context: Any = None, **call: Any) -> Result:
         with torch.no_grad():
             return module(x, context, **call)
+
+    def usual(self, n: int, batch: int = 2) -> Tensor:
+        """What `shared` makes of x and context, in float64, computed once for all who compare with it."""
+        if (n, batch) not in self._usual:
+            self._usual[n, batch] = self.outputs(self.shared(), self.x(n, batch), self.context(n, batch)).output
+        return self._usual[n, batch]
+
+
+@functools.lru_cache(maxsize=1024)
+def _row(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def each(context: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -59,7 +59,7 @@ def padded_nodes(case: Case, n: int) -> None:
 
 @prop("wrong-edges", "edges to nodes that do not exist are refused", sizes=(3,), when=_is_graph)
 def wrong_edges(case: Case, n: int) -> None:
-    module, x = case.build(), case.x(n)
+    module, x = case.shared(), case.x(n)
     must_raise("an edge to node n", lambda: module(x, edges=torch.tensor([[0], [n]], device=case.device)))
     must_raise("an edge from node -1", lambda: module(x, edges=torch.tensor([[-1], [0]], device=case.device)))
     must_raise("edges of floats", lambda: module(x, edges=torch.zeros(2, 1, device=case.device)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class _BreakOff(TorchDispatchMode):
 @prop("broken-off", "a pass that breaks off inside leaves the state as it was", sizes=(9,), when=decodes)
 def broken_off(case: Case, n: int) -> None:
     module, x, context = case.build(), case.x(n), case.context(n)
-    wanted, first = case.outputs(module, x, context).output, n - n // 2
+    wanted, first = case.usual(n), n - n // 2
     for start in (0, first):
         state = module.init_state(2)
         if start:
@@ -75,23 +76,27 @@ def _break_off(case: Case, module: Mechanism, x: Tensor, context: Any, state: An
     sizes=(2, 9, 33),
 )
 def no_numbers_ahead(case: Case, n: int) -> None:
-    module, x, context = case.shared(), case.x(n), case.context(n)
-    clean = case.outputs(module, x, context).output
-    for cut in sorted({0, n // 2, n - 1}):
-        for value in NO_NUMBERS:
-            changed = x.clone()
-            changed[0, cut, 0] = value
-            dirty = case.outputs(module, changed, context).output
-            expect_close(dirty[0, :cut], clean[0, :cut], f"{value} in token {cut} changed an output before it")
-            expect_close(dirty[1], clean[1], f"{value} in row 0 changed row 1")
-            expect(not bool(dirty[0, cut].isfinite().all()), f"{value} in token {cut} is hidden from its own output")
-            if decodes(case) and cut < n - 1:
-                _stays_broken(case, module, changed, context, cut, dirty[:, cut + 1 :])
+    module, x = case.shared(), case.x(n, 1)
+    cuts = [cut for cut in sorted({0, n // 2, n - 1}) for _ in NO_NUMBERS]
+    rows = x.repeat(1 + len(cuts), 1, 1)
+    for row, (cut, value) in enumerate(zip(cuts, itertools.cycle(NO_NUMBERS), strict=False)):
+        rows[1 + row, cut, 0] = value
+    # All in one batch, of whose rows the first holds numbers only, and must not know of the others.
+    context = each(case.context(n, 1), lambda c: c.repeat(len(rows), 1, 1))
+    clean, whole = case.usual(n, 1)[0], case.outputs(module, rows, context).output
+    expect_close(whole[0], clean, "what is no number in other rows changed a row")
+    for cut, given, dirty in zip(cuts, rows[1:], whole[1:], strict=True):
+        value = float(given[cut, 0])
+        expect_close(dirty[:cut], clean[:cut], f"{value} in token {cut} changed an output before it")
+        expect(not bool(dirty[cut].isfinite().all()), f"{value} in token {cut} is hidden from its own output")
+    if decodes(case):
+        for cut in sorted(set(cuts) - {n - 1}):
+            _stays_broken(case, module, rows, context, cut, whole[:, cut + 1 :])
 
 
 def _stays_broken(case: Case, module: Mechanism, x: Tensor, context: Any, cut: int, whole: Tensor) -> None:
     """In a later pass as in one pass, of which `whole` is what came after the token."""
-    state = module.init_state(2)
+    state = module.init_state(len(x))
     case.outputs(module, x[:, : cut + 1], context, state=state)
     later = case.outputs(module, x[:, cut + 1 :], context, state=state).output
     same = bool((later.isfinite() == whole.isfinite()).all())
@@ -128,7 +133,7 @@ def no_numbers_padded(case: Case, n: int) -> None:
 
 @prop("odd-arguments", "arguments of another batch, module or kind are refused", sizes=(3,))
 def odd_arguments(case: Case, n: int) -> None:
-    module, x, context = case.build(), case.x(n), case.context(n)
+    module, x, context = case.shared(), case.x(n), case.context(n)
     must_raise("x that is a list", lambda: module(x.tolist(), context))
     must_raise("a mask that is a list", lambda: module(x, context, mask=[True] * n))
     if case.pattern in (Pattern.GRID, Pattern.VOLUME, Pattern.MAPS, Pattern.GRAPH):

@@ -111,18 +111,17 @@ def _paths(case: Case, module: Mechanism, x: Tensor, context: Any) -> Iterator[t
     if not decodes(case):
         return
     n = x.shape[1]
-    for sizes in ([1] * n,) if n <= SMALL else ([n - 2, 1, 1],):
-        state, parts, start = module.init_state(x.shape[0]), [], 0
-        for size in sizes:
-            parts.append(case.outputs(module, x[:, start : start + size], context, state=state).output)
-            start += size
-        yield f"decoded in parts of {sizes}", torch.cat(parts, 1)
+    sizes = [1, 1, n - 2] if n <= SMALL else [n - 2, 1, 1]
+    state, parts, start = module.init_state(x.shape[0]), [], 0
+    for size in sizes:
+        parts.append(case.outputs(module, x[:, start : start + size], context, state=state).output)
+        start += size
+    yield f"decoded in parts of {sizes}", torch.cat(parts, 1)
 
 
 def _acts(case: Case, n: int, kind: str, module: Mechanism, wanted: Tensor) -> None:
     x, context = case.x(n), case.context(n)
-    plain = case.outputs(case.shared(), x, context).output
-    expect(bool((plain - wanted).abs().max() > 1e-6), f"{kind}: they change nothing")
+    expect(bool((case.usual(n) - wanted).abs().max() > 1e-6), f"{kind}: they change nothing")
     for path, output in _paths(case, module, x, context):
         expect_close(output, wanted, f"{kind}: {path} differs from the wrapped module's pass")
 
@@ -180,14 +179,14 @@ def _last_padded(case: Case, x: Tensor, context: Any) -> Any:
 def _learns_in(kind: torch.dtype, what: str, module: Mechanism, x: Tensor, context: Any, mask: Any) -> Tensor:
     """The output of a pass under autocast, behind which gradients were taken."""
     x = x.detach().requires_grad_()
-    module.zero_grad()
+    values = {"x": x, **dict(module.named_parameters())}
     with torch.autocast(x.device.type, kind):
         result = module(x, context, mask=mask)
         loss = result.output.float().square().mean() + sum(result.losses.values())
-    loss.backward()
+    grads = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
     expect(bool(result.output.isfinite().all()), f"{what}: values that are not finite")
-    for name, value in (("x", x), *module.named_parameters()):
-        finite = value.grad is None or bool(value.grad.isfinite().all())
+    for name, grad in zip(values, grads, strict=True):
+        finite = grad is None or bool(grad.isfinite().all())
         expect(finite, f"{what}: the gradient of {name} is not finite")
     return result.output.detach()
 
@@ -195,7 +194,7 @@ def _learns_in(kind: torch.dtype, what: str, module: Mechanism, x: Tensor, conte
 @prop("autocast", "under autocast to bfloat16 and float16 it runs, learns and stays near float32", sizes=(SMALL, LONG))
 def autocast(case: Case, n: int) -> None:
     n = _size(case, n)
-    module = case.build(torch.float32)
+    module = case.shared(torch.float32)
     single = case.x(n, dtype=torch.float32), case.context(n, dtype=torch.float32)
     wanted = case.outputs(module, *single).output
     for kind, near in HALVES:
