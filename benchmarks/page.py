@@ -100,9 +100,9 @@ STUDIES = (
 )
 FIELD = (
     "`python benchmarks/field.py`: small forms of published benchmarks, two layers of width 32, hundreds of steps, "
-    "no cell beyond 10 seconds, 30 of recall beyond its length (* where that ended it). Three seeds where a "
-    "spread stands, else one. The trivial answer knows how often each answer is right and nothing else. No figure "
-    "compares with a paper's: the tasks' page says what each lacks."
+    "no cell beyond 10 seconds, 30 of recall beyond its length, 60 of CAB's (* where that ended it). Three seeds "
+    "where a spread stands, else one. The trivial answer knows how often each answer is right and nothing else. No "
+    "figure compares with a paper's: the tasks' page says what each lacks."
 )
 PARTS = {
     "causal": "Every causal mechanism: counting letters, mazes of 3 x 3 (whole ways) and synthetic nucleotides (bits "
@@ -111,7 +111,9 @@ PARTS = {
     "ones where a mechanism takes them.",
     "recall": "Multi-query recall of 12 pairs over the width of the model; in brackets the state of the whole model.",
     "gcog": "gCOG: what the evaluation has that training has not.",
-    "cab": "CAB's seven stand-ins and their index: the mean over tasks of deviations from this table's mean.",
+    "cab": "CAB's seven stand-ins and their index: the mean over tasks of deviations from this table's mean, of each "
+    "seed by itself. Indices closer than their spreads are ties.",
+    "cab-wide": "The same in one layer of width 64.",
 }
 LENGTH = (
     "`python benchmarks/linear.py`: width 256, 4 heads; forward milliseconds of the mechanism alone, and the slope "

@@ -11,6 +11,13 @@ import pytest
 import torch
 
 
+def pytest_configure() -> None:
+    # torch.manual_seed also writes down the call stack for each of three kinds of devices that are not there: 5 ms a
+    # call under pytest, in thousands of tests and in what they test.
+    if not torch.accelerator.is_available():
+        torch.manual_seed = torch.random.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Files with slow tests first, then those with most tests: what is left for one of two workers at the end is short.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
@@ -33,9 +40,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    # The CPU's generator alone: torch.manual_seed also notes the call stack for three devices that are not there, which
-    # over thousands of tests takes longer than many of them.
-    torch.default_generator.manual_seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

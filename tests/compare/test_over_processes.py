@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 from dask_clusters import cluster_of
+from forked import ranks, together
 
 from manyheads.compare.cells import cells_of_experiment
 from manyheads.compare.experiment import create_experiment
 from manyheads.compare.run import run_experiment
+from manyheads.runs import processes
 
 TASK = {"name": "recall", "n": 17, "vocabulary": 16, "pairs": 2, "eval_examples": 8}
 TINY = {
@@ -19,8 +21,18 @@ TINY = {
 }
 
 
-@pytest.mark.slow  # two processes, each of which imports torch, transformers and accelerate
+def test_torchrun_starts_one_group() -> None:
+    assert processes.in_processes(2, "torch.distributed:get_world_size") == 2
+
+
+def started(command: list[str]) -> tuple[int, list[str]]:
+    """What torchrun starts, in processes that need not import torch and transformers first."""
+    both = together(*command[command.index("2") + 1 :], envs=ranks(2))
+    return max(done.returncode for done in both), [line for done in both for line in done.stderr.splitlines()]
+
+
 def test_two_processes_train_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_run", started)
     monkeypatch.setattr("manyheads.compare.charts.write_png", lambda *_: [])
     changes = TINY | {"mechanisms": ["lightning"]}
     with cluster_of(processes=False) as address:

@@ -312,7 +312,7 @@ def test_a_worker_that_dies_leaves_a_failed_row(tmp_path: Path, monkeypatch: pyt
         return {"status": "done", "error": None, "seconds_per_token": 1.0, "state_bytes": 1, "seconds": 0.0}
 
     monkeypatch.setattr(worker, "run_cell", deadly)
-    with cluster_of(processes=True) as address:
+    with cluster_of(processes=True, failures=0) as address:
         chosen = tiny(mechanisms=["gqa"], sections=["speed", "decode"])
         found = by_kind(run_experiment(chosen, tmp_path, scheduler=address))
     assert {c["status"] for c in found["decode"]} == {"done"}

@@ -57,6 +57,8 @@ def test_the_page_works_offline(browser: Any, tmp_path: Path, width: int, scheme
 
 def test_the_curves_go_over_the_knob_and_the_original_lies_across() -> None:
     drawn = {plot.name: plot.spec(400) for plot in plots(record())}
+    for plot in plots(record()):
+        plot.chart.to_dict(validate=True)  # by altair's schema, which pages are not held to
     assert list(drawn) == ["bits-per-token", "kl-bits", "passkeys", "greedy-agreement"]
     across, line, _ = drawn["passkeys"]["layer"]
     assert [point["figure"] for point in across["data"]["values"]] == [1.0, 1.0]

@@ -99,7 +99,7 @@ def test_what_is_no_student() -> None:
 
 def test_a_student_learns_relations_and_expectations(tmp_path: Path) -> None:
     out = tmp_path / "student"
-    arguments = ["--to", "distil", "--depth", "2", "--transfer", "2", "--heal", "4k", "--healing", "distil"]
+    arguments = ["--to", "distil", "--depth", "2", "--transfer", "2", "--heal", "2k", "--healing", "distil"]
     assert run(*arguments, *SMALL, "--out", str(out)) == 0
     record = json.loads((out / "conversion.json").read_text())
     assert [(row["title"], row["stage"]) for row in record["rows"]] == [

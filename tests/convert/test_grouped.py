@@ -151,5 +151,5 @@ def test_the_order_of_damage_on_the_packaged_model() -> None:
     bits = {}
     for align in ("procrustes", "mean", "first", "random"):
         torch.manual_seed(0)
-        bits[align] = judge.measure(grouped(loaded.model, 2, align=align, calibration=rows))["bits_per_token"]
+        bits[align] = judge.distance(grouped(loaded.model, 2, align=align, calibration=rows))["bits_per_token"]
     assert bits["procrustes"] + 0.2 < bits["mean"] < bits["first"] - 0.2 < bits["random"] - 0.4, bits

@@ -3,6 +3,7 @@ runs that were stopped, of which every form goes on bit for bit."""
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,12 @@ def test_a_packaged_model_heals_in_bfloat16() -> None:
     words: list[str] = []
     text = Questions(loaded, text=TEXT, seed=1)
     for form in LESSONS:
-        heal(model, text, plan(form, 1), teacher=loaded.model, tell=lambda done, total, said: words.append(said))
+        heal(
+            model,
+            text,
+            replace(plan(form, 1), tokens=160, batch=1),
+            teacher=loaded.model,
+            tell=lambda done, total, said: words.append(said),
+        )
     assert len(words) == 4
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

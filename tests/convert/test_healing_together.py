@@ -13,18 +13,18 @@ from manyheads.cli import main
 from manyheads.convert.ranks import Ranks
 
 COMMAND = [
-    "convert", "--kv-heads", "2", "--align", "mean", "--heal", "2k", "--windows", "1", "--keys", "1", "--length", "128",
+    "--kv-heads", "2", "--align", "mean", "--heal", "2k", "--windows", "1", "--keys", "1", "--length", "128",
     "--calibrate", "256", "--lr", "0.001",
 ]  # fmt: skip
 
 
-def test_two_processes_heal_as_one_does(tmp_path: Path) -> None:
-    both = together("-m", "manyheads", *COMMAND, "--out", tmp_path / "two", envs=ranks(2))
+def test_two_processes_heal_as_one_does(tmp_path: Path, halved: str) -> None:
+    both = together("-m", "manyheads", "convert", halved, *COMMAND, "--out", tmp_path / "two", envs=ranks(2))
     assert [done.returncode for done in both] == [0, 0], "".join(done.stderr[-2000:] for done in both)
     assert "".join(done.stdout for done in both).count("written:") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["two"]
     with pytest.raises(SystemExit) as end:
-        main([*COMMAND, "--out", str(tmp_path / "one")])
+        main(["convert", halved, *COMMAND, "--out", str(tmp_path / "one")])
     assert not end.value.code
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)

@@ -279,10 +279,10 @@ def test_what_the_target_has_no_place_for_is_refused() -> None:
 def test_at_equal_bytes_a_latent_costs_less_than_fewer_heads() -> None:
     """The paper's claim, on the packaged model: half of the cache, before any training."""
     loaded = load_model()
-    rows = calibration_rows(Questions(loaded, text=library_text(), seed=1), 4096, 256)
+    rows = calibration_rows(Questions(loaded, text=library_text(), seed=1), 2048, 256)
     judge = Judge(loaded, Questions(loaded), Sizes(windows=2, length=256, keys=1, key_length=192))
-    pooled = judge.measure(grouped(loaded.model, 2, calibration=rows))
-    made = judge.measure(latent(loaded.model, 96, calibration=rows))
-    fitted = judge.measure(latent(loaded.model, 96, norm="fitted", calibration=rows))
+    pooled = judge.distance(grouped(loaded.model, 2, calibration=rows))
+    made = judge.distance(latent(loaded.model, 96, calibration=rows))
+    fitted = judge.distance(latent(loaded.model, 96, norm="fitted", calibration=rows))
     assert made["kl_bits"] < fitted["kl_bits"] < pooled["kl_bits"]
     assert made["kl_bits"] < 0.5 * pooled["kl_bits"]

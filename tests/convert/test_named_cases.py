@@ -162,13 +162,15 @@ def test_moh_keeps_its_host_whole_until_heads_are_off_and_learns_while_they_are(
 @pytest.mark.parametrize(
     ("arguments", "title"),
     [
-        (["--to", "hedgehog", "--window", "16", "--transfer", "2", "--layers", "2-3"], "hedgehog in 2 layers, taught"),
-        (["--to", "moh", "--active", "0.75", "--heal", "1k", "--layers", "3"], "moh in 1 layers, healed"),
+        (["--to", "hedgehog", "--window", "16", "--transfer", "2", "--layers", "0-1"], "hedgehog in 2 layers, taught"),
+        (["--to", "moh", "--active", "0.75", "--heal", "1k", "--layers", "1"], "moh in 1 layers, healed"),
     ],
 )
-def test_the_command_line_writes_a_folder_that_opens(arguments: list[str], title: str, tmp_path: Path) -> None:
+def test_the_command_line_writes_a_folder_that_opens(
+    arguments: list[str], title: str, halved: str, tmp_path: Path
+) -> None:
     out = tmp_path / "made"
-    assert run(*arguments, *SMALL, "--out", str(out)) == 0
+    assert run(halved, *arguments, *SMALL, "--out", str(out)) == 0
     rows = json.loads((out / "conversion.json").read_text())["rows"]
     assert any(title in row["title"] for row in rows)
     assert rows[1]["kl_bits"] > 0
@@ -177,12 +179,12 @@ def test_the_command_line_writes_a_folder_that_opens(arguments: list[str], title
     assert told.shape == (1, 26)
 
 
-def test_shifts_are_written_as_the_class_they_were_and_stay_shifts_after_healing(tmp_path: Path) -> None:
+def test_shifts_are_written_as_the_class_they_were_and_stay_shifts_after_healing(halved: str, tmp_path: Path) -> None:
     out = tmp_path / "made"
-    assert run("--to", "shiftadd", "--heal", "1k", *SMALL, "--out", str(out)) == 0
+    assert run(halved, "--to", "shiftadd", "--heal", "1k", *SMALL, "--out", str(out)) == 0
     model = AutoModelForCausalLM.from_pretrained(out)
     assert type(model).__name__ == "LlamaForCausalLM"
-    weight = model.model.layers[2].mlp.down_proj.weight.detach()
+    weight = model.model.layers[1].mlp.down_proj.weight.detach()
     torch.testing.assert_close(weight.abs().log2(), weight.abs().log2().round(), rtol=0, atol=0)
     assert run("check", str(out)) == 0
     rows = json.loads((out / "conversion.json").read_text())["rows"]

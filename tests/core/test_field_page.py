@@ -76,6 +76,24 @@ def test_rows_are_means_over_seeds_and_failures_keep_their_words(field: ModuleTy
     assert (second["value"], second["error"]) == (None, "training diverged")
 
 
+def test_an_index_is_the_mean_over_seeds_of_each_seeds_own(field: ModuleType) -> None:
+    """With three mechanisms at 1, 2 and 3 the deviations are -1, 0 and 1, turned round in the third seed."""
+    names = [task for own in field.CAB.values() for task in own]
+    cells = [
+        {"kind": "quality", "status": "done", "mechanism": name, "task": task, "seed": seed, "value": value * turn,
+         "metric": "accuracy", "higher_is_better": True, "parameters": 1, "steps": 1, "best": True, "value_error": 0.0,
+         "learning_rate": 0.1, "seconds": 1.0}
+        for seed, turn in ((0, 1.0), (1, 10.0), (2, -1.0))
+        for name, value in (("softmax", 3.0), ("gqa", 2.0), ("mqa", 1.0))
+        for task in names
+    ]  # fmt: skip
+    found = field.indices("cab", {"cells": cells})
+    whole = {row["mechanism"]: row for row in found if row["column"] == "index, all seven"}
+    assert whole["softmax"]["value"] == pytest.approx(1 / 3)
+    assert whole["softmax"]["value_error"] == pytest.approx((4 / 3) ** 0.5)
+    assert (whole["gqa"]["value"], whole["gqa"]["seeds"]) == (0, 3)
+
+
 def test_every_entry_is_an_experiment_that_can_be_asked(field: ModuleType) -> None:
     for entries in (field.CAUSAL, field.BEYOND):
         for entry in entries.values():
@@ -83,5 +101,5 @@ def test_every_entry_is_an_experiment_that_can_be_asked(field: ModuleType) -> No
             assert made.tasks[0].training.seconds == entry["training"]["seconds"] <= 30.0
     named = {*field.LONGER, *field.STATES, *field.READERS, *field.CONTESTANTS}
     wide = [field.parse_name(name) for name in sorted(named)]
-    tasks = [field.WIDE, field.GCOG, *(field.task(name, 1, **more) for name, more in field.SIZES.items())]
+    tasks = [field.WIDE, field.GCOG, *(field.task(name, **more, **field.LEARNT) for name, more in field.SEVEN.items())]
     assert len(field.create_experiment({"mechanisms": wide, "tasks": tasks, "sections": ["quality"]}).tasks) == 9

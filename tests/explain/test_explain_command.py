@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from manyheads.cli import main
-from manyheads.explain.attributions import MapGradCAM, Rollout
+from manyheads.explain.attributions import MapGradCAM, Rollout, faithfulness
 from manyheads.explain.command import _numbers
-from manyheads.explain.explanation import pictured
+from manyheads.explain.explanation import TARGETED, UNTARGETED, explain_text, pictured
 from manyheads.hosts.loading import BUNDLED, load_any
 
 PROMPT = "import os\nThe pass key is 40718. Remember it.\nx = 1\nWhat is the pass key? The pass key is "
@@ -67,6 +67,16 @@ def test_text_on_the_packaged_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "<title>byte_llama" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert json.loads((tmp_path / "explain.json").read_text())["text"] == PROMPT
+
+
+def test_a_text_takes_so_many_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tell the time of a pass, one is for the pictures of attention, six for seven attributions."""
+    loaded, count = load_any(None), []
+    loaded.model.register_forward_pre_hook(lambda *_: count.append(1))
+    monkeypatch.setattr(faithfulness.Removal, "values", lambda self, row, keep, logits=False: keep.sum(-1).double())
+    found = explain_text(loaded, "import os", heads=False)
+    assert set(found.report["attributions"]["values"]) == {*TARGETED, *UNTARGETED}
+    assert len(count) == 2 + 1 + 6
 
 
 def test_a_file_and_another_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

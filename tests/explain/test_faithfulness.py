@@ -18,6 +18,7 @@ from manyheads import create_attention
 from manyheads.explain.attributions import (
     METHODS,
     Rollout,
+    base,
     compare_attributions,
     deletion_curve,
     faithfulness,
@@ -130,6 +131,39 @@ def test_all_methods_in_one_call() -> None:
     own = found.attributions["rollout"]
     assert_close(row.deletion, sum(deletion_curve(model, batch, own, [3, 4], steps=3).auc) / 2)
     assert_close(row.insertion, sum(insertion_curve(model, batch, own, [3, 4], steps=3).auc) / 2)
+
+
+def passes(model: Any, *given: Any, **options: Any) -> tuple[int, Any]:
+    """How often a comparison runs the model for its attributions, and the comparison; all curves are known already."""
+    count = []
+    model.register_forward_pre_hook(lambda *_: count.append(1))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(faithfulness.Removal, "values", lambda self, row, keep, logits=False: keep.sum(-1).double())
+        found = compare_attributions(model, *given, **options)
+    return len(count), found
+
+
+def test_methods_that_ask_for_the_same_pass_share_it() -> None:
+    """The first of each line runs the model, input-gradient once more; logit-flow and value-norm have own hooks. Other
+    targets, inputs and models have other passes."""
+    shared = ["raw-attention", "rollout", "flow", "relevance", "attention-gradient", "input-gradient", "random"]
+    model, batch = tiny("llama"), inputs("llama", 2, 7)
+    count, found = passes(model, batch, [3, 4], shared, steps=2)
+    # For where tokens lie with raw-attention, rollout and flow; for relevance and attention-gradient; twice after.
+    assert count == 1 + 1 + 2
+    for name in shared[:-1]:
+        alone = METHODS[name](model, None).attribute(batch, [3, 4])
+        assert_close(found.attributions[name], alone, atol=0, rtol=0)
+    assert passes(tiny("llama"), batch, [3, 4], ["rollout", "value-norm", "logit-flow"], steps=2)[0] == 3
+    # A stack of its own is another pass of the same model.
+    own = tiny("llama")
+    methods = [Rollout(own), Rollout(own, fuse="max"), Rollout(own, stack="decoder")]
+    assert passes(own, batch, [3, 4], methods, steps=2)[0] == 2
+    with base.sharing():
+        one, two = (
+            Rollout(model).attribute({**batch, "input_ids": ids}) for ids in (prompt(2, 7), prompt(2, 7, seed=5))
+        )
+    assert float((one - two).abs().max()) > 1e-3
 
 
 def test_what_a_model_cannot_have_is_told() -> None:

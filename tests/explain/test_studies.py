@@ -52,7 +52,10 @@ SMALL: dict[str, tuple[dict[str, Any], bool | None]] = {
     "bigram-backcopy": ({"steps": 6, "vocab": 8, "length": 10, "dim": 8, "batch": 4}, None),
     "linear-regression": ({"steps": 10, "heads": (1, 2), "batch": 16}, None),
     "memorisation": ({"steps": 10, "examples": 96, "dim": 16}, None),
-    "rank-heads": ({"steps": 150, "dim": 8, "ranks": (8, 1), "count": 4, "learning_rate": 0.05, "batch": 64}, True),
+    "rank-heads": (
+        {"steps": 60, "dim": 8, "ranks": (8, 1), "count": 4, "depths": (2,), "learning_rate": 0.1, "batch": 32},
+        True,
+    ),
     "scan-and-snap": ({"ratios": (1, 10), "steps": 100}, True),
     "sink-emergence": ({"steps": 4, "length": 8, "dim": 8, "batch": 2}, None),
 }
@@ -605,15 +608,15 @@ def test_verdicts_of_made_up_cells() -> None:
 
 @pytest.mark.slow
 def test_claims_that_need_some_training() -> None:
-    """Sinks, patterns and capacity show after hundreds of steps only, which together take half a minute."""
-    sinks = create_study("bigram-backcopy", steps=600, depths=(1,))
+    """Sinks, patterns and capacity show after hundreds of steps only, which together take ten seconds."""
+    sinks = create_study("bigram-backcopy", steps=300, batch=16, depths=(1,))
     soft, relu = (sinks.measure(point, 0) for point in sinks.points()[:2])
     assert soft["dormant_sink"] > 0.3 > 0.1 > soft["active_sink"]
     assert soft["drain"] < 0.6 < relu["drain"]
     assert soft["copy_loss"] < 0.3
-    line = create_study("linear-regression", steps=600, heads=(1, 2))
+    line = create_study("linear-regression", steps=500, heads=(1, 2), batch=128, learning_rate=0.03)
     cells = [{**point, **line.measure(point, 0)} for point in line.points()]
     assert line.verdict(cells).seen is True
-    capacity = create_study("memorisation", steps=300, examples=256, dim=24)
+    capacity = create_study("memorisation", steps=150, examples=256, dim=24)
     known = [capacity.measure(point, 0)["memorised"] for point in capacity.points()[:3]]
     assert all(more > 1.2 * less for less, more in pairwise(known))

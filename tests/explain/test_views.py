@@ -434,6 +434,25 @@ def test_the_embedding_is_the_principal_plane() -> None:
     assert fewer.payload["sampled"] == 13
 
 
+def test_small_planes_are_found_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many threads wait for one another at every head; afterwards there are as many as before."""
+    calls, own, seen = recorded(), torch.linalg.eigh, []
+
+    def eigh(matrix: torch.Tensor) -> Any:
+        seen.append(torch.get_num_threads())
+        return own(matrix)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(torch.linalg, "eigh", eigh)
+        view_embedding(calls, [str(i) for i in range(13)], heads=[2])
+        assert seen == [1] * len(calls)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_tsne_gives_a_plane_of_its_own() -> None:
     calls = recorded()
     names = [str(i) for i in range(13)]

@@ -25,9 +25,11 @@ from manyheads.models.byte_tokenizer import byte_tokenizer
 OPEN = "found = {auto}.from_pretrained(r'{folder}'{more}); assert type(found).__name__ == '{name}', type(found)"
 
 
-# Each program in a child of its own, so that torch, with which none of them is concerned, is imported once for all.
+# Each program in a child of its own, so that torch, scikit-learn and other packages that transformers imports, with
+# which none of them is concerned, are imported once for all.
 CHILDREN = """
-import os, sys, torch
+import os, sys, jinja2, sklearn.metrics, torch, torch.distributed.tensor
+assert not {"transformers", "manyheads", "huggingface_hub"} & sys.modules.keys()
 for number, code in enumerate(sys.argv[1:]):
     child = os.fork()
     if child == 0:
@@ -39,7 +41,7 @@ for number, code in enumerate(sys.argv[1:]):
 
 
 def run(*codes: str) -> subprocess.CompletedProcess[str]:
-    """The programs one after another, in processes that have imported torch alone."""
+    """The programs one after another, in processes that have imported nothing of transformers or ours."""
     command = [sys.executable, "-c", CHILDREN, *codes]
     return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 

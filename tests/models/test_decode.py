@@ -36,6 +36,16 @@ def by_hand(model: Any, ids: Tensor, count: int = NEW) -> tuple[Tensor, Tensor]:
     return ids, torch.stack(rows, 1)
 
 
+def chosen(model: Any, sequences: Tensor, start: int, count: int = NEW) -> Tensor:
+    """That one whole pass without cache would have chosen, greedily, the `count` tokens from `start` on: its logits for
+    them. (That it is for every token the pass over those before it, test_greedy holds.)"""
+    assert sequences.shape[1] == start + count
+    with torch.no_grad():
+        logits = model(sequences, use_cache=False).logits[:, start - 1 : -1]
+    assert logits.argmax(-1).tolist() == sequences[:, start:].tolist()
+    return logits
+
+
 def with_convolution(name: str) -> Any:
     return causal_lm(name, short_conv=3)
 
@@ -85,8 +95,8 @@ def test_left_padding(name: str) -> None:
     padded = torch.cat([torch.nn.functional.pad(row, (max(lengths) - row.shape[1], 0), value=0) for row in rows])
     found = generate(model, padded, attention_mask=(padded != 0).long())
     for i, row in enumerate(rows):
-        wanted, logits = by_hand(model, row)
-        assert found.sequences[i, max(lengths) :].tolist() == wanted[0, row.shape[1] :].tolist()
+        answered = torch.cat([row, found.sequences[i : i + 1, max(lengths) :]], 1)
+        logits = chosen(model, answered, row.shape[1])
         assert_close(torch.stack(found.logits, 1)[i], logits[0].float())
 
 
@@ -111,12 +121,12 @@ def test_second_turn(name: str) -> None:
     first = generate(model, tokens(2, 4))
     longer = torch.cat([first.sequences, tokens(2, 3, seed=5)], 1)
     kept = copy.deepcopy(first.past_key_values)
-    wanted, _ = by_hand(model, longer)
     options = {"attention_mask": torch.ones_like(longer)}
-    found = generate(model, longer, past_key_values=first.past_key_values, **options)
-    assert found.sequences.tolist() == wanted.tolist()
+    found = generate(model, longer, past_key_values=first.past_key_values, **options).sequences
+    assert found[:, : longer.shape[1]].tolist() == longer.tolist()
+    chosen(model, found, longer.shape[1])
     again = generate(model, longer, past_key_values=kept, prefill_chunk_size=2, **options)
-    assert again.sequences.tolist() == wanted.tolist()
+    assert again.sequences.tolist() == found.tolist()
 
 
 @pytest.mark.parametrize("name", ["softmax", "gqa", "aaren", "based"])
@@ -139,10 +149,10 @@ def test_assisted(name: str) -> None:
     """Guesses that turn out wrong are taken back: by truncating, or by going back and passing what stays again."""
     model = with_convolution(name)
     ids = torch.cat([tokens(1, 4), tokens(1, 4)], 1)
-    wanted, _ = by_hand(model, ids, 9)
     options = {"max_new_tokens": 9, "output_logits": False}
-    found = generate(model, ids, prompt_lookup_num_tokens=3, **options)
-    assert found.sequences.tolist() == wanted.tolist()
+    wanted = generate(model, ids, prompt_lookup_num_tokens=3, **options).sequences
+    assert wanted[:, :8].tolist() == ids.tolist()
+    chosen(model, wanted, 8, 9)
     helper = copy.deepcopy(model)
     with torch.no_grad():
         helper.lm_head.weight.add_(0.3 * torch.randn_like(helper.lm_head.weight))
@@ -235,12 +245,11 @@ def test_encoder_decoder(cross: str) -> None:
     model.model.encoder.register_forward_hook(lambda *_: encoder_calls.append(1))
     found = generate(model, ids, attention_mask=mask)
     assert len(encoder_calls) == 1
-    start = torch.full((2, 1), 1)
-    for _ in range(NEW):
-        with torch.no_grad():
-            logits = model(ids, mask, decoder_input_ids=start, use_cache=False).logits[:, -1]
-        start = torch.cat([start, logits.argmax(-1, keepdim=True)], 1)
-    assert found.sequences.tolist() == start.tolist()
+    assert found.sequences.shape == (2, 1 + NEW)
+    assert found.sequences[:, 0].tolist() == [1, 1]
+    with torch.no_grad():
+        logits = model(ids, mask, decoder_input_ids=found.sequences[:, :-1], use_cache=False).logits
+    assert logits.argmax(-1).tolist() == found.sequences[:, 1:].tolist()
     alone = generate(model, ids[1:, :4])
     assert alone.sequences[0].tolist() == found.sequences[1].tolist()
     beams = [generate(model, ids, attention_mask=mask, num_beams=3, use_cache=c).sequences for c in (True, False)]

@@ -123,7 +123,9 @@ def outcomes(cli: Any, lines: list[list[str]], folder: Path) -> Iterator[dict[st
 def main(folder: Path, count: int, seed: int) -> None:
     from command_lines import Lines
     from corners import corner
+    from huggingface_hub import constants
 
+    constants.HF_HUB_OFFLINE = True  # where it was imported before the environment said so
     os.chdir(folder)
     made = corner(folder / "files")
     cli = prepared()

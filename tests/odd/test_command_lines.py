@@ -1,12 +1,12 @@
 """Every command, for every odd input, ends in one line that says what is wrong; within bounded time and memory."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import forked
 import pytest
 from scale import SEED, TIMES
 
@@ -18,9 +18,7 @@ COUNT = 100 * TIMES
 
 @pytest.mark.slow  # a hundred command lines, some of which load models
 def test_odd_lines_end_well(tmp_path: Path) -> None:
-    command = [sys.executable, HERE / "run_lines.py", tmp_path, str(COUNT), str(SEED)]
-    paths = os.pathsep.join([str(HERE), *sys.path])
-    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    ran = forked.run(HERE / "run_lines.py", tmp_path, COUNT, SEED)
     assert ran.returncode == 0, ran.stderr[-3000:]
     ended = [json.loads(line) for line in ran.stdout.splitlines()]
     assert len(ended) == COUNT

@@ -24,16 +24,18 @@ def loops(module: DMA, x: Tensor) -> Tensor:
     d, shared, rows = module.head_dim, module.heads // module.kv_heads, []
     q, k, v = ((x @ getattr(module, f"{name}_proj").weight.T).split(d, -1) for name in "qkv")
     flat = x @ module.v_proj.weight.T
+    # Of a key and a head alone, whoever asks.
+    deltas = [
+        [float(module.amount[g]) * math.log1p(math.exp(float(module.delta_proj.weight[g] @ row))) for row in flat]
+        for g in range(module.kv_heads)
+    ]
     for i in range(len(x)):
         mixed = []
         for h in range(module.heads):
             g = h // shared
-            delta = [
-                float(module.amount[g]) * math.log1p(math.exp(float(module.delta_proj.weight[g] @ flat[j])))
-                for j in range(i + 1)
-            ]
+            delta = deltas[g]
             best = sorted(range(i + 1), key=lambda j, s=delta: -s[j])[: module.window]  # type: ignore[misc]
-            bias = [math.exp(one) if module.exponential else one for one in delta]
+            bias = {j: math.exp(delta[j]) if module.exponential else delta[j] for j in best}
             scores = [math.exp(float(q[h][i] @ k[g][j]) / math.sqrt(d) + bias[j]) for j in best]
             mixed.append(sum(s * v[g][j] for s, j in zip(scores, best, strict=True)) / sum(scores))
         rows.append(module.o_proj.weight @ torch.cat(mixed))

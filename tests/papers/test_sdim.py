@@ -18,6 +18,9 @@ def signature(module: SDIM, h: int, g: int, row: Tensor) -> tuple[bool, ...]:
 
 def loops(module: SDIM, x: Tensor, context: Tensor) -> Tensor:
     values = (context @ module.v_proj.weight.T).split(module.head_dim, -1)
+    signed = {
+        (h, g): [signature(module, h, g, c) for c in context] for h in range(module.heads) for g in range(module.groups)
+    }
     out = []
     for row in x:
         heads = []
@@ -25,7 +28,7 @@ def loops(module: SDIM, x: Tensor, context: Tensor) -> Tensor:
             total = torch.zeros(module.head_dim, dtype=x.dtype)
             for g in range(module.groups):
                 own = signature(module, h, g, row)
-                met = [v for v, c in zip(values[h], context, strict=True) if signature(module, h, g, c) == own]
+                met = [v for v, c in zip(values[h], signed[h, g], strict=True) if c == own]
                 found = sum(met, torch.zeros_like(total))
                 norm = math.sqrt(float(found @ found)) if module.normalise else 1.0
                 total += found / norm if met else 0.0

@@ -44,6 +44,7 @@ def loops(module: SeqBoat, x: Tensor) -> Tensor:
     )
     q, k = (module.kappa[side] * z + module.mu[side] for side in range(2))
     q, k = ([[turn(part, i) for part in row.chunk(heads)] for i, row in enumerate(side)] for side in (q, k))  # type: ignore[assignment]
+    parts = [row.chunk(heads) for row in v]
     for i in range(n):
         h = torch.zeros_like(x[i])
         if i in active:
@@ -57,7 +58,7 @@ def loops(module: SeqBoat, x: Tensor) -> Tensor:
                     shares = [s / sum(raised) for s in raised]
                 else:
                     shares = [max(s / (module.window * (1 if module.causal else 2)), 0.0) ** 2 for s in scores]
-                mixed.append(sum(s * v[j].chunk(heads)[part] for s, j in zip(shares, seen, strict=True)))
+                mixed.append(sum(s * parts[j][part] for s, j in zip(shares, seen, strict=True)))
             h = probs[i, 1] * (module.h_proj.weight @ (torch.cat(mixed) * r[i]) + module.h_proj.bias)
         rows.append(silu(both[i, 2:] + h + x[i]))
     return torch.stack(rows)

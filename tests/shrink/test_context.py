@@ -9,7 +9,7 @@ import pytest
 import torch
 from recorder import feed, held
 from test_nothing_to_drop import SMALL
-from tiny_families import prompt, tiny
+from tiny_families import prompt, shallow
 from torch import Tensor
 
 from manyheads.shrink import MoA, Policy, SnapKV, release
@@ -21,9 +21,10 @@ BUDGETS: list[dict[str, Any]] = [{"compression_ratio": 0.5}, {"budget_tokens": 1
 
 
 def cases() -> list[Any]:
-    found = [pytest.param(cls, own | some, id=f"{cls.__name__}-{next(iter(some))}") for cls, own in SMALL.items()
-             for some in BUDGETS]  # fmt: skip
-    return [*found, pytest.param(MoA, {"rule": (3, 0.2), "sink_size": 1}, id="MoA")]
+    """A ratio of one row, and a number of entries in two rows of which one is padded."""
+    found = [pytest.param(cls, own | some, rows, id=f"{cls.__name__}-{next(iter(some))}-{rows}")
+             for cls, own in SMALL.items() for rows, some in enumerate(BUDGETS, 1)]  # fmt: skip
+    return [*found, *(pytest.param(MoA, {"rule": (3, 0.2), "sink_size": 1}, rows, id=f"MoA-{rows}") for rows in (1, 2))]
 
 
 def padded(rows: int, length: int) -> Tensor:
@@ -36,10 +37,9 @@ def slots(cache: Any) -> list[dict[tuple[int, int], list[int]]]:
     return [held(layer) for layer in cache.layers]
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize(("cls", "settings"), cases())
+@pytest.mark.parametrize(("cls", "settings", "rows"), cases())
 def test_what_follows_the_context_stays(cls: type[Policy], settings: dict[str, Any], rows: int) -> None:
-    model = tiny("llama")
+    model = shallow("llama")
     tokens, padding = prompt(rows, ENDS[-1]), padded(rows, ENDS[-1])
     cache = cls(**settings, when="prefill").make_cache(model)
     feed(model, cache, tokens, padding, ENDS[:1])
@@ -55,7 +55,7 @@ def test_what_follows_the_context_stays(cls: type[Policy], settings: dict[str, A
 
 
 def test_every_pass_competes_where_it_is_asked_for() -> None:
-    model = tiny("llama")
+    model = shallow("llama")
     tokens, padding = prompt(1, ENDS[-1]), padded(1, ENDS[-1])
     lengths = {}
     for when in ("prefill", "passes"):
@@ -68,7 +68,7 @@ def test_every_pass_competes_where_it_is_asked_for() -> None:
 @pytest.mark.parametrize("way", ["block", "cache"])
 def test_a_prompt_in_chunks_is_one_context(way: str) -> None:
     """In whatever chunks it comes, each is dropped from; then a second turn stays whole."""
-    model, tokens = tiny("llama"), prompt(2, CONTEXT)
+    model, tokens = shallow("llama"), prompt(2, CONTEXT)
     policy = SnapKV(budget_tokens=8, window_size=3)
     settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
     if way == "block":
@@ -76,22 +76,22 @@ def test_a_prompt_in_chunks_is_one_context(way: str) -> None:
             told = model.generate(tokens, prefill_chunk_size=7, **settings)
             more = torch.cat([told, prompt(2, QUESTION, seed=3)], 1)
             cache: Any = active.cache
-            assert cache.lengths() == [[8 + 3] * 2] * 3
+            assert cache.lengths() == [[8 + 3] * 2] * 2
             model.generate(more, past_key_values=cache, prefill_chunk_size=7, **settings)
     else:
         cache = policy.make_cache(model)
         cache.expect(CONTEXT)
         for chunk in tokens.split(7, 1):
             model(chunk, past_key_values=cache)
-        assert cache.lengths() == [[8] * 2] * 3
+        assert cache.lengths() == [[8] * 2] * 2
         for length in (4, QUESTION, 3):
             model(prompt(2, length), past_key_values=cache)
         release(model)
-    assert cache.lengths() == [[8 + 4 + QUESTION + 3] * 2] * 3
+    assert cache.lengths() == [[8 + 4 + QUESTION + 3] * 2] * 2
 
 
 def test_a_context_is_told_before_it_comes() -> None:
-    model = tiny("llama")
+    model = shallow("llama")
     cache = SnapKV(budget_tokens=8, window_size=3).make_cache(model)
     model(prompt(1, 20), past_key_values=cache)
     with pytest.raises(ValueError, match="holds 20 tokens"):
@@ -100,4 +100,4 @@ def test_a_context_is_told_before_it_comes() -> None:
     cache.expect(40)
     for _ in range(2):
         model(prompt(1, 20), past_key_values=cache)
-    assert cache.lengths() == [[8, 8]] * 3
+    assert cache.lengths() == [[8, 8]] * 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from recorder import feed, feed_dense, recording
-from tiny_families import FAMILIES, prompt, tiny
+from tiny_families import FAMILIES, prompt, shallow
 from torch import Tensor
 
 from manyheads.shrink import H2O, TOVA, AdaKV, Duo, KeyNorm, Policy, PyramidKV, SnapKV, StreamingLLM
@@ -25,10 +25,10 @@ POLICIES: list[Policy] = [
     SnapKV(compression_ratio=0.6, window_size=2, kernel_size=3, allocation=AdaKV(floor=0.1)),
     KeyNorm(budget_tokens=8, allocation=PyramidKV(beta=4)),
     TOVA(budget_tokens=6, allocation=AdaKV(), when="both"),
-    Duo(gates=[[0.9, 0.1], [0.2, 0.8], [0.3, 0.4]], sink_size=2, recent_size=4, compression_ratio=0.5),
-    Duo(gates=[[0.9, 0.1], [0.2, 0.8], [0.3, 0.4]], sink_size=2, recent_size=3, budget_tokens=7),
+    Duo(gates=[[0.9, 0.1], [0.2, 0.8]], sink_size=2, recent_size=4, compression_ratio=0.5),
+    Duo(gates=[[0.9, 0.1], [0.2, 0.8]], sink_size=2, recent_size=3, budget_tokens=7),
 ]
-ENDS = [14, 15, 16, 17, 18, 22, 23, 24, 25, 26]
+ENDS = [14, 15, 16, 17, 21, 22, 23]
 
 
 def name(policy: Policy) -> str:
@@ -36,19 +36,19 @@ def name(policy: Policy) -> str:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=name)
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_logits_are_those_of_a_dense_cache_with_the_same_mask(family: str, policy: Policy) -> None:
-    check(family, policy, ENDS, padding_of(2, 26, [0, 5]))
+    check(family, policy, ENDS, padding_of(2, 23, [0, 5]))
 
 
 @pytest.mark.parametrize("family", [own for own in FAMILIES if own not in ("gpt2", "gpt_neox")])
 def test_every_family(family: str) -> None:
-    check(family, TOVA(budget_tokens=5), ENDS, padding_of(2, 26, [0, 5]))
+    check(family, TOVA(budget_tokens=5), ENDS, padding_of(2, 23, [0, 5]))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_families_without_grouped_heads(family: str) -> None:
-    check(family, SnapKV(budget_tokens=6, window_size=2, allocation=AdaKV()), ENDS, padding_of(2, 26, [0, 5]))
+    check(family, SnapKV(budget_tokens=6, window_size=2, allocation=AdaKV()), ENDS, padding_of(2, 23, [0, 5]))
 
 
 @dataclass(kw_only=True)
@@ -66,11 +66,11 @@ class Scattered(Policy):
         return (mean[:, None] * torch.tensor(spread) / 1.5).long()
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_policies_paddings_and_call_patterns(seed: int) -> None:
     draw = random.Random(seed)
     family = draw.choice(["llama", "gemma2", "qwen2", "gpt2"])
-    length = draw.randint(12, 30)
+    length = draw.randint(12, 24)
     cuts = sorted(draw.sample(range(1, length), draw.randint(1, length - 2)))
     budget: dict[str, Any] = draw.choice(
         [{"compression_ratio": draw.random()}, {"budget_tokens": draw.randint(1, 9)}, {"budget_bytes": 9000}]
@@ -89,7 +89,7 @@ def padding_of(rows: int, length: int, left: list[int]) -> Tensor:
 
 
 def check(family: str, policy: Policy, ends: list[int], padding: Tensor) -> None:
-    model = tiny(family)
+    model = shallow(family)
     tokens = prompt(*padding.shape)
     cache = policy.make_cache(model)
     with recording() as steps:
@@ -101,8 +101,8 @@ def check(family: str, policy: Policy, ends: list[int], padding: Tensor) -> None
 
 @pytest.mark.parametrize("policy", POLICIES[:4], ids=name)
 def test_rows_of_a_batch_do_not_touch_each_other(policy: Policy) -> None:
-    model = tiny("llama")
-    tokens, padding = prompt(2, 26), padding_of(2, 26, [0, 5])
+    model = shallow("llama")
+    tokens, padding = prompt(2, 23), padding_of(2, 23, [0, 5])
     policy.interval = 1
     both = feed(model, policy.make_cache(model), tokens, padding, ENDS)
     alone = feed(model, policy.make_cache(model), tokens[1:, 5:], padding[1:, 5:], [end - 5 for end in ENDS])
@@ -121,7 +121,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(policy: Policy) -> None:
 def test_what_a_streaming_head_sees_of_a_prompt_and_after_it(policy: Policy) -> None:
     """As their docstrings say: a first pass sees all of itself, a later token sinks and recent ones with itself among
     them, and before a pass of several tokens there is room for all of them."""
-    model, ends = tiny("llama"), [14, 15, 18]
+    model, ends = shallow("llama"), [14, 15, 18]
     with recording() as steps:
         feed(model, policy.make_cache(model), prompt(1, 18), padding_of(1, 18, [0]), ends)
     streaming = 1 if isinstance(policy, Duo) else 0  # of layer 0

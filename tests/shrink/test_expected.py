@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -29,6 +30,7 @@ def padded() -> tuple[Tensor, Tensor]:
     return torch.stack([torch.randperm(50)[: ENDS[-1]] + 3 for _ in range(2)]), padding
 
 
+@functools.cache
 def rotation(position: float, size: int, turning: int) -> Tensor:
     """The matrix that turns a row of `size` features, of which the first `turning` go in halves, base 10000."""
     matrix, half = torch.eye(size, dtype=torch.float64), turning // 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from recorder import recording, show_only
-from tiny_families import FAMILIES, prompt, tiny
+from tiny_families import FAMILIES, prompt, shallow
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -28,7 +28,7 @@ def packed(length: int) -> Tensor:
 @pytest.mark.parametrize("use_cache", [False, None])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_packed_into_rows(family: str, use_cache: bool | None) -> None:
-    model, tokens = tiny(family), prompt(3, 14)
+    model, tokens = shallow(family), prompt(3, 14)
 
     def logits() -> Tensor:
         with torch.no_grad():
@@ -38,7 +38,7 @@ def test_documents_packed_into_rows(family: str, use_cache: bool | None) -> None
     for policy in (Full(), TOVA(budget_tokens=64)):
         with policy(model):
             torch.testing.assert_close(logits(), wanted, atol=1e-5, rtol=1e-5)
-    alone = tiny(family)(tokens[:1, :4], use_cache=False).logits
+    alone = shallow(family)(tokens[:1, :4], use_cache=False).logits
     torch.testing.assert_close(wanted[:1, :4], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -55,7 +55,7 @@ def test_a_rule_by_rows_follows_its_rows() -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss", "llama"])
 def test_another_cache_beside_an_attached_model(family: str) -> None:
-    model, tokens = tiny(family), prompt(2, 20)
+    model, tokens = shallow(family), prompt(2, 20)
 
     def passes() -> list[Tensor]:
         cache = DynamicCache(config=model.config)
@@ -116,9 +116,10 @@ def talk(model: Any, cache: Any) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_turn_that_hides_tokens_of_an_earlier_one(family: str) -> None:
-    model = tiny(family)
+    model = shallow(family)
     wanted = talk(model, DynamicCache(config=model.config))
-    for policy in COVERING:
+    # What a family does to masks is the same for all: with and without windows every policy is asked.
+    for policy in COVERING if family in ("llama", "gemma2") else (COVERING[0], COVERING[-1]):
         torch.testing.assert_close(talk(model, policy.make_cache(model)), wanted, atol=1e-5, rtol=1e-5)
         release(model)
 
@@ -126,7 +127,7 @@ def test_a_turn_that_hides_tokens_of_an_earlier_one(family: str) -> None:
 @pytest.mark.parametrize("policy", EVICTING, ids=lambda own: type(own).__name__)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt_oss"])
 def test_hidden_tokens_where_others_are_dropped(family: str, policy: Policy) -> None:
-    model = tiny(family)
+    model = shallow(family)
     cache = policy.make_cache(model)
     with recording() as steps:
         given = talk(model, cache)

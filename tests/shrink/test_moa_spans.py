@@ -71,13 +71,13 @@ def test_spans_that_cover_everything(family: str) -> None:
     tokens, padding = prompt(2, 24), torch.ones(2, 24, dtype=torch.long)
     padding[1, :6] = 0
     wanted = turns(model, tokens, padding, DynamicCache(config=model.config))
+    one = repeating(1, 12)
+    texts = {mode: generate(model, one, **MODES[mode]) for mode in ("beams", "lookup")}
     for policy in (MoA(rule=(0, 1)), MoA(rule=(30, 0)), MoA(rule=(1, 0), sink_size=40)):
         given = turns(model, tokens, padding, policy.make_cache(model))
         torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-5)
         release(model)
-        for mode in ("beams", "lookup"):
-            one = repeating(1, 12)
-            text = generate(model, one, **MODES[mode])
+        for mode, text in texts.items():
             same(generate(model, one, past_key_values=policy.make_cache(model), **MODES[mode]), text)
             release(model)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import prompt, tiny
+from tiny_families import prompt, shallow
 from torch import Tensor
 
 from manyheads.shrink import H2O, TOVA, KeyNorm, Policy, StreamingLLM, compress
@@ -32,22 +32,22 @@ def name(policy: Policy) -> str:
 
 def decoded(policy: Policy, family: str, rows: int) -> tuple[Tensor, list[Any]]:
     """Logits of a prompt, ten tokens, a second turn and more tokens; and the slots that layers hold after each."""
-    model = tiny(family)
+    model = shallow(family)
     # No token twice: equal keys have equal norms, and which of them leaves is nobody's promise.
     draw = torch.Generator().manual_seed(5)
-    tokens = torch.stack([torch.randperm(model.config.vocab_size, generator=draw)[:45] for _ in range(rows)])
+    tokens = torch.stack([torch.randperm(model.config.vocab_size, generator=draw)[:34] for _ in range(rows)])
     cache = policy.make_cache(model)
     logits, held = [], []
     with torch.no_grad():
-        for start, stop in pairwise([0, *range(15, 26), *range(30, 46)]):
+        for start, stop in pairwise([0, *range(15, 22), *range(26, 35)]):
             logits.append(model(tokens[:, start:stop], past_key_values=cache).logits)
             groups = [group for layer in cache.layers for group in layer.store.groups]
             held.append([own.slots().expand(rows, len(own.heads), -1).sort(-1).values.tolist() for own in groups])
     return torch.cat(logits, 1), held
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+# Projections apart or in one matrix are nothing to a cache: each family has its number of rows.
+@pytest.mark.parametrize(("family", "rows"), [("llama", 1), ("phi3", 3)])
 @pytest.mark.parametrize("policy", POLICIES, ids=name)
 def test_it_is_what_the_general_way_gives(
     policy: Policy, family: str, rows: int, monkeypatch: pytest.MonkeyPatch
@@ -61,7 +61,7 @@ def test_it_is_what_the_general_way_gives(
 
     monkeypatch.setattr(compress, "_replaces", counted)
     logits, held = decoded(policy, family, rows)
-    assert sum(taken) > 20, "the quick way was hardly taken"
+    assert sum(taken) > 8, "the quick way was hardly taken"
     monkeypatch.setattr(compress, "_replaces", lambda *args: False)
     wanted, kept = decoded(policy, family, rows)
     assert held == kept
@@ -70,19 +70,19 @@ def test_it_is_what_the_general_way_gives(
 
 @pytest.mark.parametrize("policy", POLICIES, ids=name)
 def test_one_head_of_one_row(policy: Policy) -> None:
-    model, draw = tiny("llama", num_key_value_heads=1), torch.Generator().manual_seed(5)
+    model, draw = shallow("llama", num_key_value_heads=1), torch.Generator().manual_seed(5)
     tokens = torch.randperm(model.config.vocab_size, generator=draw)[None, :30]
     cache = policy.make_cache(model)
     with torch.no_grad():
         for part in (tokens[:, :15], *tokens[:, 15:].split(1, 1)):
             model(part, past_key_values=cache)
     wanted = 8 if policy.compression_ratio is None else int(30 * (1 - policy.compression_ratio))
-    assert cache.lengths() == [[wanted]] * 3
+    assert cache.lengths() == [[wanted]] * 2
 
 
 def test_rows_that_hold_different_tokens_have_no_common_oldest() -> None:
     """Key norms keep other tokens in every head: then a place of one head says nothing of another's."""
-    model = tiny("llama")
+    model = shallow("llama")
     cache = KeyNorm(budget_tokens=8).make_cache(model)
     with torch.no_grad():
         model(prompt(2, 20), past_key_values=cache)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
-import datetime
 import difflib
-import functools
 import inspect
 import math
 import struct
@@ -21,7 +18,7 @@ import pytest
 import torch
 from optimum.quanto.library.extensions import get_extension
 from recorder import feed, recording
-from tiny_families import FAMILIES, prompt, tiny
+from tiny_families import FAMILIES, prompt, shallow, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
@@ -49,7 +46,7 @@ from manyheads.shrink.group import Group
 from manyheads.shrink.quantised import Codec
 from manyheads.shrink.store import Store
 
-ENDS = [14, 15, 16, 17, 18, 22, 23, 24, 25, 26]
+ENDS = [14, 15, 16, 17, 21, 22, 26]
 HALF = 2.0**-10
 
 
@@ -201,10 +198,12 @@ def checked(tolerance: float = 1e-5) -> Iterator[list[float]]:
         yield found
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+# In the fewer bits those whose scores are plain, capped, and beside sinks.
+@pytest.mark.parametrize(
+    ("family", "bits"), [*((family, 8) for family in FAMILIES), ("llama", 4), ("gemma2", 4), ("gpt_oss", 4)]
+)
 def test_every_family(family: str, bits: int) -> None:
-    model, tokens, padding = tiny(family), prompt(2, 26), padding_of(26, [0, 5])
+    model, tokens, padding = shallow(family), prompt(2, 26), padding_of(26, [0, 5])
     exact = feed(model, DynamicCache(config=model.config), tokens, padding, ENDS)
     with checked() as found:
         given = feed(model, Full(storage=Quantised(bits=bits, residual=2)).make_cache(model), tokens, padding, ENDS)
@@ -225,10 +224,16 @@ POLICIES: list[Policy] = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda own: type(own).__name__)
-@pytest.mark.parametrize("residual", [0, 4, 64])
+# Nothing exact is the codes' own matter: two policies are asked of it, by shares of the heads and with a summary.
+ON_CODES = [(policy, residual) for policy in POLICIES for residual in (4, 64)]
+ON_CODES += [(policy, 0) for policy in POLICIES if isinstance(policy, H2O | Razor)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "residual"), ON_CODES, ids=[f"{residual}-{type(own).__name__}" for own, residual in ON_CODES]
+)
 def test_any_policy_on_codes(policy: Policy, residual: int) -> None:
-    model, tokens, padding = tiny("llama"), prompt(2, 26), padding_of(26, [0, 5])
+    model, tokens, padding = shallow("llama"), prompt(2, 26), padding_of(26, [0, 5])
     policy.storage = None
     with recording() as plain:
         exact = feed(model, policy.make_cache(model), tokens, padding, ENDS)
@@ -306,7 +311,7 @@ def test_the_latest_tokens_are_exact() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_from_the_first_token_on(dtype: torch.dtype) -> None:
     model, tokens = tiny("llama").to(dtype), prompt(2, 26)
-    padding, ends = torch.ones_like(tokens), [1, 2, 3, 9, *range(10, 27)]
+    padding, ends = torch.ones_like(tokens), [1, 2, 3, 9, *range(10, 18), 26]
     exact = feed(model, DynamicCache(config=model.config), tokens, padding, ends)
     cache = Full(storage=Quantised(bits=8, residual=3)).make_cache(model)
     with checked(1e-5 if dtype == torch.float64 else 0.05):
@@ -350,14 +355,14 @@ def test_an_overwritten_entry_is_coded_anew() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_ways_of_generating(family: str, settings: dict[str, Any]) -> None:
     """Exactly so while all is within the residual; on codes the scores of the same text stay near."""
-    model = tiny(family)
+    model = shallow(family)
     tokens = prompt(1, 5).repeat(1 if "prompt_lookup_num_tokens" in settings else 2, 3)
     padding = torch.ones_like(tokens)
     if len(tokens) > 1:
         padding[1, :4] = 0
 
     def text(cache: Any) -> Tensor:
-        common = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None, "pad_token_id": 0}
+        common = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
         return model.generate(tokens, attention_mask=padding, past_key_values=cache, **common, **settings)
 
     wanted = text(DynamicCache(config=model.config))
@@ -496,7 +501,7 @@ def packaged() -> PreTrainedModel:
     return load_model().model
 
 
-TEXTS = (argparse, ast, csv, datetime, difflib, functools)
+TEXTS = (argparse, csv, difflib)
 
 
 def test_no_worse_than_quanto(packaged: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,7 +549,7 @@ def passkey(number: int) -> tuple[Tensor, list[int]]:
 
 
 def test_passkeys_are_still_found(packaged: PreTrainedModel) -> None:
-    for number in range(5):
+    for number in (0, 4):
         asked, key = passkey(number)
         assert spoken(packaged, asked) == key
         for bits in (8, 4):

@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from manyheads.shrink import LongHeads, Policy, TidalDecode, release
 from manyheads.shrink.layer import RaggedLayer
 from manyheads.shrink.quantised import Quantised
 
-ENDS = [14, 15, 16, 17, 20, 21, 22, 23]
+ENDS = [14, 15, 16, 19, 20, 21]
 LEFT = [0, 4]
 FULL5 = ["full_attention"] * 5
 
@@ -102,12 +102,13 @@ def logit(query: Tensor, key: Tensor, scoring: Any) -> float:
 
 
 def mix(scores: list[float], values: list[Tensor], sink: float | None) -> Tensor:
+    # Numbers of Python's own: a tensor's take thirty times as long one by one.
     every = scores if sink is None else [*scores, sink]
     top = max(every)
-    total = sum(math.exp(score - top) for score in every)
-    return sum(
-        (math.exp(score - top) / total * value for score, value in zip(scores, values, strict=True)), 0 * values[0]
-    )
+    shares = [math.exp(score - top) for score in every]
+    columns = zip(*(value.tolist() for value in values), strict=True)
+    mixed = [sum(a * b for a, b in zip(shares, column, strict=False)) / sum(shares) for column in columns]
+    return torch.tensor(mixed, dtype=values[0].dtype)
 
 
 def sink_of(scoring: Any, head: int) -> float | None:
@@ -179,7 +180,7 @@ def test_tidal_llama(trial: bool) -> None:
     tapes = check_tidal(model, TidalDecode(top_k=5, sparse_layer_start=1, correction_layer=3), trial=trial)
     assert [tapes[layer].steps[-1].read for layer in range(5)] == [None, None, 5, None, 5]
     assert tapes[2].steps[0].read is None
-    assert tapes[2].steps[4].read == (5 if trial else None)
+    assert tapes[2].steps[3].read == (5 if trial else None)
 
 
 def test_tidal_caps_sinks_and_windows() -> None:
@@ -214,12 +215,11 @@ def test_query_heads_of_one_kv_head_read_their_own() -> None:
 
 def turned(vector: Tensor, by: int, angles: Tensor | None) -> Tensor:
     """RoPE in halves, pair by pair."""
-    out = vector.clone()
-    for i in range(0 if angles is None else len(angles)):
-        cos, sin = math.cos(by * float(angles[i])), math.sin(by * float(angles[i]))
-        a, b = float(vector[i]), float(vector[i + len(angles)])
-        out[i], out[i + len(angles)] = a * cos - b * sin, b * cos + a * sin
-    return out
+    out, pairs = vector.tolist(), [] if angles is None else angles.tolist()
+    for i, angle in enumerate(pairs):
+        cos, sin, a, b = math.cos(by * angle), math.sin(by * angle), out[i], out[i + len(pairs)]
+        out[i], out[i + len(pairs)] = a * cos - b * sin, b * cos + a * sin
+    return torch.tensor(out, dtype=vector.dtype)
 
 
 def represent(
@@ -366,12 +366,12 @@ def test_a_row_is_read_as_if_alone(policy: Policy) -> None:
 
 def test_longheads_does_not_mind_how_a_text_is_fed() -> None:
     model = tiny("llama")
-    policy, (tokens, padding) = POLICIES[1], padded(1, 40)
-    wanted = feed(model, policy.make_cache(model), tokens, padding, [40])
-    for ends in ([*range(1, 41)], [13, 26, 40], [11, 20, 40], [39, 40]):
+    policy, (tokens, padding) = POLICIES[1], padded(1, 27)
+    wanted = feed(model, policy.make_cache(model), tokens, padding, [27])
+    for ends in ([*range(1, 28)], [13, 26, 27], [11, 20, 27], [26, 27]):
         given = feed(model, policy.make_cache(model), tokens, padding, ends)
         torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-5)
-    assert float((wanted - dense(model, tokens, padding, [40])).abs().max()) > 1e-3
+    assert float((wanted - dense(model, tokens, padding, [27])).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -452,11 +452,13 @@ def _text(key: str, length: int) -> str:
 TEXTS = [("48213", 960), ("90572", 1000), ("31786", 1024), ("64190", 700), ("17305", 1024), ("82946", 980)]
 
 
-def _answered(policy: Policy, share: float) -> int:
-    """Of six passkeys, those answered while the last layer reads at most this share of what it holds."""
+def _answered(policy: Policy, share: float, texts: list[tuple[str, int]] = TEXTS) -> int:
+    """Of the passkeys, those answered while the last layer reads at most this share of what it holds."""
     loaded, found = load_model(), 0
-    for key, length in TEXTS:
+    for key, length in texts:
         tokens = torch.tensor([loaded.encode(_text(key, length))])
+        if isinstance(policy, LongHeads):  # where the question begins
+            policy = replace(policy, begin_selective_length=length - len(ASK))
         cache = policy.make_cache(loaded.model)
         out = loaded.model.generate(tokens, past_key_values=cache, max_new_tokens=5, do_sample=False)
         found += loaded.decode(out[0, -5:].tolist()) == key
@@ -471,10 +473,11 @@ def test_the_passkey_is_still_found_by_tidal() -> None:
 
 
 def test_the_passkey_is_found_in_chosen_chunks() -> None:
-    """Not always, in so small a model: 3 of these 6 when this was written, all 6 with the whole cache."""
-    assert _answered(LongHeads(budget_tokens=384, chunk_size=16, begin_selective_length=690), 0.55) >= 2
+    """Not always, in so small a model: all are with the whole cache. Questions and answers are read from chunks."""
+    texts = [(key, length) for key, length in TEXTS if length < 1000]
+    assert _answered(LongHeads(budget_tokens=384, chunk_size=16), 0.55, texts) >= 2
     # With the first and the last two chunks alone there is nothing to find.
-    assert _answered(LongHeads(budget_tokens=48, chunk_size=16, begin_selective_length=690), 0.07) == 0
+    assert _answered(LongHeads(budget_tokens=48, chunk_size=16), 0.07, texts) == 0
 
 
 # What is refused

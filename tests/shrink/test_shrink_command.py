@@ -25,6 +25,7 @@ from manyheads.cli import main
 from manyheads.heads.profile import Profile
 from manyheads.hosts.fingerprint import fingerprint
 from manyheads.hosts.loading import BUNDLED, Loaded, load_model
+from manyheads.hosts.questions import held_out
 from manyheads.shrink import H2O, AdaKV, Duo, Policy, Quantised, measure, plan, policies, release, run
 from manyheads.shrink.command import choose_variants, in_chats
 from manyheads.shrink.variants import Profiles, find_policy, known_policies, read_variants
@@ -54,7 +55,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A small random model on disk that reads bytes."""
-    llama().save_pretrained(tmp_path / "model")
+    llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -332,7 +333,10 @@ def test_texts_as_turns_of_which_nothing_is_dropped(
         return 0
 
     monkeypatch.setattr(measure, "follow", follow)
+    text = tmp_path / "text.txt"
+    text.write_text(held_out()[:20_000])
     command = [chatting, "--policy", "keynorm", "--budget-tokens", 48, "--chat", "open", "--chat", "protected"]
+    command += ["--text", text]
     code, printed, _ = shrink(capsys, *command, "--tasks", "passkey", *QUICK, "--out", tmp_path / "out", "--json")
     assert code == 0
     titles = [row["title"] for row in json.loads(printed)["summary"]]

@@ -265,18 +265,20 @@ def of_a_ratio() -> dict[str, Policy | None]:
     return found
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("name", of_a_ratio())
+# Two rows of every policy; one row alone of those whose rows differ most from each other's.
+@pytest.mark.parametrize(
+    ("name", "rows"), [*((name, 2) for name in of_a_ratio()), *((name, 1) for name in ("dense", "h2o", "snapkv"))]
+)
 def test_following_and_going_on_at_once_is_each_by_itself(small: Loaded, name: str, rows: int) -> None:
     """Logits, greedy tokens and bytes."""
     policy = of_a_ratio()[name]
     # No token twice: equal keys have equal norms, and rounding says which of them leaves.
     draw = torch.Generator().manual_seed(3)
-    tokens = torch.stack([torch.randperm(256, generator=draw)[:76] for _ in range(rows)])
-    prefix, tail = tokens[:, :60], tokens[:, 60:]
+    tokens = torch.stack([torch.randperm(256, generator=draw)[:48] for _ in range(rows)])
+    prefix, tail = tokens[:, :40], tokens[:, 40:]
     apart: list[Tensor] = []
     held = follow(small.model, policy, prefix, tail, lambda _, logits: apart.append(logits))
-    for count in (1, 8, 16, 20):  # the first alone, before the tail ends, with it, and past it
+    for count in (1, 4, 8, 9):  # the first alone, before the tail ends, with it, and past it
         together: list[Tensor] = []
         size, said = follow_and_go_on(
             small.model, policy, prefix, tail, lambda _, own, to=together: to.append(own), count
@@ -286,17 +288,31 @@ def test_following_and_going_on_at_once_is_each_by_itself(small: Loaded, name: s
         torch.testing.assert_close(said, continuation(small.model, policy, prefix, count))
 
 
-def test_a_window_of_text_is_read_once(small: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For its tail and for what the model goes on with, by the dense cache and by a policy."""
+def test_a_window_of_text_is_read_once(small: Loaded) -> None:
+    """For its tail and for what the model goes on with, by the dense cache and by a policy; the dense one, which drops
+    nothing, reads together what it was given."""
     trials = windows_cut([list(range(80)), list(range(80, 160))], 16)
     read: list[int] = []
-    once = measure.step
-
-    def counted(model: Any, tokens: Tensor, cache: Any) -> Tensor:
-        read.append(tokens.shape[1])
-        return once(model, tokens, cache)
-
-    monkeypatch.setattr(measure, "step", counted)
+    counting = small.model.register_forward_pre_hook(lambda model, args: read.append(args[0].shape[1]))
     dense = take_reference(small.model, trials, 8)
     measure_text(small.model, SnapKV(compression_ratio=0.5), trials, dense)
-    assert read == [64, *[1] * 15, 64, *[1] * 15]
+    counting.remove()
+    assert read == [64, *[1] * 7, 8, 64, *[1] * 15]
+
+
+def test_what_comes_together_is_what_comes_one_by_one(small: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the dense cache, in passes of as many tokens as their logits leave room for."""
+    monkeypatch.setattr(measure, "LOGITS_AT_ONCE", 2 * 256 * 16)
+    read: list[int] = []
+    counting = small.model.register_forward_pre_hook(lambda model, args: read.append(args[0].shape[1]))
+    draw = torch.Generator().manual_seed(3)
+    prefix, tail = torch.randint(256, (2, 20), generator=draw), torch.randint(256, (2, 35), generator=draw)
+    given: dict[int, Tensor] = {}
+    size = follow(small.model, None, prefix, tail, given.__setitem__)
+    counting.remove()
+    assert read == [20, 16, 16, 2]
+    with torch.no_grad():
+        wanted = small.model(torch.cat([prefix, tail], 1), use_cache=False).logits[:, 19:-1]
+    assert list(given) == list(range(35))
+    torch.testing.assert_close(torch.stack([*given.values()], 1), wanted, atol=2e-5, rtol=1e-4)
+    assert size == 54 * SIZES["layers"] * 2 * SIZES["kv_heads"] * SIZES["head_dim"] * 4 * 2

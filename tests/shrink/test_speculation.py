@@ -30,7 +30,7 @@ from manyheads.shrink import (
     TidalDecode,
 )
 
-GATES = [[0.9, 0.1], [0.2, 0.8], [0.3, 0.4]]
+GATES = [[0.9, 0.1], [0.2, 0.8]]
 POLICIES: dict[str, Policy] = {
     "full": Full(),
     "streaming": StreamingLLM(budget_tokens=8, sink_size=2),
@@ -52,20 +52,20 @@ POLICIES: dict[str, Policy] = {
     "quantised": H2O(budget_tokens=16, storage=Quantised(bits=8, residual=4)),
 }
 WAYS = ("lookup", "draft", "early exit")
-SETTINGS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
+SETTINGS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 7, "eos_token_id": None, "pad_token_id": 0}
 
 
 def guessing(way: str, draft: Any) -> dict[str, Any]:
     own: dict[str, dict[str, Any]] = {
         "lookup": {"prompt_lookup_num_tokens": 3},
         "draft": {"assistant_model": draft},
-        "early exit": {"assistant_early_exit": 2},
+        "early exit": {"assistant_early_exit": 1},
     }
     return own[way]
 
 
 def small(family: str, **changes: Any) -> Any:
-    model = tiny(family, **changes)
+    model = tiny(family, **{"num_hidden_layers": 2, **changes})
     model.generation_config.num_assistant_tokens = 4
     return model
 
@@ -86,12 +86,13 @@ CASES = [("gpt2" if name in NORMS else "llama", name) for name in POLICIES] + [(
 
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_a_shrunk_target_says_what_it_says_alone(family: str, name: str) -> None:
-    policy, model, draft = POLICIES[name], small(family), small("llama", num_hidden_layers=2)
+    policy, model, draft = POLICIES[name], small(family), small("llama", num_hidden_layers=1)
     tokens = repeating(16)
     with policy(model) as active:
         wanted = model.generate(tokens, **SETTINGS)
         kept = active.cache.lengths()
-        for way in WAYS:
+        # Guesses out of the text itself: below, and in windows.
+        for way in WAYS if family == "gemma2" else WAYS[1:]:
             torch.testing.assert_close(model.generate(tokens, **SETTINGS, **guessing(way, draft)), wanted)
             # Exact ties between repeated tokens may fall otherwise, so only how many are held.
             assert active.cache.lengths() == kept
@@ -100,11 +101,11 @@ def test_a_shrunk_target_says_what_it_says_alone(family: str, name: str) -> None
 @pytest.mark.parametrize("way", WAYS)
 def test_guesses_that_go_on_with_a_cache(way: str) -> None:
     """The library then feeds all tokens again, into any cache."""
-    model, draft, tokens = small("llama"), small("llama", num_hidden_layers=2), repeating(16)
+    model, draft, tokens = small("llama"), small("llama", num_hidden_layers=1), repeating(16)
     for policy in (Full(), StreamingLLM(budget_tokens=8)):
         with policy(model) as active:
             text = model.generate(tokens, **SETTINGS)
-            with pytest.raises(ValueError, match="holds 25 tokens of it"):
+            with pytest.raises(ValueError, match="holds 22 tokens of it"):
                 model.generate(text, past_key_values=active.cache, **SETTINGS, **guessing(way, draft))
 
 
@@ -134,13 +135,13 @@ def test_both_shrunk(name: str) -> None:
         with StreamingLLM(budget_tokens=6)(draft) as active:
             torch.testing.assert_close(model.generate(tokens, assistant_model=draft, **SETTINGS), wanted)
     assert active.cache is not None
-    assert active.cache.lengths() == [[6, 6]] * 3
+    assert active.cache.lengths() == [[6, 6]] * 2
 
 
 @pytest.mark.parametrize("way", ["lookup", "draft"])
 @pytest.mark.parametrize("name", ["streaming", "h2o", "snapkv", "duo", "razor"])
 def test_a_cache_made_beforehand(name: str, way: str) -> None:
-    model, draft, tokens = small("llama"), small("llama", num_hidden_layers=2), repeating(16)
+    model, draft, tokens = small("llama"), small("llama", num_hidden_layers=1), repeating(16)
     caches = [POLICIES[name].make_cache(model) for _ in range(2)]
     wanted = model.generate(tokens, past_key_values=caches[0], **SETTINGS)
     given = model.generate(tokens, past_key_values=caches[1], **SETTINGS, **guessing(way, draft))
@@ -155,9 +156,9 @@ def test_what_is_held_for_taking_back_is_counted() -> None:
     alone = cache.nbytes
     cache.activate_past_recording()
     model(tokens[:, 20:24], past_key_values=cache)
-    assert cache.lengths() == [[8, 8]] * 3
+    assert cache.lengths() == [[8, 8]] * 2
     # How every layer stood, and four tokens: a key and a value for each head; their notes begin at zero again.
-    assert cache.nbytes == 2 * alone + 4 * 3 * 2 * (8 + 8) * 4
+    assert cache.nbytes == 2 * alone + 4 * 2 * 2 * (8 + 8) * 4
     cache.crop(-3)
     assert cache.nbytes == alone
     assert cache.get_seq_length() == 21

@@ -67,6 +67,12 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
+def shallow(family: str, **changes: Any) -> PreTrainedModel:
+    """The same in two layers: one of each kind, where a family has layers of several."""
+    kinds = {"layer_types": SLIDING[:2]} if "layer_types" in FAMILIES[family] else {}
+    return tiny(family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": 2, **kinds, **changes})
+
+
 def prompt(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (rows, length), generator=generator)

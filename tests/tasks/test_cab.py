@@ -55,9 +55,10 @@ def test_trivial_answers_have_the_errors_that_the_docs_say() -> None:
     batch = next(task.eval_batches(4096))
     seen = (batch.inputs["pixel_values"][:, 0] + 1) / 2
     assert abs(float((seen - batch.targets / 16).square().mean()) - 0.05) < 0.005
-    series = create_task("forecast")
-    values = (next(series.eval_batches(4096)).targets + 0.5) * series.step - 2.5
-    assert abs(float(values.square().mean()) - 0.41) < 0.03
+    for waves, error in ((3, 0.41), (1, 0.14)):
+        series = create_task("forecast", waves=waves)
+        values = (next(series.eval_batches(4096)).targets + 0.5) * series.step - 2.5
+        assert abs(float(values.square().mean()) - error) < 0.03
     outline = create_task("completion")
     batch = next(outline.eval_batches(4096))
     read, asked = (
@@ -134,6 +135,7 @@ def test_stand_ins_are_drawn_fast_enough(name: str) -> None:
     [
         ({"name": "forecast", "horizon": 97}, "horizon=97"),
         ({"name": "forecast", "levels": 3}, "levels=3"),
+        ({"name": "forecast", "waves": 0}, "waves=0"),
         ({"name": "forecast", "noise": -1}, "noise=-1"),
         ({"name": "forecast", "n": 1}, "n=1"),
         ({"name": "completion", "points": 0}, "points=0"),

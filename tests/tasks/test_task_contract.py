@@ -68,9 +68,10 @@ def same(one: Batch, other: Batch) -> bool:
     )
 
 
-def rows(batch: Batch) -> list[tuple[float, ...]]:
+def rows(batch: Batch) -> list[bytes]:
+    """What two examples share if and only if they are equal: numbers by their bytes, of which zero has two sorts."""
     parts = [part.flatten(1) for part in batch.inputs.values()]
-    return [tuple(row) for row in torch.cat(parts, dim=1).tolist()]
+    return [row.tobytes() for row in (torch.cat(parts, dim=1) + 0).numpy()]
 
 
 def test_names() -> None:

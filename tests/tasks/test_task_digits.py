@@ -1,7 +1,5 @@
 """The digits: one split in three forms."""
 
-import subprocess
-import sys
 from itertools import islice
 
 import pytest
@@ -73,11 +71,3 @@ def test_nearest_neighbour_is_good_and_a_constant_is_chance(form: str) -> None:
     constant = torch.zeros(364, 10)
     constant[:, 4] = 1
     assert task.score(constant, held.targets)[0] / 364 == pytest.approx(0.1, abs=0.01)
-
-
-def test_sklearn_is_imported_only_when_digits_are_read() -> None:
-    code = (
-        "import sys; from manyheads.tasks import create_task, list_tasks; list_tasks(); create_task('digits-grid');"
-        "assert not {'sklearn', 'scipy', 'transformers'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,8 +17,8 @@ from manyheads.hosts.loading import Loaded
 from manyheads.hosts.questions import Questions, Trial
 from manyheads.runs.steps import Tell, silent
 
-# Windows whose second half is written greedily, tokens of it, and turns of timing.
-GREEDY_ROWS, GREEDY_TOKENS, TURNS = 4, 32, 3
+# Windows whose second half is written greedily, tokens of it, turns of timing and tokens of a turn.
+GREEDY_ROWS, GREEDY_TOKENS, TURNS, TIMED_TOKENS = 4, 32, 3, 9
 # Bytes of the original's answers that are held for the next model; what is beyond is computed again.
 HELD = 1 << 28
 
@@ -125,7 +125,7 @@ class Judge:
         """Seconds of the prompt and of a token after it, and what they are of the original's."""
         prompt = self.windows[0][None]
         sides = [model] if model is self.original else [model, self.original]
-        taken = [[go_on(each, prompt, 9)[1] for each in sides] for _ in range(TURNS)]
+        taken = [[go_on(each, prompt, TIMED_TOKENS)[1] for each in sides] for _ in range(TURNS)]
         found: dict[str, float] = {}
         for k, what in enumerate(("prefill", "decode")):
             own, *other = (median(turn[side][k] for turn in taken) for side in range(len(sides)))

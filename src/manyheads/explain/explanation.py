@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -294,15 +295,15 @@ def _attention_views(
 
     stack = "encoder" if loaded.model.config.is_encoder_decoder else text_stack(loaded.model)
     where: dict[str, Any] = {"stack": stack, "kind": "self"}
-    store = read_store(loaded.model, inputs, layers=layers, budget_mb=page_mb * 0.6, **where)
+    short = len(tokens) <= VECTOR_TOKENS
+    recording: AbstractContextManager[Any] = record(loaded.model, layers=layers, **where) if short else nullcontext([])
+    with recording as calls:
+        store = read_store(loaded.model, inputs, layers=layers, budget_mb=page_mb * 0.6, **where)
     panel = Panel(store, tokens)
     # Taking the heads' mean of a store opens every matrix in it again: for long texts another run is cheaper.
-    short = len(tokens) <= VECTOR_TOKENS
     mean = store if short else read_store(loaded.model, inputs, layers=layers, budget_mb=8, mean=True, **where)
     views = [view_heads(panel), picture_of_all(panel), view_flow(mean, tokens), view_maps(store)]
     if short:
-        with torch.no_grad(), record(loaded.model, layers=layers, **where) as calls:
-            loaded.model(**inputs)
         # Some mechanisms tell nothing from inside, and some score by more than queries and keys.
         if all(isinstance(call, AttentionCall) for call in calls):
             views.append(view_embedding(calls, tokens))

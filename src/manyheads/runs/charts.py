@@ -50,7 +50,8 @@ class Plot:
 
     def spec(self, width: int | str) -> dict[str, Any]:
         """Vega-Lite JSON without a theme and without a `$schema` address."""
-        found: dict[str, Any] = self.chart.properties(width=width, height=self.height).to_dict()
+        # Whether altair's schema takes the charts is asked in tests: it takes most of the time of a page.
+        found: dict[str, Any] = self.chart.properties(width=width, height=self.height).to_dict(validate=False)
         return {key: value for key, value in found.items() if key not in ("$schema", "config")}
 
 

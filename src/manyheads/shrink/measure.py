@@ -27,8 +27,8 @@ from manyheads.runs.memory import memory_meter, trim_memory
 from manyheads.shrink.cache import RaggedCache
 from manyheads.shrink.policy import Policy, release
 
-# Tokens of all rows of a batch together.
-TOKENS_AT_ONCE = 16_384
+# Tokens of all rows of a batch together; numbers of all logits that are held at once, a word of a row's token each.
+TOKENS_AT_ONCE, LOGITS_AT_ONCE = 16_384, 1 << 24
 # Told, for every place of a tail, the logits of what is expected there.
 See = Callable[[int, Tensor], None]
 
@@ -61,15 +61,36 @@ def step(model: Any, tokens: Tensor, cache: Any) -> Tensor:
     return out[:, -1]
 
 
+def steps(model: Any, tokens: Tensor, cache: Any) -> Iterator[Tensor]:
+    """Logits [b, vocabulary] after each of tokens [b, n], which come in one pass."""
+    if tokens.shape[1] == 1:
+        yield step(model, tokens, cache)
+    else:
+        yield from model(tokens, past_key_values=cache, use_cache=True).logits.unbind(1)
+
+
 @torch.no_grad()
 def follow(model: Any, policy: Policy | None, prefix: Tensor, tail: Tensor, see: See) -> int:
-    """Fills a cache with prefix [b, n], then gives tail [b, t] token by token. see(i, logits [b, vocabulary]) is told
-    what the model expects in the place of tail[:, i]. Returns the bytes of the cache at the end."""
+    """Fills a cache with prefix [b, n], then gives tail [b, t] token by token, to the dense cache some at once. see(i,
+    logits [b, vocabulary]) is told what the model expects in the place of tail[:, i]. Returns the cache's bytes at the
+    end."""
     with filled(model, policy) as cache:
         see(0, step(model, prefix, cache))
-        for i in range(1, tail.shape[1]):
-            see(i, step(model, tail[:, i - 1 : i], cache))
+        _give(model, policy, tail, 0, cache, see)
         return cache_bytes(cache)
+
+
+def _give(model: Any, policy: Policy | None, tail: Tensor, begin: int, cache: Any, see: See) -> None:
+    """All of a tail from place `begin` on but its last token."""
+    # A cache that drops nothing says of tokens that come together what it says of them one by one.
+    many, last = 1, tail.shape[1] - 1
+    if policy is None:
+        words = model.config.get_text_config(decoder=True).vocab_size
+        many = max(1, LOGITS_AT_ONCE // (len(tail) * words))
+    for start in range(begin, last, many):
+        given = tail[:, start : min(start + many, last)]
+        for i, logits in enumerate(steps(model, given, cache), start + 1):
+            see(i, logits)
 
 
 @torch.no_grad()
@@ -96,16 +117,12 @@ def follow_and_go_on(
         see(0, logits)
         said = [logits.argmax(-1, keepdim=True)]
         cache.reorder_cache(rows.repeat(2))
-        for i in range(1, tail.shape[1]):
-            given = tail[:, i - 1 : i]
-            if len(said) == count:
-                see(i, step(model, given, cache))
-                continue
-            logits = step(model, torch.cat([given, said[-1]]), cache)
+        for i in range(1, count):
+            logits = step(model, torch.cat([tail[:, i - 1 : i], said[-1]]), cache)
             see(i, logits[: len(rows)])
             said.append(logits[len(rows) :].argmax(-1, keepdim=True))
-            if len(said) == count:
-                cache.batch_select_indices(rows)
+        cache.batch_select_indices(rows)
+        _give(model, policy, tail, count - 1, cache, see)
         return cache_bytes(cache), torch.cat(said, 1)
 
 

@@ -89,18 +89,23 @@ class Plan:
         }
 
     def seconds(self, speed: Speed, task: str, length: int, dense: bool) -> float:
-        """What a cell takes at this speed: the tokens of its prompts, and those that come one by one."""
-        sizes, keys, slower = self.sizes, keys_in(length), 1.0 if dense else _SLOWER
+        """What a cell takes at this speed: the tokens of its prompts, and those that come one by one. The dense cache
+        is given together what follows a prompt, and goes on by itself alone one by one."""
+        sizes, keys, slower = self.sizes, keys_in(length), _SLOWER
         if task == "cost":
             return (sizes.repeats + 1) * (2 * speed.read(length) + (1 + slower) * speed.decoded(STEPS))
         if task == "perplexity":
             tail = min(TAIL, length // 4)
             more = max(0, GREEDY - tail)
+            if dense:
+                together = max(0, tail - GREEDY)
+                alone = speed.decoded(tail - together + more, 2 * sizes.windows)
+                return speed.read(length - tail + together, sizes.windows) + alone
             return speed.read(length - tail, sizes.windows) + slower * speed.decoded(tail + more, 2 * sizes.windows)
         rows, asked = (sizes.trials, keys) if task == "recall" else (sizes.trials * len(sizes.depths), 1)
         if self.ask == "within":
             rows, asked = rows * asked, 1
-        return speed.read(length, rows) + slower * speed.decoded(asked * _ASKED, rows)
+        return speed.read(length, rows) + (0.0 if dense else slower * speed.decoded(asked * _ASKED, rows))
 
     def total(self, speed: Speed) -> float:
         """Seconds of all cells."""

@@ -20,7 +20,8 @@ NOTES = (
     "answer is right if every token of it is the likeliest one, which is when greedy decoding gives it.",
     "Text: bits per token of what follows a prompt, token by token. KL and agreement compare with the dense cache's "
     "expectations in the same places; the greedy text is that of the model left to itself.",
-    "Dense is transformers' DynamicCache under the model's own attention. Bytes are those of the tensors held, room "
+    "Dense is transformers' DynamicCache under the model's own attention: it drops nothing, so that what follows a "
+    "prompt may come some tokens at once, with the same expectations. Bytes are those of the tensors held, room "
     "for coming tokens included. Times are medians, the dense cache's and the policy's by turns, batch 1; on a shared "
     "machine trust the ratios.",
     "Peak memory is measured in the running process, above the start of a run, and holds the prompt's activations "

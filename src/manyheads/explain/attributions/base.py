@@ -7,8 +7,9 @@ Legend: b batch, h heads, n queries, m keys. A stream is the tokens of one stack
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -118,6 +119,21 @@ class Trace:
         return next(iter(found.values())) if len(found) == 1 else found
 
 
+# What was asked for and the pass that told it, of the methods of one comparison.
+_shared: ContextVar[list[tuple[list[Any], Trace]] | None] = ContextVar("shared", default=None)
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Inside, a method that asks for the pass that ran last, of the same inputs and target, is given it. Inputs must
+    not change meanwhile. One pass is held at a time, as long as no other is asked for."""
+    token = _shared.set([])
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
 class Attribution(ABC):
     """attribute(inputs, target=..., additional_forward_args=...) -> [b, n], one number per input token.
 
@@ -163,7 +179,20 @@ class Attribution(ABC):
         self, feed: Feed, target: Target, position: Position, gradients: bool = False, watch: Watch | None = None
     ) -> Trace:
         """Runs the model under taps. gradients: and back from the score, so that weights have theirs. watch: hooks that
-        are there meanwhile."""
+        are there meanwhile, for which a pass of its own is needed."""
+        held = _shared.get()
+        if held is None or watch is not None:
+            return self._run(feed, target, position, gradients, watch)
+        own = [self.model, self.score, self.streams, self.end, self.stack]
+        asked = [*own, target, position, gradients, *feed.named, *feed.named.values()]
+        for known, trace in held:
+            if len(known) == len(asked) and all(a is b for a, b in zip(known, asked, strict=True)):
+                return trace
+        held.clear()  # two passes take twice the memory
+        held.append((asked, self._run(feed, target, position, gradients, watch)))
+        return held[0][1]
+
+    def _run(self, feed: Feed, target: Target, position: Position, gradients: bool, watch: Watch | None) -> Trace:
         where, inner = _where(self.model, self.stack)
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(gradients))

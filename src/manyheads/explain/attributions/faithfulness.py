@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.explain.attributions.base import BROKEN, Attributed, Attribution, Trace
+from manyheads.explain.attributions.base import BROKEN, Attributed, Attribution, Trace, sharing
 from manyheads.explain.attributions.feed import (
     Feed,
     Position,
@@ -309,7 +309,8 @@ def rank_correlation(attribution: Tensor, reference: Tensor, counted: Tensor | N
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """One method, means over the batch. deletion: small is good; insertion and correlation: large."""
+    """One method, means over the batch. deletion: small is good; insertion and correlation: large. seconds: of the
+    attribution; a pass that several methods read counts where it ran."""
 
     method: str
     deletion: float
@@ -366,24 +367,25 @@ def compare_attributions(
         raise ValueError(f"steps={steps}: a curve needs at least one")
     if sample is not None and sample < 2:
         raise ValueError(f"sample={sample}: ranks are correlated over at least 2 tokens, or None for all")
-    removal = Removal(
-        model, inputs, target, additional_forward_args,
-        position=position, score=score, remove=remove, batch_size=batch_size,
-    )  # fmt: skip
+    refused, attributions, seconds = {}, {}, {}
+    with sharing():
+        removal = Removal(
+            model, inputs, target, additional_forward_args,
+            position=position, score=score, remove=remove, batch_size=batch_size,
+        )  # fmt: skip
+        for name, method in named.items():
+            start = time.perf_counter()
+            try:
+                attributions[name] = removal.own(
+                    method.attribute(inputs, target, additional_forward_args, position=position)
+                )
+            except ValueError as error:
+                if methods is not None:
+                    raise
+                refused[name] = str(error)
+            seconds[name] = time.perf_counter() - start
     reference = removal.leave_one_out(sample)
     counted = removal.removable & reference.isfinite()
-    refused, attributions, seconds = {}, {}, {}
-    for name, method in named.items():
-        start = time.perf_counter()
-        try:
-            attributions[name] = removal.own(
-                method.attribute(inputs, target, additional_forward_args, position=position)
-            )
-        except ValueError as error:
-            if methods is not None:
-                raise
-            refused[name] = str(error)
-        seconds[name] = time.perf_counter() - start
     removal.look_up(list(attributions.values()), steps)
     rows = []
     for name, given in attributions.items():

@@ -39,8 +39,10 @@ class RegressionHeads(nn.Module):
         """x [b, count + 1, d], y [b, count + 1] (its last entry is not looked at) -> [b]."""
         context = torch.cat([x[:, :-1], y[:, :-1, None]], -1)
         query = torch.cat([x[:, -1], torch.zeros_like(y[:, -1:])], -1)
-        weights = torch.einsum("ble,hef,bf->bhl", context, self.kq, query).softmax(-1)
-        return torch.einsum("bhl,ble,he->b", weights, context, self.ov)
+        # The query meets W_h first: b h numbers of d + 1 each, where keys that met it first would be b l h of them.
+        asked = torch.einsum("hef,bf->bhe", self.kq, query)
+        mixed = (asked @ context.mT).softmax(-1) @ context
+        return torch.einsum("bhe,he->b", mixed, self.ov)
 
 
 def gradient_step(x: Tensor, y: Tensor, debias: bool) -> Tensor:
@@ -146,10 +148,11 @@ class LinearRegression(Study):
             model = RegressionHeads(self.dim, point["heads"])
         optimiser = torch.optim.Adam(model.parameters(), self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, self.steps + 1)
+        debiased = fitted_step(*held, debias=True)[0] * gradient_step(*held, debias=True)
         curve, marks = [], checkpoints(self.steps, 24)
         for step in range(self.steps + 1):
             if step in marks:
-                curve.append({"step": step} | self._figures(model, *held))
+                curve.append({"step": step} | self._figures(model, *held, debiased))
             x, y = self._draw(self.batch, rng)
             loss = (model(x, y) - y[:, -1]).square().mean()
             optimiser.zero_grad()
@@ -159,10 +162,10 @@ class LinearRegression(Study):
         return {k: v for k, v in curve[-1].items() if k != "step"} | self._references(*held) | {"curve": curve}
 
     @torch.no_grad()
-    def _figures(self, model: RegressionHeads, x: Tensor, y: Tensor) -> dict[str, float]:
+    def _figures(self, model: RegressionHeads, x: Tensor, y: Tensor, debiased: Tensor) -> dict[str, float]:
+        """debiased: [b], what the best debiased step predicts of the same prompts."""
         found = model(x, y)
-        step, scale = gradient_step(x, y, debias=True), fitted_step(x, y, debias=True)[0]
-        gap = (found - scale * step).square().mean() / (scale * step).square().mean()
+        gap = (found - debiased).square().mean() / debiased.square().mean()
         figures = {"squared_error": float((found - y[:, -1]).square().mean()), "gap_to_debiased": float(gap)}
         return figures | pattern_figures(model.kq, model.ov)
 

@@ -12,7 +12,8 @@ Neuron view: after Vig, A Multiscale Visualization of Attention (arXiv 1906.0571
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,7 +205,8 @@ def _flat(query: Tensor, key: Tensor, method: str, seed: int) -> tuple[NDArray[n
         plane = _umap()(n_neighbors=max(2, min(15, len(both) - 1)), random_state=seed).fit_transform(centred.numpy())
         plane, share = plane.astype(float), float("nan")
     else:
-        values, axes = torch.linalg.eigh(centred.T @ centred)
+        with _one_thread():
+            values, axes = torch.linalg.eigh(centred.T @ centred)
         axes = axes[:, -2:].flip(1)
         # An axis may point either way: its largest part is made positive, so that a page can be made again.
         axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
@@ -212,6 +214,18 @@ def _flat(query: Tensor, key: Tensor, method: str, seed: int) -> tuple[NDArray[n
         share = float(values[-2:].sum() / values.sum()) if float(values.sum()) > 0 else 1.0
     low, wide = plane.min(0), float((plane.max(0) - plane.min(0)).max()) or 1.0
     return (plane - low) / wide + (1 - (plane.max(0) - low) / wide) / 2, share
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For a head's matrices of some dozen rows: threads wait for each other longer than they work, and where others
+    use the cores a hundred times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _umap() -> Any:

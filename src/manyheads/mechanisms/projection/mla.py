@@ -104,11 +104,14 @@ class MLA(Mechanism):
             )
 
     def attend(self, x: Tensor, context: Any, call: Call) -> Result:
-        latent, where = self._read(x, call)
         q_nope, q_rope = (
             self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).split([self.nope, self.rope], -1)
         )
-        q_rope = rotate(q_rope, where.query_positions, self.rotary)
+        c, r = self.kv_a_proj(x)[:, None].split([self.rank, self.rope], -1)
+        # Queries and their own keys stand at the same places: turned together, in half the calls of a step.
+        turned = rotate(torch.cat([q_rope, r], 1), call.query_positions(x), self.rotary)
+        q_rope, r = turned.split([self.heads, 1], 1)
+        latent, where = self._read(x, torch.cat([self.kv_a_norm(c), r], -1), call)
         # Whoever listens is told of keys and values, which the absorbed pass never makes.
         absorb = call.state is not None and self._absorbing_pays(x.shape[1]) and self.listener is None
         # Without its weight alone W_kvb cannot be absorbed: an adapter or a hook around it acts on calls.
@@ -119,11 +122,10 @@ class MLA(Mechanism):
             mixed, weights = self._absorbed(weight, q_nope, q_rope, latent, where, call.need_weights)
         return Result(self.o_proj(mixed.transpose(1, 2).flatten(-2)), weights)
 
-    def _read(self, x: Tensor, call: Call) -> tuple[Tensor, Where]:
-        """What is cached of all tokens, [b, 1, m, rank + rope]: the normed latent, and the turned key part."""
+    def _read(self, x: Tensor, latent: Tensor, call: Call) -> tuple[Tensor, Where]:
+        """What is cached of all tokens, [b, 1, m, rank + rope]: the normed latent, and the turned key part. latent:
+        that of the tokens x."""
         positions, state, n = call.query_positions(x), call.state, x.shape[1]
-        c, r = self.kv_a_proj(x)[:, None].split([self.rank, self.rope], -1)
-        latent = torch.cat([self.kv_a_norm(c), rotate(r, positions, self.rotary)], -1)
         j = torch.arange(call.seen + n, device=x.device)
         i, padding = j[call.seen :], call.padding
         if state is not None:
