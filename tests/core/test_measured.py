@@ -1,8 +1,7 @@
 """The page of measured figures is what the results say, and cards own up to what fell short."""
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,13 +16,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def page_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("page", ROOT / "benchmarks" / "page.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "page", module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("page")
 
 
 def test_the_page_is_generated_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
