@@ -93,8 +93,8 @@ PERSONAL = (
     "`python benchmarks/personalise.py`: the packaged `dit` taught a faint digit and a barred one from four pictures, "
     "each form of `manyheads steer personalise` with the weights of its released code (AttenCraft's masks by a lower "
     "threshold) beside plain fine-tuning of the same parameters on the same batches; means of three seeds. A claim "
-    "shows where the change is beyond twice its standard error; other captions where they are not drawn worse by as "
-    "much."
+    "shows where the change is beyond twice its standard error; of other captions, where it is not a twentieth worse "
+    "even then."
 )
 PERSONAL_UNET = "`python benchmarks/personalise.py --model unet`: as above, on the packaged UNet."
 SPEECH = (

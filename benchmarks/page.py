@@ -441,7 +441,7 @@ def _personal(rows: list[Row]) -> list[str]:
         (
             [
                 *(row[key] for key in ("group", "claim", "measure", "wanted")),
-                *(f"{row[key]:.2f}" for key in ("plain", "with", "standard_error")),
+                *(f"{row[key]:.3f}" for key in ("plain", "with", "standard_error")),
                 "shows" if row["shows"] else "does not show",
             ]
             for row in rows

@@ -4,7 +4,7 @@
 with a faint digit and a barred one (`manyheads.tasks.marked_digits`), and three seeds, each with digits, pictures and
 noise of its own. Every form of `manyheads steer personalise` with the weights of its released code, beside plain
 fine-tuning of the same parameters on the same batches. A claim shows where the change is beyond twice its standard
-error over the seeds.
+error over the seeds; that nothing is lost, where a loss of a twentieth of the drawings is.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ MODIFIED = ("disendiff",)
 # By the released margin of 0.1, and by none at all, some picture's first masks are empty and refused: these models'
 # maps say less of a thing than Stable Diffusion's. By this one masks overlap a little.
 ARGUMENTS: dict[str, dict[str, Any]] = {"attencraft": {"threshold": -0.05}}
+# A smaller share of right drawings than this counts as none lost, if the standard error tells it from more.
+LOST = 0.05
 # Of each claim: its measure, and whether it is to fall.
 CLAIMS = {
     "leak": ("the subjects are looked at where they are", "attention outside of their cells", True),
@@ -105,11 +107,12 @@ def row(name: str, key: str, pairs: Sequence[tuple[float, float]]) -> dict[str, 
     claim, measure, falls = CLAIMS[key]
     changes = [given - plain for plain, given in pairs]
     mean, error = statistics.fmean(changes), statistics.stdev(changes) / len(changes) ** 0.5
+    gain = -mean if falls else mean
     return {
         "group": name, "row": NUMBERS[name], "claim": claim, "measure": measure, "seeds": len(pairs),
         "plain": statistics.fmean(plain for plain, _ in pairs), "with": statistics.fmean(own for _, own in pairs),
         "standard_error": error, "wanted": "less" if falls else "no less" if key == "kept" else "more",
-        "shows": mean > -2 * error - 1e-9 if key == "kept" else (-mean if falls else mean) > 2 * error,
+        "shows": gain - 2 * error > (-LOST if key == "kept" else 0),
     }  # fmt: skip
 
 
