@@ -154,7 +154,7 @@ def _field_cell(row: Row | None) -> str:
     scale, form = (100, ".1f") if share else (1, "+.2f" if row["metric"] == "index" else ".3f")
     text = format(scale * row["value"], form) + "%" * share
     if row.get("seeds", 1) > 1:
-        text += f" ± {format(scale * row['value_error'], form)}"
+        text += f" ± {format(scale * row['value_error'], form.removeprefix('+'))}"
     held = f" ({row['state_bytes'] / 1024:.1f} KiB)" if row["part"] == "recall" and "state_bytes" in row else ""
     return text + held + "*" * (not row.get("in_time", True))
 

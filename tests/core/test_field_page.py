@@ -40,11 +40,13 @@ def test_a_table_for_each_part_best_first(page: ModuleType) -> None:
         row("causal", "based", "nucleotides", 1.875, **bits),
         row("recall", "gqa", "width 16", 0.26, state_bytes=2048),
         row("cab", "gqa", "index, all seven", -0.125, metric="index"),
+        row("cab", "mqa", "index, all seven", 0.5, metric="index", seeds=3, value_error=0.25),
     ]
     text = "\n".join(page._field(rows))
     assert text.index("| based | 62.5% ± 1.2 | 1.875 |") < text.index("| softmax | 50.0% | 1.750* |")
     assert "| gqa | 26.0% (2.0 KiB) |" in text
     assert "| gqa | -0.12 |" in text
+    assert "| mqa | +0.50 ± 0.25 |" in text
     assert "- width 16: nobody learnt it in these steps; the trivial answer has 0.250" in text
     assert "counting: nobody" not in text
     assert "nucleotides: nobody" not in text
