@@ -110,8 +110,10 @@ def test_equals_loops_over_tokens(attention: str) -> None:
         rows = made.model.get_input_embeddings()(IDS)
         rows[KINDS != 0] = given
         want = torch.stack([by_loops(made, row, kinds.tolist()) for row, kinds in zip(rows, KINDS, strict=True)])
-        torch.testing.assert_close(out.logits, want @ made.model.lm_head.weight.T)
-        torch.testing.assert_close(out.states, want[KINDS != 0])
+        # transformers' eager attention takes its softmax in float32.
+        near = {"rtol": 1e-5, "atol": 1e-6} if attention == "eager" else {"rtol": 1e-7, "atol": 1e-7}
+        torch.testing.assert_close(out.logits, want @ made.model.lm_head.weight.T, **near)
+        torch.testing.assert_close(out.states, want[KINDS != 0], **near)
 
 
 def test_its_attention_is_our_mixture_of_transformers() -> None:

@@ -23,6 +23,9 @@ LENGTH, SIDE = 16, 7
 _DRAWS = 3
 # Beside the largest of a row: far above float64's rounding, also of transforms over the whole length.
 _LEAST = 1e-9
+# Beside the largest of all: a row below it depends on nothing, and what stands there is rounding, another on each
+# processor (a softmax over one key is 1 whatever the query).
+_ROUNDING = 1e-13
 _SIZE = 4  # units a cell
 
 
@@ -91,7 +94,7 @@ def _dependence(module: Mechanism, x: Tensor, context: Any) -> Tensor:
     if gradient is None:
         return torch.zeros(count, target.shape[1:-1].numel(), dtype=torch.bool)
     sizes = gradient.flatten(1, -2).abs().amax(-1).nan_to_num()
-    return (sizes > _LEAST * sizes.amax(1, keepdim=True)) & (sizes > 0)
+    return (sizes > _LEAST * sizes.amax(1, keepdim=True)) & (sizes > _ROUNDING * sizes.max())
 
 
 def svg(pictures: list[Picture], name: str) -> str:
