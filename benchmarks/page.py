@@ -247,7 +247,7 @@ def _real(rows: list[Row]) -> list[str]:
             [
                 row["context"],
                 row["cache"],
-                f"{row['ratio']:.2f}",
+                f"{row['ratio']:.2f}" + (f" ± {row['ratio_error']:.2f}" if "ratio_error" in row else ""),
                 f"{row['ms_per_token']:.0f}",
                 f"{row['prefill_ratio']:.2f}",
                 f"{row['bytes_ratio']:.2f}",
