@@ -126,7 +126,7 @@ CONVERT_STREAM = (
 )
 REAL = (
     "`python benchmarks/real.py`: SmolLM2-135M-Instruct (the model `smollm2`), every cache after the same prompt of "
-    "library text, all by turns on one thread. Time of a token (the median of 24 pairs, and its standard error), of the "
-    "prompt and bytes held are ratios to transformers' DynamicCache; KL and bits per token are of the 24 tokens that follow; keys are hidden at several "
-    "depths of other prompts, and asked for after entries were dropped."
+    "library text, all by turns on one thread. Time of a token (the median of 24 pairs, with its standard error), of "
+    "the prompt and bytes held are ratios to transformers' DynamicCache; KL and bits per token are of the 24 tokens "
+    "that follow; keys are hidden at several depths of other prompts, and asked for after entries were dropped."
 )
