@@ -173,8 +173,13 @@ def _print(report: dict[str, Any]) -> None:
         best = sorted(range(len(own)), key=lambda i: -own[i])[:5]
         row = faithful.get(name)
         cells = [_figure(row[key]) for key in ("deletion", "insertion", "correlation")] if row else []
-        table.add_row(name, *cells, escape(" ".join(f"{report['tokens'][i]!r}@{i}" for i in best)))
+        table.add_row(name, *cells, escape(" ".join(_token(report["tokens"][i], i) for i in best)))
     console.print(table)
+
+
+def _token(text: str, place: int) -> str:
+    """Without the spaces around it, at which a line of the table would be broken within the quotes."""
+    return f"{text.strip() or text!r}@{place}"
 
 
 def _figure(value: float | None) -> str:
