@@ -93,7 +93,7 @@ class RCMHA(Mechanism):
         if state is not None:
             state.fixed["tail"] = rows[:, :, rows.shape[2] - back :].clone()
         convs = (self.q_conv, self.k_conv, self.v_conv)
-        weights = [weight for conv in convs if (weight := plain_weight(conv)) is not None]
+        weights = [weight for weight in map(plain_weight, convs) if weight is not None]
         if len(weights) < len(convs) or x.shape[1] > FEW:
             each = rows.unflatten(-1, (self.heads, -1)).permute(1, 0, 3, 4, 2).flatten(1, 2)
             return tuple(conv(t).unflatten(0, (-1, self.heads)).mT for conv, t in zip(convs, each, strict=True))
