@@ -28,6 +28,7 @@ def measured_page() -> str:
         ("Time over the length", "linear", leads.LENGTH, _linear),
         ("Against other packages", "peers", leads.PEERS, _peers),
         ("A real model with a smaller cache", "real", leads.REAL, _real),
+        ("Commands on a real model", "commands", leads.COMMANDS, _commands),
         ("Published claims, repeated", "studies", leads.STUDIES, _studies),
         ("Conversions", "convert", leads.CONVERT, _convert),
         ("Backbones made cheaper", "backbones", leads.BACKBONES, _backbones),
@@ -256,6 +257,24 @@ def _real(rows: list[Row]) -> list[str]:
                 f"{row['passkeys']} of {row['keys']}" if row["keys"] else "not asked",
             ]
             for row in sorted(rows, key=lambda row: int(row["context"]))
+        ),
+    )
+
+
+def _commands(rows: list[Row]) -> list[str]:
+    head = ["typed", "seconds", "at most", "of all cores", "first word", "time left as said, over true"]
+    return _table(
+        head,
+        (
+            [
+                f"{row['command']}: `{row['typed']}`",
+                f"{row['seconds']:.0f}",
+                f"{row['target']:.0f}",
+                f"{row['cpu_s']:.0f}",
+                "none" if row["first_s"] is None else f"{row['first_s']:.1f}",
+                "none said" if row["guess"] is None else f"{row['guess']:.2f}",
+            ]
+            for row in rows
         ),
     )
 
