@@ -32,6 +32,7 @@ from manyheads.hosts.attention import attach, detach
 from manyheads.hosts.generation import library_cache
 from manyheads.hosts.loading import load_model
 from manyheads.hosts.questions import Questions, Trial
+from manyheads.runs.environment import environment
 from manyheads.shrink import (
     H2O,
     TOVA,
@@ -241,7 +242,8 @@ def main() -> None:
     with torch.no_grad():
         for context in given.contexts:
             began = time.perf_counter()
-            rows = [{"model": given.model, **row} for row in context_rows(loaded, context, given.keys)]
+            code = {"model": given.model, "commit": environment()["commit"]}
+            rows = [{**code, **row} for row in context_rows(loaded, context, given.keys)]
             print(f"context {context}: {time.perf_counter() - began:.0f} s", flush=True)
             if given.dry:
                 for row in rows:
@@ -251,7 +253,7 @@ def main() -> None:
 
 
 def others(context: int) -> list[dict[str, Any]]:
-    """Rows of the other contexts, which an earlier run measured: each context is a run of its own."""
+    """Rows of the other contexts, which an earlier run measured: each context is a run of its own, of its commit."""
     path = RESULTS / "real.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     return [row for row in rows if row["context"] != context]
