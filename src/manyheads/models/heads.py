@@ -54,8 +54,6 @@ class ManyheadsGenerationMixin(GenerationMixin):
     """`generate` with mechanisms' states for a cache. A model with a mechanism that cannot decode step by step runs
     without one, recomputing every step."""
 
-    accepts_loss_kwargs = True
-
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
@@ -142,6 +140,8 @@ def token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None) -
     """Mean cross entropy over labels other than -100, and these labels' share of all that one optimizer step sees.
 
     num_items_in_batch: how many those are, where several batches make a step."""
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels {list(labels.shape)} for {list(logits.shape[:-1])} tokens; want one for each")
     labels, wide = labels.to(logits.device), logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum")
     count = (labels != -100).sum()

@@ -5,6 +5,7 @@ Shapes: b batch, n tokens, e hidden size, m tokens of the encoder.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,11 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
 
     @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether Trainer is to say how many labels a step has, over which the loss is then the mean."""
+        return "num_items_in_batch" in inspect.signature(self.forward).parameters
+
+    @property
     def reads(self) -> set[str]:
         """What it reads of a call beside its tokens, by name."""
         stacks = [module for module in self.modules() if isinstance(module, Stack)]
@@ -90,7 +96,8 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         if stack.obstacle:
             raise ValueError(f"{stack.obstacle}, cannot decode step by step; call the model with use_cache=False")
         if stack.forgets and (past is None or isinstance(past, Cache)):
-            return _forgotten(past)
+            _forget(past)
+            return None
         if past is None:
             return ManyheadsCache(stack.memories)
         if isinstance(past, ManyheadsCache) and len(past.layers) == stack.memories:
@@ -119,8 +126,10 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
             return None, 1.0
         given = {} if items is None else {"num_items_in_batch": items}
         loss = self.loss_function(labels, logits, self.config, **given)
-        counted = items is not None and self.config.problem_type == "single_label_classification"
-        return loss, len(logits) / items if counted else 1.0
+        if items is None:
+            return loss, 1.0
+        share = (labels != -100).sum().to(loss.device) / items
+        return loss if self.config.problem_type == "single_label_classification" else loss * share, share
 
     def _with_router_loss(self, loss: Tensor | None, aux_loss: Tensor | None, share: Any = 1.0) -> Tensor | None:
         if loss is None or aux_loss is None:
@@ -128,8 +137,8 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         return loss + self.config.router_loss_weight * share * aux_loss.to(loss.device)
 
 
-def _forgotten(past: Cache | None) -> None:
-    """No cache, as transformers takes it from layers that are passed twice. ValueError where one has seen tokens."""
+def _forget(past: Cache | None) -> None:
+    """transformers takes the cache from layers that are passed twice. ValueError where it has seen tokens."""
     seen = 0 if past is None else past.get_seq_length()
     if seen:
         raise ValueError(
