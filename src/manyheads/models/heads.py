@@ -106,6 +106,7 @@ class ManyheadsGenerationMixin(GenerationMixin):
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate reads its arguments' names
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         made = super().prepare_inputs_for_generation(*args, **kwargs)
+        made.pop("tokenizer", None)  # that of stop strings, which transformers hands on to forward
         for name in GIVEN:
             if (given := made.get(name)) is not None:
                 tokens = made["inputs_embeds"] if made.get("input_ids") is None else made["input_ids"]
