@@ -19,6 +19,7 @@ from manyheads.registry import mechanism_class
 POSITIONS = ("learned", "rotary", "boxes", "none")
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "gelu")
 PLACEMENTS = ("before", "after", "around")
+CAUSAL_LM = "ManyheadsForCausalLM"
 BY_KIND = ("mlp", "adapter", "embedding", "positions")
 Spec = str | Mapping[str, Any]
 
@@ -31,7 +32,8 @@ class ManyheadsConfig(PreTrainedConfig):
     encoder-decoder these are the encoder's layers; decoder_layers (by default as layers) and cross_layers (by default
     softmax) are the decoder's, num_decoder_layers of each.
     is_causal: True or False holds every layer to that; None leaves it to the head of the model: a causal language model
-    wants causal layers, the others take noncausal ones, and causal ones where a mechanism has no other.
+    wants causal layers, the others take noncausal ones, and causal ones where a mechanism has no other. In what a
+    causal language model saved it is True, so that another head on its weights sees no future either.
     decoder_causal: False lets decoder tokens see each other; labels are aligned with them, and nothing is generated.
     back: the spec of a mechanism that reads a higher layer (back-attention). back_layers: the layer to whose input its
     output is added, and the one whose output, of a first pass, it reads (-1: the last); layers from the former to the
@@ -138,6 +140,8 @@ class ManyheadsConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """And, beside config.json, what opens the model where manyheads is installed and not imported."""
         self.auto_map = dict(AUTO_MAP)
+        if self.architectures == [CAUSAL_LM]:
+            self.is_causal = True
         super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
         write_beside(Path(save_directory), self.architectures)
         if push_to_hub:
