@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -117,6 +119,7 @@ class ManyheadsConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _refuse_misspelt(kwargs, [each.name for each in fields(self)])
         for name in ("layers", "decoder_layers", "cross_layers"):
             value = getattr(self, name)
             if isinstance(value, str | Mapping):
@@ -290,6 +293,13 @@ class ManyheadsConfig(PreTrainedConfig):
                 check_pattern(f"layers[{i}]", spec, _self_pattern(self.is_causal))
         if self.pooling != "mean":
             check_pattern("pooling", self.pooling, Pattern.POOL)
+
+
+def _refuse_misspelt(given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """transformers keeps whatever else it is given, so that `layer="moba"` would make a model of softmax."""
+    for name in given:
+        for near in difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            raise ValueError(f"ManyheadsConfig has no {name!r}; did you mean {near!r}?")
 
 
 def spec_name(spec: Spec) -> str:
