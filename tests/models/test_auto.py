@@ -10,7 +10,13 @@ import pytest
 import torch
 from tiny_models import causal_lm, randomised, seq2seq, tiny, tokens
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from manyheads.hosts.loading import BUNDLED, load_model
 from manyheads.models import (
@@ -146,3 +152,18 @@ def test_the_packaged_byte_model_has_a_tokenizer(tmp_path: Path) -> None:
         assert file.read_text() == (BUNDLED / file.name).read_text()
     # Ours reads bytes as before, and shows those that are no character.
     assert load_model().tokens([195]) == ["\\xc3"]
+
+
+@torch.no_grad()
+def test_another_head_on_a_causal_language_models_weights_is_causal(tmp_path: Path) -> None:
+    """As with transformers' models, and again once that head is saved; unless it is told to see both sides."""
+    model, ids = ManyheadsForCausalLM(tiny("softmax")).eval(), tokens(2, 7)
+    model.save_pretrained(tmp_path / "lm")
+    wanted = model(ids, output_hidden_states=True).hidden_states[-1]
+    for auto in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        auto.from_pretrained(tmp_path / "lm", num_labels=2).save_pretrained(tmp_path / "head")
+        for folder in ("lm", "head"):
+            found = auto.from_pretrained(tmp_path / folder, num_labels=2).eval()
+            assert_close(found(ids, output_hidden_states=True).hidden_states[-1], wanted)
+        both = auto.from_pretrained(tmp_path / "lm", num_labels=2, is_causal=False)
+        assert not both.model.stack.layers[0].self_attn.mechanism.causal

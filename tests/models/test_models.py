@@ -509,6 +509,8 @@ def test_lora(tmp_path: Path) -> None:
         (lambda: tiny(layers=[{"name": "mswa", "windw": 3}]), ["layers[0]", "windw", "window"]),
         (lambda: tiny(layers=[{"window": 3}]), ["layers[0]", "name"]),
         (lambda: tiny(layers=[]), ["want a list"]),
+        (lambda: ManyheadsConfig(layer="moba"), ["'layer'", "'layers'"]),
+        (lambda: ManyheadsConfig(num_hidden_layer=2), ["'num_hidden_layer'", "'num_hidden_layers'"]),
         (lambda: tiny(layers=["softmax"] * 3), ["3 entries for 2 layers"]),
         (lambda: tiny(layers=["softmax", "linformer"], is_causal=True), ["layers[1]", "linformer", "causal-self"]),
         (lambda: tiny(is_encoder_decoder=True, cross_layers="aaren"), ["cross_layers[0]", "aaren", "causal-cross"]),

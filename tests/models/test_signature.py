@@ -15,6 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificat
 from transformers.utils.generic import find_labels
 
 from manyheads.models import ManyheadsForCausalLM, ManyheadsForImageClassification, ManyheadsForSequenceClassification
+from manyheads.models.byte_tokenizer import byte_tokenizer
 
 IMAGES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
 PADDED = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
@@ -186,6 +187,14 @@ def test_generates_from_embeddings(name: str) -> None:
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     wanted = model.generate(ids, **options)[:, 5:]
     assert model.generate(inputs_embeds=model.get_input_embeddings()(ids), **options).equal(wanted)
+
+
+def test_generate_stops_at_a_string() -> None:
+    """transformers hands the tokenizer of stop strings on to forward."""
+    model, ids, tokenizer = causal_lm("softmax", vocab_size=127), tokens(1, 5), byte_tokenizer(64)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [*range(33)]}
+    stop = tokenizer.decode(model.generate(ids, **options)[0, 5:6])
+    assert model.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **options).shape == (1, 6)
 
 
 @pytest.mark.parametrize("name", ["softmax", "hilo"])

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
@@ -95,3 +96,5 @@ AutoModelForTokenClassification.register(ManyheadsConfig, ManyheadsForTokenClass
 AutoModelForSemanticSegmentation.register(ManyheadsConfig, ManyheadsForSemanticSegmentation, exist_ok=True)
 AutoModelForImageClassification.register(ManyheadsConfig, ManyheadsForImageClassification, exist_ok=True)
 AutoModelForObjectDetection.register(ManyheadsConfig, ManyheadsForObjectDetection, exist_ok=True)
+# Trainer smooths labels itself, and shifts them for the classes that stand here and no others.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["manyheads"] = ManyheadsForCausalLM.__name__

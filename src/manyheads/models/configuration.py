@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +21,7 @@ from manyheads.registry import mechanism_class
 POSITIONS = ("learned", "rotary", "boxes", "none")
 ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "gelu")
 PLACEMENTS = ("before", "after", "around")
+CAUSAL_LM = "ManyheadsForCausalLM"
 BY_KIND = ("mlp", "adapter", "embedding", "positions")
 Spec = str | Mapping[str, Any]
 
@@ -31,7 +34,8 @@ class ManyheadsConfig(PreTrainedConfig):
     encoder-decoder these are the encoder's layers; decoder_layers (by default as layers) and cross_layers (by default
     softmax) are the decoder's, num_decoder_layers of each.
     is_causal: True or False holds every layer to that; None leaves it to the head of the model: a causal language model
-    wants causal layers, the others take noncausal ones, and causal ones where a mechanism has no other.
+    wants causal layers, the others take noncausal ones, and causal ones where a mechanism has no other. In what a
+    causal language model saved it is True, so that another head on its weights sees no future either.
     decoder_causal: False lets decoder tokens see each other; labels are aligned with them, and nothing is generated.
     back: the spec of a mechanism that reads a higher layer (back-attention). back_layers: the layer to whose input its
     output is added, and the one whose output, of a first pass, it reads (-1: the last); layers from the former to the
@@ -115,6 +119,7 @@ class ManyheadsConfig(PreTrainedConfig):
     decoder_start_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _refuse_misspelt(kwargs, [each.name for each in fields(self)])
         for name in ("layers", "decoder_layers", "cross_layers"):
             value = getattr(self, name)
             if isinstance(value, str | Mapping):
@@ -138,6 +143,8 @@ class ManyheadsConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """And, beside config.json, what opens the model where manyheads is installed and not imported."""
         self.auto_map = dict(AUTO_MAP)
+        if self.architectures == [CAUSAL_LM]:
+            self.is_causal = True
         super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
         write_beside(Path(save_directory), self.architectures)
         if push_to_hub:
@@ -286,6 +293,13 @@ class ManyheadsConfig(PreTrainedConfig):
                 check_pattern(f"layers[{i}]", spec, _self_pattern(self.is_causal))
         if self.pooling != "mean":
             check_pattern("pooling", self.pooling, Pattern.POOL)
+
+
+def _refuse_misspelt(given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """transformers keeps whatever else it is given, so that `layer="moba"` would make a model of softmax."""
+    for name in given:
+        for near in difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            raise ValueError(f"ManyheadsConfig has no {name!r}; did you mean {near!r}?")
 
 
 def spec_name(spec: Spec) -> str:

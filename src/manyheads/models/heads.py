@@ -54,8 +54,6 @@ class ManyheadsGenerationMixin(GenerationMixin):
     """`generate` with mechanisms' states for a cache. A model with a mechanism that cannot decode step by step runs
     without one, recomputing every step."""
 
-    accepts_loss_kwargs = True
-
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
@@ -64,28 +62,51 @@ class ManyheadsGenerationMixin(GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: the layers decide what is kept; "
                 "leave it out"
             )
-        stack = self.decoder_stack
-        if stack.obstacle and generation_config.use_cache is not False:
-            logger.warning_once(f"{stack.obstacle}, cannot decode step by step: generating without a cache")
+        cache, why = model_kwargs.get("past_key_values"), self._uncached(generation_config)
+        if why is not None:
+            seen = 0 if cache is None else cache.get_seq_length()
+            if seen:
+                raise ValueError(
+                    f"generate: {why}, and past_key_values has seen {seen} tokens; leave it out and give all tokens"
+                )
+            if model_kwargs.get("inputs_embeds") is not None and not self.config.is_encoder_decoder:
+                raise ValueError(
+                    f"generate: {why}, and inputs_embeds are passed once, for a cache to remember; give input_ids"
+                )
             generation_config.use_cache = False
-        if generation_config.output_attentions and generation_config.use_cache is not False:
-            hidden = stack.weights_obstacle()
-            if hidden:
-                logger.warning_once(f"{hidden}: generating without a cache, as output_attentions=True asks for weights")
-                generation_config.use_cache = False
-        if generation_config.use_cache is False:
+            model_kwargs.pop("past_key_values", None)
             return
-        cache = model_kwargs.get("past_key_values")
         if cache is None:
-            cache = model_kwargs["past_key_values"] = ManyheadsCache(stack.memories)
+            cache = model_kwargs["past_key_values"] = ManyheadsCache(self.decoder_stack.memories)
         else:
             cache._is_user_defined = True
         if generation_config.is_assistant:
             cache.activate_past_recording()
 
+    def _uncached(self, generation_config: Any) -> str | None:
+        """Why generate goes without a cache, None where it has one."""
+        stack = self.decoder_stack
+        if generation_config.use_cache is False:
+            return "use_cache=False"
+        why = f"{stack.obstacle}, cannot decode step by step" if stack.obstacle else None
+        if why is None and stack.forgets:
+            why = "checkpointed layers keep no states in training"
+        if why is None and generation_config.output_attentions:
+            why = stack.weights_obstacle()
+        if why is not None:
+            logger.warning_once(f"{why}: generating without a cache")
+        return why
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"{type(self).__name__}: continuous batching (generate_batch) pages keys and values, and mechanisms keep "
+            "states of their own; call generate with rows padded on the left and an attention_mask"
+        )
+
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate reads its arguments' names
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         made = super().prepare_inputs_for_generation(*args, **kwargs)
+        made.pop("tokenizer", None)  # that of stop strings, which transformers hands on to forward
         for name in GIVEN:
             if (given := made.get(name)) is not None:
                 tokens = made["inputs_embeds"] if made.get("input_ids") is None else made["input_ids"]
@@ -120,6 +141,8 @@ def token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None) -
     """Mean cross entropy over labels other than -100, and these labels' share of all that one optimizer step sees.
 
     num_items_in_batch: how many those are, where several batches make a step."""
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels {list(labels.shape)} for {list(logits.shape[:-1])} tokens; want one for each")
     labels, wide = labels.to(logits.device), logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum")
     count = (labels != -100).sum()

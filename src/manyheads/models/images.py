@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.utils.generic import can_return_tuple
 
 from manyheads.models.configuration import ManyheadsConfig
-from manyheads.models.heads import Pooling, sum_losses
+from manyheads.models.heads import Pooling, sum_losses, token_loss
 from manyheads.models.modeling import ManyheadsPreTrainedModel
 from manyheads.models.stack import build_stack
 from manyheads.models.stages import Hierarchy, HierarchyHead, HierarchyPixels, StagedTrace
@@ -169,13 +168,11 @@ class ManyheadsForSemanticSegmentation(ManyheadsOverImages):
             each = self.classifier(trace.last).unflatten(1, self.config.patch_grid).unflatten(-1, (-1, side, side))
             logits = each.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
             hidden, weights, aux_loss = trace.hidden_states, trace.attentions, trace.aux_loss
-        loss = None
+        loss, share = None, 1.0
         if labels is not None:
-            summed = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
-            asked = (labels != -100).sum().clamp(min=1)
-            loss = summed / (asked if num_items_in_batch is None else num_items_in_batch)
+            loss, share = token_loss(logits.movedim(1, -1), labels, num_items_in_batch)
         return ManyheadsSemanticSegmenterOutput(
-            self._with_router_loss(loss, aux_loss),
+            self._with_router_loss(loss, aux_loss, share),
             logits,
             hidden if wants["output_hidden_states"] else None,
             weights if wants["output_attentions"] else None,

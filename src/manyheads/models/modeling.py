@@ -5,13 +5,16 @@ Shapes: b batch, n tokens, e hidden size, m tokens of the encoder.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, Seq2SeqModelOutput
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from manyheads.mechanism import Mechanism
@@ -24,6 +27,8 @@ from manyheads.models.layers import ScaledEmbedding, ShortConvolution, fill_gaps
 from manyheads.models.masks import read_masks, real_tokens
 from manyheads.models.packed import Packing, find_documents
 from manyheads.models.stack import Stack, build_decoder, build_stack
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -64,6 +69,11 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
 
     @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether Trainer is to say how many labels a step has, over which the loss is then the mean."""
+        return "num_items_in_batch" in inspect.signature(self.forward).parameters
+
+    @property
     def reads(self) -> set[str]:
         """What it reads of a call beside its tokens, by name."""
         stacks = [module for module in self.modules() if isinstance(module, Stack)]
@@ -76,14 +86,18 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         return base.decoder if isinstance(base, ManyheadsSeq2SeqModel) else base.stack
 
     def _cache(self, past: Any, use_cache: bool | None, x: Tensor) -> ManyheadsCache | None:
-        """The cache to use for x [b, n, e], a new one where one is wanted, or None."""
+        """The cache to use for x [b, n, e], a new one where one is wanted, or None. One that is given is read and
+        filled whatever use_cache says, as in transformers, where it says what is given back."""
         stack = self.decoder_stack
         if use_cache is None:
-            use_cache = past is not None or (self.config.use_cache and not self.training and stack.can_cache)
-        if not use_cache:
+            use_cache = self.config.use_cache and not self.training and stack.can_cache
+        if past is None and not use_cache:
             return None
         if stack.obstacle:
             raise ValueError(f"{stack.obstacle}, cannot decode step by step; call the model with use_cache=False")
+        if stack.forgets and (past is None or isinstance(past, Cache)):
+            _forget(past)
+            return None
         if past is None:
             return ManyheadsCache(stack.memories)
         if isinstance(past, ManyheadsCache) and len(past.layers) == stack.memories:
@@ -112,13 +126,26 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
             return None, 1.0
         given = {} if items is None else {"num_items_in_batch": items}
         loss = self.loss_function(labels, logits, self.config, **given)
-        counted = items is not None and self.config.problem_type == "single_label_classification"
-        return loss, len(logits) / items if counted else 1.0
+        if items is None:
+            return loss, 1.0
+        share = (labels != -100).sum().to(loss.device) / items
+        return loss if self.config.problem_type == "single_label_classification" else loss * share, share
 
     def _with_router_loss(self, loss: Tensor | None, aux_loss: Tensor | None, share: Any = 1.0) -> Tensor | None:
         if loss is None or aux_loss is None:
             return loss
         return loss + self.config.router_loss_weight * share * aux_loss.to(loss.device)
+
+
+def _forget(past: Cache | None) -> None:
+    """transformers takes the cache from layers that are passed twice. ValueError where it has seen tokens."""
+    seen = 0 if past is None else past.get_seq_length()
+    if seen:
+        raise ValueError(
+            f"past_key_values has seen {seen} tokens, and checkpointed layers read no states in training; call eval() "
+            "or gradient_checkpointing_disable(), or leave past_key_values out"
+        )
+    logger.warning_once("checkpointed layers keep no states in training: no past_key_values are given back")
 
 
 def _embedded(embedding: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None, names: str) -> Tensor:
@@ -188,6 +215,7 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         wants = self._wants(output_attentions, output_hidden_states)
         trace = self.stack(x, None, masks, past_key_values=cache, **wants)
         past = None if cache is None else cache.after(x.shape[1])
+        past = None if use_cache is False else past
         return ManyheadsModelOutput(trace.last, past, trace.hidden_states, trace.attentions, trace.aux_loss)
 
 
@@ -249,7 +277,7 @@ class ManyheadsSeq2SeqModel(ManyheadsPreTrainedModel):
         losses = [loss for loss in (encoder_outputs.get("aux_loss"), trace.aux_loss) if loss is not None]
         return ManyheadsSeq2SeqModelOutput(
             last_hidden_state=trace.last,
-            past_key_values=cache,
+            past_key_values=None if use_cache is False else cache,
             decoder_hidden_states=trace.hidden_states,
             decoder_attentions=trace.attentions,
             cross_attentions=trace.cross_attentions,

@@ -225,6 +225,12 @@ class Stack(nn.Module):
     def can_cache(self) -> bool:
         return self.obstacle is None
 
+    @property
+    def forgets(self) -> bool:
+        """Whether transformers takes the cache from its layers: they are passed twice."""
+        blocks: Any = self.layers
+        return any(block.gradient_checkpointing and block.training for block in blocks)
+
     def _mixers(self) -> list[tuple[str, Mixer]]:
         found: list[tuple[str, Any]] = []
         blocks: Any = self.layers

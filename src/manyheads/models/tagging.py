@@ -63,8 +63,6 @@ class ManyheadsForTokenClassification(ManyheadsPreTrainedModel):
         )
         logits, loss, share = self.classifier(out.last_hidden_state), None, 1.0
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(f"labels {list(labels.shape)} for {list(logits.shape[:2])} tokens; want one for each")
             loss, share = token_loss(logits, labels, num_items_in_batch)
         return ManyheadsTokenClassifierOutput(
             self._with_router_loss(loss, out.aux_loss, share), logits, out.hidden_states, out.attentions, out.aux_loss
