@@ -7,6 +7,7 @@ nothing dropped it is simply a cache that does not copy itself for every token.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,24 @@ class RaggedCache(Cache):
         policy.check_layers(self.depth)
         policy.prepare(model, self)
         find_turns(policy, model, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
+        """A cache that goes on by itself, for the same model and policy: neither is copied."""
+        made = type(self).__new__(type(self))
+        memo |= {id(self): made, **{id(own): own for own in (self.policy, *self.policy.parts)}}
+        made.__dict__.update({name: copy.deepcopy(own, memo) for name, own in self.__dict__.items()})
+        for layer in made.layers:
+            layer.belongs_to(made)
+        model = self._model()
+        if model is not None:
+            self.policy.prepare(model, made)
+        return made
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} belongs to a model in this process and is not pickled, nor copied by copy.copy: "
+            "copy.deepcopy(cache) gives one that goes on by itself; for another process, feed it the text again"
+        )
 
     def begin(
         self, *, use_cache: bool | None, logits_to_keep: Any, position_ids: Tensor | None, input_ids: Tensor | None

@@ -30,7 +30,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def __init__(self, cache: Any, index: int, window: int | None):
         super().__init__()
-        self._cache = weakref.ref(cache)
+        self.belongs_to(cache)
         self.policy = cache.policy
         self.index, self.layers = index, cache.depth
         self.window = window
@@ -59,6 +59,10 @@ class RaggedLayer(CacheLayerMixin):
         self._made: list[Tensor | None] = []
         # The latest query's pass, for policies that make room before the next one.
         self.last: Pass | None = None
+
+    def belongs_to(self, cache: Any) -> None:
+        """Whose layer this is: what a call says of its tokens is said there."""
+        self._cache = weakref.ref(cache)
 
     def _plan(self) -> None:
         """What the policy's parts ask for, found out once: a layer would pay for the question at every token."""
