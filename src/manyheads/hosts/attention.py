@@ -171,12 +171,17 @@ _originals: weakref.WeakKeyDictionary[Any, tuple[list[tuple[nn.Module, Any]], An
 
 
 def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise ValueError(
+            f"output_attentions=True: {type(module).__name__} attends through a shrunk cache, which makes no matrix of "
+            "weights to give; ask outside the policy's block, after release(model), or use manyheads explain"
+        )
     begin = getattr(kwargs.get("past_key_values"), "begin", None)
     if begin is not None:
         told = {name: kwargs.get(name) for name in ("use_cache", "logits_to_keep", "position_ids", "input_ids")}
         if args:
             told["input_ids"] = args[0]
-        begin(**told)
+        begin(module, **told)
 
 
 def attach(model: Any) -> None:

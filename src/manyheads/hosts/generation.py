@@ -102,7 +102,8 @@ def intercepted(model: Any, check: Callable[[Any], Any]) -> Iterator[None]:
     names = ("generate", *(name for name in _CONTINUOUS if hasattr(model, name)))
     before = {name: model.__dict__[name] for name in names if name in model.__dict__}
     hooks = [
-        own.register_forward_pre_hook(untraced(model, _with_cache(own, check)), with_kwargs=True)
+        # Before the hook that tells a cache what comes: it is told of this one too.
+        own.register_forward_pre_hook(untraced(model, _with_cache(own, check)), prepend=True, with_kwargs=True)
         for own in {id(own): own for own in (model, model.base_model)}.values()
     ]
     model.generate = _cached_generate(model, model.generate, check)

@@ -16,6 +16,7 @@ from manyheads.hosts.visibility import Visibility
 from manyheads.shrink.attending import attend_group, sinks_of
 from manyheads.shrink.compress import Pass, make_room, shrink, trim
 from manyheads.shrink.group import room_for, side_by_side
+from manyheads.shrink.lasting import lasting
 from manyheads.shrink.moving import move_up, moving_rows
 from manyheads.shrink.store import Store
 from manyheads.shrink.trial import Trial, in_parts, without_last
@@ -99,10 +100,12 @@ class RaggedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    @lasting
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         cache = self._cache() if self.index == 0 else None
         if cache is not None:
             cache.check_attached()
+            self._check_rows(key_states.shape[0])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = {"keys": key_states, "values": value_states}
@@ -117,6 +120,16 @@ class RaggedLayer(CacheLayerMixin):
         else:
             self.take(new)
         return self, self
+
+    def _check_rows(self, given: int) -> None:
+        """One row would be read as several, or fail with words about tensors."""
+        held = self.store.groups[0].rows["keys"].shape[0] if self.store.groups else given
+        if held != given:
+            raise ValueError(
+                f"the cache holds {held} row{'' if held == 1 else 's'}, and the call has {given}: give as many, or "
+                "first cache.batch_repeat_interleave(n) for n sequences of each row, or "
+                "cache.batch_select_indices(rows) for some of them"
+            )
 
     def take(self, new: dict[str, Tensor]) -> None:
         """Rows [b, H, n, ...] of the tokens that come next."""
@@ -174,6 +187,7 @@ class RaggedLayer(CacheLayerMixin):
     def total(self) -> int:
         return self.seen + (0 if self.waiting is None else self.waiting["keys"].shape[2])
 
+    @lasting
     def attend(self, query: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
         """query [b, h, n, d] -> [b, n, h, dv], as transformers' attention functions do."""
         if self.waiting is None:
@@ -282,6 +296,7 @@ class RaggedLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
+    @lasting
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens (given as a negative number), then drops what was waiting for that."""
         if not self.is_initialized:
@@ -326,6 +341,7 @@ class RaggedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._on_batch(lambda row: row[indices.to(row.device), ...])
 
+    @lasting
     def _on_batch(self, change: Any) -> None:
         self.store.on_batch(change)
         self.recorded = [done.on_batch(change) for done in self.recorded]

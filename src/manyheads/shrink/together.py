@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from manyheads.hosts.attend import Scoring
 from manyheads.hosts.visibility import Visibility
 from manyheads.shrink.compress import Pass, _views
+from manyheads.shrink.lasting import lasting
 from manyheads.shrink.policy import Policy
 from manyheads.shrink.textorder import whole_number
 
@@ -86,6 +87,7 @@ class Together(Policy):
         hook = model.base_model.register_forward_hook(after, with_kwargs=True)
         weakref.finalize(cache, hook.remove)
 
+    @lasting
     @torch.no_grad()
     def _compress(self, module: Any, cache: Any, fed: Fed, alive: Tensor) -> None:
         if bool((budget(self, cache.layers[0], alive) >= alive.sum(1)).all()):
