@@ -71,6 +71,15 @@ def test_a_wider_type_is_not_made_narrow(policy: Policy) -> None:
     torch.testing.assert_close(given, wanted, atol=close, rtol=close)
 
 
+def test_codes_under_autocast() -> None:
+    model = shallow("llama")
+    policy = H2O(budget_tokens=12, storage=Quantised(bits=8, residual=4))
+    with torch.autocast("cpu", dtype=torch.bfloat16), policy(model) as active:
+        assert model.generate(SYSTEM, **SETTINGS).shape[1] == 28
+        assert active.cache is not None
+        assert active.cache.lengths() == [[12, 12]] * 2
+
+
 @pytest.mark.parametrize("rows", [(4, 1), (1, 4)])
 @pytest.mark.parametrize("count", [1, 3])
 def test_another_number_of_rows_is_refused(rows: tuple[int, int], count: int) -> None:

@@ -36,5 +36,7 @@ def frozen(model: Any) -> Iterator[None]:
 
 
 def device_of(model: Any) -> torch.device:
+    """Where a model takes its inputs. Offloaded weights (accelerate) lie on no device between calls, and its hooks
+    bring inputs to where they are run."""
     found: torch.device = next(model.parameters()).device
-    return found
+    return torch.device("cpu") if found.type == "meta" and hasattr(model, "_hf_hook") else found

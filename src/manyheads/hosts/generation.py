@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.attention import attach, detach, is_attached
-from manyheads.hosts.device import evaluating
+from manyheads.hosts.device import device_of, evaluating
 from manyheads.hosts.families import TESTED, is_own, layer_plans
 from manyheads.hosts.wrappers import untraced
 
@@ -61,7 +61,7 @@ def check_supported(model: Any, make_full: Callable[[Any], Any]) -> None:
 @torch.no_grad()
 def _probe(model: Any, cache: Any) -> Tensor:
     """Logits of a padded prompt, a chunk and three single tokens."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     tokens = torch.arange(2 * 25, device=device).view(2, 25).mul(7919).add(11) % vocabulary
     padding = torch.ones_like(tokens)
