@@ -154,3 +154,16 @@ def test_protected_tokens_in_calls_that_are_given_no_cache() -> None:
         model(tokens)
         assert active.cache is not None
         assert [held(layer) for layer in active.cache.layers] == [held(layer) for layer in cache.layers]
+
+
+@pytest.mark.parametrize("first", [SYSTEM, SYSTEM[:, :1]], ids=["prompt", "token"])
+def test_gradients_that_would_be_wrong_are_refused(first: Tensor) -> None:
+    """What is held carries none, the keys of a later pass included: k_proj and v_proj would learn nothing from it."""
+    model = shallow("llama")
+    cache = Full().make_cache(model)
+    model(first, past_key_values=cache)
+    out = model(MORE, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"no gradient.*use_cache=False"):
+        out.logits.sum().backward()
+    release(model)
+    model(MORE, past_key_values=DynamicCache(config=model.config)).logits.sum().backward()

@@ -16,7 +16,7 @@ from manyheads.hosts.visibility import Visibility
 from manyheads.shrink.attending import attend_group, sinks_of
 from manyheads.shrink.compress import Pass, make_room, shrink, trim
 from manyheads.shrink.group import room_for, side_by_side
-from manyheads.shrink.lasting import lasting
+from manyheads.shrink.lasting import lasting, without_a_way_back
 from manyheads.shrink.moving import move_up, moving_rows
 from manyheads.shrink.store import Store
 from manyheads.shrink.trial import Trial, in_parts, without_last
@@ -190,10 +190,14 @@ class RaggedLayer(CacheLayerMixin):
     @lasting
     def attend(self, query: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
         """query [b, h, n, d] -> [b, n, h, dv], as transformers' attention functions do."""
+        lost = torch.is_grad_enabled() and query.requires_grad
         if self.waiting is None:
-            return self.answer(query, scoring, seen)
-        new, self.waiting = self.waiting, None
-        return in_parts(self, new, query, scoring, seen)
+            lost = lost and self.store.groups[0].owned
+            out = self.answer(query, scoring, seen)
+        else:
+            new, self.waiting = self.waiting, None
+            out = in_parts(self, new, query, scoring, seen)
+        return without_a_way_back(out) if lost else out
 
     def answer(self, query: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
         packed = pack(query, self.store.heads)
