@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import copy
 import importlib
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+from test_nothing_to_drop import SMALL
 from tiny_families import tiny
 
 from manyheads import shrink
 from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM
-from manyheads.shrink import H2O, AdaKV, Duo, ExpectedAttention, Full, KeyNorm, PyramidKV, SnapKV, StreamingLLM
+from manyheads.shrink import (
+    H2O,
+    AdaKV,
+    Duo,
+    ExpectedAttention,
+    Full,
+    KeyNorm,
+    LongHeads,
+    MoA,
+    PyramidKV,
+    Quantised,
+    SimLayerKV,
+    SnapKV,
+    StreamingLLM,
+    ThinK,
+    TidalDecode,
+)
 
 GATES = [[0.5, 0.5]]
 SAID: list[tuple[Any, str]] = [
@@ -69,3 +86,22 @@ def test_what_is_said_of_our_own_models() -> None:
     model.config.is_causal = False
     with pytest.raises(ValueError, match="is_causal=False"):
         Full().make_cache(model)
+
+
+# Every class that is given settings, with those that it cannot do without.
+GIVEN: dict[Any, dict[str, Any]] = {
+    **SMALL, MoA: {"rule": (3, 0.2)}, SimLayerKV: {}, TidalDecode: {}, LongHeads: {}, Quantised: {}, ThinK: {},
+    AdaKV: {}, PyramidKV: {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", GIVEN, ids=lambda own: own.__name__)
+def test_text_in_the_place_of_a_number(cls: Any) -> None:
+    settings = GIVEN[cls]
+    for own in fields(cls):
+        default = settings.get(own.name, own.default)
+        if not isinstance(default, (int, float)) and own.name not in ("compression_ratio", "budget_tokens"):
+            continue
+        for wrong in ("0.5", "7", ["0.5"], float("nan")) if not isinstance(default, bool) else ("no", 1):
+            with pytest.raises(ValueError, match=f"{cls.__name__}.*{own.name}"):
+                cls(**settings | {own.name: wrong})

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny_families import prompt, tiny
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from manyheads.shrink import H2O, Policy, SnapKV, StreamingLLM, release
 
@@ -87,3 +89,15 @@ def test_compiled_models_give_the_same() -> None:
     with POLICY(model):
         torch.testing.assert_close(told(model, None, 1), wanted)
     torch._dynamo.reset()
+
+
+def test_offloaded_weights() -> None:
+    """They lie on no device between calls, and a family that is not tested is probed all the same."""
+    settings = {name: own for name, own in tiny("llama").config.to_dict().items() if name != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("granite", **settings)).eval()
+    policy = StreamingLLM(budget_tokens=12, positions="text")
+    wanted = told(model, policy.make_cache(model))
+    release(model)
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert next(offloaded.parameters()).device.type == "meta"
+    torch.testing.assert_close(told(offloaded, policy.make_cache(offloaded)), wanted)

@@ -8,8 +8,6 @@ Nothing is registered or changed before a policy is first used on a model.
 
 from __future__ import annotations
 
-import copy
-import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.hosts.attend import Scoring, causal_attention, masked_attention, pack
+from manyheads.hosts.configs import LentConfigs
 from manyheads.hosts.families import is_own, layer_plans
 from manyheads.hosts.visibility import Visibility
 from manyheads.hosts.wrappers import untraced
@@ -160,23 +159,29 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, describe_mask)
 
 
+# Where an attached model keeps its own configs and the hook that tells caches of a call: on the model itself, so that
+# a deep copy of it can be released too.
+_LENT = "_manyheads_lent"
+
+
 def is_attached(model: Any) -> bool:
     if is_own(model):
-        return model in _originals
+        return _LENT in vars(model)
     return getattr(model.config, "_attn_implementation", None) == NAME
 
 
-# Per attached model: the configs that its modules had, and the hook that tells caches of a call.
-_originals: weakref.WeakKeyDictionary[Any, tuple[list[tuple[nn.Module, Any]], Any]] = weakref.WeakKeyDictionary()
-
-
 def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        raise ValueError(
+            f"output_attentions=True: {type(module).__name__} attends through a shrunk cache, which makes no matrix of "
+            "weights to give; ask outside the policy's block, after release(model), or use manyheads explain"
+        )
     begin = getattr(kwargs.get("past_key_values"), "begin", None)
     if begin is not None:
         told = {name: kwargs.get(name) for name in ("use_cache", "logits_to_keep", "position_ids", "input_ids")}
         if args:
             told["input_ids"] = args[0]
-        begin(**told)
+        begin(module, **told)
 
 
 def attach(model: Any) -> None:
@@ -184,21 +189,17 @@ def attach(model: Any) -> None:
     if is_attached(model):
         return
     layer_plans(model)
-    if is_own(model):
-        # Its layers ask the cache that they are given, whatever the configuration says.
-        _originals[model] = [], model.register_forward_pre_hook(untraced(model, _announce), with_kwargs=True)
+    # Our own models' layers ask the cache that they are given, whatever the configuration says.
+    own = is_own(model)
+    lent = None if own else LentConfigs(model)
+    hook = model.register_forward_pre_hook(untraced(model, _announce), with_kwargs=True)
+    setattr(model, _LENT, (lent, hook))
+    if lent is None:
         return
     register()
-    kept: list[tuple[nn.Module, Any]] = []
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if config is not None:
-            kept.append((module, config))
-            module.config = copy.deepcopy(config, memo)
-    _originals[model] = kept, model.register_forward_pre_hook(untraced(model, _announce), with_kwargs=True)
     try:
         model.set_attn_implementation(NAME)
+        lent.note()
     except BaseException:
         detach(model)
         raise
@@ -206,9 +207,9 @@ def attach(model: Any) -> None:
 
 def detach(model: Any) -> None:
     """Gives the model its own configs back, and with them its own attention."""
-    if model not in _originals:
+    if _LENT not in vars(model):
         return
-    kept, hook = _originals.pop(model)
+    lent, hook = vars(model).pop(_LENT)
     hook.remove()
-    for module, config in kept:
-        module.config = config
+    if lent is not None:
+        lent.give_back()

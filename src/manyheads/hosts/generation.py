@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.attention import attach, detach, is_attached
+from manyheads.hosts.device import device_of, evaluating
 from manyheads.hosts.families import TESTED, is_own, layer_plans
 from manyheads.hosts.wrappers import untraced
 
@@ -35,18 +36,16 @@ def check_supported(model: Any, make_full: Callable[[Any], Any]) -> None:
     layer_plans(model)
     if model.config.get_text_config(decoder=True).model_type in TESTED or model in _probed:
         return
-    name, training = type(model).__name__, model.training
-    attached = is_attached(model)
-    model.eval()
+    name, attached = type(model).__name__, is_attached(model)
     try:
-        detach(model)
-        wanted = _probe(model, library_cache(model))
-        attach(model)
-        given = _probe(model, make_full(model))
+        with evaluating(model):
+            detach(model)
+            wanted = _probe(model, library_cache(model))
+            attach(model)
+            given = _probe(model, make_full(model))
     except Exception as error:
         raise ValueError(f"{name} is not among the tested families and a probe of it failed: {error}") from error
     finally:
-        model.train(training)
         if not attached:
             detach(model)
     worst = float((wanted - given).abs().max() / wanted.abs().max().clamp_min(1e-6))
@@ -62,7 +61,7 @@ def check_supported(model: Any, make_full: Callable[[Any], Any]) -> None:
 @torch.no_grad()
 def _probe(model: Any, cache: Any) -> Tensor:
     """Logits of a padded prompt, a chunk and three single tokens."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     tokens = torch.arange(2 * 25, device=device).view(2, 25).mul(7919).add(11) % vocabulary
     padding = torch.ones_like(tokens)
@@ -99,14 +98,16 @@ def intercepted(model: Any, check: Callable[[Any], Any]) -> Iterator[None]:
 
     A call that says use_cache=False gets none. A config that says so does not speak of this call: it is often left
     over from training with gradient checkpointing, and generate caches all the same."""
-    names = ("generate", *(name for name in _CONTINUOUS if hasattr(model, name)))
+    names = ("generate", "__deepcopy__", *(name for name in _CONTINUOUS if hasattr(model, name)))
     before = {name: model.__dict__[name] for name in names if name in model.__dict__}
     hooks = [
-        own.register_forward_pre_hook(untraced(model, _with_cache(own, check)), with_kwargs=True)
+        # Before the hook that tells a cache what comes: it is told of this one too.
+        own.register_forward_pre_hook(untraced(model, _with_cache(own, check)), prepend=True, with_kwargs=True)
         for own in {id(own): own for own in (model, model.base_model)}.values()
     ]
     model.generate = _cached_generate(model, model.generate, check)
-    for name in names[1:]:
+    model.__deepcopy__ = _not_copied(model)
+    for name in names[2:]:
         setattr(model, name, _refused(name))
     try:
         yield
@@ -218,6 +219,16 @@ def _check_none(model: Any, cache: Any) -> None:
             f"past_key_values is given to a call of {type(model).__name__} that caches nothing (use_cache=False, or "
             "training with gradient checkpointing); leave one of the two out"
         )
+
+
+def _not_copied(model: Any) -> Callable[..., Any]:
+    def refuse(memo: Any) -> Any:
+        raise ValueError(
+            f"{type(model).__name__} is inside a policy's block, which a copy of it would not be: the copy's generate "
+            "would be this model's; copy it before the block, or after"
+        )
+
+    return refuse
 
 
 def _refused(name: str) -> Callable[..., Any]:

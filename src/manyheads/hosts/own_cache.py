@@ -8,6 +8,7 @@ and which held no numbers, is remembered here.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,11 @@ class LentStates(ManyheadsCache):
         self.owner, self.stack = owner, stack
         self.real: Tensor | None = None
         self.broken: list[Tensor | None] = [None] * len(stack.layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LentStates:
+        made = type(self)(copy.deepcopy(self.owner, memo), self.stack)
+        made.real, made.broken = copy.deepcopy((self.real, self.broken), memo)
+        return made
 
     def lend(self, batch: int) -> LentStates:
         """Ready for a pass over so many rows, behind what the cache has seen."""

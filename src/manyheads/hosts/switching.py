@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import weakref
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from manyheads.hosts.configs import LentConfigs
 from manyheads.mechanism import Mechanism
 
 
@@ -43,23 +43,19 @@ def switched(model: Any, name: str) -> Iterator[None]:
         finally:
             _switches[model] = name, _switches[model][1] - 1
         return
-    kept, memo = [], {}  # type: ignore[var-annotated]
     for module in model.modules():
-        config = module.__dict__.get("config")
-        if getattr(config, "_attn_implementation", None) == "manyheads_ragged":
+        if getattr(module.__dict__.get("config"), "_attn_implementation", None) == "manyheads_ragged":
             raise ValueError(
                 f"{type(model).__name__} attends through a shrunk cache: tap it outside the policy, after release()"
             )
-        if config is not None and not isinstance(module, Mechanism):
-            kept.append((module, config))
-            module.config = copy.deepcopy(config, memo)
+    lent = LentConfigs(model, lambda module: not isinstance(module, Mechanism))
     _switches[model] = name, 1
     try:
         for module in model.modules():
             if hasattr(module, "set_attn_implementation") and module._can_set_attn_implementation():
                 module.set_attn_implementation(name)
+        lent.note()
         yield
     finally:
         _switches.pop(model, None)
-        for module, config in kept:
-            module.config = config
+        lent.give_back()

@@ -7,6 +7,7 @@ nothing dropped it is simply a cache that does not copy itself for every token.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -51,11 +52,36 @@ class RaggedCache(Cache):
         policy.prepare(model, self)
         find_turns(policy, model, self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
+        """A cache that goes on by itself, for the same model and policy: neither is copied."""
+        made = type(self).__new__(type(self))
+        memo |= {id(self): made, **{id(own): own for own in (self.policy, *self.policy.parts)}}
+        made.__dict__.update({name: copy.deepcopy(own, memo) for name, own in self.__dict__.items()})
+        for layer in made.layers:
+            layer.belongs_to(made)
+        model = self._model()
+        if model is not None:
+            self.policy.prepare(model, made)
+        return made
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} belongs to a model in this process and is not pickled, nor copied by copy.copy: "
+            "copy.deepcopy(cache) gives one that goes on by itself; for another process, feed it the text again"
+        )
+
     def begin(
-        self, *, use_cache: bool | None, logits_to_keep: Any, position_ids: Tensor | None, input_ids: Tensor | None
+        self,
+        model: Any,
+        *,
+        use_cache: bool | None,
+        logits_to_keep: Any,
+        position_ids: Tensor | None,
+        input_ids: Tensor | None,
     ) -> None:
         """Before every call of the model that is given this cache. Nothing may follow one that caches nothing; and
         logits are kept of the last certain token and of what was guessed after it."""
+        self._check_whole(model)
         if self._closed:
             raise ValueError(
                 "this cache was fed by a call with use_cache=False, and is fed again: generate then feeds every token "
@@ -72,6 +98,22 @@ class RaggedCache(Cache):
             self._protect(input_ids, seen)
         known = isinstance(logits_to_keep, int) and logits_to_keep > 0
         self.guesses = logits_to_keep - 1 + self.assists if known else None
+
+    def _check_whole(self, model: Any) -> None:
+        own = self._model()
+        if own is not model:
+            raise ValueError(
+                f"this cache was made for another {type(model).__name__}, whose windows and weights its policy knows: "
+                "give it to that model, or make one by policy.make_cache(model)"
+            )
+        # Guesses by a model's lower layers never come to the upper ones.
+        seen = {layer.seen for layer in self.layers if layer.is_initialized}
+        if len(seen) > 1 or any(layer.waiting is not None for layer in self.layers):
+            told = " and others ".join(map(str, sorted(seen, reverse=True)))
+            raise ValueError(
+                f"a call with this cache broke off on its way through the layers: some have seen {told} tokens. Go on "
+                "with a copy from before it (copy.deepcopy), or reset() the cache and feed it the text again"
+            )
 
     def _protect(self, new: Tensor | None, seen: int) -> None:
         """Before a pass of ids [b, n]: which of all tokens fed are never dropped."""

@@ -175,13 +175,32 @@ class View:
                 total += (block * real).sum((2, 3))
         return total
 
-    def weights(self, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of attention [b, g, r, rows, m] of the last queries, and which of them are real [b, 1, 1, rows, 1]."""
-        skip = max(0, sum(done.queries.shape[3] for done in self.passes) - last)
+    def latest(self, last: int | Tensor) -> tuple[int, Tensor | None]:
+        """How many of the passes' queries hold the last real ones of every row, and which of them do, [b, queries];
+        None where all do. last: how many of each row, or of each [b]."""
+        count = sum(done.queries.shape[3] for done in self.passes)
+        real = torch.ones((1, count), dtype=torch.bool, device=self.group.index.device)
+        if (padding := self.passes[-1].seen.padding) is not None:
+            places = [(done.seen.offset, done.queries.shape[3]) for done in self.passes]
+            real = torch.cat([padding[:, offset : offset + n] for offset, n in places], 1)
+        if isinstance(last, int) and (padding is None or bool(real[:, -last:].all())):
+            return min(count, last), None
+        # Padding may stand behind a row's text as well as before it.
+        left = real.long().flip(1).cumsum(1).flip(1)
+        wanted = real & (left <= (last if isinstance(last, int) else last[:, None]))
+        skip = int(wanted.any(0).byte().argmax())
+        return count - skip, wanted[:, skip:]
+
+    def weights(self, last: int | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of attention [b, g, r, rows, m], and which of them are last real queries, [b, 1, 1, rows, 1]."""
+        (back, wanted), at = self.latest(last), 0
+        skip = sum(done.queries.shape[3] for done in self.passes) - back
         for done in self.passes:
             n = done.queries.shape[3]
-            if skip < n:
-                yield from self._blocks(done, skip)
+            for block, real in self._blocks(done, skip) if skip < n else ():
+                end = at + block.shape[3]
+                yield block, real if wanted is None else wanted[:, None, None, at:end, None]
+                at = end
             skip = max(0, skip - n)
 
     def _made(self, done: Pass) -> tuple[Tensor, Tensor] | None:
@@ -241,8 +260,10 @@ def shrink(layer: Any, passes: list[Pass]) -> None:
 
 def _hear(layer: Any, passes: list[Pass]) -> None:
     """Keeps the latest queries for parts that will ask for more than those of one token."""
-    left, kept = layer.looks_back, list[Pass]()
-    for done in reversed([*layer.heard, *passes]):
+    every, left, kept = [*layer.heard, *passes], layer.looks_back, list[Pass]()
+    if passes[-1].seen.padding is not None:
+        left = _views(layer, every)[0].latest(left)[0]
+    for done in reversed(every):
         if left > 0:
             kept.append(done.last_queries(left) if done.weights or done.queries.shape[3] > left else done)
             left -= done.queries.shape[3]

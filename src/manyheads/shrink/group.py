@@ -158,6 +158,11 @@ class Group:
         if self.start + self.length + count > self.capacity or not self.owned:
             self._move(self.length + count + max(spare(self.length, self.heads), 0))
         end = self.start + self.length
+        for name in ("keys", "values"):
+            row, added = self.rows[name], new[name]
+            if row.dtype != added.dtype:
+                # As in the dense cache: what comes wider (a prompt under autocast, the rest without) stays wide.
+                self.rows[name] = row.to(torch.promote_types(row.dtype, added.dtype))
         for name, row in self.rows.items():
             place = row.narrow(2, end, count)
             if name in new:

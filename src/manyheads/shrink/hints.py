@@ -46,11 +46,31 @@ class Hinted:
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if args:
             raise ValueError(_of_places(cls, args))
-        known = [name for name in inspect.signature(cls).parameters if name not in ("args", "kwargs")]
-        for name in kwargs:
+        known = {k: own for k, own in inspect.signature(cls).parameters.items() if k not in ("args", "kwargs")}
+        for name, value in kwargs.items():
             if name not in known:
-                raise ValueError(_of_name(cls, name, known))
+                raise ValueError(_of_name(cls, name, list(known)))
+            _check_kind(f"{cls.__name__}: {name}={value!r}", value, known[name].default)
         return super().__new__(cls)
+
+
+def _check_kind(told: str, value: Any, default: Any) -> None:
+    """Settings often come out of a file or a form, where numbers are text and "no" would count as yes."""
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise ValueError(f"{told} is neither True nor False")
+    for own in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(own, str) and _is_number(own):
+            raise ValueError(f"{told}: {own!r} is text; give the number {own.strip()} without quotes")
+        if isinstance(own, float) and own != own:
+            raise ValueError(f"{told} is no number")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _of_places(cls: type, args: tuple[Any, ...]) -> str:

@@ -16,6 +16,7 @@ from manyheads.hosts.visibility import Visibility
 from manyheads.shrink.attending import attend_group, sinks_of
 from manyheads.shrink.compress import Pass, make_room, shrink, trim
 from manyheads.shrink.group import room_for, side_by_side
+from manyheads.shrink.lasting import lasting, without_a_way_back
 from manyheads.shrink.moving import move_up, moving_rows
 from manyheads.shrink.store import Store
 from manyheads.shrink.trial import Trial, in_parts, without_last
@@ -30,7 +31,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def __init__(self, cache: Any, index: int, window: int | None):
         super().__init__()
-        self._cache = weakref.ref(cache)
+        self.belongs_to(cache)
         self.policy = cache.policy
         self.index, self.layers = index, cache.depth
         self.window = window
@@ -59,6 +60,10 @@ class RaggedLayer(CacheLayerMixin):
         self._made: list[Tensor | None] = []
         # The latest query's pass, for policies that make room before the next one.
         self.last: Pass | None = None
+
+    def belongs_to(self, cache: Any) -> None:
+        """Whose layer this is: what a call says of its tokens is said there."""
+        self._cache = weakref.ref(cache)
 
     def _plan(self) -> None:
         """What the policy's parts ask for, found out once: a layer would pay for the question at every token."""
@@ -95,10 +100,12 @@ class RaggedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    @lasting
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         cache = self._cache() if self.index == 0 else None
         if cache is not None:
             cache.check_attached()
+            self._check_rows(key_states.shape[0])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = {"keys": key_states, "values": value_states}
@@ -113,6 +120,16 @@ class RaggedLayer(CacheLayerMixin):
         else:
             self.take(new)
         return self, self
+
+    def _check_rows(self, given: int) -> None:
+        """One row would be read as several, or fail with words about tensors."""
+        held = self.store.groups[0].rows["keys"].shape[0] if self.store.groups else given
+        if held != given:
+            raise ValueError(
+                f"the cache holds {held} row{'' if held == 1 else 's'}, and the call has {given}: give as many, or "
+                "first cache.batch_repeat_interleave(n) for n sequences of each row, or "
+                "cache.batch_select_indices(rows) for some of them"
+            )
 
     def take(self, new: dict[str, Tensor]) -> None:
         """Rows [b, H, n, ...] of the tokens that come next."""
@@ -170,12 +187,17 @@ class RaggedLayer(CacheLayerMixin):
     def total(self) -> int:
         return self.seen + (0 if self.waiting is None else self.waiting["keys"].shape[2])
 
+    @lasting
     def attend(self, query: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
         """query [b, h, n, d] -> [b, n, h, dv], as transformers' attention functions do."""
+        lost = torch.is_grad_enabled() and query.requires_grad
         if self.waiting is None:
-            return self.answer(query, scoring, seen)
-        new, self.waiting = self.waiting, None
-        return in_parts(self, new, query, scoring, seen)
+            lost = lost and self.store.groups[0].owned
+            out = self.answer(query, scoring, seen)
+        else:
+            new, self.waiting = self.waiting, None
+            out = in_parts(self, new, query, scoring, seen)
+        return without_a_way_back(out) if lost else out
 
     def answer(self, query: Tensor, scoring: Scoring, seen: Visibility) -> Tensor:
         packed = pack(query, self.store.heads)
@@ -278,6 +300,7 @@ class RaggedLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
+    @lasting
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens (given as a negative number), then drops what was waiting for that."""
         if not self.is_initialized:
@@ -322,6 +345,7 @@ class RaggedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._on_batch(lambda row: row[indices.to(row.device), ...])
 
+    @lasting
     def _on_batch(self, change: Any) -> None:
         self.store.on_batch(change)
         self.recorded = [done.on_batch(change) for done in self.recorded]

@@ -74,8 +74,10 @@ class Policy(Rules):
                     f"past_key_values is a {type(given).__name__}, which {type(self).__name__} cannot shrink; "
                     "leave it out, or give the cache of an earlier call"
                 )
-            active.cache = given if given is not None else RaggedCache(model, self)
-            return active.cache
+            # Named before it is told: another thread's call tells of its own meanwhile.
+            cache = given if given is not None else RaggedCache(model, self)
+            active.cache = cache
+            return cache
 
         attach(model)
         _active[model] = type(self).__name__

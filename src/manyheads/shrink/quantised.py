@@ -105,7 +105,9 @@ class Codec(Coded):
         if self.how.bits == 4:
             left, right = codes.chunk(2, -1)
             codes = left | (right << 4)
-        return {name: codes, f"{name}_range": torch.stack([scale, zero], -2)}
+        # Autocast knows no half precision on a CPU and would refuse to stack it.
+        with torch.autocast(rows.device.type, enabled=False):
+            return {name: codes, f"{name}_range": torch.stack([scale, zero], -2)}
 
     def decode(self, name: str, rows: dict[str, Tensor], heads: Tensor, out: Tensor | None = None) -> Tensor:
         """Codes and ranges of the given heads -> [b, g, n, d], float32 at least."""

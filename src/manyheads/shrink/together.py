@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from manyheads.hosts.attend import Scoring
 from manyheads.hosts.visibility import Visibility
 from manyheads.shrink.compress import Pass, _views
+from manyheads.shrink.lasting import lasting
 from manyheads.shrink.policy import Policy
 from manyheads.shrink.textorder import whole_number
 
-# What a policy notes in `cache.shared` while a context comes.
-NOTED = "noted"
+# What a policy notes in `cache.shared` while a context comes, and what of it came.
+NOTED, FED = "noted", "fed"
 
 
 @dataclass(kw_only=True)
@@ -61,27 +62,32 @@ class Together(Policy):
     def prepare(self, model: Any, cache: Any) -> None:
         if self.is_full:
             return
-        name = type(self).__name__
         if any(layer.window is not None for layer in cache.layers):
             raise ValueError(
                 f"{type(model).__name__} has layers with a sliding window, which do not see all of their context; "
-                f"{name} needs full attention in all layers"
+                f"{type(self).__name__} needs full attention in all layers"
             )
-        own, fed = weakref.ref(cache), Fed()
+        own = weakref.ref(cache)
+        cache.shared.setdefault(FED, Fed())
 
-        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], *output: Any) -> None:
+            if not output:
+                # Of another cache, in another thread that is just registering or removing it: no kwargs are told then.
+                return
             held = kwargs.get("past_key_values")
             if held is not own():
                 return
             if held is None or held.shared.get("repeating"):
                 return
+            fed = held.shared[FED]
             if fed.take(kwargs, held):
-                self._compress(module, held, fed, real_tokens(name, kwargs, held.get_seq_length()))
+                self._compress(module, held, fed, real_tokens(type(self).__name__, kwargs, held.get_seq_length()))
                 fed.parts.clear()
 
         hook = model.base_model.register_forward_hook(after, with_kwargs=True)
         weakref.finalize(cache, hook.remove)
 
+    @lasting
     @torch.no_grad()
     def _compress(self, module: Any, cache: Any, fed: Fed, alive: Tensor) -> None:
         if bool((budget(self, cache.layers[0], alive) >= alive.sum(1)).all()):

@@ -79,9 +79,10 @@ class FastKVzip(Together):
             )
 
     def _reader(self, own: Any, layer: int) -> Any:
-        def read(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            cache = kwargs.get("past_key_values")
-            if cache is not own():
+        def read(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+            # No kwargs are told while another thread registers or removes the hook of a cache of its own.
+            cache = None if kwargs is None else kwargs.get("past_key_values")
+            if kwargs is None or cache is not own():
                 return
             if cache is None or cache.layers[layer].seen >= cache.context:
                 return

@@ -63,12 +63,10 @@ class Finch(Policy):
         question = view.positions >= view.count[:, None, None] - sizes[:, None, None]
         wide = torch.promote_types(view.keys.dtype, torch.float32)
         votes, voters = torch.zeros_like(view.keys[..., 0], dtype=wide), torch.zeros_like(sizes)
-        most = int(sizes.max())
-        first = view.total - min(most, sum(done.queries.shape[3] for done in view.passes))
-        for block, real in view.weights(last=most):
+        first = view.total - view.latest(sizes)[0]
+        for block, asked in view.weights(last=sizes):
             rows = torch.arange(first, first + block.shape[3], device=votes.device)
             first += block.shape[3]
-            asked = real & (rows >= view.total - sizes[:, None])[:, None, None, :, None]
             before = (view.alive.unsqueeze(2) & (view.slots.unsqueeze(2) < rows[:, None])).sum(-1)
             times = before[:, :, None, :, None] if self.normalize else 1
             votes += (block * asked * times).sum(3).mean(2)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, kl_div
 
+from manyheads.hosts.device import evaluating
 from manyheads.shrink.compress import View
 from manyheads.shrink.policy import Policy
 
@@ -209,9 +210,7 @@ def fit_lococo(
     _check_fit(model, held_out, policy, prefix, kernel_size)
     if patience < 1:
         raise ValueError(f"fit_lococo: patience={patience}; want at least 1 epoch")
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         samples, others = ([_sample(model, rows, prefix) for rows in own.split(batch)] for own in (ids, held_out))
         layers = _fresh(samples[0].layers, policy.mem_compress, kernel_size, start, seed)
         parameters = [part for own in layers for part in own.values()]
@@ -236,8 +235,6 @@ def fit_lococo(
                 for part, gradient in zip(parameters, gradients, strict=True):
                     part.grad = gradient
                 optimizer.step()
-    finally:
-        model.train(training)
     return replace(
         policy, weights={f"layers.{i}.{name}": part for i, own in enumerate(kept) for name, part in own.items()}
     )

@@ -67,6 +67,7 @@ def fit_q_filters(model: Any, ids: Tensor | Sequence[Tensor]) -> Tensor:
     Each query head's first right singular vector, so turned that its queries' mean lies along it; the mean over a KV
     head's query heads, and its opposite. The paper takes 3,000 queries of a few thousand tokens' texts.
     """
+    from manyheads.hosts.device import evaluating
     from manyheads.hosts.sites import only_stack
     from manyheads.hosts.taps import tap
 
@@ -84,14 +85,9 @@ def fit_q_filters(model: Any, ids: Tensor | Sequence[Tensor]) -> Tensor:
         sums[call.layer] = sums.get(call.layer, 0) + queries.sum((0, 2))
         heads[call.layer] = call.key.shape[1]
 
-    training = model.training
-    model.eval()
-    try:
-        with tap(model, read, stack=only_stack(model), kind="self"):
-            for own in texts:
-                model(own, use_cache=False)
-    finally:
-        model.train(training)
+    with evaluating(model), tap(model, read, stack=only_stack(model), kind="self"):
+        for own in texts:
+            model(own, use_cache=False)
     found = []
     for layer in sorted(products):
         along = torch.linalg.eigh(products[layer]).eigenvectors[..., -1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from manyheads.shrink.compress import View
@@ -22,6 +23,8 @@ class TOVA(Policy):
     shared: bool = False
 
     def score(self, view: View) -> Tensor:
-        (block, _), *_ = view.weights(last=1)
-        score = block[:, :, :, 0].mean(2)
+        alike = view.passes[-1].seen.padding is None
+        # With padding a row's last token may be any of the pass.
+        parts = [block[:, :, :, 0] if alike else (block * real).sum(3) for block, real in view.weights(last=1)]
+        score = (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)).mean(2)
         return score.mean(1, keepdim=True).expand(score.shape) if self.shared else score
