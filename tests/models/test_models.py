@@ -511,6 +511,8 @@ def test_lora(tmp_path: Path) -> None:
         (lambda: tiny(layers=[]), ["want a list"]),
         (lambda: ManyheadsConfig(layer="moba"), ["'layer'", "'layers'"]),
         (lambda: ManyheadsConfig(num_hidden_layer=2), ["'num_hidden_layer'", "'num_hidden_layers'"]),
+        (lambda: ManyheadsConfig(num_key_value_heads=2), ["'num_key_value_heads'", "kv_heads"]),
+        (lambda: ManyheadsConfig(rope_theta=5e5), ["'rope_theta'", "rotary_base"]),
         (lambda: tiny(layers=["softmax"] * 3), ["3 entries for 2 layers"]),
         (lambda: tiny(layers=["softmax", "linformer"], is_causal=True), ["layers[1]", "linformer", "causal-self"]),
         (lambda: tiny(is_encoder_decoder=True, cross_layers="aaren"), ["cross_layers[0]", "aaren", "causal-cross"]),

@@ -295,9 +295,24 @@ class ManyheadsConfig(PreTrainedConfig):
             check_pattern("pooling", self.pooling, Pattern.POOL)
 
 
+# Names of other configurations that say how large a model is or what it computes, and where that is said here.
+_ELSEWHERE = {
+    **dict.fromkeys(("n_layer", "n_layers", "num_layers"), "num_hidden_layers"),
+    **dict.fromkeys(("n_head", "n_heads", "num_heads"), "num_attention_heads"),
+    **dict.fromkeys(("n_embd", "d_model"), "hidden_size"),
+    **dict.fromkeys(("rope_theta", "rope_parameters", "rope_scaling"), "rotary_base, or `rotary` in a layer's spec"),
+    **dict.fromkeys(("attention_dropout", "hidden_dropout_prob", "resid_pdrop"), "dropout"),
+    "num_key_value_heads": 'a layer\'s spec: layers={"name": "gqa", "kv_heads": 2}',
+    "head_dim": "hidden_size, which heads divide",
+    "sliding_window": 'a layer\'s spec: layers={"name": "mswa", "window": 128}',
+}
+
+
 def _refuse_misspelt(given: Mapping[str, Any], known: Sequence[str]) -> None:
     """transformers keeps whatever else it is given, so that `layer="moba"` would make a model of softmax."""
     for name in given:
+        if name in _ELSEWHERE:
+            raise ValueError(f"ManyheadsConfig has no {name!r}; that is said by {_ELSEWHERE[name]}")
         for near in difflib.get_close_matches(name, known, n=1, cutoff=0.85):
             raise ValueError(f"ManyheadsConfig has no {name!r}; did you mean {near!r}?")
 
