@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,9 +30,10 @@ _switches: weakref.WeakKeyDictionary[nn.Module, tuple[str, int]] = weakref.WeakK
 
 
 @contextmanager
-def switched(model: Any, name: str) -> Iterator[None]:
-    """While open, the model attends through the function that transformers knows by this name. Configs are copied
-    first: several models may share one. ValueError where it attends through another of ours already."""
+def switched(model: Any, name: str, name_of: Callable[[Any], str] | None = None) -> Iterator[None]:
+    """While open, the model attends through the function that transformers knows by this name; name_of: through that
+    of another name in some of its parts. Configs are copied first: several models may share one. ValueError where it
+    attends through another of ours already."""
     before, count = _switches.get(model, (name, 0))
     if before != name:
         raise ValueError(f"{type(model).__name__} attends through {before} just now: leave that first")
@@ -57,7 +58,7 @@ def switched(model: Any, name: str) -> Iterator[None]:
     try:
         for module in model.modules():
             if hasattr(module, "set_attn_implementation") and module._can_set_attn_implementation():
-                module.set_attn_implementation(name)
+                module.set_attn_implementation(name if name_of is None else name_of(module))
         yield
     finally:
         _switches.pop(model, None)
