@@ -150,7 +150,7 @@ def explain_image(
         output = loaded.model(**inputs)
     answer = _answer(loaded, output)
     chosen = _target(loaded, target, answer)
-    best = f"; the model's answer: {answer[0]['name']} ({answer[0]['probability']:.1%})" if answer else ""
+    best = f"; the model's answer: {answer[0]['name']} ({worth(answer[0])})" if answer else ""
     report = {"model": _identity(loaded), "image": Path(path).name, "answer": answer, "target": chosen}
     if stage is not None or on_grids(loaded.model) or not attends(loaded.model):
         if layers is not None:
@@ -243,7 +243,9 @@ def _identity(loaded: Loaded) -> dict[str, Any]:
 
 
 def _answer(loaded: Loaded, output: Any) -> list[dict[str, Any]]:
-    """The five likeliest next tokens or classes; nothing for a model that only encodes."""
+    """The five likeliest next tokens or classes, or a regression's values; nothing for a model that only encodes."""
+    from manyheads.explain.attributions.feed import said_of
+
     logits, speaking = getattr(output, "logits", None), bool(loaded.model.can_generate())
     # Logits of every token, or of every place of a picture, of a model that does not go on writing, are no one answer.
     if logits is None or not (logits.dim() == 2 or (logits.dim() == 3 and speaking)):
@@ -251,13 +253,19 @@ def _answer(loaded: Loaded, output: Any) -> list[dict[str, Any]]:
     last = logits[0, -1] if logits.dim() == 3 else logits[0]
     if not bool(torch.isfinite(last).all()):
         raise ValueError(f"{loaded.name} gives NaN or infinite logits for this input: its weights are damaged")
-    top = last.float().softmax(-1).topk(min(5, last.numel()))
+    top = said_of(loaded.model, last.float()).topk(min(5, last.numel()))
+    what = "value" if getattr(loaded.model.config, "problem_type", None) == "regression" else "probability"
     names = getattr(loaded.model.config, "id2label", None) or {}
     found = []
     for share, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
         name = loaded.tokens([index])[0] if speaks(loaded.model) else str(names.get(index, index))
-        found.append({"id": index, "name": name, "probability": round(share, 6)})
+        found.append({"id": index, "name": name, what: round(share, 6)})
     return found
+
+
+def worth(answer: dict[str, Any]) -> str:
+    """How likely an answer is, or a regression's value."""
+    return f"{answer['probability']:.1%}" if "probability" in answer else f"{answer['value']:.4g}"
 
 
 def _target(loaded: Loaded, target: str | None, answer: list[dict[str, Any]]) -> int | None:
@@ -374,7 +382,7 @@ def _note(loaded: Loaded, tokens: list[str], answer: list[dict[str, Any]], targe
     if not answer:
         return f"{len(tokens)} tokens; {loaded.name} only encodes: attributions follow its attention, not an answer."
     best = answer[0]
-    said = f"{len(tokens)} tokens; the model's answer: {best['name']!r} ({best['probability']:.1%})."
+    said = f"{len(tokens)} tokens; the model's answer: {best['name']!r} ({worth(best)})."
     if target == best["id"]:
         return said
     name = loaded.tokens([target])[0] if speaks(loaded.model) and target is not None else str(target)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from manyheads.explain.attributions.embedded import embedded, embeddings_of
 from manyheads.hosts.patches import Patches, find_patches
 from manyheads.hosts.positions import placed
 
@@ -24,10 +25,11 @@ Target = int | Sequence[int] | Tensor | None
 
 @dataclass(frozen=True)
 class Feed:
-    """A model's inputs by name."""
+    """A model's inputs by name. vectors: what stands in the place of the embeddings of token ids, by their name."""
 
     model: nn.Module
     named: dict[str, Any]
+    vectors: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any, additional: Any = None) -> Feed:
@@ -44,7 +46,19 @@ class Feed:
         return feed
 
     def __call__(self, **changes: Any) -> Any:
-        return self.model(**placed(self.model, {**self.named, **changes}))
+        named = placed(self.model, {**self.named, **changes})
+        if not self.vectors:
+            return self.model(**named)
+        with embedded(self.model, named, self.vectors):
+            return self.model(**named)
+
+    def plain(self) -> Any:
+        """A pass without a cache, where the model has one."""
+        return self(use_cache=False) if self.takes("use_cache") else self()
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """The vectors of its token ids, by their name, as the model looks them up."""
+        return embeddings_of(self.model, self.named)
 
     @property
     def main(self) -> str:
@@ -208,6 +222,16 @@ def score_of(output: Any, feed: Feed, target: Target, position: Position, score:
     if not bool(((chosen >= 0) & (chosen < logits.shape[-1])).all()):
         raise ValueError(f"target {target} is not one of the model's {logits.shape[-1]} outputs")
     return at_place(logits, feed, position).gather(1, chosen[:, None])[:, 0]
+
+
+def said_of(model: Any, logits: Tensor) -> Tensor:
+    """What a model says by its logits [..., classes or vocabulary]: probabilities, of one among all or, of several
+    labels or a lone one, of each by itself; of a regression the numbers as they are."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem == "regression":
+        return logits
+    alone = problem == "multi_label_classification" or logits.shape[-1] == 1
+    return logits.sigmoid() if alone else logits.softmax(-1)
 
 
 def at_place(logits: Tensor, feed: Feed, position: Position) -> Tensor:
