@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import RLock
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ Score = Callable[[Any], Tensor]
 # A place in the sequence: one for all rows, one per row, "mean" of all real tokens, "all", or None: the model's own.
 Position = int | Sequence[int] | Tensor | str | None
 Target = int | Sequence[int] | Tensor | None
+
+
+_one = RLock()
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Feed:
             named |= additional
         elif additional is not None:
             order += list(additional) if isinstance(additional, tuple) else [additional]
-        feed = cls(model, {**_by_name(model, order), **named})
+        feed = cls(model, {name: _outside(value) for name, value in {**_by_name(model, order), **named}.items()})
         feed._check()
         return feed
 
@@ -160,24 +164,37 @@ def _by_name(model: nn.Module, order: list[Any]) -> dict[str, Any]:
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """In eval mode and with frozen parameters, so that a backward pass leaves nothing behind; then as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    asks = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in asks:
-            parameter.requires_grad_(False)
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, asked in asks:
-            parameter.requires_grad_(asked)
+    """In eval mode and with frozen parameters, so that a backward pass leaves nothing behind; then as it was. One
+    thread at a time, since modes, parameters and taps are the model's. Not in inference mode, which keeps no graph."""
+    with _one, torch.inference_mode(False):
+        modes = [(module, module.training) for module in model.modules()]
+        asks = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            for parameter, _ in asks:
+                parameter.requires_grad_(False)
+            model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, asked in asks:
+                parameter.requires_grad_(asked)
+
+
+def _outside(value: Any) -> Any:
+    """A tensor of inference mode as one that a graph may keep."""
+    if not isinstance(value, Tensor) or not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def per_row(wanted: Any, rows: int, what: str, device: torch.device) -> Tensor:
     """An int, or one per row, as [rows]."""
-    found = torch.as_tensor(wanted, device=device)
+    try:
+        found = torch.as_tensor(wanted, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} is {wanted!r}: give an integer, or one for each of the {rows} rows") from error
     if found.is_floating_point() or found.dtype == torch.bool or found.dim() > 1 or found.numel() not in (1, rows):
         raise ValueError(f"{what} is {wanted!r}: give an integer, or one for each of the {rows} rows")
     return found.reshape(-1).long().expand(rows)
