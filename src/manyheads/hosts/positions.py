@@ -35,6 +35,14 @@ def positions(model: nn.Module, named: Mapping[str, Any]) -> Tensor | None:
     return (real.cumsum(-1) - 1).clamp(min=0) + _first(model)
 
 
+def room(model: nn.Module) -> int | None:
+    """How many tokens the model has positions for, less what its table keeps for padding; None where that is open."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return most - _first(model) if isinstance(most, int) else None
+
+
 def has_rope_index(model: nn.Module) -> bool:
     """Whether the model finds positions in several dimensions (time, height, width) from ids, grids and mask."""
     return any(hasattr(module, "get_rope_index") for module in model.modules())

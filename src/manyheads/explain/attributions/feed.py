@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from manyheads.explain.attributions.embedded import embedded, embeddings_of
 from manyheads.hosts.patches import Patches, find_patches
-from manyheads.hosts.positions import placed
+from manyheads.hosts.positions import placed, room
 
 # The model's output -> one number per row of the batch.
 Score = Callable[[Any], Tensor]
@@ -147,8 +147,8 @@ class Feed:
         words = getattr(config, "vocab_size", None)
         if words is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < words:
             raise ValueError(f"{name} run from {int(ids.min())} to {int(ids.max())}; the vocabulary has {words}")
-        longest = getattr(config, "max_position_embeddings", None)
-        if isinstance(longest, int) and ids.shape[1] > longest:
+        longest = room(self.model)
+        if longest is not None and ids.shape[1] > longest:
             raise ValueError(f"{name} are {ids.shape[1]} tokens; the model has {longest} positions: shorten the text")
 
 
