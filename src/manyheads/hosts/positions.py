@@ -35,6 +35,14 @@ def positions(model: nn.Module, named: Mapping[str, Any]) -> Tensor | None:
     return (real.cumsum(-1) - 1).clamp(min=0) + _first(model)
 
 
+def packed(named: Mapping[str, Any]) -> bool:
+    """Whether positions begin anew within a row, which the library reads as several texts where no mask is given."""
+    at = named.get("position_ids")
+    if named.get("attention_mask") is not None or not isinstance(at, Tensor) or at.dim() != 2:
+        return False
+    return bool((at.diff(dim=1) != 1).any())
+
+
 def room(model: nn.Module) -> int | None:
     """How many tokens the model has positions for, less what its table keeps for padding; None where that is open."""
     config: Any = getattr(model, "config", None)

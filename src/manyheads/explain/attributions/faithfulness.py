@@ -30,7 +30,7 @@ from manyheads.explain.attributions.feed import (
 from manyheads.explain.attributions.feed import score_of as scored
 from manyheads.explain.attributions.omitted import Omitted
 from manyheads.explain.attributions.raw import RawAttention
-from manyheads.hosts.positions import has_rope_index, positions
+from manyheads.hosts.positions import has_rope_index, packed, positions
 
 REMOVALS = ("attention", "zero")
 # Rows of one pass, however short: each has logits of the whole vocabulary.
@@ -88,6 +88,11 @@ class Removal:
         if self.remove not in REMOVALS or (self.remove == "attention" and not self.feed.takes("attention_mask")):
             raise ValueError(f"remove={remove!r}: 'zero', or 'attention' where the model takes an attention_mask")
         if self.remove == "attention":
+            if packed(self.feed.named):
+                raise ValueError(
+                    "several texts are packed into a row, which a mask over its tokens would join: give each text a "
+                    "row of its own, or remove='zero'"
+                )
             self.feed = self._in_place()
         self.target = target if target is None else per_row(target, self.feed.rows, "target", self.feed.device)
         self.position = self._fixed(trace, position)

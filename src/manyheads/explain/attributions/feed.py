@@ -87,7 +87,7 @@ class Feed:
         return find_patches(self.model, self.named["pixel_values"], **others)
 
     def takes(self, name: str) -> bool:
-        return name in inspect.signature(self.model.forward).parameters
+        return name in _signature(self.model).parameters
 
     def row(self, index: int) -> Feed:
         """One row of the batch."""
@@ -152,9 +152,16 @@ class Feed:
             raise ValueError(f"{name} are {ids.shape[1]} tokens; the model has {longest} positions: shorten the text")
 
 
+def _signature(model: Any) -> inspect.Signature:
+    """What the model's forward takes; an adapter without a task hands whatever it gets to the model within."""
+    found = inspect.signature(model.forward)
+    bare = all(own.kind in (own.VAR_POSITIONAL, own.VAR_KEYWORD) for own in found.parameters.values())
+    return _signature(model.get_base_model()) if bare and hasattr(model, "get_base_model") else found
+
+
 def _by_name(model: nn.Module, order: list[Any]) -> dict[str, Any]:
     try:
-        bound = inspect.signature(model.forward).bind_partial(*order)
+        bound = _signature(model).bind_partial(*order)
     except TypeError as error:
         raise ValueError(f"{type(model).__name__} does not take {len(order)} inputs in a row: {error}") from error
     if any(isinstance(value, tuple) for value in bound.arguments.values()) and len(bound.arguments) < len(order):
