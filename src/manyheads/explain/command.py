@@ -158,9 +158,11 @@ def _print(report: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from manyheads.explain.explanation import worth
+
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     if report["answer"]:
-        shown = ", ".join(f"{own['name']!r} {own['probability']:.1%}" for own in report["answer"])
+        shown = ", ".join(f"{own['name']!r} {worth(own)}" for own in report["answer"])
         console.print(f"answer: {escape(shown)}")
     values = report.get("attributions", {}).get("values")
     if not values:

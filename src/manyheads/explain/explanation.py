@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from manyheads.explain.encoded import encoded
 from manyheads.explain.image_file import pictured
 from manyheads.explain.sizes import choose, read, that_fit
-from manyheads.hosts.loading import Loaded, reads_text
+from manyheads.hosts.loading import Loaded
 from manyheads.hosts.patches import Patches, find_patches
 from manyheads.hosts.sites import text_stack
 
@@ -106,26 +107,6 @@ def explain_text(
     return Explanation(f"{loaded.name}: what its heads do", note, report, views)
 
 
-def encoded(loaded: Loaded, text: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The model's inputs [1, n], and a string per token."""
-    if not reads_text(loaded.model):
-        raise ValueError(f"{loaded.name} reads no text: give --image, or a model whose inputs are token ids")
-    if not text.strip():
-        raise ValueError("the text is empty: give --text or a --file with some words")
-    config = loaded.config
-    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if loaded.tokenizer is None:
-        ids = torch.tensor([loaded.encode(text)])
-    else:
-        ids = torch.tensor([loaded.tokenizer(text, truncation=False)["input_ids"]])
-    if most is not None and ids.shape[1] > most:
-        raise ValueError(
-            f"the text has {ids.shape[1]:,} tokens, {loaded.name} has positions for {most:,}: give a shorter one"
-        )
-    ids = ids.to(next(loaded.model.parameters()).device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, loaded.tokens(ids[0].tolist())
-
-
 def explain_image(
     loaded: Loaded,
     path: str | Path,
@@ -150,7 +131,7 @@ def explain_image(
         output = loaded.model(**inputs)
     answer = _answer(loaded, output)
     chosen = _target(loaded, target, answer)
-    best = f"; the model's answer: {answer[0]['name']} ({answer[0]['probability']:.1%})" if answer else ""
+    best = f"; the model's answer: {answer[0]['name']} ({worth(answer[0])})" if answer else ""
     report = {"model": _identity(loaded), "image": Path(path).name, "answer": answer, "target": chosen}
     if stage is not None or on_grids(loaded.model) or not attends(loaded.model):
         if layers is not None:
@@ -215,13 +196,15 @@ def _image_values(
 
 
 def method_names(loaded: Loaded, targeted: bool) -> tuple[str, ...]:
-    """Methods that the model can have: of some manyheads mechanisms there are weights, and nothing from inside."""
+    """Methods that the model can have: of some manyheads mechanisms there are weights, and nothing from inside; a
+    logit is a sum over heads where one stack writes on."""
     from manyheads.hosts.inside import adds_values, is_open
     from manyheads.hosts.taps import sites
 
     own = sites(loaded.model)
     refused = set() if all(map(adds_values, own)) else {"logit-flow", "value-norm"}
     refused |= set() if all(map(is_open, own)) else {"relevance", "attention-gradient"}
+    refused |= set() if speaks(loaded.model) else {"logit-flow"}
     names = (*TARGETED, *UNTARGETED) if targeted else UNTARGETED
     return tuple(name for name in names if name not in refused)
 
@@ -243,7 +226,9 @@ def _identity(loaded: Loaded) -> dict[str, Any]:
 
 
 def _answer(loaded: Loaded, output: Any) -> list[dict[str, Any]]:
-    """The five likeliest next tokens or classes; nothing for a model that only encodes."""
+    """The five likeliest next tokens or classes, or a regression's values; nothing for a model that only encodes."""
+    from manyheads.explain.attributions.feed import said_of
+
     logits, speaking = getattr(output, "logits", None), bool(loaded.model.can_generate())
     # Logits of every token, or of every place of a picture, of a model that does not go on writing, are no one answer.
     if logits is None or not (logits.dim() == 2 or (logits.dim() == 3 and speaking)):
@@ -251,13 +236,19 @@ def _answer(loaded: Loaded, output: Any) -> list[dict[str, Any]]:
     last = logits[0, -1] if logits.dim() == 3 else logits[0]
     if not bool(torch.isfinite(last).all()):
         raise ValueError(f"{loaded.name} gives NaN or infinite logits for this input: its weights are damaged")
-    top = last.float().softmax(-1).topk(min(5, last.numel()))
+    top = said_of(loaded.model, last.float()).topk(min(5, last.numel()))
+    what = "value" if getattr(loaded.model.config, "problem_type", None) == "regression" else "probability"
     names = getattr(loaded.model.config, "id2label", None) or {}
     found = []
     for share, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-        name = loaded.tokens([index])[0] if speaks(loaded.model) else str(names.get(index, index))
-        found.append({"id": index, "name": name, "probability": round(share, 6)})
+        name = loaded.tokens([index])[0] if speaking else str(names.get(index, index))
+        found.append({"id": index, "name": name, what: round(share, 6)})
     return found
+
+
+def worth(answer: dict[str, Any]) -> str:
+    """How likely an answer is, or a regression's value."""
+    return f"{answer['probability']:.1%}" if "probability" in answer else f"{answer['value']:.4g}"
 
 
 def _target(loaded: Loaded, target: str | None, answer: list[dict[str, Any]]) -> int | None:
@@ -267,7 +258,7 @@ def _target(loaded: Loaded, target: str | None, answer: list[dict[str, Any]]) ->
         return None
     if target is None:
         return int(answer[0]["id"])
-    if speaks(loaded.model):
+    if loaded.model.can_generate():
         ids = loaded.encode(target)
         if not ids:
             raise ValueError("--target is empty: give the token that is to be explained")
@@ -374,8 +365,8 @@ def _note(loaded: Loaded, tokens: list[str], answer: list[dict[str, Any]], targe
     if not answer:
         return f"{len(tokens)} tokens; {loaded.name} only encodes: attributions follow its attention, not an answer."
     best = answer[0]
-    said = f"{len(tokens)} tokens; the model's answer: {best['name']!r} ({best['probability']:.1%})."
+    said = f"{len(tokens)} tokens; the model's answer: {best['name']!r} ({worth(best)})."
     if target == best["id"]:
         return said
-    name = loaded.tokens([target])[0] if speaks(loaded.model) and target is not None else str(target)
+    name = loaded.tokens([target])[0] if loaded.model.can_generate() and target is not None else str(target)
     return f"{said} Explained: {name!r}."

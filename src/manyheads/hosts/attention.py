@@ -191,7 +191,7 @@ def attach(model: Any) -> None:
     layer_plans(model)
     # Our own models' layers ask the cache that they are given, whatever the configuration says.
     own = is_own(model)
-    lent = None if own else LentConfigs(model)
+    lent = None if own else LentConfigs(model.modules())
     hook = model.register_forward_pre_hook(untraced(model, _announce), with_kwargs=True)
     setattr(model, _LENT, (lent, hook))
     if lent is None:

@@ -1,39 +1,42 @@
-"""A model's modules with configs of their own for a while: several models may share one."""
+"""Modules with configs of their own for a while: several models may share one."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 
 class LentConfigs:
-    """Copies in the place of a model's configs, until `give_back`. What is changed in them meanwhile is the user's:
-    a vocabulary that grew, another pad token."""
+    """Copies in the place of modules' configs, until `give_back`. What is changed in them meanwhile is the user's: a
+    vocabulary that grew, another pad token."""
 
-    def __init__(self, model: nn.Module, wanted: Callable[[nn.Module], bool] = lambda module: True) -> None:
-        self._kept: list[tuple[nn.Module, Any]] = []
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._kept: dict[nn.Module, Any] = {
+            module: config for module in modules if (config := module.__dict__.get("config")) is not None
+        }
         memo: dict[int, Any] = {}
-        for module in model.modules():
-            config = module.__dict__.get("config")
-            if config is not None and wanted(module):
-                self._kept.append((module, config))
-                module.config = copy.deepcopy(config, memo)
-        self._lent = {id(config): (config, module.config) for module, config in self._kept}
+        for module, config in self._kept.items():
+            module.config = copy.deepcopy(config, memo)
+        self._out = Counter(map(id, self._kept.values()))
         self._before: dict[int, Any] = {}
 
     def note(self) -> None:
         """What stands in the copies from here on is nobody's change."""
-        self._before = {key: copy.deepcopy(own) for key, (_, own) in self._lent.items()}
+        lent: dict[int, Any] = {id(config): module.config for module, config in self._kept.items()}
+        self._before = {key: copy.deepcopy(own) for key, own in lent.items()}
 
-    def give_back(self) -> None:
-        for module, config in self._kept:
+    def give_back(self, *modules: nn.Module) -> None:
+        """To these, or to all; once nobody has a copy of a config any more, what was changed in it is carried over."""
+        for module in modules or tuple(self._kept):
+            config, own = self._kept.pop(module), module.config
             module.config = config
-        for key, (config, own) in self._lent.items():
-            if key in self._before:
-                _carry(self._before[key], own, config)
+            self._out[id(config)] -= 1
+            if not self._out[id(config)] and id(config) in self._before:
+                _carry(self._before[id(config)], own, config)
 
 
 def _carry(before: Any, after: Any, config: Any) -> None:

@@ -35,6 +35,22 @@ def positions(model: nn.Module, named: Mapping[str, Any]) -> Tensor | None:
     return (real.cumsum(-1) - 1).clamp(min=0) + _first(model)
 
 
+def packed(named: Mapping[str, Any]) -> bool:
+    """Whether positions begin anew within a row, which the library reads as several texts where no mask is given."""
+    at = named.get("position_ids")
+    if named.get("attention_mask") is not None or not isinstance(at, Tensor) or at.dim() != 2:
+        return False
+    return bool((at.diff(dim=1) != 1).any())
+
+
+def room(model: nn.Module) -> int | None:
+    """How many tokens the model has positions for, less what its table keeps for padding; None where that is open."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return most - _first(model) if isinstance(most, int) else None
+
+
 def has_rope_index(model: nn.Module) -> bool:
     """Whether the model finds positions in several dimensions (time, height, width) from ids, grids and mask."""
     return any(hasattr(module, "get_rope_index") for module in model.modules())

@@ -47,7 +47,7 @@ def sites(model: nn.Module) -> list[Site]:
     places = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, Mechanism) or _dispatches(module) or by_processor(module)
+        if isinstance(module, Mechanism) or dispatches(module) or by_processor(module)
     ]
     # A UNet of diffusers runs its middle before its way up, and lists it after.
     places.sort(key=lambda place: ".up_blocks." in f".{place[0]}." and by_processor(place[1]))
@@ -101,7 +101,7 @@ def _crossmodal(model: nn.Module) -> list[Site]:
     return found
 
 
-def _dispatches(module: nn.Module) -> bool:
+def dispatches(module: nn.Module) -> bool:
     """Whether the module's forward looks its attention function up in transformers' registry."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

@@ -32,7 +32,7 @@ from manyheads.hosts.calls import BLOCK_WEIGHTS, AttentionCall, Edit, MechanismC
 from manyheads.hosts.own_attention import heard
 from manyheads.hosts.processors import processed
 from manyheads.hosts.reading import Reader, check_run, fitting, reading, readings, run_again_alike
-from manyheads.hosts.sites import Site, attends_alone, by_processor, choose, sites
+from manyheads.hosts.sites import Site, attends_alone, by_processor, choose, dispatches, sites
 from manyheads.hosts.switching import switched, uncompiled
 from manyheads.mechanism import Mechanism
 
@@ -51,6 +51,10 @@ __all__ = [
 ]
 
 NAME = "manyheads_tapped"
+# The same, with masks that are made whole and added to the scores.
+ADDED = "manyheads_tapped_added"
+# Arguments of an attention call that change its result, and whose weights are not known here.
+_FOREIGN = ("sinks", "block_indices", "cache")
 
 
 @contextmanager
@@ -83,7 +87,7 @@ def tap(
             if site not in own
         ):
             _register()
-            stack_of.enter_context(switched(model, NAME))
+            stack_of.enter_context(switched(model, NAME, _name))
         for site in chosen:
             stack_of.enter_context(reading(site, reader))
         yield chosen
@@ -151,10 +155,21 @@ def _named(path: str, name: str) -> bool:
 
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionInterface.register(ADDED, _attention)
+    AttentionMaskInterface.register(ADDED, eager_mask)
+
+
+def _name(part: Any) -> str:
+    """Under which name a part of a model attends. What the library itself never runs by SDPA may say wrongly that it
+    is not causal, or hold attention of its own that adds its mask: it gets the masks that it knows."""
+    if getattr(part, "_supports_sdpa", True):
+        return NAME
+    own = [module for module in part.modules() if dispatches(module)]
+    return NAME if own and all(getattr(module, "is_causal", False) for module in own) else ADDED
 
 
 def _attention(
@@ -170,12 +185,21 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     check_run(module)
+    foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
+    if foreign:
+        raise ValueError(f"{type(module).__name__} attends by {foreign[0]} of its own, which a tap cannot read")
     scoring = Scoring(
         query.shape[-1] ** -0.5 if scaling is None else float(scaling), kwargs.get("softcap"), kwargs.get("s_aux")
     )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     mask = attention_mask
+    if causal and query.shape[2] < key.shape[2]:
+        # The library's kernel would count queries from the first key; fewer queries are the last.
+        n, m = query.shape[2], key.shape[2]
+        mask, causal = torch.ones(1, 1, n, m, dtype=torch.bool, device=query.device).tril(m - n), False
+    if kwargs.get("indices") is not None:
+        mask = _among(mask, kwargs["indices"], key.shape[2])
     if position_bias is not None:
         mask, causal = _biased(mask, position_bias, causal, query), False
     own = list(readings(module))
@@ -195,6 +219,15 @@ def _attention(
         if changed is not None:
             output = fitting(changed, output.shape, site)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _among(mask: Tensor | None, indices: Tensor, m: int) -> Tensor:
+    """The mask [b, 1 or h, n, m] with the keys alone that a sparse layer chose for each query, indices [b, n, k]."""
+    chosen = torch.zeros(*indices.shape[:2], m, dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter_(-1, indices.long(), True)[:, None]
+    if mask is None:
+        return chosen
+    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
 
 
 def _read_once(reading: tuple[Site, Reader, dict[str, Any]], call: AttentionCall, make: Callable[[], Tensor]) -> Tensor:

@@ -22,7 +22,8 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import Request
 
 from manyheads.explain.attributions import METHODS
-from manyheads.explain.explanation import UNTARGETED, _answer, encoded, explain_text, method_names
+from manyheads.explain.encoded import encoded
+from manyheads.explain.explanation import UNTARGETED, _answer, explain_text, method_names
 from manyheads.explain.views.figures import view_text
 from manyheads.explain.views.page import page, safe_json, script, style
 from manyheads.hosts.inside import is_open

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.explain.explanation import Progress, _answer, _target, encoded, speaks
+from manyheads.explain.encoded import encoded
+from manyheads.explain.explanation import Progress, _answer, _target, speaks
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.sites import text_stack
 from manyheads.steer import boost, calibrate, perturb, scaled

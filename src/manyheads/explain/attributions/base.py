@@ -199,7 +199,7 @@ class Attribution(ABC):
             calls = stack.enter_context(record(self.model, gradients=gradients, **where))
             if watch is not None:
                 stack.enter_context(watch(calls))
-            output = feed(use_cache=False) if feed.takes("use_cache") else feed()
+            output = feed.plain()
         trace = replace(_trace(feed, output, calls, self.streams or _streams(calls), self.end), inner=inner)
         if gradients or target is not None:
             asked = None if isinstance(position, str) else position

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,13 @@ from manyheads.explain.attributions.feed import (
     logits_of,
     per_row,
     places,
+    said_of,
     still,
 )
 from manyheads.explain.attributions.feed import score_of as scored
 from manyheads.explain.attributions.omitted import Omitted
 from manyheads.explain.attributions.raw import RawAttention
-from manyheads.hosts.positions import has_rope_index, positions
+from manyheads.hosts.positions import has_rope_index, packed, positions
 
 REMOVALS = ("attention", "zero")
 # Rows of one pass, however short: each has logits of the whole vocabulary.
@@ -56,7 +57,8 @@ class Curve:
 class Removal:
     """A model's value with some of its tokens taken away.
 
-    The value is the probability of the target (logits=True: its logit), or what `score` gives. remove="attention": the
+    The value is what the model says of the target, its probability or a regression's number (logits=True: its logit),
+    or what `score` gives. remove="attention": the
     token is masked as padding is, so no other token sees it; positions stay. remove="zero": its embedding, or its patch
     of the picture, is zero. By default "attention" where the model takes an attention_mask. Never removed: padding, the
     token whose row is explained (an encoder-decoder's last encoder token, so that there is something to read), and what
@@ -86,6 +88,11 @@ class Removal:
         if self.remove not in REMOVALS or (self.remove == "attention" and not self.feed.takes("attention_mask")):
             raise ValueError(f"remove={remove!r}: 'zero', or 'attention' where the model takes an attention_mask")
         if self.remove == "attention":
+            if packed(self.feed.named):
+                raise ValueError(
+                    "several texts are packed into a row, which a mask over its tokens would join: give each text a "
+                    "row of its own, or remove='zero'"
+                )
             self.feed = self._in_place()
         self.target = target if target is None else per_row(target, self.feed.rows, "target", self.feed.device)
         self.position = self._fixed(trace, position)
@@ -177,13 +184,13 @@ class Removal:
 
     @staticmethod
     def _output(feed: Feed) -> Any:
-        return feed(use_cache=False) if feed.takes("use_cache") else feed()
+        return feed.plain()
 
     def _of_logits(self, given: Tensor, row: int, logits: bool) -> Tensor:
         """Of logits at the place [k, outputs]."""
         if self.target is None:
             raise ValueError(f"which of the {given.shape[-1]} outputs is to be explained? give target=")
-        return (given if logits else given.softmax(-1))[:, int(self.target[row])]
+        return (given if logits else said_of(self.feed.model, given))[:, int(self.target[row])]
 
     def _value(self, output: Any, feed: Feed, row: int, logits: bool) -> Tensor:
         if self.score is not None or logits:
@@ -202,12 +209,7 @@ class Removal:
             mask = one.named.get("attention_mask")
             base = torch.ones_like(keep[:1], dtype=torch.long) if mask is None else mask
             return one.repeated(k, {"attention_mask": base * keep.to(base.dtype)})
-        whole = one.named[name]
-        if name == "input_ids":
-            model: Any = self.feed.model
-            if not one.takes("inputs_embeds"):
-                raise ValueError(f"{type(model).__name__} takes no inputs_embeds: its tokens cannot be zeroed")
-            whole, name = model.get_input_embeddings()(whole), "inputs_embeds"
+        whole = one.embeddings()[name] if name == "input_ids" else one.named[name]
         share = keep.to(whole.dtype)
         if self.picture:
             covered = self.feed.patches.pixels(self.feed.patches.grid(share))
@@ -216,8 +218,9 @@ class Removal:
             share[:, 0, :high, :wide] = covered
         else:
             share = share[..., None]
-        gone = {"input_ids": None} if name == "inputs_embeds" else {}
-        return one.repeated(k, {**gone, name: whole * share})
+        if name == "input_ids":
+            return replace(one.repeated(k, {}), vectors={name: whole * share})
+        return one.repeated(k, {name: whole * share})
 
     def curve(self, attribution: Attributed, insert: bool, steps: int) -> Curve:
         """Removes tokens, most important first, in so many steps; or puts them back, after all are gone."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from manyheads.explain.attributions.embedded import embedded, embeddings_of
 from manyheads.hosts.patches import Patches, find_patches
-from manyheads.hosts.positions import placed
+from manyheads.hosts.positions import placed, room
 
 # The model's output -> one number per row of the batch.
 Score = Callable[[Any], Tensor]
@@ -22,12 +24,16 @@ Position = int | Sequence[int] | Tensor | str | None
 Target = int | Sequence[int] | Tensor | None
 
 
+_one = RLock()
+
+
 @dataclass(frozen=True)
 class Feed:
-    """A model's inputs by name."""
+    """A model's inputs by name. vectors: what stands in the place of the embeddings of token ids, by their name."""
 
     model: nn.Module
     named: dict[str, Any]
+    vectors: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any, additional: Any = None) -> Feed:
@@ -39,12 +45,24 @@ class Feed:
             named |= additional
         elif additional is not None:
             order += list(additional) if isinstance(additional, tuple) else [additional]
-        feed = cls(model, {**_by_name(model, order), **named})
+        feed = cls(model, {name: _outside(value) for name, value in {**_by_name(model, order), **named}.items()})
         feed._check()
         return feed
 
     def __call__(self, **changes: Any) -> Any:
-        return self.model(**placed(self.model, {**self.named, **changes}))
+        named = placed(self.model, {**self.named, **changes})
+        if not self.vectors:
+            return self.model(**named)
+        with embedded(self.model, named, self.vectors):
+            return self.model(**named)
+
+    def plain(self) -> Any:
+        """A pass without a cache, where the model has one."""
+        return self(use_cache=False) if self.takes("use_cache") else self()
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """The vectors of its token ids, by their name, as the model looks them up."""
+        return embeddings_of(self.model, self.named)
 
     @property
     def main(self) -> str:
@@ -69,7 +87,7 @@ class Feed:
         return find_patches(self.model, self.named["pixel_values"], **others)
 
     def takes(self, name: str) -> bool:
-        return name in inspect.signature(self.model.forward).parameters
+        return name in _signature(self.model).parameters
 
     def row(self, index: int) -> Feed:
         """One row of the batch."""
@@ -129,14 +147,21 @@ class Feed:
         words = getattr(config, "vocab_size", None)
         if words is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < words:
             raise ValueError(f"{name} run from {int(ids.min())} to {int(ids.max())}; the vocabulary has {words}")
-        longest = getattr(config, "max_position_embeddings", None)
-        if isinstance(longest, int) and ids.shape[1] > longest:
+        longest = room(self.model)
+        if longest is not None and ids.shape[1] > longest:
             raise ValueError(f"{name} are {ids.shape[1]} tokens; the model has {longest} positions: shorten the text")
+
+
+def _signature(model: Any) -> inspect.Signature:
+    """What the model's forward takes; an adapter without a task hands whatever it gets to the model within."""
+    found = inspect.signature(model.forward)
+    bare = all(own.kind in (own.VAR_POSITIONAL, own.VAR_KEYWORD) for own in found.parameters.values())
+    return _signature(model.get_base_model()) if bare and hasattr(model, "get_base_model") else found
 
 
 def _by_name(model: nn.Module, order: list[Any]) -> dict[str, Any]:
     try:
-        bound = inspect.signature(model.forward).bind_partial(*order)
+        bound = _signature(model).bind_partial(*order)
     except TypeError as error:
         raise ValueError(f"{type(model).__name__} does not take {len(order)} inputs in a row: {error}") from error
     if any(isinstance(value, tuple) for value in bound.arguments.values()) and len(bound.arguments) < len(order):
@@ -146,24 +171,37 @@ def _by_name(model: nn.Module, order: list[Any]) -> dict[str, Any]:
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """In eval mode and with frozen parameters, so that a backward pass leaves nothing behind; then as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    asks = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in asks:
-            parameter.requires_grad_(False)
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, asked in asks:
-            parameter.requires_grad_(asked)
+    """In eval mode and with frozen parameters, so that a backward pass leaves nothing behind; then as it was. One
+    thread at a time, since modes, parameters and taps are the model's. Not in inference mode, which keeps no graph."""
+    with _one, torch.inference_mode(False):
+        modes = [(module, module.training) for module in model.modules()]
+        asks = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            for parameter, _ in asks:
+                parameter.requires_grad_(False)
+            model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, asked in asks:
+                parameter.requires_grad_(asked)
+
+
+def _outside(value: Any) -> Any:
+    """A tensor of inference mode as one that a graph may keep."""
+    if not isinstance(value, Tensor) or not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def per_row(wanted: Any, rows: int, what: str, device: torch.device) -> Tensor:
     """An int, or one per row, as [rows]."""
-    found = torch.as_tensor(wanted, device=device)
+    try:
+        found = torch.as_tensor(wanted, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} is {wanted!r}: give an integer, or one for each of the {rows} rows") from error
     if found.is_floating_point() or found.dtype == torch.bool or found.dim() > 1 or found.numel() not in (1, rows):
         raise ValueError(f"{what} is {wanted!r}: give an integer, or one for each of the {rows} rows")
     return found.reshape(-1).long().expand(rows)
@@ -208,6 +246,16 @@ def score_of(output: Any, feed: Feed, target: Target, position: Position, score:
     if not bool(((chosen >= 0) & (chosen < logits.shape[-1])).all()):
         raise ValueError(f"target {target} is not one of the model's {logits.shape[-1]} outputs")
     return at_place(logits, feed, position).gather(1, chosen[:, None])[:, 0]
+
+
+def said_of(model: Any, logits: Tensor) -> Tensor:
+    """What a model says by its logits [..., classes or vocabulary]: probabilities, of one among all or, of several
+    labels or a lone one, of each by itself; of a regression the numbers as they are."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem == "regression":
+        return logits
+    alone = problem == "multi_label_classification" or logits.shape[-1] == 1
+    return logits.sigmoid() if alone else logits.softmax(-1)
 
 
 def at_place(logits: Tensor, feed: Feed, position: Position) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from manyheads.explain.attributions.base import Attributed, Attribution
 from manyheads.explain.attributions.feed import Feed, Position, Target, per_row, score_of
 from manyheads.hosts.sites import shows_pictures_to_text
 
-EMBEDS = {"input_ids": "inputs_embeds", "decoder_input_ids": "decoder_inputs_embeds"}
+EMBEDS = ("inputs_embeds", "decoder_inputs_embeds")
 
 
 class _Gradient(Attribution):
-    """Token ids go in as the model's embeddings of them, so that they have a gradient; a picture's numbers are added up
-    by patch, with zeros for tokens that are no patches."""
+    """Token ids are read as the vectors that the model looks up for them, which have a gradient; a picture's numbers
+    are added up by patch, with zeros for tokens that are no patches."""
 
     of_target = True
 
@@ -27,43 +28,36 @@ class _Gradient(Attribution):
                 "here do not see them: use attention-gradient, relevance or leave_one_out"
             )
         trace = self.trace(feed, target, position)  # checks the target, and knows the streams
-        named = {**feed.named}
-        for ids in EMBEDS:
-            if named.get(ids) is not None:
-                named[EMBEDS[ids]] = self._embed(feed, named.pop(ids))
-        names = [name for name in (*EMBEDS.values(), feed.main) if _smooth(named.get(name))]
+        found = feed.embeddings()
+        named = {**feed.named, **found}
+        names = [name for name in (*found, *EMBEDS, feed.main) if _smooth(named.get(name))]
         if not names or ("decoder" in trace.real and "encoder" in trace.real and len(names) < 2):
             wanted = "input_ids (and decoder_input_ids) or floating inputs"
             raise ValueError(f"gradients need {wanted}; got {sorted(feed.named)}")
         names = list(dict.fromkeys(names))
-        fixed = Feed(self.model, {name: value for name, value in named.items() if name not in names})
+        fixed = Feed(
+            self.model, {name: value for name, value in feed.named.items() if name in found or name not in names}
+        )
         asked = None if isinstance(position, str) else position
         at = trace.place(asked) if self.score is None else None
 
         def forward(*given: Tensor) -> Tensor:
             times = given[0].shape[0] // feed.rows
-            own = fixed.tiled(times, feed.rows, dict(zip(names, given, strict=True)))
+            put = dict(zip(names, given, strict=True))
+            own = fixed.tiled(times, feed.rows, {name: value for name, value in put.items() if name not in found})
+            own = replace(own, vectors={name: value for name, value in put.items() if name in found})
             asked = target if target is None else per_row(target, feed.rows, "target", feed.device).repeat(times)
             place = at if at is None else per_row(at, feed.rows, "position", feed.device).repeat(times)
-            output = own(use_cache=False) if own.takes("use_cache") else own()
-            return score_of(output, own, asked, place, self.score)
+            return score_of(own.plain(), own, asked, place, self.score)
 
         given = tuple(named[name].detach().requires_grad_() for name in names)
         with torch.enable_grad():
             gradients = self._attributed(forward, given)
-        found = {}
+        values = {}
         for name, gradient in zip(names, gradients, strict=True):
             stream = _stream(name, trace.real)
-            found[stream] = self._by_token(gradient.detach(), feed, trace.real[stream].shape[1])
-        return trace.finish(found)
-
-    def _embed(self, feed: Feed, ids: Tensor) -> Tensor:
-        model: Any = self.model
-        if not feed.takes("inputs_embeds") or not hasattr(model, "get_input_embeddings"):
-            raise ValueError(f"{type(model).__name__} takes no inputs_embeds: gradients of token ids need it")
-        with torch.no_grad():
-            found: Tensor = model.get_input_embeddings()(ids)
-        return found
+            values[stream] = self._by_token(gradient.detach(), feed, trace.real[stream].shape[1])
+        return trace.finish(values)
 
     def _by_token(self, gradient: Tensor, feed: Feed, n: int) -> Tensor:
         if gradient.dim() == 3:
