@@ -188,7 +188,7 @@ class Mechanism(Checks, ABC):
             raise ValueError(why) from error
 
     def _why_broken(self, error: RuntimeError, x: Any, context: Context | None, state: State | None) -> str | None:
-        """In words of the call, where dtypes or devices broke a pass off; no memory, or a hook, is none of its doing."""
+        """In words of the call, where dtypes or devices broke a pass off: no memory, or a hook, is not its doing."""
         strange = any(word in str(error) for word in ("type", "device", "meta"))
         return self._unlike(x, context, state) if strange and not torch.compiler.is_compiling() else None
 
