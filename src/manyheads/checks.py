@@ -183,14 +183,20 @@ class Checks(nn.Module):
                 f"of float16, bfloat16, float32 or float64 on {device}"
             )
 
-    def _unlike(self, x: Tensor, context: Context | None) -> str | None:
+    def _unlike(self, x: Tensor, context: Context | None, state: State | None = None) -> str | None:
         """What does not fit together, of a pass that torch broke off: its own words name no argument. Asked only then,
         since under autocast, and for parameters that are kept in another dtype, differences are right."""
         given = [x, *([] if context is None else [context] if isinstance(context, Tensor) else context)]
         weights = [p for p in self.parameters() if p.is_floating_point()]
         kinds = [sorted({f"{t.dtype} on {t.device}" for t in some}) for some in (given, weights)]
         if len(kinds[0]) == 1 and kinds[1] in ([], kinds[0]):
-            return None
+            held = [] if state is None else state.kinds()
+            if held in ([], kinds[0]):
+                return None
+            return (
+                f"{self.card.name}: what was given is {kinds[0][0]}, the state holds {' and '.join(held)} of earlier "
+                "passes; go on as it was begun, with the same dtype, device and autocast, or start a new state"
+            )
         return (
             f"{self.card.name}: what was given is {' and '.join(kinds[0])}, the module's weights are "
             f"{' and '.join(kinds[1])}; bring them together with .to(...)"

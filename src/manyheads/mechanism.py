@@ -182,10 +182,15 @@ class Mechanism(Checks, ABC):
                 return self._past_broken(x, context, call, broken)
             return self._pass(x, context, call)
         except RuntimeError as error:
-            why = None if torch.compiler.is_compiling() else self._unlike(x, context)
+            why = self._why_broken(error, x, context, state)
             if why is None:
                 raise
             raise ValueError(why) from error
+
+    def _why_broken(self, error: RuntimeError, x: Any, context: Context | None, state: State | None) -> str | None:
+        """In words of the call, where dtypes or devices broke a pass off: no memory, or a hook, is not its doing."""
+        strange = any(word in str(error) for word in ("type", "device", "meta"))
+        return self._unlike(x, context, state) if strange and not torch.compiler.is_compiling() else None
 
     def _asked_across(
         self, pattern: Pattern, dense: Tensor | None, state: State | None, need_weights: bool
@@ -214,20 +219,27 @@ class Mechanism(Checks, ABC):
         masks, _ = self._check_mask(Pattern.MAPS, x, None, mask, None)
         maps = tuple(x) if masks is None else tuple(blanked(one, ~real) for one, real in zip(x, masks, strict=True))
         try:
-            return self.attend(maps, None, Call(Pattern.MAPS, masks, need_weights=need_weights, inputs=inputs))
+            return self._attended(maps, None, Call(Pattern.MAPS, masks, need_weights=need_weights, inputs=inputs))
         except RuntimeError as error:
-            why = None if torch.compiler.is_compiling() else self._unlike(maps[0], maps[1:])
+            why = self._why_broken(error, maps[0], maps[1:], None)
             if why is None:
                 raise
             raise ValueError(why) from error
+
+    def _attended(self, x: Any, context: Any, call: Call) -> Result:
+        result = self.attend(x, context, call)  # what a caller adds to its losses must not be in those of other calls
+        return result._replace(losses={}) if result.losses is _NO_LOSSES else result
 
     def _pass(self, x: Tensor, context: Context | None, call: Call) -> Result:
         """Attends; a pass that breaks off leaves the state as it was."""
         state = call.state
         if state is None:
-            return self.attend(x, context, call)
+            return self._attended(x, context, call)
         restore = state.keep()
+        given = [x, *([context] if isinstance(context, Tensor) else context or ()), *call.inputs.values()]
         try:
+            learns = (isinstance(t, Tensor) and t.requires_grad for t in (*given, *self.parameters()))
+            state.begin(read_again=torch.is_grad_enabled() and any(learns))
             return self._continue(x, context, call, state)
         except BaseException:
             restore()
@@ -278,7 +290,7 @@ class Mechanism(Checks, ABC):
         if own and call.dense is not None:
             call = replace(call, dense=state.as_stored(call.dense))
         places = state.places
-        result = self.attend(x, context, call)
+        result = self._attended(x, context, call)
         state.note(call.padding if own else None, seen)
         return result if result.weights is None else result._replace(weights=state.as_fed(result.weights, places))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import warnings
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from manyheads.card import Family, Pattern
@@ -36,12 +37,26 @@ def _load_all() -> None:
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
     for entry in entry_points(group="manyheads.mechanisms"):
-        register(entry.load())
+        try:
+            _load(entry)
+        except Exception as error:  # of another package: what is asked for may well be ours
+            whose = f"package {entry.dist.name!r}" if entry.dist else "another package"
+            why = f"{type(error).__name__}: {error}"
+            warnings.warn(f"{entry.value}, a mechanism of {whose}, is left out: {why}", stacklevel=3)
+
+
+def _load(entry: EntryPoint) -> None:
+    cls = entry.load()
+    if not isinstance(cls, type) or not issubclass(cls, Mechanism):
+        raise ValueError(f"its entry point {entry.name!r} names a {type(cls).__name__}; want a class of Mechanism")
+    register(cls)
 
 
 def mechanism_class(name: str) -> type[Mechanism]:
     """The class registered under `name`. Raises ValueError with near names for an unknown one."""
     _load_all()
+    if not isinstance(name, str):
+        raise ValueError(f"the name of a mechanism is {name!r}; want one of those that list_attentions() gives")
     if name not in _registered:
         raise ValueError(
             f"unknown mechanism {name!r}{suggest(name, _registered)} (`manyheads list` names all {len(_registered)})"

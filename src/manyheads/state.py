@@ -18,7 +18,8 @@ def _time(tensor: Tensor) -> int:
 
 
 class Buffer:
-    """Rows over time in one preallocated tensor that grows by half; the oldest rows can be dropped."""
+    """Rows over time in one preallocated tensor that grows by half; the oldest rows can be dropped. own: nobody else
+    reads the tensor, so that rows may be written into it."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -26,6 +27,7 @@ class Buffer:
         self.start = 0
         self.stop = 0
         self.added = 0  # rows ever appended, those dropped since among them
+        self.own = True
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -34,14 +36,14 @@ class Buffer:
         assert self.data is not None
         return self.data.narrow(_time(self.data), self.start, len(self))
 
-    def append(self, new: Tensor) -> Tensor:
-        """Adds rows and returns all that are held, as a view."""
+    def append(self, new: Tensor, *, read_again: bool = False) -> Tensor:
+        """Adds rows and returns all that are held, as a view. read_again: a backward pass will read them."""
         axis, added = _time(new), new.shape[_time(new)]
         self.added += added
-        if new.requires_grad and torch.is_grad_enabled():
+        if (new.requires_grad or read_again) and torch.is_grad_enabled():
             # Writing in place would break the backward of the earlier passes.
-            self.data = new if self.data is None else torch.cat([self.view(), new], axis)
-            self.start, self.stop = 0, self.data.shape[axis]
+            self.data = new if self.data is None else torch.cat([self.view().to(new), new], axis)
+            self.start, self.stop, self.own = 0, self.data.shape[axis], False
             return self.data
         self._reserve(new, added)
         assert self.data is not None
@@ -52,10 +54,12 @@ class Buffer:
     def _reserve(self, like: Tensor, added: int) -> None:
         axis, need = _time(like), len(self) + added
         room = 0 if self.data is None else self.data.shape[axis]
-        if self.data is not None and self.stop + added <= room:
+        # Whether there was room must not say in which dtype rows are held: the new ones say it.
+        fits = self.data is not None and self.own and (self.data.dtype, self.data.device) == (like.dtype, like.device)
+        if fits and self.stop + added <= room:
             return
         # Rows dropped at the front make room again once they are half of the buffer: each row is moved once or twice.
-        if self.data is None or need * 2 > room:
+        if self.data is None or not fits or need * 2 > room:
             shape = list(like.shape)
             shape[axis] = max(self.capacity, need if room == 0 else need + need // 2)
             fresh = like.new_empty(shape)
@@ -63,7 +67,7 @@ class Buffer:
             fresh = self.data
         if self.data is not None and len(self):
             fresh.narrow(axis, 0, len(self)).copy_(self.view())
-        self.data, self.start, self.stop = fresh, 0, len(self)
+        self.data, self.start, self.stop, self.own = fresh, 0, len(self), True
 
     def keep_last(self, rows: int) -> None:
         """Drops older rows; gives memory back where a long pass took much more than is kept."""
@@ -101,7 +105,8 @@ class State:
     token each row of the buffers is, where that is not their order (see `tell`). broken: [batch], the place of the
     first token that held NaN or infinity, from which on all is NaN; None where no pass had any. config: that of the
     module it was made for. keeper: keeps the keys and values itself, and attends to them in the mechanism's place:
-    keeper(q, k, v, padding, dense), new keys and values only, as in SoftmaxAttention; None as a rule.
+    keeper(q, k, v, padding, dense), new keys and values only, as in SoftmaxAttention; None as a rule. A copy, shallow
+    or deep, has rows of its own: in shared ones each would write over what the other appended.
     """
 
     def __init__(self, owner: str, batch: int, *, capacity: int = 0, config: Mapping[str, Any] | None = None) -> None:
@@ -120,19 +125,56 @@ class State:
         self._optional: set[str] = set()
         self._blends: set[str] = set()
         self._told: Tensor | None = None  # marks of the tokens hidden so far, None where none ever was
+        self._read_again = False  # a backward pass will read what is appended
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        other = memo[id(self)] = State(self.owner, self.batch)
+        for tensor in self._tensors():
+            if not tensor.is_leaf:  # of a graph, which goes on through the copy
+                memo[id(tensor)] = tensor.clone()
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
+
+    def __copy__(self) -> State:
+        return copy.deepcopy(self)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the storages held, with what is allocated ahead."""
-        tensors = [b.data for b in self.grown.values() if b.data is not None]
-        tensors += [*self.fixed.values(), *self.context.values()]
-        tensors += self._rows()
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
         return sum(storages.values())
 
-    def _rows(self) -> list[Tensor]:
-        """What is known of each row beside what its mechanism remembers."""
-        return [t for t in (self.places, self._told, self.broken, self._unread) if t is not None]
+    def _tensors(self) -> list[Tensor]:
+        grown = [buffer.data for buffer in self.grown.values()]
+        known = (self.places, self._told, self.broken, self._unread)  # of each row, beside what its mechanism remembers
+        return [t for t in (*grown, *self.fixed.values(), *self.context.values(), *known) if t is not None]
+
+    def kinds(self) -> list[str]:
+        """In which dtypes and where it holds numbers, in words."""
+        return sorted({f"{t.dtype} on {t.device}" for t in self._tensors() if t.is_floating_point()})
+
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Every tensor becomes what `change` makes of it; where that breaks off, none has."""
+
+        def changed(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+            return {name: change(tensor) for name, tensor in tensors.items() if tensor is not None}
+
+        grown = changed({name: buffer.data for name, buffer in self.grown.items()})
+        fixed, context = changed(self.fixed), changed(self.context)
+        rows = changed({name: getattr(self, name) for name in ("places", "_told", "broken", "_unread")})
+        for name, data in grown.items():
+            self.grown[name].data = data
+        self.fixed, self.context = fixed, context
+        vars(self).update(rows)
+
+    def begin(self, read_again: bool) -> None:
+        """Before a pass. read_again: a backward pass will read what it appends. What earlier ones left of inference
+        mode, where that has ended, can be neither written nor read by a backward pass: copies can."""
+        self._read_again = read_again
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        if any(tensor.is_inference() for tensor in self._tensors()):
+            self._replace(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
     def keep(self) -> Callable[[], None]:
         """What puts the state back as it is now, should the pass that follows break off. Costs no copy of a tensor:
@@ -160,7 +202,7 @@ class State:
         holds something of the tokens before its own, so that these cannot be hidden or shown afterwards."""
         if blends:
             self._blends.add(name)
-        return self.grown.setdefault(name, Buffer(self.capacity)).append(new)
+        return self.grown.setdefault(name, Buffer(self.capacity)).append(new, read_again=self._read_again)
 
     def append_optional(self, name: str, new: Tensor | None, default: Tensor) -> Tensor | None:
         """Like append, but nothing is held until the first pass that gives a value; earlier rows are `default`.
@@ -191,18 +233,7 @@ class State:
         """Row r becomes what row index[r] was; index [rows], integers, may repeat or leave out rows (beams,
         selection). ValueError for another index; one that does not come through leaves all as it was."""
         self._check_rows(index)
-
-        def chosen(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-            given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-            return {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in given.items()}
-
-        grown = chosen({name: buffer.data for name, buffer in self.grown.items()})
-        fixed, context = chosen(self.fixed), chosen(self.context)
-        rows = chosen({name: getattr(self, name) for name in ("places", "_told", "broken", "_unread")})
-        for name, data in grown.items():
-            self.grown[name].data = data
-        self.fixed, self.context = fixed, context
-        vars(self).update(rows)
+        self._replace(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
         self.batch = index.shape[0]
 
     def _check_rows(self, index: Tensor) -> None:

@@ -38,6 +38,12 @@ Lengths = Annotated[tuple[Whole, ...], Field(min_length=1)]
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @field_validator("seeds", "sections", "learning_rates", "beyond", check_fields=False)
+    @classmethod
+    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What is given twice would be counted as two, and their spread as none."""
+        return tuple(dict.fromkeys(values))
+
 
 class Heads(Settings):
     """hidden_size is cut into equal heads, as most mechanisms want it."""
@@ -238,11 +244,6 @@ class Experiment(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     processes: Annotated[int, Field(ge=1, le=64)] = 1
-
-    @field_validator("seeds", "sections")
-    @classmethod
-    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(dict.fromkeys(values))
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:

@@ -67,10 +67,17 @@ def _best_line(rows: Sequence[Mapping[str, Any]], results: Results, task: str) -
         line = f"Tie at {task}: {', '.join(name for name, _ in close)}: {between}, apart by no more than {reasons}."
     else:
         line = f"Best at {task}: {ranked[0][0]}, {metric} {_spread(best)} {better}."
+    partly = [f"{name} {found['seeds']} of {found['planned']}" for name, found in close if _unfinished(found)]
+    if partly:
+        line += f" Means are over the seeds that finished: {', '.join(partly)}; the others failed."
     if best["seeds"] < 2:
-        return line + " One seed, so its spread is unknown."
+        return line + (" Its spread is unknown." if partly else " One seed, so its spread is unknown.")
     front = unbeaten(results, task)
     return line + (f" Unbeaten at their state size, smallest first: {', '.join(front)}." if len(front) > 1 else "")
+
+
+def _unfinished(quality: Mapping[str, Any]) -> bool:
+    return bool(quality["seeds"] < quality["planned"])
 
 
 def unbeaten(results: Results, task: str) -> list[str]:

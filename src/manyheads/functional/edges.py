@@ -184,8 +184,7 @@ class _Dot(torch.autograd.Function):
     """Keeps q and k, and not the vectors that each edge reads of them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, edges: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, edges)
+    def forward(q: Tensor, k: Tensor, edges: Tensor) -> Tensor:
         with own_dtype(q):
             b, _, h, d = q.shape
             flat_q, flat_k = q.reshape(-1, h * d), k.reshape(-1, h * d)
@@ -194,6 +193,10 @@ class _Dot(torch.autograd.Function):
                 products = _rows(flat_q, at[1], b).mul_(_rows(flat_k, at[0], b))
                 parts.append(products.view(b, -1, h, d).sum(-1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -207,8 +210,7 @@ class _Mix(torch.autograd.Function):
     """The same for weights and v: each is the other's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, v: Tensor, edges: Tensor, nodes: int) -> Tensor:
-        ctx.save_for_backward(weights, v, edges)
+    def forward(weights: Tensor, v: Tensor, edges: Tensor, nodes: int) -> Tensor:
         (b, _, h, d), wide = v.shape, torch.promote_types(v.dtype, torch.float32)
         with own_dtype(v):
             mixed = torch.zeros(b * nodes, h * d, dtype=wide, device=v.device)
@@ -217,6 +219,10 @@ class _Mix(torch.autograd.Function):
                 sent = _rows(flat_v, at[0], b).view(b, -1, h, d).mul_(part.to(wide)[..., None])
                 mixed.index_add_(0, flat(at[1], b, nodes), sent.view(-1, h * d))
             return mixed.view(b, nodes, h, d).to(v.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

@@ -32,9 +32,9 @@ def entmax(scores: Tensor, beta: Tensor, allowed: Tensor | None = None) -> Tenso
 
 def _power(u: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """p = [1 + beta u]_+^(1 / beta), which is exp(u) as beta goes to zero, and its slope in u, p^(1 - beta)."""
-    t = (beta * u).clamp_(min=-1.0)
+    t = (beta * u).clamp_min_(-1.0)
     p = t.log1p().div_(beta).exp_()
-    return p, p / t.add_(1.0).clamp_(min=torch.finfo(u.dtype).tiny)
+    return p, p / t.add_(1.0).clamp_min_(torch.finfo(u.dtype).tiny)
 
 
 def _shift(z: Tensor, beta: Tensor) -> Tensor:
@@ -71,13 +71,17 @@ def _curve(p: Tensor, slope: Tensor, beta: Tensor) -> Tensor:
 class _Entmax(torch.autograd.Function):
     """The derivatives are those of the exact solution: they follow from sum p = 1, not from the iteration."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, z: Tensor, beta: Tensor) -> Tensor:
+    def forward(z: Tensor, beta: Tensor) -> Tensor:
         z = z - z.amax(-1, keepdim=True)
         p, _ = _power(z + _shift(z, beta), beta)
-        p = p / p.sum(-1, keepdim=True)
-        ctx.save_for_backward(p, beta)
-        return p
+        return p / p.sum(-1, keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

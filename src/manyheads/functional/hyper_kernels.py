@@ -31,7 +31,9 @@ class SlowNet(nn.Module):
         self.out = nn.Linear(hidden, heads)
         with torch.no_grad():
             for i, layer in enumerate(filters):
-                frequency = torch.distributions.Gamma(6.0 / (i + 1), 1.0).sample((hidden, axes))
+                # Where there are numbers, in a dtype that has such draws, whatever the layers are built in and on.
+                shape, rate = torch.tensor([6.0 / (i + 1), 1.0], dtype=torch.float32, device="cpu")
+                frequency = torch.distributions.Gamma(shape, rate).sample((hidden, axes)).to(layer.weight)
                 layer.weight.mul_(2 * math.pi * omega * frequency)
                 layer.bias.zero_()
             for linear in linears:

@@ -211,7 +211,8 @@ class ManyheadsCache(Cache):
 def _snapshot(state: State) -> State:
     """A copy that later passes on the original leave alone. Rows are shared while they are only ever added to; a buffer
     that has dropped rows at its front moves the others about to make room, so the original goes on with its own."""
-    kept = copy.copy(state)
+    kept = State(state.owner, state.batch)
+    vars(kept).update(vars(state))
     kept.fixed, kept.context, kept.grown = dict(state.fixed), dict(state.context), {}
     for name, buffer in state.grown.items():
         kept.grown[name] = copy.copy(buffer)
