@@ -310,8 +310,9 @@ _ELSEWHERE = {
 
 def _refuse_misspelt(given: Mapping[str, Any], known: Sequence[str]) -> None:
     """transformers keeps whatever else it is given, so that `layer="moba"` would make a model of softmax."""
+    written = "model_type" in given  # by a model, which tells its rows beside what it was told
     for name in given:
-        if name in _ELSEWHERE:
+        if name in _ELSEWHERE and not written:
             raise ValueError(f"ManyheadsConfig has no {name!r}; that is said by {_ELSEWHERE[name]}")
         for near in difflib.get_close_matches(name, known, n=1, cutoff=0.85):
             raise ValueError(f"ManyheadsConfig has no {name!r}; did you mean {near!r}?")
