@@ -36,6 +36,17 @@ def one(name: str) -> dict[str, Tensor]:
     return {key: value[:1] for key, value in inputs(name).items()}
 
 
+@pytest.mark.parametrize("names", [["echo"], ["value-drain"], list(DETECTORS)[-1:]], ids=str)
+def test_a_part_that_trains_by_itself_goes_on(names: list[str]) -> None:
+    loaded = random_llama()
+    model: Any = loaded.model
+    part = model.model.layers[0].train()
+    modes = [module.training for module in model.modules()]
+    detect(loaded, names, length=40)
+    assert [module.training for module in model.modules()] == modes
+    assert part.training
+
+
 # -- planted and random ----------------------------------------------------------------------------------------------
 
 

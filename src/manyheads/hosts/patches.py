@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyheads.hosts.device import evaluating
 from manyheads.hosts.sites import Site, sites
 
 
@@ -128,13 +129,9 @@ def _first_tokens(tower: nn.Module, own: list[Site], pixels: Tensor, options: di
         seen.append(args[0] if args else kwargs["hidden_states"])
         raise _Seen
 
-    modes = [(module, module.training) for module in tower.modules()]
-    with ExitStack() as stack, torch.no_grad(), suppress(_Seen):
+    with ExitStack() as stack, torch.no_grad(), evaluating(tower), suppress(_Seen):
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(0)
-        for module, training in modes:
-            stack.callback(setattr, module, "training", training)
-        tower.eval()
         for site in own:
             stack.callback(site.module.register_forward_pre_hook(stop, with_kwargs=True).remove)
         tower(pixel_values=pixels, **options)

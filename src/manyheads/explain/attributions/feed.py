@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.explain.attributions.embedded import embedded, embeddings_of
+from manyheads.hosts.device import frozen
 from manyheads.hosts.patches import Patches, find_patches
 from manyheads.hosts.positions import placed, room
 
@@ -173,19 +174,8 @@ def _by_name(model: nn.Module, order: list[Any]) -> dict[str, Any]:
 def still(model: nn.Module) -> Iterator[None]:
     """In eval mode and with frozen parameters, so that a backward pass leaves nothing behind; then as it was. One
     thread at a time, since modes, parameters and taps are the model's. Not in inference mode, which keeps no graph."""
-    with _one, torch.inference_mode(False):
-        modes = [(module, module.training) for module in model.modules()]
-        asks = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        try:
-            for parameter, _ in asks:
-                parameter.requires_grad_(False)
-            model.eval()
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            for parameter, asked in asks:
-                parameter.requires_grad_(asked)
+    with _one, torch.inference_mode(False), frozen(model):
+        yield
 
 
 def _outside(value: Any) -> Any:

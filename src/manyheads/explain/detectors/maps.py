@@ -25,6 +25,7 @@ from manyheads.explain.attributions.feed import Feed
 from manyheads.explain.attributions.writes import Write, writes
 from manyheads.explain.detectors.subject import Subject
 from manyheads.hosts.calls import opened
+from manyheads.hosts.device import evaluating
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.taps import Site, record, tap
 
@@ -68,14 +69,10 @@ class Maps:
         embedding = _embedding(subject)
         head = subject.model.get_output_embeddings()
         unembedding = embedding if head is None else head.weight.detach()
-        training = subject.model.training
-        subject.model.eval()
-        try:
+        with evaluating(subject.model):
             value, output, heads = _parameters(subject)
             if embedding.shape[1] != value[0].shape[1] or unembedding.shape[1] != output[0].shape[2]:
                 raise ValueError(f"maps: {subject.name}'s embedding has another width than its layers")
-        finally:
-            subject.model.train(training)
         if not first_mlp:
             return cls(value, output, embedding, unembedding, lambda rows: rows, subject.loaded)
         block = subject.block(subject.sites[0])
@@ -239,9 +236,8 @@ def _check_linear(given: Tensor, expected: Tensor, subject: Subject) -> None:
 @torch.no_grad()
 def _first_mlp(subject: Subject, block: nn.Module, bias: Tensor | None, rows: Tensor) -> Tensor:
     """The first layer's MLP of its norm of every row: what the layer adds while its heads are silent."""
-    parts, training = [], subject.model.training
-    subject.model.eval()
-    try:
+    parts = []
+    with evaluating(subject.model):
         for part in rows.split(_room(subject) - 1):
             # A far greater row tells whether the layer keeps what it reads, or normalises it away.
             far = part[part.norm(dim=-1).argmax()]
@@ -249,8 +245,6 @@ def _first_mlp(subject: Subject, block: nn.Module, bias: Tensor | None, rows: Te
             given = _through(subject, block, torch.cat([part, far[None]]))
             keeps = float(given[-1].norm()) > 1e3
             parts.append(given[:-1] - part - (0 if bias is None else bias) if keeps else given[:-1])
-    finally:
-        subject.model.train(training)
     return torch.cat(parts)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from manyheads.explain.attributions.base import blocks
 from manyheads.explain.detectors.subject import Sample, Subject
+from manyheads.hosts.device import evaluating
 from manyheads.hosts.taps import AttentionCall, tap
 
 
@@ -46,17 +47,12 @@ def read(subject: Subject, plan: Iterable[tuple[Sample, Sequence[Measure]]]) -> 
     """Runs the samples one by one, each for its measures; no matrix [n, m] outlives its layer."""
     plan = list(plan)
     every = list(dict.fromkeys(measure for _, measures in plan for measure in measures))
-    training = subject.model.training
-    subject.model.eval()
-    try:
-        with torch.no_grad(), ExitStack() as stack:
-            for measure in every:
-                stack.enter_context(measure.watching(subject))
-            for sample, measures in plan:
-                with tap(subject.model, partial(_look, sample, measures), stack=subject.stack, kind="self"):
-                    subject.feed(sample.named)
-    finally:
-        subject.model.train(training)
+    with torch.no_grad(), evaluating(subject.model), ExitStack() as stack:
+        for measure in every:
+            stack.enter_context(measure.watching(subject))
+        for sample, measures in plan:
+            with tap(subject.model, partial(_look, sample, measures), stack=subject.stack, kind="self"):
+                subject.feed(sample.named)
 
 
 def _look(sample: Sample, measures: Sequence[Measure], call: Any) -> None:

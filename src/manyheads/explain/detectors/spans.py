@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from manyheads.explain.detectors.reading import Measure, Rows, read
 from manyheads.explain.detectors.subject import Sample, Subject
+from manyheads.hosts.device import evaluating
 from manyheads.hosts.loading import Loaded
 
 Span = tuple[int, int]
@@ -117,12 +118,8 @@ def response_loss(model: nn.Module | Loaded, before: Tensor, response: Tensor) -
     row = torch.cat([before, response]).to(subject.device)
     if len(response) < 1 or len(row) < 2:
         raise ValueError(f"a response of {len(response)} tokens after {len(before)}: want a token that can be foretold")
-    training = subject.model.training
-    subject.model.eval()
-    try:
+    with evaluating(subject.model):
         logits = subject.whole({"input_ids": row[None]}).logits[0]
-    finally:
-        subject.model.train(training)
     first = max(1, len(before))
     return float(cross_entropy(logits[first - 1 : -1].double(), row[first:]))
 
