@@ -85,8 +85,22 @@ def _part(whole: nn.Linear, rows: slice) -> nn.Linear:
     return part
 
 
+def check_bare(model: Any) -> None:
+    """ValueError for a model with adapters in it, or with something around it: its weights have other names then, and
+    what adapters add would be left out."""
+    name = type(model).__name__
+    if getattr(model, "_orig_mod", None) is not None:
+        raise ValueError(f"{name}: torch.compile stands around the model; give the model inside, `_orig_mod`")
+    if "Peft" in name or any(hasattr(part, "base_layer") for part in model.modules()):
+        raise ValueError(
+            f"{name}: adapters are in the model, or around it: make them part of its weights (merge_and_unload), and "
+            "give what that returns"
+        )
+
+
 def attentions(model: Any) -> list[Attention]:
     """The attention of every layer of a causal language model. ValueError for a layout that is not known here."""
+    check_bare(model)
     config = model.config
     name = type(model).__name__
     if config.model_type not in KNOWN:
@@ -102,8 +116,7 @@ def attentions(model: Any) -> list[Attention]:
         names = (FUSED, "o_proj") if hasattr(module, FUSED) else PROJECTIONS
         if not all(type(getattr(module, name, None)) is nn.Linear for name in names):
             raise ValueError(
-                f"{name}: its projections are not plain Linear layers (quantised, or with adapters): merge adapters "
-                "(merge_and_unload) and load it in float32 or bfloat16 first"
+                f"{name}: its projections are not plain Linear layers (quantised): load it in float32 or bfloat16 first"
             )
         dim = int(module.head_dim)
         turned = int(dim * (1.0 if share is None else share)) if turns else None

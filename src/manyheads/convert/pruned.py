@@ -26,6 +26,9 @@ from torch import Tensor
 from manyheads.convert.importance import Rows, head_scores
 from manyheads.convert.layout import Attention, attentions, check_heads_apart
 
+# Families whose configuration refuses a hidden size that the heads do not divide.
+_DIVIDED = ("gemma2", "gemma3_text")
+
 
 def _alike(model: Any) -> tuple[Attention, int]:
     """The first layer and how many there are."""
@@ -208,7 +211,7 @@ def shaped(model: Any, heads: int, kv_heads: int) -> tuple[Any, Any]:
                 f"divides the hidden size {width}"
             )
         config, cls = _as_mistral(config, settings)
-    elif config.model_type == "gemma2" and width % heads:
+    elif config.model_type in _DIVIDED and width % heads:
         raise ValueError(f"{name} takes only numbers of heads that divide its hidden size {width}")
     else:
         for key, value in settings.items():
