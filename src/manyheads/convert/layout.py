@@ -4,7 +4,8 @@ their rows follow each other (Phi 3)."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,19 @@ def _part(whole: nn.Linear, rows: slice) -> nn.Linear:
     if whole.bias is not None:
         part.bias = nn.Parameter(whole.bias.detach()[rows], requires_grad=False)
     return part
+
+
+@contextmanager
+def in_eval(*models: Any) -> Iterator[None]:
+    """No dropout while inside; every part stays in the mode that it was in. A trainer leaves a model in training."""
+    modes = [(part, part.training) for model in models for part in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def check_bare(model: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from manyheads.convert.engines import takers
+from manyheads.convert.layout import in_eval
 from manyheads.convert.report import REPORT, write_report
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.quiet import quiet
@@ -178,7 +179,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
 def sample(model: Any) -> dict[str, Any]:
     """Ids and some logits: those of the last token, at 64 places of the vocabulary."""
     ids = [(7 * i + 3) % model.config.vocab_size for i in range(_SAMPLE)]
-    with torch.no_grad():
+    with torch.no_grad(), in_eval(model):
         logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float().cpu()
     places = torch.linspace(0, len(logits) - 1, 64, dtype=torch.float64).long()
     return {"places": places.tolist(), "logits": logits[places].tolist(), "dtype": str(model.dtype)}
