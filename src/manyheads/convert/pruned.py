@@ -26,7 +26,7 @@ from torch import Tensor
 from manyheads.convert.importance import Rows, head_scores
 from manyheads.convert.layout import Attention, attentions, check_heads_apart
 
-# Families whose configuration refuses a hidden size that the heads do not divide.
+# Families whose settings are neither saved nor opened where the heads do not divide the hidden size.
 _DIVIDED = ("gemma2", "gemma3_text")
 
 
@@ -170,10 +170,17 @@ def zeroed(model: Any, kept: Sequence[Sequence[int]]) -> Any:
     return made
 
 
+def check_saved(model: Any, heads: int) -> None:
+    """ValueError where the class cannot be written with so many heads in a layer."""
+    width = model.config.hidden_size
+    if model.config.model_type in _DIVIDED and width % heads:
+        raise ValueError(f"{type(model).__name__} takes only numbers of heads that divide its hidden size {width}")
+
+
 def check_pruned(model: Any, heads: int, *, uniform: bool = True) -> None:
     """ValueError where so many heads cannot stay."""
     if uniform:
-        per_layer(model, heads)
+        check_saved(model, per_layer(model, heads)[0])
         return
     from manyheads.convert.hosted import check_hosted
 
@@ -211,7 +218,7 @@ def shaped(model: Any, heads: int, kv_heads: int) -> tuple[Any, Any]:
                 f"divides the hidden size {width}"
             )
         config, cls = _as_mistral(config, settings)
-    elif config.model_type in _DIVIDED and width % heads:
+    elif config.model_type == "gemma2" and width % heads:
         raise ValueError(f"{name} takes only numbers of heads that divide its hidden size {width}")
     else:
         for key, value in settings.items():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from manyheads.convert.grouped import check_kv_heads, pooled
 from manyheads.convert.layout import FUSED, Attention, attentions
-from manyheads.convert.pruned import kept_heads, kept_rows, per_layer, shaped
+from manyheads.convert.pruned import check_saved, kept_heads, kept_rows, per_layer, shaped
 from manyheads.convert.saving import TOKENIZERS, card, copy_beside, drafted, file_hash, write_record
 from manyheads.hosts.quiet import quiet
 from manyheads.runs.environment import environment
@@ -82,6 +82,7 @@ class Cutting(Change):
 
     def target(self, model: Any) -> tuple[Any, Any]:
         own, groups = per_layer(model, self.heads)
+        check_saved(model, own)
         layers = attentions(model)
         if [len(row) for row in self.scores] != [layer.heads for layer in layers]:
             raise ValueError(
