@@ -130,7 +130,8 @@ def attentions(model: Any) -> list[Attention]:
         names = (FUSED, "o_proj") if hasattr(module, FUSED) else PROJECTIONS
         if not all(type(getattr(module, name, None)) is nn.Linear for name in names):
             raise ValueError(
-                f"{name}: its projections are not plain Linear layers (quantised): load it in float32 or bfloat16 first"
+                f"{name}: its projections are not plain Linear layers (quantised, or with adapters): merge adapters "
+                "(merge_and_unload) and load it in float32 or bfloat16 first"
             )
         dim = int(module.head_dim)
         turned = int(dim * (1.0 if share is None else share)) if turns else None
