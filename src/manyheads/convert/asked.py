@@ -83,7 +83,7 @@ def run_asked(
 ) -> dict[str, Any]:
     """Loads, converts, measures and writes what was asked for; returns the record. scheduler: address of a Dask
     scheduler, whose workers take a value each."""
-    check_target(out)
+    check_target(out, *models, asked.training["against"], text, weights=write)
     if models and classifies_images(where := find_model(models[0])):
         if scheduler is not None:
             raise ValueError(f"--scheduler does not go with {models[0]}, which is an image classifier: leave it out")
@@ -132,7 +132,7 @@ def stream_asked(
     asked: Asked, models: Sequence[str], scores: Path | None, strange: Mapping[str, Any], out: Path
 ) -> dict[str, Any]:
     """Converts one file of weights at a time; returns the record. strange: further options, which do not go with it."""
-    check_target(out)
+    check_target(out, *models, scores)
     own = {f"--{key.replace('_', '-')}": value for key, value in asked.own.get(asked.to, {}).items() if key != "align"}
     beside = {f"--{key}": value for key, value in {**asked.beside, **asked.training}.items()}
     whole = {"--budget-bytes": asked.budget_bytes, "--max-damage": asked.max_damage, "--dtype": asked.dtype}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.convert.layout import in_eval
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.questions import Questions, Trial
 from manyheads.runs.steps import Tell, silent
@@ -54,6 +55,10 @@ class Judge:
         """bits per token of held-out text, KL in bits to the original (0 for itself), how often both think the same
         token likeliest, the share of greedy text before the first other token, hidden keys told (all digits likeliest,
         given those before), parameters, bytes of cache, and times as shares of the original's, taken by turns."""
+        with in_eval(model, self.original):
+            return self._measured(model, tell)
+
+    def _measured(self, model: Any, tell: Tell) -> dict[str, float | int]:
         begun = time.perf_counter()
         text = self.distance(model, tell)
         done = len(self.windows)
@@ -86,6 +91,10 @@ class Judge:
     def distance(self, model: Any, tell: Tell = silent) -> dict[str, float]:
         """What `measure` says of the windows: bits per token, KL to the original, and the share of likeliest tokens
         that both have."""
+        with in_eval(model, self.original):
+            return self._distance(model, tell)
+
+    def _distance(self, model: Any, tell: Tell) -> dict[str, float]:
         bits, apart, agree = [], [], []
         for i, row in enumerate(self.windows):
             other = self._original(i)

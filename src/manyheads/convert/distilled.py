@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.convert.layout import attentions
+from manyheads.convert.layout import attentions, check_bare
 
 _LAYER = re.compile(r"(model\.(?:stack\.)?layers\.)(\d+)(\..*)")
 # Our own model, with any mechanism in its layers, has fewer of them as others have.
@@ -21,6 +21,7 @@ _WIDE = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermedi
 
 def check_student(model: Any, depth: int, width: int | None = None) -> None:
     """ValueError where no such student can be made of the model."""
+    check_bare(model)
     most, size = model.config.num_hidden_layers, model.config.hidden_size
     if model.config.model_type != _OWN or width is not None:
         attentions(model)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.convert.layout import Attention, attentions, check_heads_apart, with_kv_heads
+from manyheads.convert.layout import Attention, attentions, check_heads_apart, in_eval, with_kv_heads
 
 ALIGNMENTS = ("procrustes", "mean", "first", "random")
 ROUNDS = 10
@@ -108,8 +108,9 @@ def _products(model: Any, kv_heads: int, calibration: Sequence[Sequence[int]]) -
     for place, layer in enumerate(layers):
         hooks += [layer.watch("k_proj", gather(place, layer, 0)), layer.watch("v_proj", gather(place, layer, 1))]
     try:
-        for row in calibration:
-            model(torch.tensor([list(row)], device=model.device), use_cache=False, logits_to_keep=1)
+        with in_eval(model):
+            for row in calibration:
+                model(torch.tensor([list(row)], device=model.device), use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from manyheads.convert.adapters import adapted, check_reached
 from manyheads.convert.keeping import Keeping, facts, kept_file
+from manyheads.convert.layout import in_eval
 from manyheads.convert.lessons import LESSONS, Lesson
 from manyheads.convert.loop import take_steps
 from manyheads.convert.ranks import Ranks
@@ -82,7 +83,8 @@ def heal(
     if keep is not None:
         of = facts(model, teacher, questions.text, asdict(plan))
         keeping = Keeping(kept_file(keep), of)
-    with _PARTS.get(plan.form, _whole)(model, plan.seed), LESSONS[plan.form](model, teacher) as lesson:
+    taught_by = in_eval() if teacher is None else in_eval(teacher)
+    with taught_by, _PARTS.get(plan.form, _whole)(model, plan.seed), LESSONS[plan.form](model, teacher) as lesson:
         _train(model, lesson, questions, plan, keeping, tell)
     return model.eval()
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.convert.layout import Attention, attentions
+from manyheads.convert.layout import Attention, attentions, in_eval
 
 Rows = Sequence[Sequence[int]]
 
@@ -40,7 +40,8 @@ def head_scores(model: Any, rows: Rows, by: str = "importance", *, seed: int = 0
     if not rows:
         raise ValueError("to know how much heads matter takes calibration text: rows of token ids")
     gates = torch.ones(shape, device=model.device, dtype=model.dtype)
-    return _SCORES[by](model, rows, gates).cpu()
+    with in_eval(model):
+        return _SCORES[by](model, rows, gates).cpu()
 
 
 def _by_gradient(model: Any, rows: Rows, gates: Tensor) -> Tensor:

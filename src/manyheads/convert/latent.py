@@ -70,6 +70,7 @@ def check_latent(
         raise ValueError(f"{name} has no converter to a latent; want one of {list(FAMILIES)}")
     if norm not in NORMS:
         raise ValueError(f"--norm {norm!r}: want {' or '.join(NORMS)}")
+    check_room(str(model.dtype).removeprefix("torch."), norm)
     if format not in FORMATS:
         raise ValueError(f"--format {format!r}: want one of {', '.join(FORMATS)}")
     kind = (config.rope_parameters or {}).get("rope_type", "default")
@@ -91,6 +92,15 @@ def check_latent(
     most = full_rank(model, rope)
     if not 1 <= rank <= most:
         raise ValueError(f"--rank {rank}: want 1 to {most}, the full rank of {name}")
+
+
+def check_room(dtype: str, norm: str) -> None:
+    """ValueError where the constant channel of an exact norm, far above all latents, is beyond the type's numbers."""
+    if dtype == "float16" and norm == "exact":
+        raise ValueError(
+            "--norm exact holds a channel beyond what float16 counts to, so that every logit would be NaN: give "
+            "--dtype bfloat16 or float32, or --norm fitted"
+        )
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ their rows follow each other (Phi 3)."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +86,35 @@ def _part(whole: nn.Linear, rows: slice) -> nn.Linear:
     return part
 
 
+@contextmanager
+def in_eval(*models: Any) -> Iterator[None]:
+    """No dropout while inside; every part stays in the mode that it was in. A trainer leaves a model in training."""
+    modes = [(part, part.training) for model in models for part in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def check_bare(model: Any) -> None:
+    """ValueError for a model with adapters in it, or with something around it: its weights have other names then, and
+    what adapters add would be left out."""
+    name = type(model).__name__
+    if getattr(model, "_orig_mod", None) is not None:
+        raise ValueError(f"{name}: torch.compile stands around the model; give the model inside, `_orig_mod`")
+    if "Peft" in name or any(hasattr(part, "base_layer") for part in model.modules()):
+        raise ValueError(
+            f"{name}: adapters are in the model, or around it: make them part of its weights (merge_and_unload), and "
+            "give what that returns"
+        )
+
+
 def attentions(model: Any) -> list[Attention]:
     """The attention of every layer of a causal language model. ValueError for a layout that is not known here."""
+    check_bare(model)
     config = model.config
     name = type(model).__name__
     if config.model_type not in KNOWN:

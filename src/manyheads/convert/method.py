@@ -72,6 +72,10 @@ class Method(ABC):
     def calibrated(self) -> bool:
         return True
 
+    def check_stored(self, dtype: str) -> None:
+        """ValueError where the files' type has no room for what is made."""
+        return
+
     def check_loaded(self, loaded: Loaded) -> None:
         """ValueError where what comes with the model does not fit."""
         return

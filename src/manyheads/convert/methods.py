@@ -15,7 +15,7 @@ from manyheads.convert.healing import Healing, heal
 from manyheads.convert.hosted import check_hosted, hosted, takes_all
 from manyheads.convert.imitation import check_loss, transfer
 from manyheads.convert.importance import MEASURES, head_scores
-from manyheads.convert.latent import NORMS, check_latent, full_rank, latent, rotary_features
+from manyheads.convert.latent import NORMS, check_latent, check_room, full_rank, latent, rotary_features
 from manyheads.convert.layout import attentions, cache_numbers
 from manyheads.convert.method import Identity, Method, Rows, Teach, too_small
 from manyheads.convert.primitives import primitive_mixture, settled_mixture
@@ -96,6 +96,9 @@ class Latent(Method):
 
     def make(self, model: Any, value: int, rows: Rows) -> Any:
         return latent(model, value, norm=self.norm, calibration=rows, **self._target)
+
+    def check_stored(self, dtype: str) -> None:
+        check_room(dtype, self.norm)
 
     def within(self, model: Any, numbers: int) -> int:
         check_latent(model, 1, self.norm, **self._target)

@@ -81,7 +81,7 @@ def classifies_images(where: str) -> bool:
 
 def prune_images(where: str, name: str, how: Thinned, out: Path, *, write: bool) -> dict[str, Any]:
     """Loads, prunes, proves, measures and writes; returns the record. Damaged where it is above `allowed`."""
-    check_target(out, where)
+    check_target(out, where, weights=write)
     loaded = load_model(where, auto=AUTO)
     made = how.make(loaded.model)
     identities = [proved(loaded.model, how)]

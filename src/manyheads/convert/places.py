@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from manyheads.convert.layout import FUSED, Attention, attentions
+from manyheads.convert.layout import FUSED, Attention, attentions, check_bare
 from manyheads.hosts.families import layer_plans
 
 
@@ -59,6 +59,7 @@ _KEPT = (
 
 def check_family(model: Any) -> None:
     """ValueError, by name, for what a host has and our model has no place for."""
+    check_bare(model)
     config, name = model.config, type(model).__name__
     family = FAMILIES.get(config.model_type)
     if family is None:

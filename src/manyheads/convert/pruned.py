@@ -26,6 +26,9 @@ from torch import Tensor
 from manyheads.convert.importance import Rows, head_scores
 from manyheads.convert.layout import Attention, attentions, check_heads_apart
 
+# Families whose settings are neither saved nor opened where the heads do not divide the hidden size.
+_DIVIDED = ("gemma2", "gemma3_text")
+
 
 def _alike(model: Any) -> tuple[Attention, int]:
     """The first layer and how many there are."""
@@ -167,10 +170,17 @@ def zeroed(model: Any, kept: Sequence[Sequence[int]]) -> Any:
     return made
 
 
+def check_saved(model: Any, heads: int) -> None:
+    """ValueError where the class cannot be written with so many heads in a layer."""
+    width = model.config.hidden_size
+    if model.config.model_type in _DIVIDED and width % heads:
+        raise ValueError(f"{type(model).__name__} takes only numbers of heads that divide its hidden size {width}")
+
+
 def check_pruned(model: Any, heads: int, *, uniform: bool = True) -> None:
     """ValueError where so many heads cannot stay."""
     if uniform:
-        per_layer(model, heads)
+        check_saved(model, per_layer(model, heads)[0])
         return
     from manyheads.convert.hosted import check_hosted
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.convert.layout import Attention, attentions
+from manyheads.convert.layout import Attention, attentions, in_eval
 
 Rows = Sequence[Sequence[int]]
 _MOST = 1 << 27  # numbers of one projection, 1 GB in float64
@@ -112,8 +112,9 @@ def key_moments(model: Any, calibration: Rows) -> list[Tensor]:
         hooks.append(layer.module.k_proj.register_forward_hook(of_keys(place)))
         hooks.append(layer.module.v_proj.register_forward_hook(of_values(place)))
     try:
-        for row in calibration:
-            model(torch.tensor([list(row)], device=model.device), use_cache=False, logits_to_keep=1)
+        with in_eval(model):
+            for row in calibration:
+                model(torch.tensor([list(row)], device=model.device), use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()

@@ -50,7 +50,10 @@ class Plan:
 def run_conversion(made: Conversion, out: Path, *, write: bool = True) -> dict[str, Any]:
     """Converts, measures, heals and writes; returns the record. write: False measures and writes no weights."""
     loaded, method, plan = made.loaded, made.method, made.plan
-    check_target(out, loaded.where)
+    check_target(out, loaded.where, weights=write)
+    stored_as = plan.dtype or stored_dtype(loaded)
+    if write:
+        method.check_stored(stored_as)
     if write and len(plan.values) != 1:
         given = ",".join(map(str, plan.values))
         raise ValueError(f"{method.knob} {given}: several are measured with --dry-run only")
@@ -62,7 +65,7 @@ def run_conversion(made: Conversion, out: Path, *, write: bool = True) -> dict[s
         if not is_first():
             allow(plan, run.lines, "nothing is written")
         elif write:
-            stored = narrowed(method.settled(converted), plan.dtype or stored_dtype(loaded))
+            stored = narrowed(method.settled(converted), stored_as)
             save_conversion(stored, loaded, out, record)
         else:
             out.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from manyheads.convert.engines import takers
+from manyheads.convert.layout import in_eval
 from manyheads.convert.report import REPORT, write_report
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.quiet import quiet
@@ -26,15 +28,25 @@ RECORD = "conversion.json"
 SCHEMA = 1
 TOKENIZERS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt",
-    "spiece.model",
+    "spiece.model", "additional_chat_templates/*",
 )  # fmt: skip
 _SAMPLE = 48  # tokens whose logits are kept, to see after loading that nothing was lost on the way
 
 
-def check_target(out: Path, source: str | None = None) -> None:
-    """ValueError where the folder holds something that is no conversion, or what is converted."""
-    if source is not None and Path(source).is_dir() and out.resolve() == Path(source).resolve():
-        raise ValueError(f"--out {out} is the folder of the model that is converted: give another one")
+def check_target(out: Path, *read: str | Path | None, weights: bool = True) -> None:
+    """ValueError where the folder holds something that is no conversion, or what is read: models and texts, by their
+    names. weights: whether any are written; where not, a folder that has some keeps the record of these."""
+    place = out.resolve()
+    for path in (Path(name) for name in read if name is not None and os.path.exists(name)):
+        if path.resolve() == place:
+            raise ValueError(f"--out {out} is the folder of the model that is converted: give another one")
+        if place in path.resolve().parents:
+            raise ValueError(f"--out {out} holds {path}, which is read, and would be gone with it: give another one")
+    if not weights and any(out.glob("*.safetensors")):
+        raise ValueError(
+            f"--out {out} holds a converted model, whose record a measurement (--dry-run) would replace: give another "
+            "folder"
+        )
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file() and not _is_sweep(out):
@@ -52,11 +64,17 @@ def _is_sweep(out: Path) -> bool:
 
 def save_conversion(model: Any, loaded: Loaded, out: Path, record: Mapping[str, Any]) -> None:
     """Writes weights, config, tokenizer and record beside `out`, and then puts the folder in its place."""
+    told = sample(model)
+    if not all(value < math.inf for value in told["logits"]):
+        raise ValueError(
+            f"{type(model).__name__} in {model.dtype} gives logits that are no finite numbers, so that nothing is "
+            "written: give --dtype bfloat16 or float32"
+        )
     with drafted(out, loaded.where) as draft:
         with quiet():
             model.save_pretrained(draft)
             bring_tokenizer(loaded, draft)
-        write_record(draft, {**record, "class": type(model).__name__, "sample": sample(model)})
+        write_record(draft, {**record, "class": type(model).__name__, "sample": told})
         (draft / "README.md").write_text(card(record, type(model).__name__), encoding="utf-8")
 
 
@@ -64,13 +82,20 @@ def save_conversion(model: Any, loaded: Loaded, out: Path, record: Mapping[str, 
 def drafted(out: Path, source: str | None) -> Iterator[Path]:
     """A folder beside `out` to write into, which takes its place once all is there; what was there stays until then."""
     check_target(out, source)
+    out = out.resolve()  # the folder behind a link, and a name for `.`
     out.parent.mkdir(parents=True, exist_ok=True)
     draft, before = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("part", "before"))
     try:
         yield draft
-        if out.exists():
-            os.replace(out, before)
-        os.replace(draft, out)
+        _drop_code_elsewhere(draft)
+        try:
+            if out.exists():
+                os.replace(out, before)
+            os.replace(draft, out)
+        except BaseException:
+            if before.exists() and not out.exists():
+                os.replace(before, out)
+            raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         advice = "make room or choose another folder; the source model is untouched"
@@ -89,17 +114,48 @@ def bring_tokenizer(loaded: Loaded, draft: Path) -> None:
 
 
 def copy_beside(source: Path, draft: Path, patterns: Sequence[str]) -> None:
-    for pattern in patterns:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, draft / file.name)
+    for file in (found for pattern in patterns for found in source.glob(pattern) if found.is_file()):
+        target = draft / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def _drop_code_elsewhere(draft: Path) -> None:
+    """Takes out of the settings what names Python files that are not here: a source's own code knows nothing of what
+    its model became, and with trust_remote_code=True it would be looked for in vain."""
+    for path in draft.glob("*config.json"):
+        held = json.loads(path.read_text(encoding="utf-8"))
+        code = held.get("auto_map") or {}
+        names = [each for value in code.values() for each in ([value] if isinstance(value, str) else value)]
+        if any(name and not (draft / f"{name.rpartition('.')[0]}.py").is_file() for name in names):
+            del held["auto_map"]
+            path.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def stored_dtype(loaded: Loaded) -> str:
-    """What the checkpoint's own files hold, in whatever it was opened."""
+    """What the checkpoint's own files hold, in whatever it was opened: as its settings say, or the files themselves."""
     from transformers import AutoConfig
+    from transformers.utils import cached_file
 
-    held = None if loaded.where is None else AutoConfig.from_pretrained(loaded.where, trust_remote_code=False).dtype
-    return str(loaded.model.dtype if held is None else held).removeprefix("torch.")
+    if loaded.where is None:
+        return str(loaded.model.dtype).removeprefix("torch.")
+    held = AutoConfig.from_pretrained(loaded.where, trust_remote_code=False).dtype
+    if held is None:
+        held = _floating(Path(str(cached_file(loaded.where, "config.json"))).parent) or loaded.model.dtype
+    return str(held).removeprefix("torch.")
+
+
+def _floating(folder: Path) -> str | None:
+    """The type of the first floating-point weight in the folder's files."""
+    from safetensors import safe_open
+
+    kinds = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if kind := kinds.get(file.get_slice(key).get_dtype()):
+                    return kind
+    return None
 
 
 def narrowed(model: Any, dtype: str) -> Any:
@@ -123,7 +179,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
 def sample(model: Any) -> dict[str, Any]:
     """Ids and some logits: those of the last token, at 64 places of the vocabulary."""
     ids = [(7 * i + 3) % model.config.vocab_size for i in range(_SAMPLE)]
-    with torch.no_grad():
+    with torch.no_grad(), in_eval(model):
         logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float().cpu()
     places = torch.linspace(0, len(logits) - 1, 64, dtype=torch.float64).long()
     return {"places": places.tolist(), "logits": logits[places].tolist(), "dtype": str(model.dtype)}

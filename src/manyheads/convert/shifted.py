@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from manyheads.convert.layout import check_bare
+
 BITS = 5
 
 
@@ -57,6 +59,7 @@ def check_bits(bits: int) -> None:
 def check_shifted(model: Any, bits: int) -> None:
     """ValueError where the model has no linear layer to turn, or the bits say nothing."""
     check_bits(bits)
+    check_bare(model)
     if not list(linears(model)):
         raise ValueError(f"{type(model).__name__} has no torch.nn.Linear inside its layers")
 

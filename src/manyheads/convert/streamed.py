@@ -11,7 +11,7 @@ import copy
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from manyheads.convert.grouped import check_kv_heads, pooled
 from manyheads.convert.layout import FUSED, Attention, attentions
-from manyheads.convert.pruned import kept_heads, kept_rows, per_layer, shaped
+from manyheads.convert.pruned import check_saved, kept_heads, kept_rows, per_layer, shaped
 from manyheads.convert.saving import TOKENIZERS, card, copy_beside, drafted, file_hash, write_record
 from manyheads.hosts.quiet import quiet
 from manyheads.runs.environment import environment
@@ -82,6 +82,7 @@ class Cutting(Change):
 
     def target(self, model: Any) -> tuple[Any, Any]:
         own, groups = per_layer(model, self.heads)
+        check_saved(model, own)
         layers = attentions(model)
         if [len(row) for row in self.scores] != [layer.heads for layer in layers]:
             raise ValueError(
@@ -124,6 +125,11 @@ def stream(source: Path, out: Path, change: Change) -> dict[str, Any]:
         raise ValueError(f"{source} is no folder with config.json: --stream reads a checkpoint's own files")
     files = shard_files(source)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{source} is quantised: its files hold numbers without the scales that belong to them, which cannot be "
+            "pooled or cut one by one; write it in bfloat16 first, or convert it without --stream"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     made_config, made_class = change.target(model)
@@ -190,8 +196,8 @@ def _write(
     hashes, size = {}, 0
     for name in files:
         held = {}
-        for key, value in _changed(source / name, change, layers):
-            if key in wanted and tuple(value.shape) != wanted[key]:
+        for key, value in _changed(source / name, change, layers, wanted):
+            if tuple(value.shape) != wanted[key]:
                 raise ValueError(
                     f"{source / name}: {key} becomes {list(value.shape)}, and the class wants {list(wanted[key])}: its "
                     "layout is not the one that its config.json says"
@@ -199,17 +205,22 @@ def _write(
             held[key] = value.contiguous()
             size += value.numel() * value.element_size()
             places[key] = name
+        if not held:
+            continue
         save_file(held, draft / name, metadata={"format": "pt"})
         hashes[name] = file_hash(draft / name)
     return places, hashes, size
 
 
-def _changed(file: Path, change: Change, layers: Sequence[Attention]) -> Iterator[tuple[str, Tensor]]:
+def _changed(
+    file: Path, change: Change, layers: Sequence[Attention], wanted: Container[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """What the class reads of a file: older ones hold rotary angles too, and others heads that it has not."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as opened:
-            for key in opened.keys():  # noqa: SIM118
+            for key in filter(wanted.__contains__, opened.keys()):
                 yield key, _tensor(key, opened.get_tensor(key), change, layers)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or half-written ({error}): fetch it again") from error

@@ -36,7 +36,7 @@ def run_sweep(
     function of a module or a `partial` of one with plain data. ValueError where a value failed: the others are kept,
     and the next run tries that one again.
     """
-    check_target(out, made.loaded.where)
+    check_target(out, made.loaded.where, weights=False)
     identities = prove(made.method, made.loaded.model, made.plan.values, made.rows)
     cells = cells_of(made)
     away = None if again is None else partial(_run_away, again, cells[0].key, out.resolve())
