@@ -75,8 +75,8 @@ def test_what_was_there_comes_back_where_the_new_cannot_take_its_place(
     monkeypatch.setattr(os, "replace", fails)
 
     def convert() -> None:
-        with drafted(before, None) as draft:
-            draft.mkdir()
+        with drafted(before, None):
+            pass
 
     with pytest.raises((OSError, KeyboardInterrupt)):
         convert()
@@ -90,7 +90,6 @@ def test_a_link_to_a_folder_stays_and_its_folder_is_filled(tmp_path: Path) -> No
     link.symlink_to(tmp_path / "disk" / "folder")
     for text in ("one", "two"):
         with drafted(link, None) as draft:
-            draft.mkdir()
             (draft / "conversion.json").write_text(text)
         assert link.is_symlink()
         assert (tmp_path / "disk" / "folder" / "conversion.json").read_text() == text
@@ -102,6 +101,5 @@ def test_the_folder_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with drafted(Path("."), None) as draft:
-        draft.mkdir()
         (draft / "conversion.json").write_text("all")
     assert listing(tmp_path) == {"here/conversion.json": b"all"}

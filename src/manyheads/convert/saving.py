@@ -21,7 +21,7 @@ from manyheads.convert.report import REPORT, write_report
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.quiet import quiet
 from manyheads.mechanism import Mechanism
-from manyheads.runs.files import write_atomically
+from manyheads.runs.files import whole_folder, write_atomically
 from manyheads.runs.given import read_json
 
 RECORD = "conversion.json"
@@ -84,25 +84,14 @@ def drafted(out: Path, source: str | None) -> Iterator[Path]:
     check_target(out, source)
     out = out.resolve()  # the folder behind a link, and a name for `.`
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft, before = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("part", "before"))
     try:
-        yield draft
-        _drop_code_elsewhere(draft)
-        try:
-            if out.exists():
-                os.replace(out, before)
-            os.replace(draft, out)
-        except BaseException:
-            if before.exists() and not out.exists():
-                os.replace(before, out)
-            raise
+        with whole_folder(out) as draft:
+            yield draft
+            _drop_code_elsewhere(draft)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         advice = "make room or choose another folder; the source model is untouched"
         raise OSError(f"{out}: could not write it ({reason}): {advice}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
 
 
 def bring_tokenizer(loaded: Loaded, draft: Path) -> None:

@@ -138,7 +138,6 @@ def stream(source: Path, out: Path, change: Change) -> dict[str, Any]:
     made_config.architectures = [made_class.__name__]
     layers = attentions(model)
     with drafted(out, str(source)) as draft:
-        draft.mkdir()
         places, hashes, size = _write(source, draft, files, change, layers, wanted)
         lacking = sorted(wanted.keys() - places.keys() - set(_tied(made_class, made_config)))
         if lacking:

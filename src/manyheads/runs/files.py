@@ -1,6 +1,6 @@
-"""Files written whole or not at all, each by way of a draft beside it: `.NAME.PID.part`.
+"""Files and folders written whole or not at all, each by way of a draft beside it: `.NAME.PID.part`.
 
-A process that is killed leaves its draft; the next one that writes into the folder removes it. Whose process lives is
+A process that is killed leaves its draft; the next one that writes there removes it. Whose process lives is
 told by its number, and by the lock that it holds on the draft, which machines and containers that share the folder
 see too.
 """
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -74,6 +76,60 @@ def _put(draft: Path, path: Path, content: bytes, durable: bool) -> None:
             os.fsync(file.fileno())
         # Still locked: whoever finds the draft without its lock may take it away.
         os.replace(draft, path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `path` once all is there; what was there stays until then.
+
+    A process that is killed leaves its draft and, between two renames, what was there, as `.NAME.PID.before`: the next
+    one that writes the same folder removes the former, and puts the latter back."""
+    _put_back(path)
+    draft, before = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("part", "before"))
+    draft.mkdir()
+    try:
+        with _held(draft), _held(path):
+            yield draft
+            try:
+                if path.exists():
+                    os.replace(path, before)
+                os.replace(draft, path)
+            except BaseException:
+                if before.exists() and not path.exists():
+                    os.replace(before, path)
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _put_back(path: Path) -> None:
+    """What dead processes left of the folder."""
+    left = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,10}})\.(part|before)")
+    for found in list(os.scandir(path.parent)):
+        named = left.fullmatch(found.name)
+        if not named or not found.is_dir(follow_symlinks=False):
+            continue
+        if int(named[1]) != os.getpid() and _lives(int(named[1])):
+            continue
+        with suppress(OSError), _held(Path(found.path)) as ours:
+            if ours and named[2] == "before" and not path.exists():
+                os.replace(found.path, path)
+            elif ours:
+                shutil.rmtree(found.path, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """While open, nobody takes the folder for one of a dead process. Whether the lock on it is ours."""
+    if fcntl is None or not folder.is_dir():
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield _locked(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sweep(folder: Path) -> None:
