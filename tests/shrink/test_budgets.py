@@ -173,7 +173,7 @@ BAD: list[tuple[Any, str]] = [
     (lambda: StreamingLLM(budget_tokens=9, positions="mine"), "'cache' or 'text'"),
     (lambda: KeyNorm(compression_ratio=1.0), "from 0 to below 1; got 1.0"),
     (lambda: KeyNorm(compression_ratio=-0.1), "from 0 to below 1"),
-    (lambda: KeyNorm(compression_ratio=float("nan")), "from 0 to below 1"),
+    (lambda: KeyNorm(compression_ratio=float("nan")), "no number"),
     (lambda: KeyNorm(compression_ratio=0.5, budget_tokens=9), "one budget"),
     (lambda: KeyNorm(budget_tokens=0), "at least 1"),
     (lambda: KeyNorm(budget_tokens=2.5), "whole number"),

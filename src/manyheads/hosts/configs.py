@@ -40,8 +40,11 @@ class LentConfigs:
 
 
 def _carry(before: Any, after: Any, config: Any) -> None:
-    """Writes what is no longer as before into the config that was copied, and into those within it."""
+    """Writes what is no longer as before into the config that was copied, and into those within it. Names with an
+    underscore in front are no settings of a user's."""
     for name, value in vars(after).items():
+        if name.startswith("_"):
+            continue
         was = vars(before).get(name)
         if type(value) is type(was) and hasattr(value, "model_type") and name in vars(config):
             _carry(was, value, vars(config)[name])

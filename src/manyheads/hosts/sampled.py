@@ -32,7 +32,7 @@ class Drawn:
 
 
 # On the configs of the time, which a layer that is computed anew gets back.
-_SETTING = "manyheads_drawn"
+_SETTING = "_manyheads_drawn"
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def extended(model: ManyheadsPreTrainedModel, **settings: Any) -> Any:
     if strange or model.config.by_kind or model.config.adapter_size:
         what = strange[0] if strange else "a model that has kinds or adapters already"
         raise ValueError(f"extended: {what}; want {list(NEUTRAL)}, by_kind of {list(BY_KIND)}, on a model without them")
-    known = {key: value for key, value in model.config.to_dict().items() if key not in ("architectures", "model_type")}
+    known = {key: value for key, value in model.config.to_dict().items() if key != "architectures"}
     made = type(model)(ManyheadsConfig(**{**known, **settings})).to(model.device, model.dtype)
     old = model.state_dict()
     new = {name: old.get(re.sub(r"\.kinds\.\d+\.", ".", name), value) for name, value in made.state_dict().items()}
