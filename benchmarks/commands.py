@@ -38,12 +38,15 @@ UNITS = {"s": 1, "min": 60, "h": 3600}
 LEFT = re.compile(r"(?:about|over) ([0-9.]+) (s|min|h) left")
 
 
-def commands(long_text: Path) -> dict[str, tuple[float, list[str]]]:
-    """Title: the target in seconds, and the words behind `manyheads`."""
+TEXT = "text.txt"
+
+
+def commands() -> dict[str, tuple[float, list[str]]]:
+    """Title: the target in seconds, and the words behind `manyheads`, in a folder that holds TEXT."""
     shrunk = ["--policy", "snapkv", "--policy", "streaming", "--compression-ratio", "0.5"]
     return {
         "explain, 34 tokens": (25, ["explain", "smollm2", "--text", SENTENCE]),
-        "explain, 512 tokens": (90, ["explain", "smollm2", "--file", str(long_text)]),
+        "explain, 512 tokens": (90, ["explain", "smollm2", "--file", TEXT]),
         "heads": (240, ["heads", "smollm2"]),
         "shrink, two policies": (240, ["shrink", "smollm2", *shrunk]),
     }
@@ -101,18 +104,17 @@ def main() -> None:
     (window,) = Questions(loaded).windows(512, 1)
     wanted = sys.argv[1:]
     with tempfile.TemporaryDirectory() as name:
-        text = Path(name) / "text.txt"
-        text.write_text(loaded.tokenizer.decode(window), encoding="utf-8")
         chosen = {
             title: own
-            for title, own in commands(text).items()
+            for title, own in commands().items()
             if not wanted or any(title.startswith(word) for word in wanted)
         }
         rows = others(set(chosen))
         for number, (title, (target, words)) in enumerate(chosen.items()):
             folder = Path(name) / str(number)
             folder.mkdir()
-            shown = " ".join(["manyheads", *(words if len(" ".join(words)) < 90 else [*words[:3], "..."])])
+            (folder / TEXT).write_text(loaded.tokenizer.decode(window), encoding="utf-8")
+            shown = " ".join(["manyheads", *(f'"{word}"' if " " in word else word for word in words)])
             rows.append({"command": title, "typed": shown, **run(words, folder), "target": target})
     save("commands", "cpu", rows)
 
