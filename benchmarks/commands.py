@@ -10,7 +10,6 @@ decoded from its GGUF once, before.
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 import subprocess
@@ -20,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, save
+from common import commit, kept, save
 
 MEASURES = (
     "src/manyheads/explain",
@@ -90,12 +89,6 @@ def _children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def others(titles: set[str]) -> list[dict[str, Any]]:
-    path = RESULTS / "commands.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    return [row for row in rows if row["command"] not in titles]
-
-
 def main() -> None:
     from manyheads.hosts.loading import load_model
     from manyheads.hosts.questions import Questions
@@ -109,13 +102,13 @@ def main() -> None:
             for title, own in commands().items()
             if not wanted or any(title.startswith(word) for word in wanted)
         }
-        rows = others(set(chosen))
+        rows, now = [row for row in kept("commands") if row["command"] not in chosen], commit()
         for number, (title, (target, words)) in enumerate(chosen.items()):
             folder = Path(name) / str(number)
             folder.mkdir()
             (folder / TEXT).write_text(loaded.tokenizer.decode(window), encoding="utf-8")
             shown = " ".join(["manyheads", *(f'"{word}"' if " " in word else word for word in words)])
-            rows.append({"command": title, "typed": shown, **run(words, folder), "target": target})
+            rows.append({"command": title, "typed": shown, **run(words, folder), "target": target, "commit": now})
     save("commands", "cpu", rows)
 
 

@@ -99,6 +99,23 @@ def exponent(lengths: list[int], seconds: list[float]) -> float:
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
+def kept(name: str) -> list[dict[str, Any]]:
+    """The rows of an earlier run, each with the commit that it was measured at: for a benchmark of which a part can be
+    run by itself."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return []
+    held = json.loads(path.read_text(encoding="utf-8"))
+    return [{"commit": held["environment"]["commit"], **row} for row in held["rows"]]
+
+
+def commit() -> str:
+    """That of the code that is measured, as `save` writes it down."""
+    from manyheads.runs.environment import environment
+
+    return str(environment()["commit"])
+
+
 def save(name: str, device: str, rows: list[dict[str, Any]], *, tell: bool = True) -> None:
     """Writes the results with the environment, and prints them (tell=False: one more row of a run that goes on)."""
     # Late: the rest of this file also serves where manyheads is not installed.

@@ -8,7 +8,6 @@ A stopped run goes on where it was; parts that are named run alone, and join the
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from common import RESULTS, save
+from common import commit, kept, save
 from manyheads.compare.command import as_on_card
 from manyheads.compare.composed import compositional
 from manyheads.compare.experiment import create_experiment
@@ -244,13 +243,12 @@ def main() -> None:
     if unknown := [name for name in arguments.parts if name not in PARTS]:
         parser.error(f"no part {', '.join(unknown)}; want some of {', '.join(PARTS)}")
     torch.set_num_threads(1)
-    kept = RESULTS / "field.json"
-    rows: list[Row] = json.loads(kept.read_text(encoding="utf-8"))["rows"] if kept.is_file() else []
+    rows, now = kept("field"), commit()
     for name in arguments.parts or PARTS:
         order = list(PARTS)
         rows = [row for row in rows if row["part"] != name]
         for row in PARTS[name](arguments.out / name):  # a task at a time: what is stopped keeps those that were done
-            rows.append(row)
+            rows.append({**row, "commit": now})
             save("field", "cpu", sorted(rows, key=lambda row: order.index(row["part"])), tell=False)
         save("field", "cpu", sorted(rows, key=lambda row: order.index(row["part"])))
 

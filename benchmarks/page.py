@@ -49,7 +49,7 @@ def measured_page() -> str:
             continue
         results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         words += _unpassed() if table is _quality else ""
-        parts += ["", f"## {title}", "", words, "", *table(results["rows"]), "", _where(results["environment"])]
+        parts += ["", f"## {title}", "", words, "", *table(results["rows"]), "", _where(results["environment"], results["rows"])]
     return "\n".join(parts) + "\n"
 
 
@@ -488,10 +488,14 @@ def _speech(rows: list[Row]) -> list[str]:
     )]  # fmt: skip
 
 
-def _where(environment: Row) -> str:
+def _where(environment: Row, rows: list[Row]) -> str:
+    """Where it was measured, and at which commits where parts were run by themselves: last the newest."""
+    commits = dict.fromkeys([*(row["commit"] for row in rows if "commit" in row), environment["commit"]])
+    others = [commit for commit in commits if commit != environment["commit"]]
+    told = f"commit {environment['commit']}" + (f", other parts {', '.join(others)}" if others else "")
     return (
         f"*{environment['cpu']}, {environment['cores']} cores, {environment['threads']} threads, torch "
-        f"{environment['torch']}, commit {environment['commit']}.*"
+        f"{environment['torch']}, {told}.*"
     )
 
 

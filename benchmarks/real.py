@@ -16,7 +16,6 @@ chunks of 256, three at least: see shrink_reading.py).
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -26,13 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import RESULTS, save
+from common import commit, kept, save
 from manyheads.hosts.attend import pack
 from manyheads.hosts.attention import attach, detach
 from manyheads.hosts.generation import library_cache
 from manyheads.hosts.loading import load_model
 from manyheads.hosts.questions import Questions, Trial
-from manyheads.runs.environment import environment
 from manyheads.shrink import (
     H2O,
     TOVA,
@@ -242,21 +240,14 @@ def main() -> None:
     with torch.no_grad():
         for context in given.contexts:
             began = time.perf_counter()
-            code = {"model": given.model, "commit": environment()["commit"]}
+            code = {"model": given.model, "commit": commit()}
             rows = [{**code, **row} for row in context_rows(loaded, context, given.keys)]
             print(f"context {context}: {time.perf_counter() - began:.0f} s", flush=True)
             if given.dry:
                 for row in rows:
                     print("  ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
             else:
-                save("real", "cpu", others(context) + rows)
-
-
-def others(context: int) -> list[dict[str, Any]]:
-    """Rows of the other contexts, which an earlier run measured: each context is a run of its own, of its commit."""
-    path = RESULTS / "real.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    return [row for row in rows if row["context"] != context]
+                save("real", "cpu", [row for row in kept("real") if row["context"] != context] + rows)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A benchmark names the paths that it measures, from the root of the repository, in MEASURES, and in WRITES the results
 that do not have its own name. A result is fresh where the last commit that touched them, or the benchmark, is part of
-the commit that it records; one that was measured with uncommitted changes is not called fresh.
+the commit that it records (a row may record its own); one that was measured with uncommitted changes is not called
+fresh.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ def states(root: Path) -> list[tuple[str, str, str, str]]:
     measures = _measures(root)
     rows = []
     for path in sorted((root / "benchmarks" / "results").glob("*.json")):
-        commit = _recorded(path)
         paths = measures.get(path.stem) or measures.get(path.stem.split("-")[0]) or ()
-        rows.append((path.stem, commit or "none", *_state(root, commit, paths)))
+        # Of parts that were measured at several commits the one that is least fresh.
+        found = [(path.stem, commit or "none", *_state(root, commit, paths)) for commit in _recorded(path)]
+        rows.append(max(found, key=lambda row: ("fresh", "unknown", "older").index(row[2])))
     return rows
 
 
@@ -72,10 +74,14 @@ def _measures(root: Path) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _recorded(path: Path) -> str:
+def _recorded(path: Path) -> list[str]:
+    """The commits of its rows, where they have one each; else that of its environment."""
     held = json.loads(path.read_text(encoding="utf-8"))
-    environment = held.get("environment", {}) if isinstance(held, dict) else {}
-    return str(environment.get("commit", ""))
+    held = held if isinstance(held, dict) else {}
+    last = str(held.get("environment", {}).get("commit", ""))
+    rows = held.get("rows")
+    own = [str(row.get("commit", last)) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return list(dict.fromkeys(own)) or [last]
 
 
 def _git(root: Path, *command: str) -> str | None:

@@ -68,6 +68,18 @@ def test_results_beside_what_they_measure(stale: ModuleType, tmp_path: Path) -> 
     assert {row[0]: row[2] for row in stale.states(tmp_path)}["two"] == "older"
 
 
+def test_a_part_that_was_measured_anew_does_not_make_the_others_fresh(stale: ModuleType, tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    first = commit(tmp_path, src__a="1", benchmarks__one='MEASURES = ("src/a.py",)\n')
+    second = commit(tmp_path, src__a="2")
+    result(tmp_path, "one", second)
+    path = tmp_path / "benchmarks" / "results" / "one.json"
+    held = json.loads(path.read_text())
+    for rows, state in (([{"commit": first}, {"commit": second}], "older"), ([{"commit": second}, {}], "fresh")):
+        path.write_text(json.dumps({**held, "rows": rows}))
+        assert [row[1:3] for row in stale.states(tmp_path)] == [(first if state == "older" else second, state)]
+
+
 def test_the_benchmark_itself_counts(stale: ModuleType, tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
     result(tmp_path, "one", commit(tmp_path, src__a="1", benchmarks__one='MEASURES = ("src/a.py",)\n'))
