@@ -48,8 +48,9 @@ def measured_page() -> str:
             parts += ["", f"## {title}", "", words, "", "*Not measured yet.*"]
             continue
         results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        rows = results["rows"]
         words += _unpassed() if table is _quality else ""
-        parts += ["", f"## {title}", "", words, "", *table(results["rows"]), "", _where(results["environment"], results["rows"])]
+        parts += ["", f"## {title}", "", words, "", *table(rows), "", _where(results["environment"], rows)]
     return "\n".join(parts) + "\n"
 
 
