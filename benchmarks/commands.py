@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import commit, kept, save
+from common import here, kept, save
 
 MEASURES = (
     "src/manyheads/explain",
@@ -93,22 +93,24 @@ def main() -> None:
     from manyheads.hosts.loading import load_model
     from manyheads.hosts.questions import Questions
 
+    wanted = sys.argv[1:]
+    if strange := [word for word in wanted if not any(title.startswith(word) for title in commands())]:
+        raise SystemExit(f"no command {', '.join(strange)}; want some of explain, heads, shrink")
     loaded = load_model("smollm2")
     (window,) = Questions(loaded).windows(512, 1)
-    wanted = sys.argv[1:]
     with tempfile.TemporaryDirectory() as name:
         chosen = {
             title: own
             for title, own in commands().items()
             if not wanted or any(title.startswith(word) for word in wanted)
         }
-        rows, now = [row for row in kept("commands") if row["command"] not in chosen], commit()
+        rows, now = [row for row in kept("commands") if row["command"] not in chosen], here()
         for number, (title, (target, words)) in enumerate(chosen.items()):
             folder = Path(name) / str(number)
             folder.mkdir()
             (folder / TEXT).write_text(loaded.tokenizer.decode(window), encoding="utf-8")
             shown = " ".join(["manyheads", *(f'"{word}"' if " " in word else word for word in words)])
-            rows.append({"command": title, "typed": shown, **run(words, folder), "target": target, "commit": now})
+            rows.append({"command": title, "typed": shown, **run(words, folder), "target": target, **now})
     save("commands", "cpu", rows)
 
 

@@ -100,20 +100,24 @@ def exponent(lengths: list[int], seconds: list[float]) -> float:
 
 
 def kept(name: str) -> list[dict[str, Any]]:
-    """The rows of an earlier run, each with the commit that it was measured at: for a benchmark of which a part can be
-    run by itself."""
+    """The rows of an earlier run, each with where it was measured: for a benchmark of which a part can be run by
+    itself."""
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         return []
     held = json.loads(path.read_text(encoding="utf-8"))
-    return [{"commit": held["environment"]["commit"], **row} for row in held["rows"]]
+    return [{**_of(held["environment"]), **row} for row in held["rows"]]
 
 
-def commit() -> str:
-    """That of the code that is measured, as `save` writes it down."""
+def here() -> dict[str, Any]:
+    """What a row says of where it was measured."""
     from manyheads.runs.environment import environment
 
-    return str(environment()["commit"])
+    return _of(environment())
+
+
+def _of(environment: dict[str, Any]) -> dict[str, Any]:
+    return {key: environment[key] for key in ("commit", "cpu")}
 
 
 def save(name: str, device: str, rows: list[dict[str, Any]], *, tell: bool = True) -> None:

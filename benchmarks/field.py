@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from common import commit, kept, save
+from common import here, kept, save
 from manyheads.compare.command import as_on_card
 from manyheads.compare.composed import compositional
 from manyheads.compare.experiment import create_experiment
@@ -243,12 +243,12 @@ def main() -> None:
     if unknown := [name for name in arguments.parts if name not in PARTS]:
         parser.error(f"no part {', '.join(unknown)}; want some of {', '.join(PARTS)}")
     torch.set_num_threads(1)
-    rows, now = kept("field"), commit()
+    rows, now = kept("field"), here()
     for name in arguments.parts or PARTS:
         order = list(PARTS)
         rows = [row for row in rows if row["part"] != name]
         for row in PARTS[name](arguments.out / name):  # a task at a time: what is stopped keeps those that were done
-            rows.append({**row, "commit": now})
+            rows.append({**row, **now})
             save("field", "cpu", sorted(rows, key=lambda row: order.index(row["part"])), tell=False)
         save("field", "cpu", sorted(rows, key=lambda row: order.index(row["part"])))
 

@@ -490,10 +490,12 @@ def _speech(rows: list[Row]) -> list[str]:
 
 
 def _where(environment: Row, rows: list[Row]) -> str:
-    """Where it was measured, and at which commits where parts were run by themselves: last the newest."""
-    commits = dict.fromkeys([*(row["commit"] for row in rows if "commit" in row), environment["commit"]])
-    others = [commit for commit in commits if commit != environment["commit"]]
-    told = f"commit {environment['commit']}" + (f", other parts {', '.join(others)}" if others else "")
+    """Where it was measured, and where parts that were run by themselves."""
+    own = (environment["commit"], environment["cpu"])
+    others = dict.fromkeys((row["commit"], row["cpu"]) for row in rows if "commit" in row)
+    others.pop(own, None)
+    parts = [commit + ("" if cpu == own[1] else f" on {cpu}") for commit, cpu in others]
+    told = f"commit {own[0]}" + (f", other parts {', '.join(parts)}" if parts else "")
     return (
         f"*{environment['cpu']}, {environment['cores']} cores, {environment['threads']} threads, torch "
         f"{environment['torch']}, {told}.*"

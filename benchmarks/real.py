@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import commit, kept, save
+from common import here, kept, save
 from manyheads.hosts.attend import pack
 from manyheads.hosts.attention import attach, detach
 from manyheads.hosts.generation import library_cache
@@ -240,7 +240,7 @@ def main() -> None:
     with torch.no_grad():
         for context in given.contexts:
             began = time.perf_counter()
-            code = {"model": given.model, "commit": commit()}
+            code = {"model": given.model, **here()}
             rows = [{**code, **row} for row in context_rows(loaded, context, given.keys)]
             print(f"context {context}: {time.perf_counter() - began:.0f} s", flush=True)
             if given.dry:
