@@ -98,8 +98,10 @@ class Hyena(Mechanism):
         self.last = nn.Linear(filter_dim, (order - 1) * dim, bias=False)
         self.frequency = nn.Parameter(torch.full((filter_dim,), float(frequency)))
         fast, slow = math.log(0.01) / 0.3, math.log(0.01) / 1.5
+        # transformers takes torch.linspace out of what torch.device() moves, for good: the device is named.
+        rates = torch.linspace(slow, fast, (order - 1) * dim, device=self.frequency.device)
         # The first filter to be applied is that of the last order.
-        self.delta = nn.Parameter(torch.linspace(slow, fast, (order - 1) * dim).view(dim, -1).mT.flip(0).contiguous())
+        self.delta = nn.Parameter(rates.view(dim, -1).mT.flip(0).contiguous())
         start = (
             _positions(torch.arange(max_length, dtype=torch.float64), max_length, bands) if learned_positions else None
         )
