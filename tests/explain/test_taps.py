@@ -20,6 +20,10 @@ from manyheads.shrink import Full
 def eager_maps(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     """The library's own weights, in the order encoder, decoder, cross, or text, vision."""
     model.set_attn_implementation("eager")
+    return asked_maps(model, batch)
+
+
+def asked_maps(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     with torch.no_grad():
         out = model(**batch, output_attentions=True)
     found: list[Tensor] = []
@@ -62,6 +66,30 @@ def test_weights_are_the_eager_weights(name: str) -> None:
         assert_close(call.weights([2], slice(3, 6)), call.weights()[:, 2:3, 3:6], atol=1e-6, rtol=0)
     keep = real if real is not None and given_out.shape[:2] == real.shape else slice(None)
     assert_close(given_out[keep], wanted_out[keep], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_weights_that_the_caller_asks_for_are_given_under_a_tap(name: str) -> None:
+    model, batch = build(name), inputs(name)
+    wanted = eager_maps(model, batch)
+    with record(model):
+        given = asked_maps(model, batch)
+    assert len(given) == len(wanted) > 0
+    real = batch["attention_mask"].bool() if "attention_mask" in batch else None
+    for own, theirs in zip(given, wanted, strict=True):
+        if real is not None and own.shape[2] == real.shape[1]:
+            own, theirs = own.transpose(1, 2)[real], theirs.transpose(1, 2)[real]
+        assert_close(own, theirs)
+
+
+def test_weights_that_the_caller_asks_for_are_those_of_the_last_edit() -> None:
+    model, ids = tiny("llama"), torch.arange(3, 9)[None]
+    model.set_attn_implementation("eager")
+    with tap(model, lambda call: call.mix(lambda weights, rows: 0 * weights, heads=[1]), layers=[1]):
+        maps = model(ids, output_attentions=True).attentions
+    assert not maps[1][:, 1].any()
+    assert maps[1][:, [0, 2]].any(-1).all()
+    assert maps[0].any(-1).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "t5", "vit"])

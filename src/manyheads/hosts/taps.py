@@ -22,13 +22,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from manyheads.hosts.attend import Scoring, masked_attention, pack
-from manyheads.hosts.calls import BLOCK_WEIGHTS, AttentionCall, Edit, MechanismCall
+from manyheads.hosts.calls import BLOCK_WEIGHTS, AttentionCall, Edit, MechanismCall, edits_heard
 from manyheads.hosts.own_attention import heard
 from manyheads.hosts.processors import processed
 from manyheads.hosts.reading import Reader, check_run, fitting, reading, readings, run_again_alike
@@ -73,6 +74,7 @@ def tap(
     output that the next one sees. With gradient checkpointing (the model's own) backward computes layers anew, with
     the readers of their forward pass, which are then called again, even if the tap is closed by then. Whatever
     torch.compile made, of this model and of others, runs as it was written while a tap is open.
+    `output_attentions=True` gives the weights of each layer, after readers' edits, as eager attention does.
     """
     chosen = choose(model, layers, stack, kind)
     with ExitStack() as stack_of:
@@ -183,7 +185,7 @@ def _attention(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     check_run(module)
     foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
     if foreign:
@@ -202,23 +204,43 @@ def _attention(
         mask = _among(mask, kwargs["indices"], key.shape[2])
     if position_bias is not None:
         mask, causal = _biased(mask, position_bias, causal, query), False
+    call = partial(AttentionCall, query=query, key=key, value=value, mask=mask, causal=causal, scoring=scoring)
+    make = partial(_output, module, query, key, value, mask, dropout, causal, scoring)
+    if not (kwargs.get("output_attentions") or _gathered()):
+        return _read(module, call, make, dropout).transpose(1, 2).contiguous(), None
+    weights = call(Site(0, "", "", "", module)).weights().to(query.dtype).clone()
+
+    def note(_: AttentionCall, heads: list[int], rows: slice, edited: Tensor) -> None:
+        weights[:, heads, rows] = edited.to(weights.dtype)
+
+    with edits_heard(note):
+        output = _read(module, call, make, dropout)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _gathered() -> bool:
+    """Whether the library gathers weights in this call: not every model hands `output_attentions` on to its layers."""
+    from transformers.utils.output_capturing import _active_collector
+
+    return any(name.endswith("attentions") for name in _active_collector.get() or ())
+
+
+def _read(
+    module: nn.Module, call_at: Callable[[Site], AttentionCall], make: Callable[[], Tensor], dropout: float
+) -> Tensor:
+    """The output [b, h, n, e] that the readers of this layer leave."""
     own = list(readings(module))
-
-    def make() -> Tensor:
-        return _output(module, query, key, value, mask, dropout, causal, scoring)
-
     # A graph, drawn dropout and what several readers see have their place in time; a sole reader may leave it away.
     if len(own) == 1 and not dropout and not torch.is_grad_enabled():
-        output = _read_once(own[0], AttentionCall(own[0][0], query, key, value, mask, causal, scoring), make)
-        return output.transpose(1, 2).contiguous(), None
+        return _read_once(own[0], call_at(own[0][0]), make)
     output = make()
     for site, reader, memo in own:
-        call = AttentionCall(site, query, key, value, mask, causal, scoring)
+        call = call_at(site)
         call.output, call.memo, call.dropout = output, memo, dropout
         changed = reader(call)
         if changed is not None:
             output = fitting(changed, output.shape, site)
-    return output.transpose(1, 2).contiguous(), None
+    return output
 
 
 def _among(mask: Tensor | None, indices: Tensor, m: int) -> Tensor:
