@@ -305,6 +305,7 @@ _ELSEWHERE = {
     "num_key_value_heads": 'a layer\'s spec: layers={"name": "gqa", "kv_heads": 2}',
     "head_dim": "hidden_size, which heads divide",
     "sliding_window": 'a layer\'s spec: layers={"name": "mswa", "window": 128}',
+    "semantic_loss_ignore_index": "-100 in the labels, where nothing is asked",
 }
 
 

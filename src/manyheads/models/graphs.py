@@ -15,9 +15,10 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from manyheads.card import Pattern
+from manyheads.finite import blanked
 from manyheads.models.configuration import ManyheadsConfig, layer_pattern
-from manyheads.models.heads import token_loss
 from manyheads.models.layers import ManyheadsBlock, Mixer
+from manyheads.models.losses import token_loss
 from manyheads.models.masks import Masks
 from manyheads.models.modeling import ManyheadsPreTrainedModel
 from manyheads.models.stack import Stack
@@ -67,8 +68,9 @@ class ManyheadsForNodeClassification(ManyheadsPreTrainedModel):
         num_items_in_batch: Any = None,
     ) -> ManyheadsNodeClassifierOutput:
         """node_features: [b, n, f]. edges: [b, 2, k] integers, sources above targets, from 0 to n - 1 in each graph; -1
-        in both places where a graph has fewer. attention_mask: [b, n], nonzero = a node. edge_labels: [b, k], where a
-        layer takes them. labels: [b, n], -100 where nothing is asked."""
+        in both places where a graph has fewer. attention_mask: [b, n], nonzero = a node; features, edges and labels of
+        what is none do not count. edge_labels: [b, k], where a layer takes them. labels: [b, n], -100 where nothing is
+        asked."""
         real = None if attention_mask is None else attention_mask.bool()
         joined, kept = joined_edges(edges, node_features)
         given = {"edges": joined}
@@ -77,18 +79,20 @@ class ManyheadsForNodeClassification(ManyheadsPreTrainedModel):
                 raise ValueError(f"edge_labels {list(edge_labels.shape)} for edges {list(edges.shape)}; want [b, k]")
             given["labels"] = edge_labels[kept]
         wants = self._wants(output_attentions, output_hidden_states)
-        x = self.embed_nodes(node_features.to(self.dtype))
+        nodes = node_features if real is None else blanked(node_features, ~real)
+        x = self.embed_nodes(nodes.to(self.dtype))
         trace = self.stack(x, None, Masks(self_mask=real, beside=given), **wants)
         logits, loss, share = self.classifier(trace.last), None, 1.0
         if labels is not None:
-            loss, share = token_loss(logits, labels, num_items_in_batch)
+            loss, share = token_loss(logits, labels, num_items_in_batch, real)
         loss = self._with_router_loss(loss, trace.aux_loss, share)
         return ManyheadsNodeClassifierOutput(loss, logits, trace.hidden_states, trace.attentions, trace.aux_loss)
 
 
 def joined_edges(edges: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
     """edges [b, 2, k] of graphs of n nodes -> [2, all] of one graph of b n nodes, and which of [b, k] are edges."""
-    if nodes.ndim != 3 or edges.ndim != 3 or edges.shape[:2] != (nodes.shape[0], 2) or edges.is_floating_point():
+    whole = not edges.is_floating_point() and edges.dtype != torch.bool
+    if nodes.ndim != 3 or edges.ndim != 3 or edges.shape[:2] != (nodes.shape[0], 2) or not whole:
         raise ValueError(
             f"edges {list(edges.shape)} {edges.dtype} for node_features {list(nodes.shape)}; want integers [b, 2, k] "
             "for [b, n, f]"
