@@ -19,7 +19,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from manyheads.explain.explanation import explain_image
 from manyheads.explain.image_file import pictured
 from manyheads.hosts.image_files import opened_image
-from manyheads.hosts.loading import load_any
+from manyheads.hosts.loading import Loaded, load_any
+from manyheads.models import ManyheadsConfig, ManyheadsForCausalLM, ManyheadsForNodeClassification
 
 SQUARE = {"height": 16, "width": 16}
 PROCESSORS: dict[str, Any] = {
@@ -84,3 +85,12 @@ def test_a_processor_that_does_not_load_is_refused(
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Unheard"}')
     with pytest.raises(ValueError, match="no image processor that can be read"):
         pictured(load_any(tmp_path), photo)
+
+
+@pytest.mark.parametrize("kind", [ManyheadsForCausalLM, ManyheadsForNodeClassification])
+def test_a_model_of_text_or_graphs_reads_no_picture(kind: Any, photo: Path, tmp_path: Path) -> None:
+    """Whose configuration has an image size, as that of every model of this package."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = kind(ManyheadsConfig(**sizes, vocab_size=256))
+    with pytest.raises(ValueError, match="reads no images: give --text"):
+        explain_image(Loaded(model, None, "own"), photo)

@@ -25,7 +25,8 @@ def pictured(loaded: Loaded, path: str | Path) -> tuple[Any, dict[str, Tensor]]:
     told, channels = _told(loaded), getattr(config, "num_channels", 3)
     size = getattr(config, "image_size", None) or _processed(told)
     names = {"image_processor_type", "feature_extractor_type"} & told.keys()
-    if (size is None and not names) or channels not in (1, 3):
+    reads = getattr(loaded.model, "main_input_name", "pixel_values") == "pixel_values"
+    if not reads or (size is None and not names) or channels not in (1, 3):
         raise ValueError(
             f"{loaded.name} reads no images: give --text, or a vision model with image_size in its config, or with "
             f"crop_size or size in its {FILE}"
