@@ -106,9 +106,10 @@ class ManyheadsForNodeClassification(ManyheadsPreTrainedModel):
             raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {unknown[0]!r}")
         labels = beside.get("edge_labels")
         for i, layer in enumerate(self.stack.layers if labels is None else ()):
-            if "labels" in layer.self_attn.takes:
+            mixer: Any = layer.self_attn
+            if "labels" in mixer.takes:
                 raise ValueError(
-                    f"layer {i}, {layer.self_attn.mechanism.card.name}, takes labels of edges: give edge_labels= "
+                    f"layer {i}, {mixer.mechanism.card.name}, takes labels of edges: give edge_labels= "
                     "(Trainer drops what forward does not name: remove_unused_columns=False)"
                 )
         return None if mask is None else mask.bool(), labels
