@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from manyheads.models import (
     ManyheadsConfig,
@@ -86,3 +87,21 @@ def test_edges_are_numbers_of_nodes() -> None:
     model, given, _ = _nodes()
     with pytest.raises(ValueError, match="want integers"):
         model(given["node_features"], torch.ones(2, 2, 9, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("case", [_pixels, _nodes])
+def test_one_label_is_there_or_not(case: Any) -> None:
+    """As in transformers' segmentation; among one class a cross entropy is zero, and teaches nothing."""
+    model, given, real = case()
+    model.config.num_labels = 1
+    model = type(model)(model.config).double()
+    labels = torch.randint(2, real.shape)
+    labels[0, 0] = -100
+    out = model(**given, labels=labels)
+    logits = out.logits[:, 0] if out.logits.ndim == 4 else out.logits[..., 0]
+    asked = real & (labels != -100)
+    wanted = binary_cross_entropy_with_logits(logits[asked], labels[asked].double())
+    torch.testing.assert_close(out.loss, wanted)
+    torch.testing.assert_close(model(**given, labels=labels, num_items_in_batch=30).loss, wanted * asked.sum() / 30)
+    with pytest.raises(ValueError, match=r"255.*want 0 or 1.*-100"):
+        model(**given, labels=torch.full(real.shape, 255))
