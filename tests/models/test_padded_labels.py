@@ -105,3 +105,14 @@ def test_one_label_is_there_or_not(case: Any) -> None:
     torch.testing.assert_close(model(**given, labels=labels, num_items_in_batch=30).loss, wanted * asked.sum() / 30)
     with pytest.raises(ValueError, match=r"255.*want 0 or 1.*-100"):
         model(**given, labels=torch.full(real.shape, 255))
+
+
+@pytest.mark.parametrize("case", [_pixels, _nodes])
+def test_a_mask_that_is_added_to_scores_is_refused(case: Any) -> None:
+    """Zero for what is real and much less for what is not: taken for nonzero = real it says the contrary."""
+    model, given, real = case()
+    name = "pixel_mask" if "pixel_mask" in given else "attention_mask"
+    wanted = model.eval()(**given).logits
+    torch.testing.assert_close(model(**{**given, name: real.float()}).logits, wanted)
+    with pytest.raises(ValueError, match=f"{name} .*below zero.*nonzero"):
+        model(**{**given, name: torch.where(real, 0.0, -1e9)})

@@ -19,7 +19,7 @@ from manyheads.finite import blanked
 from manyheads.models.configuration import ManyheadsConfig, layer_pattern
 from manyheads.models.layers import ManyheadsBlock, Mixer
 from manyheads.models.losses import token_loss
-from manyheads.models.masks import Masks
+from manyheads.models.masks import Masks, real_places
 from manyheads.models.modeling import ManyheadsPreTrainedModel
 from manyheads.models.stack import Stack
 
@@ -112,7 +112,7 @@ class ManyheadsForNodeClassification(ManyheadsPreTrainedModel):
                     f"layer {i}, {mixer.mechanism.card.name}, takes labels of edges: give edge_labels= "
                     "(Trainer drops what forward does not name: remove_unused_columns=False)"
                 )
-        return None if mask is None else mask.bool(), labels
+        return None if mask is None else real_places("attention_mask", mask), labels
 
 
 def joined_edges(edges: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
