@@ -189,8 +189,11 @@ class Mechanism(Checks, ABC):
 
     def _why_broken(self, error: RuntimeError, x: Any, context: Context | None, state: State | None) -> str | None:
         """In words of the call, where dtypes or devices broke a pass off: no memory, or a hook, is not its doing."""
-        strange = any(word in str(error) for word in ("type", "device", "meta"))
-        return self._unlike(x, context, state) if strange and not torch.compiler.is_compiling() else None
+        strange = x.is_meta or any(word in str(error) for word in ("type", "device", "meta"))
+        why = self._unlike(x, context, state) if strange and not torch.compiler.is_compiling() else None
+        if why is None and x.is_meta:
+            why = f"{self.card.name}: its pass looks at numbers, which tensors on meta lack; give it some on a device"
+        return why
 
     def _asked_across(
         self, pattern: Pattern, dense: Tensor | None, state: State | None, need_weights: bool

@@ -16,7 +16,8 @@ from torch.testing import assert_close
 from transformers.initialization import meta_device_safe_creation_ops
 
 from manyheads import create_attention, list_attentions, mechanism_class
-from manyheads.testing.case import Case
+from manyheads.card import Pattern
+from manyheads.testing.case import Case, each
 
 
 def first_case(name: str) -> Case:
@@ -35,6 +36,28 @@ def test_built_without_numbers_and_loaded_it_is_whole(name: str) -> None:
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
     empty.load_state_dict(saved, assign=True)
     assert not any(tensor.is_meta for tensor in [*empty.parameters(), *empty.buffers()])
+
+
+# Which tokens go where depends on their numbers.
+LOOKS = {"combiner", "dgqa", "largegt", "mixture-of-transformers", "moa", "seqboat", "supergat"}
+
+
+@pytest.mark.parametrize("pattern", list(Pattern))
+def test_passed_without_numbers_it_says_the_shape(pattern: Pattern) -> None:
+    """As programs count memory and FLOPs; what looks at numbers says so."""
+    for name in list_attentions(pattern=pattern.value):
+        case = Case(mechanism_class(name), pattern)
+        module, x = case.build(torch.float32), case.x(6, dtype=torch.float32)
+        context = case.context(6, dtype=torch.float32)
+        wanted = case.outputs(module, x, context).output
+        given = x.to("meta"), each(context, lambda part: part.to("meta"))
+        if name in LOOKS:
+            with pytest.raises(ValueError, match=f"{name}: .*numbers"):
+                module.to("meta")(*given)
+            continue
+        found = module.to("meta")(*given).output
+        assert found.is_meta
+        assert found.shape == wanted.shape, name
 
 
 @pytest.mark.parametrize("name", list_attentions())

@@ -7,6 +7,8 @@ from torch import nn
 from transformers import ConvNextConfig, ConvNextForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from manyheads.explain.attributions import MapGradCAM
+from manyheads.explain.pictures import cam
+from manyheads.models import ManyheadsConfig, ManyheadsForObjectDetection
 
 
 def resnet(**more):
@@ -143,3 +145,15 @@ def test_refusals():
         MapGradCAM(model).attribute(PIXELS, target=3)
     with pytest.raises(ValueError, match="want pixels"):
         MapGradCAM(model).attribute(PIXELS[0], target=0)
+
+
+def test_a_class_of_a_detector_is_one_of_many_queries():
+    """The last query is no answer of the model, as the last token is of a language model."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ManyheadsConfig(**sizes, image_size=[24, 32], patch_size=8, num_labels=3, num_queries=4)
+    model = ManyheadsForObjectDetection(config).double().eval()
+    with pytest.raises(ValueError, match=r"\[2, 4, 4\].*give score="):
+        cam(model, PIXELS, 1)
+    chosen = MapGradCAM(model, part="stack.layers.0", grid=(3, 4), score=lambda output: output.logits[:, 2, 1])
+    assert chosen.attribute(PIXELS).shape == (2, 3, 4)

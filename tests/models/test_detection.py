@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoModelForObjectDetection
+from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
 
 from manyheads.functional.box_sets import set_losses
 from manyheads.models import ManyheadsConfig, ManyheadsForObjectDetection
@@ -119,3 +122,55 @@ def test_what_does_not_fit_is_refused() -> None:
         model(pixels, pixel_mask=torch.ones(2, 16, 24))
     with pytest.raises(ValueError, match="num_queries"):
         _model(num_queries=0)
+
+
+def _annotated(sizes: list[tuple[int, int]]) -> tuple[list[Image.Image], list[dict[str, Any]]]:
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+    box = {"category_id": 1, "bbox": [5, 6, 8, 10], "area": 80, "iscrowd": 0}
+    return pictures, [{"image_id": i, "annotations": [{"image_id": i, **box}]} for i in range(len(sizes))]
+
+
+def test_labels_of_an_image_processor_are_those_of_each_picture_alone() -> None:
+    """transformers' processors put boxes in parts of what the batch is padded to, and say so by `size`."""
+    model = _model(stages=STAGES)
+    pictures, annotations = _annotated([(24, 40), (40, 24), (32, 40)])
+    processor = DetrImageProcessorPil(size={"shortest_edge": 24, "longest_edge": 48})
+    batch = processor(images=pictures, annotations=annotations, return_tensors="pt")
+    assert not bool(batch["pixel_mask"].bool().all())
+    together, alone = model(**batch), []
+    for picture, annotation in zip(pictures, annotations, strict=True):
+        one = processor(images=picture, annotations=annotation, return_tensors="pt")
+        alone.append(model(**one).loss_dict)
+    for part in ("l1", "giou"):
+        mean = torch.stack([losses[part] for losses in alone]).mean()
+        torch.testing.assert_close(together.loss_dict[part], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_label_that_names_its_own_picture_stays_as_it_is() -> None:
+    """`size` of the picture itself, as DETR's own code has it, and of a picture that was resized since."""
+    model, pixels, real = _model(stages=STAGES), torch.randn(1, 3, 32, 32), torch.ones(1, 32, 32)
+    real[:, 16:] = 0
+    plain = _labels(2)
+    wanted = model(pixels, pixel_mask=real, labels=plain).loss
+    for size in ([16, 32], [480, 640]):
+        told = [{**plain[0], "size": torch.tensor(size)}]
+        torch.testing.assert_close(model(pixels, pixel_mask=real, labels=told).loss, wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"boxes": torch.tensor([[12.0, 8.0, 6.0, 4.0]])}, "parts of the picture"),
+        ({"boxes": torch.tensor([[0.5, 0.5, -0.1, 0.1]])}, "parts of the picture"),
+        ({"boxes": torch.tensor([[0.5, float("nan"), 0.1, 0.1]])}, "parts of the picture"),
+        ({"class_labels": torch.tensor([1.7])}, "class_labels.*float32"),
+        ({"class_labels": [1]}, "class_labels.*list"),
+        ({"class_labels": None}, "class_labels.*NoneType"),
+        ({"boxes": [[0.5, 0.5, 0.1, 0.1]]}, "boxes.*list"),
+    ],
+)
+def test_labels_that_are_none_are_refused(change: dict[str, Any], words: str) -> None:
+    good = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
+    with pytest.raises(ValueError, match=words):
+        _model()(torch.randn(1, 3, 16, 24), labels=[{**good, **change}])

@@ -206,3 +206,9 @@ def test_the_docs_name_every_preset() -> None:
     page = (Path(__file__).parents[2] / "docs" / "images.md").read_text()
     assert all(name in page for name in PRESETS)
     assert sorted(PRESETS) == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("size", [0, -16, 224.0, "224", [32], [32, 0], {"height": 32, "width": 32}, None])
+def test_a_size_that_is_none_is_refused(size: Any) -> None:
+    with pytest.raises(ValueError, match=r"image_size.*height, width"):
+        ManyheadsConfig(image_size=size)

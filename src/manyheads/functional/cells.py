@@ -80,15 +80,16 @@ class CellNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        mean, var = self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype)
-        if self.training:
+        if self.training or self.running_mean is None or self.running_var is None:
             mean, var, count = self._statistics(wide, real)
-            if not recomputing():
+            if self.training and self.track_running_stats and not recomputing():
                 self._move(mean.detach(), var.detach(), count)
-        scale = (var + self.eps).rsqrt() * self.weight.to(wide.dtype)
-        return ((wide - mean) * scale + self.bias.to(wide.dtype)).to(x.dtype)
+        else:
+            mean, var = self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype)
+        scale = (var + self.eps).rsqrt()
+        if not self.affine or self.weight is None:
+            return ((wide - mean) * scale).to(x.dtype)
+        return ((wide - mean) * (scale * self.weight.to(wide.dtype)) + self.bias.to(wide.dtype)).to(x.dtype)
 
     def _statistics(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         cells = x.flatten(0, -2)
@@ -100,11 +101,15 @@ class CellNorm(nn.BatchNorm1d):
 
     @torch.no_grad()
     def _move(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        share = float(self.momentum or 0.0) * (count > 0)
+        """The running statistics, by the momentum; without one they are the mean of all batches."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        seen, tracked = count > 0, self.num_batches_tracked
+        if tracked is not None:
+            tracked.add_(seen)
         unbiased = var * count / (count - 1).clamp(min=1)
         for held, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            held.add_((new.to(held.dtype) - held) * share.to(held.dtype))
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+            share: Any = self.momentum
+            if share is None:
+                share = 1.0 if tracked is None else 1.0 / tracked.clamp(min=1).to(held.dtype)
+            held.add_(((new.to(held.dtype) - held) * share * seen).to(held.dtype))

@@ -38,8 +38,9 @@ class Windows:
 
     @cached_property
     def whole(self) -> tuple[bool, bool]:
-        """Whether every query, and every key, is a cell."""
-        return bool((self.queries >= 0).all()), bool((self.keys >= 0).all())
+        """Whether every query, and every key, is a cell; False where there are no numbers to tell by."""
+        queries, keys = (not part.is_meta and bool((part >= 0).all()) for part in (self.queries, self.keys))
+        return queries, keys
 
     @cached_property
     def query_rows(self) -> Tensor:

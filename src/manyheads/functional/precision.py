@@ -14,7 +14,8 @@ def own_dtype(x: Tensor) -> AbstractContextManager[Any]:
     """Within it operators keep the dtype of what they are given, also under autocast: for what does not fit into half
     precision, and for what is written into tensors made beforehand."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    there = kind != "meta" and torch.is_autocast_enabled(kind)  # torch knows of no autocast without numbers
+    return torch.autocast(kind, enabled=False) if there else nullcontext()
 
 
 def unit(x: Tensor, dim: int = -1) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.hosts.image_files import image_processor
 from manyheads.hosts.loading import VLM, Loaded, find_model, load_model
-from manyheads.hosts.quiet import quiet
 
 SHAPE = "LlavaForConditionalGeneration"
 
@@ -177,7 +177,7 @@ def seen_by(loaded: Loaded) -> Seeing:
     _check_sight(loaded.name, loaded.model.config)
     if type(loaded.model).__name__ != SHAPE or loaded.where is None:
         raise ValueError(f"{loaded.name} was opened as {type(loaded.model).__name__}: want a folder of a {SHAPE}")
-    return Seeing(loaded, _processor(loaded.where))
+    return Seeing(loaded, image_processor(loaded.where))
 
 
 def _check_sight(name: str, config: Any) -> None:
@@ -185,16 +185,3 @@ def _check_sight(name: str, config: Any) -> None:
         raise ValueError(f"{name} is a {config.model_type}, which has no vision tower: give a {SHAPE}, or {VLM}")
     if config.model_type != "llava":
         raise ValueError(f"{name} is a {config.model_type}; pictures with text are read by a {SHAPE}, such as {VLM}")
-
-
-def _processor(where: str) -> Any:
-    from transformers import AutoImageProcessor
-
-    try:
-        with quiet():
-            return AutoImageProcessor.from_pretrained(where, backend="pil", trust_remote_code=False)
-    except Exception as error:  # whatever a file from outside brings to pass
-        raise ValueError(
-            f"{where} has no image processor that can be read ({error!r}): it wants processor_config.json or "
-            "preprocessor_config.json beside the weights"
-        ) from error

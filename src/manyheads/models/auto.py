@@ -15,7 +15,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+)
 
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
@@ -98,3 +102,6 @@ AutoModelForImageClassification.register(ManyheadsConfig, ManyheadsForImageClass
 AutoModelForObjectDetection.register(ManyheadsConfig, ManyheadsForObjectDetection, exist_ok=True)
 # Trainer smooths labels itself, and shifts them for the classes that stand here and no others.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["manyheads"] = ManyheadsForCausalLM.__name__
+# Pipelines copy these, and the copies do not know what was registered.
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES["manyheads"] = ManyheadsForObjectDetection.__name__
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["manyheads"] = ManyheadsForSemanticSegmentation.__name__

@@ -125,8 +125,7 @@ class ManyheadsConfig(PreTrainedConfig):
             if isinstance(value, str | Mapping):
                 value = [value]
             setattr(self, name, None if value is None else [_checked_spec(f"{name}[{i}]", v) for i, v in _each(value)])
-        if not isinstance(self.image_size, int):
-            self.image_size = list(self.image_size)
+        self.image_size = _sides(self.image_size)
         if self.pooling != "mean":
             self.pooling = _checked_spec("pooling", self.pooling)
         if self.back is not None:
@@ -229,7 +228,7 @@ class ManyheadsConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value!r}; want a positive number")
-        if len(self.image_shape) != 2 or any(side % self.patch_size for side in self.image_shape):
+        if any(side % self.patch_size for side in self.image_shape):
             raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
 
     def _check_kinds(self) -> None:
@@ -295,6 +294,13 @@ class ManyheadsConfig(PreTrainedConfig):
             check_pattern("pooling", self.pooling, Pattern.POOL)
 
 
+def _sides(size: Any) -> int | list[int]:
+    sides = [size] if isinstance(size, int) else list(size) if isinstance(size, list | tuple) else []
+    if len(sides) != (1 if isinstance(size, int) else 2) or not all(isinstance(s, int) and s > 0 for s in sides):
+        raise ValueError(f"image_size={size!r}; want the pixels of a side, or [height, width]")
+    return size if isinstance(size, int) else sides
+
+
 # Names of other configurations that say how large a model is or what it computes, and where that is said here.
 _ELSEWHERE = {
     **dict.fromkeys(("n_layer", "n_layers", "num_layers"), "num_hidden_layers"),
@@ -305,6 +311,7 @@ _ELSEWHERE = {
     "num_key_value_heads": 'a layer\'s spec: layers={"name": "gqa", "kv_heads": 2}',
     "head_dim": "hidden_size, which heads divide",
     "sliding_window": 'a layer\'s spec: layers={"name": "mswa", "window": 128}',
+    "semantic_loss_ignore_index": "-100 in the labels, where nothing is asked",
 }
 
 

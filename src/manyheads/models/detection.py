@@ -78,7 +78,8 @@ class ManyheadsForObjectDetection(ManyheadsOverImages):
         pixel_mask: Tensor | None = None,
     ) -> ManyheadsObjectDetectionOutput:
         """labels: of each picture {"class_labels": [t], "boxes": [t, 4]}, as transformers' detectors take them. The
-        loss is class + 5 l1 + 2 giou. pixel_mask: of a hierarchy; boxes are in parts of what is real then."""
+        loss is class + 5 l1 + 2 giou. pixel_mask: of a hierarchy; boxes are in parts of what is real then. Labels with
+        a `size` that is the padded one, as transformers' processors make them, have theirs in parts of that."""
         wants = self._wants(output_attentions, output_hidden_states)
         maps, weights, aux_loss, real = self._below(pixel_values, pixel_mask, wants)
         last: Tensor = self.neck(maps[-1])
@@ -90,7 +91,10 @@ class ManyheadsForObjectDetection(ManyheadsOverImages):
         boxes = (moved + nn.functional.pad(self.points, (0, 2)).to(moved.dtype)).sigmoid()
         losses = [loss for loss in (aux_loss, trace.aux_loss) if loss is not None]
         aux_loss = torch.stack(losses).sum() if losses else None
-        parts = None if labels is None else set_losses(logits, boxes, *self._padded(labels, logits))
+        parts = None
+        if labels is not None:
+            reach = None if pixel_mask is None else extent(pixel_mask.bool())
+            parts = set_losses(logits, boxes, *self._padded(labels, logits, pixel_values.shape[2:], reach))
         loss = None if parts is None else torch.stack([WEIGHTS[key] * part for key, part in parts.items()]).sum()
         return ManyheadsObjectDetectionOutput(
             self._with_router_loss(loss, aux_loss),
@@ -119,21 +123,44 @@ class ManyheadsForObjectDetection(ManyheadsOverImages):
         maps = tuple(state.unflatten(1, self.config.patch_grid) for state in states)
         return maps, trace.attentions, trace.aux_loss, None
 
-    def _padded(self, labels: Sequence[Mapping[str, Tensor]], logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes [b, t], -1 where a picture has fewer, and boxes [b, t, 4]."""
+    def _padded(
+        self, labels: Sequence[Mapping[str, Tensor]], logits: Tensor, size: Sequence[int], reach: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Classes [b, t], -1 where a picture has fewer, and boxes [b, t, 4], of pictures of this size, of which `reach`
+        [b, 2] is real."""
         if len(labels) != len(logits):
             raise ValueError(f"labels of {len(labels)} pictures for {len(logits)}; want one mapping for each")
-        most = max((len(own["class_labels"]) for own in labels), default=0)
+        checked = [self._checked(f"labels[{row}]", own) for row, own in enumerate(labels)]
+        most = max((len(kinds) for kinds, _ in checked), default=0)
         classes = torch.full((len(labels), most), -1, device=logits.device)
-        boxes = logits.new_zeros(len(labels), most, 4)
-        for row, own in enumerate(labels):
-            kinds, places = own["class_labels"].to(logits.device), own["boxes"].to(boxes)
-            if places.shape != (len(kinds), 4):
-                raise ValueError(f"labels[{row}]: boxes {list(places.shape)}; want [{len(kinds)}, 4], one per class")
-            if len(kinds) and not bool(((kinds >= 0) & (kinds < self.config.num_labels)).all()):
-                raise ValueError(f"labels[{row}]: classes {kinds.tolist()}; want 0 to {self.config.num_labels - 1}")
+        wide = torch.promote_types(logits.dtype, torch.float32)  # half precision would move the boxes
+        boxes = torch.zeros(len(labels), most, 4, dtype=wide, device=logits.device)
+        for row, (kinds, places) in enumerate(checked):
+            told = labels[row].get("size")
+            if reach is not None and told is not None and [int(side) for side in told] == [*size]:
+                places = places * (torch.tensor([*size]) / reach[row].cpu()).flip(0).repeat(2).to(places)
             classes[row, : len(kinds)], boxes[row, : len(kinds)] = kinds, places
         return classes, boxes
+
+    def _checked(self, place: str, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        for what, axes, sort in (("class_labels", 1, "integers [t]"), ("boxes", 2, "floats [t, 4]")):
+            given = own.get(what) if isinstance(own, Mapping) else None
+            fits = isinstance(given, Tensor) and (given.is_floating_point() == (axes == 2) or not given.numel())
+            if not isinstance(given, Tensor) or not fits or (given.ndim != axes and given.numel()):
+                found = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+                raise ValueError(f"{place}: {what} {found}; want a mapping with them as a tensor of {sort}")
+        kinds, places = own["class_labels"], own["boxes"]
+        if places.shape != (len(kinds), 4):
+            raise ValueError(f"{place}: boxes {list(places.shape)}; want [{len(kinds)}, 4], one per class")
+        if len(kinds) and not bool(((kinds >= 0) & (kinds < self.config.num_labels)).all()):
+            raise ValueError(f"{place}: classes {kinds.tolist()}; want 0 to {self.config.num_labels - 1}")
+        # Some boxes stand out over the rim; those in pixels are further away.
+        if not bool(((places > -1) & (places < 2)).all() & (places[:, 2:] >= 0).all()):
+            raise ValueError(
+                f"{place}: boxes {places.tolist()}; want middle x, middle y, width and height in parts of the picture, "
+                "from 0 to 1"
+            )
+        return kinds, places
 
 
 def _decoder(config: ManyheadsConfig) -> Stack:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from manyheads.card import Pattern
+from manyheads.finite import blanked
 from manyheads.models.configuration import ManyheadsConfig, layer_pattern
-from manyheads.models.heads import token_loss
 from manyheads.models.layers import ManyheadsBlock, Mixer
-from manyheads.models.masks import Masks
+from manyheads.models.losses import token_loss
+from manyheads.models.masks import Masks, real_places
 from manyheads.models.modeling import ManyheadsPreTrainedModel
 from manyheads.models.stack import Stack
 
@@ -32,6 +33,13 @@ class ManyheadsNodeClassifierOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor | None, ...] | None = None
     aux_loss: Tensor | None = None
+
+
+class EdgeLabels(TypedDict, total=False):
+    """Taken beside the named arguments: Trainer holds every parameter named after labels for one that it must have, and
+    measures by."""
+
+    edge_labels: Tensor | None
 
 
 class ManyheadsForNodeClassification(ManyheadsPreTrainedModel):
@@ -60,35 +68,57 @@ class ManyheadsForNodeClassification(ManyheadsPreTrainedModel):
         node_features: Tensor,
         edges: Tensor,
         attention_mask: Tensor | None = None,
-        edge_labels: Tensor | None = None,
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         num_items_in_batch: Any = None,
+        **beside: Unpack[EdgeLabels],
     ) -> ManyheadsNodeClassifierOutput:
         """node_features: [b, n, f]. edges: [b, 2, k] integers, sources above targets, from 0 to n - 1 in each graph; -1
-        in both places where a graph has fewer. attention_mask: [b, n], nonzero = a node. edge_labels: [b, k], where a
-        layer takes them. labels: [b, n], -100 where nothing is asked."""
-        real = None if attention_mask is None else attention_mask.bool()
+        in both places where a graph has fewer. attention_mask: [b, n], nonzero = a node; features, edges and labels of
+        what is none do not count. edge_labels: [b, k], where a layer takes them. labels: [b, n], -100 where nothing is
+        asked."""
         joined, kept = joined_edges(edges, node_features)
+        real, edge_labels = self._checked(node_features, attention_mask, beside)
         given = {"edges": joined}
         if edge_labels is not None:
             if edge_labels.shape != edges[:, 0].shape:
                 raise ValueError(f"edge_labels {list(edge_labels.shape)} for edges {list(edges.shape)}; want [b, k]")
             given["labels"] = edge_labels[kept]
         wants = self._wants(output_attentions, output_hidden_states)
-        x = self.embed_nodes(node_features.to(self.dtype))
+        nodes = node_features if real is None else blanked(node_features, ~real)
+        x = self.embed_nodes(nodes.to(self.dtype))
         trace = self.stack(x, None, Masks(self_mask=real, beside=given), **wants)
         logits, loss, share = self.classifier(trace.last), None, 1.0
         if labels is not None:
-            loss, share = token_loss(logits, labels, num_items_in_batch)
+            loss, share = token_loss(logits, labels, num_items_in_batch, real)
         loss = self._with_router_loss(loss, trace.aux_loss, share)
         return ManyheadsNodeClassifierOutput(loss, logits, trace.hidden_states, trace.attentions, trace.aux_loss)
+
+    def _checked(self, nodes: Tensor, mask: Tensor | None, beside: EdgeLabels) -> tuple[Tensor | None, Tensor | None]:
+        """What is a node, and the labels of edges."""
+        if nodes.shape[2] != self.config.num_node_features:
+            raise ValueError(f"node_features {list(nodes.shape)}; want {self.config.num_node_features} of each node")
+        if mask is not None and mask.shape != nodes.shape[:2]:
+            raise ValueError(f"attention_mask {list(mask.shape)}; want {list(nodes.shape[:2])}, one for each node")
+        unknown = sorted(beside.keys() - EdgeLabels.__annotations__.keys())
+        if unknown:
+            raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {unknown[0]!r}")
+        labels = beside.get("edge_labels")
+        for i, layer in enumerate(self.stack.layers if labels is None else ()):
+            mixer: Any = layer.self_attn
+            if "labels" in mixer.takes:
+                raise ValueError(
+                    f"layer {i}, {mixer.mechanism.card.name}, takes labels of edges: give edge_labels= "
+                    "(Trainer drops what forward does not name: remove_unused_columns=False)"
+                )
+        return None if mask is None else real_places("attention_mask", mask), labels
 
 
 def joined_edges(edges: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
     """edges [b, 2, k] of graphs of n nodes -> [2, all] of one graph of b n nodes, and which of [b, k] are edges."""
-    if nodes.ndim != 3 or edges.ndim != 3 or edges.shape[:2] != (nodes.shape[0], 2) or edges.is_floating_point():
+    whole = not edges.is_floating_point() and edges.dtype != torch.bool
+    if nodes.ndim != 3 or edges.ndim != 3 or edges.shape[:2] != (nodes.shape[0], 2) or not whole:
         raise ValueError(
             f"edges {list(edges.shape)} {edges.dtype} for node_features {list(nodes.shape)}; want integers [b, 2, k] "
             "for [b, n, f]"

@@ -28,6 +28,7 @@ from manyheads.models.beside import GIVEN, continued, of_last
 from manyheads.models.cache import ManyheadsCache
 from manyheads.models.configuration import ManyheadsConfig
 from manyheads.models.layers import build_mechanism
+from manyheads.models.losses import token_loss
 from manyheads.models.masks import real_tokens
 from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel, ManyheadsSeq2SeqModel
 from manyheads.models.packed import Packing, find_documents
@@ -135,22 +136,6 @@ def shifted(labels: Tensor | None, beside: Shifted) -> Tensor | None:
         raise TypeError(f"ManyheadsForCausalLM.forward() got an unexpected keyword argument {unknown[0]!r}")
     found = beside.get("shift_labels")
     return F.pad(labels[:, 1:], (0, 1), value=-100) if found is None and labels is not None else found
-
-
-def token_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> tuple[Tensor, Any]:
-    """Mean cross entropy over labels other than -100, and these labels' share of all that one optimizer step sees.
-
-    num_items_in_batch: how many those are, where several batches make a step."""
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(f"labels {list(labels.shape)} for {list(logits.shape[:-1])} tokens; want one for each")
-    labels, wide = labels.to(logits.device), logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum")
-    count = (labels != -100).sum()
-    if num_items_in_batch is None:
-        return loss / count.clamp(min=1), 1.0
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
-    return loss / num_items_in_batch, count / num_items_in_batch
 
 
 class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):

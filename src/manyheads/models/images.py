@@ -13,7 +13,8 @@ from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegment
 from transformers.utils.generic import can_return_tuple
 
 from manyheads.models.configuration import ManyheadsConfig
-from manyheads.models.heads import Pooling, sum_losses, token_loss
+from manyheads.models.heads import Pooling, sum_losses
+from manyheads.models.losses import token_loss
 from manyheads.models.modeling import ManyheadsPreTrainedModel
 from manyheads.models.stack import build_stack
 from manyheads.models.stages import Hierarchy, HierarchyHead, HierarchyPixels, StagedTrace
@@ -154,7 +155,8 @@ class ManyheadsForSemanticSegmentation(ManyheadsOverImages):
         pixel_mask: Tensor | None = None,
     ) -> ManyheadsSemanticSegmenterOutput:
         """pixel_values: [b, channels, height, width]. labels: [b, height, width], -100 where nothing is asked. logits:
-        [b, labels, height, width]. pixel_mask: of a hierarchy; what is padded has logits of no meaning."""
+        [b, labels, height, width]. pixel_mask: of a hierarchy; what is padded has logits of no meaning, and no label of
+        it counts."""
         wants = self._wants(output_attentions, output_hidden_states)
         hidden: Any
         if self.hierarchy is not None:
@@ -170,7 +172,8 @@ class ManyheadsForSemanticSegmentation(ManyheadsOverImages):
             hidden, weights, aux_loss = trace.hidden_states, trace.attentions, trace.aux_loss
         loss, share = None, 1.0
         if labels is not None:
-            loss, share = token_loss(logits.movedim(1, -1), labels, num_items_in_batch)
+            real = None if pixel_mask is None else pixel_mask.bool()
+            loss, share = token_loss(logits.movedim(1, -1), labels, num_items_in_batch, real)
         return ManyheadsSemanticSegmenterOutput(
             self._with_router_loss(loss, aux_loss, share),
             logits,

@@ -85,3 +85,11 @@ def worth_saying(masks: Masks, n: int, seen: int = 0) -> Masks:
 
 def real_tokens(attention_mask: Tensor | None) -> Tensor | None:
     return None if attention_mask is None else attention_mask.bool()
+
+
+def real_places(name: str, mask: Tensor) -> Tensor:
+    """A mask of pixels or nodes, nonzero = real; ValueError for one that is added to scores, the contrary of it."""
+    asked = mask.is_floating_point() and not mask.is_meta and not torch.compiler.is_compiling()
+    if asked and bool((mask < 0).any()):
+        raise ValueError(f"{name} holds values below zero, as what is added to scores; want nonzero = real")
+    return mask.bool()

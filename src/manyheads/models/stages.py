@@ -20,6 +20,7 @@ from manyheads.functional.deformed import DeformedConv2d
 from manyheads.functional.feature_maps import extent, rectangle, resized
 from manyheads.models.class_tokens import ClassToken
 from manyheads.models.layouts import STAGE
+from manyheads.models.masks import real_places
 from manyheads.models.stage_blocks import StageBlock, block_of, norm_of, normed
 
 ACTIVATIONS = {"none": nn.Identity, "gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
@@ -164,7 +165,7 @@ class Hierarchy(nn.Module):
         if pixel_mask is not None:
             if pixel_mask.shape != x.shape[:3]:
                 raise ValueError(f"pixel_mask has shape {list(pixel_mask.shape)}; want {list(x.shape[:3])}")
-            real = pixel_mask.bool()
+            real = real_places("pixel_mask", pixel_mask)
             x = shown(x, real)
         for step in self.stem:
             x, real = step(x, real)

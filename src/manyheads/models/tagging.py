@@ -10,7 +10,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from manyheads.models.configuration import ManyheadsConfig
-from manyheads.models.heads import token_loss
+from manyheads.models.losses import token_loss
 from manyheads.models.modeling import ManyheadsModel, ManyheadsPreTrainedModel
 
 

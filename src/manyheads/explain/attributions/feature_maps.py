@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from manyheads.explain.attributions.base import BROKEN, Attributed, Attribution
-from manyheads.explain.attributions.feed import Feed, Position, Score, Target, score_of
+from manyheads.explain.attributions.feed import Feed, Position, Score, Target, logits_of, score_of
 
 
 class MapGradCAM(Attribution):
@@ -89,7 +89,14 @@ def pixels_of(feed: Feed) -> Tensor:
 
 
 def picture_score(feed: Feed, target: Target, pixels: Tensor, score: Score | None) -> Tensor:
-    found = score_of(feed(**{feed.main: pixels}), feed, target, None, score)
+    output = feed(**{feed.main: pixels})
+    logits = logits_of(output)
+    if score is None and logits is not None and logits.dim() == 3:
+        raise ValueError(
+            f"{type(feed.model).__name__} gives logits {list(logits.shape)}, of many places, none of them its answer: "
+            "give score=, a function of the output with one number per row (say one query's class)"
+        )
+    found = score_of(output, feed, target, None, score)
     if not bool(found.isfinite().all()):
         raise ValueError(f"the score holds NaN or infinity: {BROKEN}")
     return found
