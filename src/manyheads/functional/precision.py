@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def own_dtype(x: Tensor) -> AbstractContextManager[Any]:
@@ -15,6 +20,27 @@ def own_dtype(x: Tensor) -> AbstractContextManager[Any]:
     precision, and for what is written into tensors made beforehand."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def in_own_dtype(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """A function of which all is computed within `own_dtype` of its first argument."""
+
+    @wraps(function)
+    def kept(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        with own_dtype(x):
+            return function(x, *args, **kwargs)
+
+    return kept
+
+
+def as_kernels_take(*given: Tensor) -> tuple[Tensor, ...]:
+    """What an attention kernel computes with: under autocast all is of its dtype (float64 it leaves alone), as models
+    count on, whose queries, keys and values then differ. Otherwise what was given."""
+    kind = given[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return given
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in given)
 
 
 def unit(x: Tensor, dim: int = -1) -> Tensor:
