@@ -59,7 +59,8 @@ def shard(
     cut = {key: _cut(value, layout, missing, key) for key, value in found.items() if value is not None}
     if labels is not None:
         count = (labels != -100).sum().clamp(min=1)
-        cut |= {"labels": cut["shift_labels"], "num_items_in_batch": batch.get("num_items_in_batch", count)}
+        given = batch.get("num_items_in_batch")
+        cut |= {"labels": cut["shift_labels"], "num_items_in_batch": count if given is None else given}
     return cut | {"shard_of": torch.tensor([n + missing, KINDS.index(kind)])}
 
 

@@ -74,14 +74,16 @@ class Spread:
         attention_mask: Tensor | None = None,
         *,
         max_new_tokens: int,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
     ) -> Tensor:
         """Greedy decoding, [b, n + new]: what `generate(do_sample=False)` of one process gives.
 
         input_ids, attention_mask [b, n]: the whole prompts, in every process, padded on the left. Each process reads
         its shard and keeps the keys and values of that alone (`decoding.Memory`); new tokens are kept in turn. A row
-        that has come to eos_token_id goes on with pad_token_id, or that itself.
+        that has come to eos_token_id, or one of several, goes on with pad_token_id, or that itself; both are those of
+        the model's generation_config where they are not given. ValueError for what that has beside them and
+        suppress_tokens, such as a penalty.
         """
         given = (input_ids, attention_mask, max_new_tokens, eos_token_id, pad_token_id)
         try:
