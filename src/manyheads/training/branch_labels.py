@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from manyheads.mechanism import Mechanism, Result
 from manyheads.mechanisms.pooling.acmil import Acmil
+from manyheads.training.given import check_mechanism_given
 
 
 class BranchLabels(nn.Module):
@@ -27,6 +28,7 @@ class BranchLabels(nn.Module):
 
     def __init__(self, pool: Mechanism, classes: int) -> None:
         super().__init__()
+        check_mechanism_given("BranchLabels", pool)
         if not isinstance(pool, Acmil):
             raise ValueError(
                 f"BranchLabels: {pool.card.name} has no branches that pool a bag each; want create_attention('acmil')"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from manyheads.card import Pattern
 from manyheads.functional.drawing import draw, highest, share
 from manyheads.mechanism import Mechanism, Result
+from manyheads.training.given import check_mechanism_given
 
 
 class HardInstanceMining(nn.Module):
@@ -41,6 +42,7 @@ class HardInstanceMining(nn.Module):
         temperature: float = 0.1,
     ) -> None:
         super().__init__()
+        check_mechanism_given("HardInstanceMining", student)
         if Pattern.POOL not in student.card.patterns:
             raise ValueError(
                 f"HardInstanceMining: {student.card.name} is no pool; it declares {sorted(student.card.patterns)}"
@@ -63,6 +65,12 @@ class HardInstanceMining(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
+        narrow = {p.dtype for p in self.teacher.parameters() if 0 < 1 - self.momentum < torch.finfo(p.dtype).eps}
+        if narrow:
+            raise ValueError(
+                f"HardInstanceMining: parameters of {', '.join(sorted(map(str, narrow)))}, momentum={self.momentum}, "
+                "whose steps are lost in rounding; keep the parameters in float32 and compute under torch.autocast"
+            )
         for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             old.lerp_(new, 1 - self.momentum)
         for held, now in zip(self.teacher.buffers(), self.student.buffers(), strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from manyheads.functional.deferred import recomputing
 from manyheads.mechanism import Mechanism, Result
+from manyheads.training.given import check_mechanism_given
 
 
 class _Norm(nn.BatchNorm2d):
@@ -50,6 +51,7 @@ class TokenAwarePooling(nn.Module):
         norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        check_mechanism_given("TokenAwarePooling", mechanism)
         if mechanism.causal:
             raise ValueError(f"TokenAwarePooling: {mechanism.card.name} is causal, and pooling reads later tokens")
         if scales < 1 or temperature <= 0:
