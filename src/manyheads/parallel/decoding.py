@@ -153,7 +153,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 def _told(
     model: Any, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None
 ) -> tuple[list[int], int | None, Tensor]:
-    """Tokens that end a row, that which fills it up, if one is known, and those that are never chosen, as `generate` has
+    """Tokens that end a row, that which fills it up, if one is known, and those never chosen, as `generate` has
     them: the generation_config's where the caller says nothing. ValueError for what it holds that is not done here."""
     config = getattr(model, "generation_config", None)
     others = {name: getattr(config, name, None) for name in _NEUTRAL}

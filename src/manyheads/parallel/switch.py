@@ -242,7 +242,8 @@ def sequence_parallel(
         spread.reduce_gradients(model)  # those of one process with the whole batch
 
     model: ManyheadsForCausalLM with mechanisms whose cards say how (`parallel`), or a causal language model of
-    transformers (`hosted.FAMILIES`); the same weights in every process. softmax: "ring" or, where the processes divide
+    transformers (`hosted.FAMILIES`), also inside of peft, DistributedDataParallel or torch.compile, by which it is then
+    called; the same weights in every process. softmax: "ring" or, where the processes divide
     the key heads, "heads". Softmax layers alone take zigzag shards; states, convolutions and windows alone contiguous
     ones, and so does a mixture: `spread.shard` and `spread.kind` know. All processes call alike, backward included,
     which may run after the context is closed. Random numbers are each process's own: without dropout all is as in one.
@@ -252,6 +253,7 @@ def sequence_parallel(
     """
     if softmax not in ("ring", "heads"):
         raise ValueError(f"sequence_parallel: softmax={softmax!r} was given; want 'ring' or 'heads'")
+    model = _inside(model)
     if model in _open:
         raise ValueError(
             f"sequence_parallel: {type(model).__name__} is in another one already, of this or another group; "
@@ -275,6 +277,19 @@ def sequence_parallel(
             stack.enter_context(hosted.spread(model, spread))
         stack.callback(model.register_forward_pre_hook(spread.begin, with_kwargs=True).remove)
         yield spread
+
+
+def _inside(model: Any) -> Any:
+    """The model that others have put something around."""
+    while True:
+        if hasattr(model, "get_base_model"):  # peft
+            model = model.get_base_model()
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _ours(model: Any) -> bool:
