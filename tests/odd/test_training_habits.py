@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from manyheads import create_attention
 from manyheads.functional.linear import Kernel, causal_read, matrix_read, recall, summarise
@@ -22,6 +23,7 @@ from manyheads.training import (
     TokenAwarePooling,
     anchored_contrast,
     length_buckets,
+    locally_subsampled,
     minilm_loss,
 )
 
@@ -128,6 +130,24 @@ def test_heads_of_a_model_without_mechanisms_cannot_be_masked():
 def test_the_entropy_of_a_wrapped_mechanism():
     wrapped = EntropyMaximised(SubsampledAttention(create_attention("softmax", 8, 2)))
     assert set(wrapped.train()(torch.randn(1, 5, 8)).losses) == {"attention_entropy"}
+
+
+def test_a_checkpoint_that_is_saved_meanwhile_is_the_models_own(tmp_path):
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).train()
+    ids = torch.arange(12)[None]
+    with locally_subsampled(model, keep=0.25, spread=0.0):
+        model.save_pretrained(tmp_path)
+        average = copy.deepcopy(model).eval()
+        drawn = model(input_ids=ids).logits
+    assert_close(average(input_ids=ids).logits, model(input_ids=ids).logits)
+    again = LlamaForCausalLM.from_pretrained(tmp_path).train()
+    assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    with locally_subsampled(again, keep=0.25, spread=0.0):
+        assert_close(again(input_ids=ids).logits, drawn)
+    with pytest.raises(ValueError, match="trains outside of the locally_subsampled"):
+        average.train()(input_ids=ids)
 
 
 def test_an_epoch_that_is_resumed_goes_on_with_its_own_batches():
