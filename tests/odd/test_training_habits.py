@@ -21,7 +21,9 @@ from manyheads.training import (
     LocallySubsampled,
     SubsampledAttention,
     TokenAwarePooling,
+    VisualFactors,
     anchored_contrast,
+    image_numbers,
     length_buckets,
     locally_subsampled,
     minilm_loss,
@@ -120,6 +122,37 @@ def test_what_is_no_mechanism_is_refused_when_it_is_given(wrap):
     for given in (nn.MultiheadAttention(8, 2), "softmax", inner):
         with pytest.raises(ValueError, match="want a mechanism as create_attention makes it"):
             wrap(given)
+
+
+def test_heads_that_an_adapter_reads_are_masked_before_it():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"only": create_attention("softmax", 8, 2)})
+    adapted = get_peft_model(model, LoraConfig(target_modules=["o_proj"], init_lora_weights=False)).train()
+    x, joined = torch.randn(1, 3, 8), []
+    projection = adapted.base_model.model["only"].o_proj
+    for part in (projection.base_layer, projection.lora_A["default"]):
+        part.register_forward_pre_hook(lambda module, args: joined.append(args[0]))
+    with HeadMask(adapted, count=1) as heads:
+        heads.kept = torch.tensor([False, True])
+        adapted.base_model.model["only"](x)
+    assert len(joined) == 2
+    for given in joined:
+        assert not given[..., :4].any()
+        assert given[..., 4:].all()
+
+
+def test_layers_that_are_named_twice_and_prompts_without_tokens():
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    factors = VisualFactors(model, images=1, layers=(1, 1))
+    ids = torch.tensor([[3, 4, 4, 5, 6]])
+    with factors.on(model, image_numbers(ids, 4)):
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert factors.factors.grad.shape == (1, 2, 1)
+    with pytest.raises(ValueError, match=r"which is \(0, 5\)"), factors.on(model, torch.zeros(0, 5).long()):
+        pass
 
 
 def test_heads_of_a_model_without_mechanisms_cannot_be_masked():

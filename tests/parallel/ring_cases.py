@@ -161,6 +161,15 @@ def under_autocast() -> None:
             assert_close(own, alone, rtol=0, atol=0)
 
 
+def no_rows() -> None:
+    """A batch of none, as the last of an epoch may be."""
+    layout = Layout(12)
+    x = layout.shard(torch.empty(0, 2, 12, 4), 2).requires_grad_()
+    out = ring_attention(x, x, x, layout, causal=True)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (0, 2, layout.count(), 4)
+
+
 def two_groups() -> None:
     """A group of some processes beside that of all."""
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
@@ -191,5 +200,6 @@ CASES = {
     "balance": balance,
     "bfloat16": narrow,
     "autocast": under_autocast,
+    "no rows": no_rows,
     "two groups": two_groups,
 }

@@ -218,6 +218,16 @@ def unlike() -> None:
                 model(**mine)
 
 
+def counted_apart() -> None:
+    """Shares of a loss that are each a mean over a process's own labels are no shares."""
+    model, size, rank = ours("softmax"), dist.get_world_size(), dist.get_rank()
+    with sequence_parallel(model) as spread:
+        mine = spread.shard(batch_of(17)) | {"num_items_in_batch": 5 + rank}
+        if size > 1:
+            with pytest.raises(ValueError, match=r"num_items_in_batch=\[5, 6"):
+                model(**mine)
+
+
 def two_groups() -> None:
     """A model has one group at a time; another model may have another."""
     own = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
@@ -254,7 +264,7 @@ def halo_bytes() -> None:
             model(**spread.shard(batch_of(n)))
         found.append(count.bytes)
     size, rank = dist.get_world_size(), dist.get_rank()
-    told = 5 * 8 * (size - 1)
+    told = 6 * 8 * (size - 1)  # what the processes tell each other of a pass
     halo = 7 * 2 * 4 * 8 * 4 if rank < size - 1 else 0
     assert found == [told + halo] * 2
 
@@ -334,6 +344,7 @@ CASES = {
     "too short": too_short,
     "elsewhere": elsewhere,
     "unlike": unlike,
+    "counted apart": counted_apart,
     "two groups": two_groups,
     "twice": twice,
     "halo bytes": halo_bytes,

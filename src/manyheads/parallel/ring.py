@@ -146,7 +146,7 @@ def _groups(k: Tensor, v: Tensor, layout: Layout) -> Iterator[slice]:
     """Key heads that go round together, the same in every process."""
     longest = -(-layout.length // layout.place.size)
     each = k.shape[0] * longest * (k.shape[-1] + v.shape[-1]) * k.element_size()
-    step = max(1, UNDERWAY // each) if layout.place.size > 1 else k.shape[1]
+    step = max(1, UNDERWAY // max(1, each)) if layout.place.size > 1 else k.shape[1]
     for start in range(0, k.shape[1], step):
         yield slice(start, min(start + step, k.shape[1]))
 

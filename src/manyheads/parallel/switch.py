@@ -189,7 +189,9 @@ class Spread:
         real = None if mask is None else mask.bool()
         says = real is not None and not bool(real.all())
         at, layout = place(self.group), Layout(length, KINDS[number], self.group)
-        here = torch.tensor([b, length, number, says, documents is not None], device=device)
+        labels = named.get("num_items_in_batch")
+        labels = -1 if labels is None else int(labels)
+        here = torch.tensor([b, length, number, says, documents is not None, labels], device=device)
         everyone = all_gather(here, at)
         self._check_alike(everyone, n, layout)
         if not bool(everyone[:, 3].any()):
@@ -212,6 +214,11 @@ class Spread:
             raise ValueError(
                 f"sequence_parallel: the processes hold shards of {found} (rows, length, {list(KINDS)}); want all "
                 "of one batch"
+            )
+        if bool((everyone[:, 5] != everyone[0, 5]).any()):
+            raise ValueError(
+                f"sequence_parallel: the processes were given num_items_in_batch={everyone[:, 5].tolist()}; want the "
+                "labels of the whole batch in each (of Trainer: average_tokens_across_devices=True)"
             )
         if layout.kind != self.kind and self.kind == "contiguous":
             raise ValueError(

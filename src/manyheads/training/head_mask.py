@@ -119,7 +119,8 @@ def _joins(mechanism: Mechanism, outputs: Sequence[str]) -> list[nn.Module]:
         own = getattr(mechanism, "o_proj", None)
         head_dim = getattr(mechanism, "head_dim", None)
         wide = mechanism.dim if head_dim is None else mechanism.heads * head_dim
-        if isinstance(own, nn.Linear) and own.in_features == wide:
+        # With an adapter in it, or in few bits, it is no nn.Linear.
+        if isinstance(own, nn.Module) and getattr(own, "in_features", None) == wide:
             joins.append(own)
     if not joins or any(getattr(join, "in_features", 1) % mechanism.heads for join in joins):
         looked = list(outputs) or ["o_proj"]
