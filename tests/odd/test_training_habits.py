@@ -23,6 +23,7 @@ from manyheads.training import (
     TokenAwarePooling,
     VisualFactors,
     anchored_contrast,
+    attention_diversification,
     image_numbers,
     length_buckets,
     locally_subsampled,
@@ -163,6 +164,35 @@ def test_heads_of_a_model_without_mechanisms_cannot_be_masked():
 def test_the_entropy_of_a_wrapped_mechanism():
     wrapped = EntropyMaximised(SubsampledAttention(create_attention("softmax", 8, 2)))
     assert set(wrapped.train()(torch.randn(1, 5, 8)).losses) == {"attention_entropy"}
+
+
+def test_bags_without_a_label_are_in_no_loss_of_labels():
+    torch.manual_seed(0)
+    module, x = BranchLabels(create_attention("acmil", 8, 2), classes=2).eval(), torch.randn(3, 4, 8)
+    some = module(x, torch.tensor([0, -100, 1], dtype=torch.int32)).losses
+    others = module(x[[0, 2]], torch.tensor([0, 1])).losses
+    for name in ("branches", "bag"):
+        assert_close(some[name], others[name])
+
+
+def test_tokens_are_counted_in_half_precision():
+    """bfloat16 has no number between 256 and 258."""
+    torch.manual_seed(0)
+    rows, real = torch.randn(1, 2, 300, 300).softmax(-1).bfloat16(), torch.arange(300)[None] < 257
+    found = attention_diversification(rows, threshold=0.5, queries=real)
+    assert found.dtype == torch.float32
+    assert_close(found, attention_diversification(rows.float(), threshold=0.5, queries=real), rtol=1e-4, atol=0)
+
+
+def test_agreement_with_a_teacher_is_measured_in_float32_under_autocast():
+    miner = HardInstanceMining(create_attention("acmil", 8, 2), high=0.0).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert miner(torch.randn(1, 4, 8)).losses["consistency"].dtype == torch.float32
+
+
+def test_no_kinds_of_vectors_teach_nothing():
+    with pytest.raises(ValueError, match="0 kinds of vectors"):
+        minilm_loss([], [], heads=1)
 
 
 def test_a_checkpoint_that_is_saved_meanwhile_is_the_models_own(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,14 @@ def own_dtype(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def in_own_dtype(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """A function of which all is computed within `own_dtype` of its first argument."""
+def in_own_dtype(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of which all is computed within `own_dtype` of its first argument, a tensor that stands first."""
 
     @wraps(function)
-    def kept(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+    def kept(*args: P.args, **kwargs: P.kwargs) -> R:
+        x: Any = args[0]
         with own_dtype(x):
-            return function(x, *args, **kwargs)
+            return function(*args, **kwargs)
 
     return kept
 

@@ -85,8 +85,9 @@ class HardInstanceMining(nn.Module):
             raise ValueError(f"HardInstanceMining: {self.student.card.name} has no weights to mine by")
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         result: Result = self.student(x, mask=self.kept(seen.weights.mean((1, 2)), real), need_weights=need_weights)
-        target = (seen.output / self.temperature).softmax(-1)
-        each = -(target * result.output.log_softmax(-1)).sum(-1)
+        wide = torch.promote_types(result.output.dtype, torch.float32)
+        target = (seen.output.to(wide) / self.temperature).softmax(-1)
+        each = -(target * result.output.to(wide).log_softmax(-1)).sum(-1)
         bags = real.any(1)
         consistency = each.masked_fill(~bags, 0.0).sum() / bags.sum().clamp_min(1)
         return result._replace(losses={**result.losses, "consistency": consistency})

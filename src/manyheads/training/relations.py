@@ -57,7 +57,7 @@ def minilm_loss(
 ) -> Tensor:
     """The sum of `relation_loss` over pairs: (queries, keys, values) of the student and of the teacher. The widths of
     the kinds may differ, as with fewer key/value heads."""
-    if len(student) != len(teacher):
+    if not len(student) or len(student) != len(teacher):
         raise ValueError(
             f"minilm_loss: {len(student)} kinds of vectors from the student, {len(teacher)} from the teacher"
         )

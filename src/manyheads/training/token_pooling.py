@@ -116,7 +116,9 @@ def attention_diversification(
     layers = [weights] if isinstance(weights, Tensor) else list(weights)
     if not layers:
         raise ValueError("attention_diversification: no weights given; want one tensor [b, heads, n, m] per layer")
-    return torch.stack([_one_layer(layer.mean(1), threshold, queries) for layer in layers]).mean()
+    # In half precision tokens cannot be counted.
+    wide = [layer.to(torch.promote_types(layer.dtype, torch.float32)) for layer in layers]
+    return torch.stack([_one_layer(layer.mean(1), threshold, queries) for layer in wide]).mean()
 
 
 def _one_layer(rows: Tensor, threshold: float, queries: Tensor | None) -> Tensor:
