@@ -32,7 +32,8 @@ def test_equals_torchs_entropy_and_has_finite_gradients(name):
         module.mechanism.drop = 0.0
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
     result = module(x.requires_grad_(), mask=mask, need_weights=True)
-    wanted = -torch.distributions.Categorical(probs=result.weights).entropy().mean()
+    entropy = torch.distributions.Categorical(probs=result.weights).entropy()  # [b, heads, queries]
+    wanted = -(entropy.mean() if entropy.shape[-1] == 1 else entropy.transpose(1, 2)[mask].mean())
     torch.testing.assert_close(result.losses["attention_entropy"], wanted, rtol=1e-6, atol=1e-6)
     result.losses["attention_entropy"].backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())

@@ -117,6 +117,7 @@ def test_groups_of_a_model() -> None:
     ("options", "message"),
     [
         ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr": "1e-3"}, "lr='1e-3' was given; want a number"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"bounds": (2.0, 1.0)}, "low <= high"),
         ({"eps": float("nan")}, "eps=nan"),

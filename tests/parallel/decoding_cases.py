@@ -30,6 +30,26 @@ def ends() -> None:
         equal(model, eos=int(plain[row, place]))
 
 
+def settings() -> None:
+    """What the model's generation_config says is heard, or refused; padding that no mask tells of is seen."""
+    batch = batch_of(13)
+    batch["input_ids"][1, :3] = 0
+    plain = ours("softmax").eval().generate(batch["input_ids"], max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    for model in (ours("softmax").eval(), hosted("llama").eval()):
+        own = model.generation_config
+        own.eos_token_id, own.pad_token_id, own.suppress_tokens = plain[:, 14].tolist(), 0, plain[:, 13].tolist()
+        wanted = model.generate(batch["input_ids"], max_new_tokens=NEW, do_sample=False)
+        several = model.generate(batch["input_ids"], max_new_tokens=NEW, do_sample=False, eos_token_id=[7, 8, 9, 10])
+        with sequence_parallel(model) as spread:
+            found = spread.generate(batch["input_ids"], max_new_tokens=NEW)
+            others = spread.generate(batch["input_ids"], max_new_tokens=NEW, eos_token_id=[7, 8, 9, 10])
+            own.repetition_penalty = 1.2
+            with pytest.raises(ValueError, match=r"generation_config has \{'repetition_penalty': 1\.2\}"):
+                spread.generate(batch["input_ids"], max_new_tokens=2)
+        assert found.tolist() == wanted.tolist()
+        assert others.tolist() == several.tolist()
+
+
 def memory() -> None:
     """A process keeps its tokens' keys alone, and a new token's traffic does not grow with the sequence."""
     size, sent = dist.get_world_size(), []
@@ -78,6 +98,7 @@ CASES = {
         hosted("gpt2", n_embd=16, n_head=4, n_layer=2, n_positions=64, initializer_range=0.7), padded="left"
     ),
     "ends": ends,
+    "settings": settings,
     "memory": memory,
     "refused": refused,
 }

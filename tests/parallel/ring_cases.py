@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from manyheads.parallel import Layout, blocks, ring_attention, traffic
+from manyheads.parallel import Layout, blocks, heads_attention, ring_attention, traffic
 
 # What rounding what goes in and comes out leaves.
 CLOSE = {
@@ -142,6 +142,34 @@ def narrow() -> None:
         assert_close(found.double(), layout.shard(expected, 2).detach(), rtol=2**-8, atol=1e-5)
 
 
+def under_autocast() -> None:
+    """As torch's kernel has it: all in autocast's dtype (models hand it queries and keys that are wider than values),
+    and from there on what it is without autocast."""
+    n, layout = 64, Layout(64)
+    q, k, v, gradient = (drawn(s, 1, 4, n, 8, dtype=torch.bfloat16) for s in range(4))
+    for scheme in (ring_attention, *([heads_attention] if 4 % dist.get_world_size() == 0 else [])):
+        found = []
+        for on in (False, True):
+            mine = [layout.shard(x, 2).requires_grad_() for x in (q, k, v)]
+            wide = torch.float32 if on else torch.bfloat16
+            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                out = scheme(mine[0].to(wide), mine[1].to(wide), mine[2], layout, causal=True)
+            out.backward(layout.shard(gradient, 2))
+            found.append([out, *(x.grad for x in mine)])
+        assert found[1][0].dtype == torch.bfloat16
+        for alone, own in zip(*found, strict=True):
+            assert_close(own, alone, rtol=0, atol=0)
+
+
+def no_rows() -> None:
+    """A batch of none, as the last of an epoch may be."""
+    layout = Layout(12)
+    x = layout.shard(torch.empty(0, 2, 12, 4), 2).requires_grad_()
+    out = ring_attention(x, x, x, layout, causal=True)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (0, 2, layout.count(), 4)
+
+
 def two_groups() -> None:
     """A group of some processes beside that of all."""
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
@@ -171,5 +199,7 @@ CASES = {
     "bytes sent": bytes_sent,
     "balance": balance,
     "bfloat16": narrow,
+    "autocast": under_autocast,
+    "no rows": no_rows,
     "two groups": two_groups,
 }

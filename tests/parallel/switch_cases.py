@@ -1,15 +1,17 @@
 """What every process of a group holds of whole models on shards of their sequence, against the same model alone."""
 
 import copy
+import gc
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.testing import assert_close
 
 from manyheads.models.auto import ManyheadsForCausalLM
 from manyheads.models.configuration import ManyheadsConfig
-from manyheads.parallel import sequence_parallel, shard, traffic
+from manyheads.parallel import Layout, reduce_gradients, ring_attention, sequence_parallel, shard, traffic, wire
 
 SIZES = {"vocab_size": 19, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24}
 # Of a model in float64, whose softmax some layers make in float32.
@@ -75,6 +77,99 @@ def equal(model, n: int = 17, *, even: bool = False, softmax: str = "ring", trai
     assert_close(after.logits, wanted.logits)
 
 
+def under_autocast() -> None:
+    """Half precision around float32 weights, in which many hosts' queries and keys are wider than their values."""
+    for make in (lambda: hosted("llama"), lambda: ours("softmax", "optimised"), lambda: hosted("gpt_neox")):
+        model, batch = make().float().train(), batch_of(17, padded="left")
+        exact = model(**batch, use_cache=False)
+        exact.loss.backward()
+        wanted = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        with sequence_parallel(model) as spread:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(**spread.shard(batch))
+            loss = spread.total(out.loss)
+        out.loss.backward()
+        spread.reduce_gradients(model)
+        assert_close(loss, exact.loss.detach(), rtol=0.02, atol=0)
+        for mine, own in zip(model.parameters(), wanted, strict=True):
+            assert (mine.grad - own).abs().max() < 0.1 * own.abs().max()
+
+
+def adapted() -> None:
+    """Adapters that are trained inside of a model; those that put tokens in front of it are refused."""
+    from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    for make in (lambda: hosted("llama"), lambda: ours("softmax")):
+        model, batch = get_peft_model(make(), lora).train(), batch_of(17, padded="left")
+        wanted = model(**batch, use_cache=False)
+        wanted.loss.backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients = [p.grad.clone() for p in trained]
+        model.zero_grad()
+        with sequence_parallel(model) as spread:
+            out = model(**spread.shard(batch))
+            loss = spread.total(out.loss)
+        out.loss.backward()
+        spread.reduce_gradients(model)
+        assert_close(loss, wanted.loss.detach(), **CLOSE)
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            assert_close(parameter.grad.double(), gradient.double(), rtol=1e-4, atol=1e-5)
+    for kind, message in ((PromptTuningConfig, "tokens were given"), (PrefixTuningConfig, "past_key_values was given")):
+        refused(get_peft_model(hosted("llama"), kind(task_type="CAUSAL_LM", num_virtual_tokens=4)), message)
+
+
+def wrapped() -> None:
+    """What others put around a model, and what has taken the mean of gradients itself."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    batch, size = batch_of(17), dist.get_world_size()
+    alone = hosted("llama")
+    alone(**batch, use_cache=False).loss.backward()
+    mesh = init_device_mesh("cpu", (size,))
+    for around in (nn.parallel.DistributedDataParallel, lambda model: fully_shard(model, mesh=mesh)):
+        model = hosted("llama")
+        outer = around(model)
+        with sequence_parallel(outer) as spread:
+            (outer(**spread.shard(batch)).loss * size).backward()
+        for mine, own in zip(model.parameters(), alone.parameters(), strict=True):
+            found = mine.grad.full_tensor() if hasattr(mine.grad, "full_tensor") else mine.grad
+            assert_close(found, own.grad, **CLOSE)
+    if size > 1:
+        with pytest.raises(ValueError, match="parameters of fully_shard were given"):
+            spread.reduce_gradients(model)
+
+
+def shared() -> None:
+    """Weights that two lists of parameters share are summed once."""
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    reduce_gradients([parameter, parameter])
+    assert parameter.grad.tolist() == [float(dist.get_world_size())] * 2
+
+
+def begun_again() -> None:
+    """A group that has ended is forgotten: the next one may get its address in some processes and not in others, which
+    would then wait for what these think is told."""
+    known, group = len(wire._known), dist.new_group()
+    own = Layout(12, group=group)
+    x = own.shard(torch.randn(1, 2, 12, 4), 2)
+    ring_attention(x, x, x, own)
+    dist.destroy_process_group(group)
+    del group, own
+    gc.collect()
+    assert len(wire._known) == known
+
+
+def uncounted() -> None:
+    """Who hands through a number of labels that is not known gets the count, and not a mean over each part."""
+    batch = batch_of(17)
+    found = shard({**batch, "num_items_in_batch": None})["num_items_in_batch"]
+    assert found.equal(shard(batch)["num_items_in_batch"])
+
+
 def refused(model, message: str, *, before=lambda model: None, **options) -> None:
     before(model)
     batch = batch_of(17, **options)
@@ -123,6 +218,16 @@ def unlike() -> None:
                 model(**mine)
 
 
+def counted_apart() -> None:
+    """Shares of a loss that are each a mean over a process's own labels are no shares."""
+    model, size, rank = ours("softmax"), dist.get_world_size(), dist.get_rank()
+    with sequence_parallel(model) as spread:
+        mine = spread.shard(batch_of(17)) | {"num_items_in_batch": 5 + rank}
+        if size > 1:
+            with pytest.raises(ValueError, match=r"num_items_in_batch=\[5, 6"):
+                model(**mine)
+
+
 def two_groups() -> None:
     """A model has one group at a time; another model may have another."""
     own = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
@@ -159,7 +264,7 @@ def halo_bytes() -> None:
             model(**spread.shard(batch_of(n)))
         found.append(count.bytes)
     size, rank = dist.get_world_size(), dist.get_rank()
-    told = 5 * 8 * (size - 1)
+    told = 6 * 8 * (size - 1)  # what the processes tell each other of a pass
     halo = 7 * 2 * 4 * 8 * 4 if rank < size - 1 else 0
     assert found == [told + halo] * 2
 
@@ -239,10 +344,17 @@ CASES = {
     "too short": too_short,
     "elsewhere": elsewhere,
     "unlike": unlike,
+    "counted apart": counted_apart,
     "two groups": two_groups,
     "twice": twice,
     "halo bytes": halo_bytes,
     "frozen": frozen,
+    "autocast": under_autocast,
+    "uncounted": uncounted,
+    "adapted": adapted,
+    "wrapped": wrapped,
+    "shared": shared,
+    "begun again": begun_again,
 }
 
 

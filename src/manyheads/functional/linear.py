@@ -3,7 +3,7 @@
 b batch, h heads, n queries, m keys, d head dim, f features, w = d + 1 values with a one at the end where the sum of
 weights is wanted, and w = d where it is not. Three forms of one function: the matrix [n, m] (masks, weights), the
 recurrence (a chunk of one token) and the chunked form, matrix inside a chunk and recurrence between chunks. Features
-are made chunk by chunk, at least in float32: those of a long sequence would be its largest tensor.
+are made chunk by chunk, at least in float32, under autocast too: those of a long sequence would be its largest tensor.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from manyheads.functional.precision import in_own_dtype
 from manyheads.inner import Across
 
 # Tokens whose matrix is built at once.
@@ -94,6 +95,7 @@ def allowed_pairs(q: Tensor, k: Tensor, *, causal: bool, padding: Tensor | None,
 # -- the matrix --------------------------------------------------------------------------------------------------------
 
 
+@in_own_dtype
 def matrix_read(
     q: Tensor,
     k: Tensor,
@@ -121,6 +123,7 @@ def matrix_read(
 # -- without causality -------------------------------------------------------------------------------------------------
 
 
+@in_own_dtype
 def summarise(
     k: Tensor,
     v: Tensor,
@@ -141,6 +144,7 @@ def summarise(
     return memory
 
 
+@in_own_dtype
 def recall(q: Tensor, memory: Tensor, kernel: Kernel, *, chunk: int = CHUNK) -> Tensor:
     """What every query [b, h, n, .] reads from a memory [b, h, f, w]: [b, h, n, d]."""
     queries = (kernel.query(widen(part)) for part in q.split(chunk, 2))
@@ -159,6 +163,7 @@ class Read(NamedTuple):
     weights: Tensor | None = None
 
 
+@in_own_dtype
 def causal_read(
     q: Tensor,
     k: Tensor,

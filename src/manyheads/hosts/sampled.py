@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +32,15 @@ class Drawn:
     spread: float
 
 
-# On the configs of the time, which a layer that is computed anew gets back.
-_SETTING = "_manyheads_drawn"
+# By the configs of the time, which a layer that is computed anew gets back; not in them, where a checkpoint that is
+# saved meanwhile would hold it.
+_settings: dict[int, Drawn] = {}
+
+
+def _set(config: Any, drawn: Drawn) -> None:
+    if id(config) not in _settings:
+        weakref.finalize(config, _settings.pop, id(config), None)
+    _settings[id(config)] = drawn
 
 
 @contextmanager
@@ -50,13 +58,13 @@ def in_windows(model: nn.Module, drawn: Drawn) -> Iterator[None]:
                 f"{name}: {site.name} ({site.kind} attention) is no self attention of transformers' interface, "
                 "of which keys could be left out; wrap a mechanism in LocallySubsampled"
             )
-        if hasattr(site.module.config, _SETTING):
+        if id(site.module.config) in _settings:
             raise ValueError(f"{name} has its keys drawn already; leave that first")
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, describe_mask)
     with uncompiled(), run_again_alike(model), switched(model, NAME):
         for site in sites(model):
-            setattr(site.module.config, _SETTING, drawn)
+            _set(site.module.config, drawn)
         yield
 
 
@@ -105,7 +113,9 @@ def _within(
     real = torch.ones(b, n, dtype=torch.bool, device=query.device)
     if seen is not None and seen.padding is not None:
         real = seen.padding.expand(b, -1)
-    drawn: Drawn = getattr(module.config, _SETTING)
+    drawn = _settings.get(id(module.config))
+    if drawn is None:
+        raise ValueError(f"{type(module).__name__} trains outside of the locally_subsampled that its model was in")
     places, there = draw_windows(real, drawn.keep, drawn.spread)
     q, k, v = (into_windows(t.transpose(1, 2), places).transpose(1, 2) for t in (query, key, value))
     queries = pack(q, k.shape[1])

@@ -1,7 +1,7 @@
 """Softmax attention of some queries over some keys, tile by tile, to be joined with that over other keys.
 
 b batch, g key/value heads, r query heads of each, n queries, m keys. Queries stand as [b, g, r, n, d]: keys and values
-are never expanded. All sums are at least float32.
+are never expanded. All sums are at least float32, under autocast too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from manyheads.functional.linear import widen
+from manyheads.functional.precision import own_dtype
 from manyheads.parallel.layout import Piece
 
 # Queries and keys whose scores are built at once: what bounds the memory, whatever the length.
@@ -145,9 +146,11 @@ def _share(lse: Tensor, joined: Tensor) -> Tensor:
 
 def _over(a: Tensor, b: Tensor) -> Tensor:
     """[b, g, r, n, x] by [b, g, x, y] -> [b, g, r, n, y]."""
-    return (a.flatten(2, 3) @ b).unflatten(2, a.shape[2:4])
+    with own_dtype(a):
+        return (a.flatten(2, 3) @ b).unflatten(2, a.shape[2:4])
 
 
 def _under(a: Tensor, b: Tensor) -> Tensor:
     """[b, g, r, n, x] and [b, g, r, n, y] -> [b, g, x, y], summed over queries and over the heads of a group."""
-    return a.flatten(2, 3).mT @ b.flatten(2, 3)
+    with own_dtype(a):
+        return a.flatten(2, 3).mT @ b.flatten(2, 3)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from manyheads.functional.linear import causal_read, widen
+from manyheads.functional.precision import own_dtype
 from manyheads.parallel.layout import Layout
 from manyheads.parallel.states import whole_memory
 from manyheads.parallel.wire import all_gather
@@ -92,7 +93,8 @@ class Memory:
         if windows is not None:
             self._forget(kept, place - max(windows))
         queries = widen(q[:, :, 0].unflatten(1, (k.shape[1], -1)))  # [b, g, r, d]
-        scores = queries * scale @ widen(kept.keys).mT  # [b, g, r, m]
+        with own_dtype(queries):
+            scores = queries * scale @ widen(kept.keys).mT  # [b, g, r, m]
         if windows is not None:
             reach = torch.tensor(windows, device=q.device).view(1, k.shape[1], -1, 1)
             scores = scores.masked_fill(place - kept.places >= reach, -torch.inf)
@@ -100,7 +102,8 @@ class Memory:
             scores = scores.masked_fill(~kept.real[:, None, None], -torch.inf)
         lse = scores.logsumexp(-1, keepdim=True)
         weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
-        everyone = all_gather(torch.cat((weights @ widen(kept.values), lse), -1), at)
+        with own_dtype(queries):
+            everyone = all_gather(torch.cat((weights @ widen(kept.values), lse), -1), at)
         outs, lses = everyone[..., :-1], everyone[..., -1:]
         return (outs * lses.softmax(0)).sum(0).flatten(1, 2)[:, :, None].to(q.dtype)
 
@@ -138,6 +141,34 @@ class Memory:
         return held
 
 
+# What a generation_config may hold that changes what is chosen, and where it changes nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,), "repetition_penalty": (1,), "encoder_repetition_penalty": (1,), "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,), "min_length": (0,), "min_new_tokens": (0,), "guidance_scale": (1,),
+    "bad_words_ids": (), "sequence_bias": (), "forced_bos_token_id": (), "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (), "begin_suppress_tokens": (), "stop_strings": (), "max_time": (),
+}  # fmt: skip
+
+
+def _told(
+    model: Any, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None
+) -> tuple[list[int], int | None, Tensor]:
+    """Tokens that end a row, that which fills it up, if one is known, and those never chosen, as `generate` has
+    them: the generation_config's where the caller says nothing. ValueError for what it holds that is not done here."""
+    config = getattr(model, "generation_config", None)
+    others = {name: getattr(config, name, None) for name in _NEUTRAL}
+    if wrong := {name: own for name, own in others.items() if own is not None and own not in _NEUTRAL[name]}:
+        raise ValueError(
+            f"generate: model.generation_config has {wrong}, which greedy decoding over several processes has not; "
+            "unset it, or generate in one process"
+        )
+    end = getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id
+    ends = [] if end is None else [int(one) for one in (end if isinstance(end, Sequence) else [end])]
+    pad = getattr(config, "pad_token_id", None) if pad_token_id is None else pad_token_id
+    never = torch.tensor(getattr(config, "suppress_tokens", None) or [], dtype=torch.long)
+    return ends, pad, never
+
+
 @torch.no_grad()
 def greedy(
     spread: Any,
@@ -145,11 +176,15 @@ def greedy(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     max_new_tokens: int,
-    eos_token_id: int | None,
+    eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None,
 ) -> Tensor:
     """See `Spread.generate`."""
     b = len(input_ids)
+    ends, pad, never = _told(model, eos_token_id, pad_token_id)
+    if attention_mask is None and pad is not None and pad not in ends and bool((input_ids == pad).any()):
+        # As `generate` takes it, where no mask says otherwise.
+        attention_mask = (input_ids != pad).long()
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens={max_new_tokens} was given; want 1 or more")
     if attention_mask is not None and not bool(attention_mask[:, -1].all()):
@@ -163,12 +198,12 @@ def greedy(
     batch = {"input_ids": input_ids, "position_ids": positions, "attention_mask": real}
     logits = spread.first_pass(model, batch)
     ids, over = input_ids, torch.zeros(b, dtype=torch.bool, device=input_ids.device)
-    fill = eos_token_id if pad_token_id is None else pad_token_id
     for step in range(max_new_tokens):
-        chosen = spread.agreed(logits[:, -1].argmax(-1), first=step == 0)
-        if eos_token_id is not None:
-            chosen = torch.where(over, chosen.new_tensor(fill), chosen)
-            over = over | (chosen == eos_token_id)
+        scores = logits[:, -1].index_fill(-1, never.to(logits.device), -torch.inf)
+        chosen = spread.agreed(scores.argmax(-1), first=step == 0)
+        if ends:
+            chosen = torch.where(over, chosen.new_tensor(ends[0] if pad is None else pad), chosen)
+            over = over | torch.isin(chosen, chosen.new_tensor(ends))
         ids = torch.cat((ids, chosen[:, None]), 1)
         if step == max_new_tokens - 1 or bool(over.all()):
             break

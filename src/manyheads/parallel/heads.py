@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from manyheads.functional.precision import as_kernels_take
 from manyheads.parallel.layout import Alone, Layout
 from manyheads.parallel.ring import attend, check, numbered, ruled
 from manyheads.parallel.wire import all_to_all
@@ -33,6 +34,7 @@ def heads_attention(
     Source: Jacobs et al., DeepSpeed Ulysses, arXiv:2309.14509.
     """
     name = "heads_attention"
+    q, k, v = as_kernels_take(q, k, v)
     check(name, q, k, v, layout)
     size = layout.place.size
     if k.shape[1] % size:

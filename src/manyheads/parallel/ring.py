@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from manyheads.functional.linear import widen
+from manyheads.functional.precision import as_kernels_take
 from manyheads.parallel.blocks import Rule, Side, Slopes, Sums, slopes, tiles
 from manyheads.parallel.layout import Layout
 from manyheads.parallel.wire import Hop, Place
@@ -43,11 +44,13 @@ def ring_attention(
 
     causal: token i sees j <= i in the order of the sequence; a zigzag layout then gives all processes the same work.
     window: i - j < window, causal only. padding [b, n], True = real: hides keys. documents [b, n], numbers from zero:
-    tokens see their own document only. Rows that see nothing are zero. scale: 1 / sqrt(d) if None.
+    tokens see their own document only. Rows that see nothing are zero. scale: 1 / sqrt(d) if None. Under autocast q, k
+    and v are of its dtype, as torch's own kernel has it, and the sums stay as wide.
     Traffic: (P - 1) shards of k and v forward; backward the same and P shards of their gradients in float32 at least.
     Source: Liu et al., Ring Attention with Blockwise Transformers, arXiv:2310.01889. The released code joins by maximum
     and sum and has no zigzag, which is from the unofficial ring-flash-attention.
     """
+    q, k, v = as_kernels_take(q, k, v)
     check("ring_attention", q, k, v, layout)
     read, shown = numbered(q, padding, documents)
     return attend(q, k, v, read, shown, layout, ruled("ring_attention", q, scale, causal, window))
@@ -143,7 +146,7 @@ def _groups(k: Tensor, v: Tensor, layout: Layout) -> Iterator[slice]:
     """Key heads that go round together, the same in every process."""
     longest = -(-layout.length // layout.place.size)
     each = k.shape[0] * longest * (k.shape[-1] + v.shape[-1]) * k.element_size()
-    step = max(1, UNDERWAY // each) if layout.place.size > 1 else k.shape[1]
+    step = max(1, UNDERWAY // max(1, each)) if layout.place.size > 1 else k.shape[1]
     for start in range(0, k.shape[1], step):
         yield slice(start, min(start + step, k.shape[1]))
 

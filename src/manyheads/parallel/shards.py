@@ -59,7 +59,8 @@ def shard(
     cut = {key: _cut(value, layout, missing, key) for key, value in found.items() if value is not None}
     if labels is not None:
         count = (labels != -100).sum().clamp(min=1)
-        cut |= {"labels": cut["shift_labels"], "num_items_in_batch": batch.get("num_items_in_batch", count)}
+        given = batch.get("num_items_in_batch")
+        cut |= {"labels": cut["shift_labels"], "num_items_in_batch": count if given is None else given}
     return cut | {"shard_of": torch.tensor([n + missing, KINDS.index(kind)])}
 
 
@@ -125,12 +126,19 @@ def reduce_gradients(parameters: Iterable[Tensor] | torch.nn.Module, group: dist
     """The gradients that one process would have, in every process: the sum over all, in float32 at least.
 
     parameters: of a model, in the same order in every process, as after `backward` of the losses of shards. One that
-    has a gradient in some processes only counts as zero in the others. Not for DistributedDataParallel, which has taken
-    the mean: multiply the loss by the number of processes instead.
+    has a gradient in some processes only counts as zero in the others. Once a step, after all of its backward passes.
+    Not for DistributedDataParallel and fully_shard, which have taken the mean: multiply the loss by the number of
+    processes instead. ValueError for parameters that lie in parts over processes.
     """
     at = place(group)
     given = list(parameters.parameters() if isinstance(parameters, torch.nn.Module) else parameters)
-    trained = [p for p in given if p.requires_grad]
+    # Some come twice in a list of who shares weights.
+    trained = [p for p in dict.fromkeys(given) if p.requires_grad]
+    if any(hasattr(p, "placements") for p in trained):
+        raise ValueError(
+            "reduce_gradients: parameters of fully_shard were given, which has taken the mean of their gradients over "
+            "the processes; multiply the loss by the number of processes instead"
+        )
     if not trained or at.size == 1:
         return
     device = trained[0].device

@@ -74,14 +74,16 @@ class Spread:
         attention_mask: Tensor | None = None,
         *,
         max_new_tokens: int,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
     ) -> Tensor:
         """Greedy decoding, [b, n + new]: what `generate(do_sample=False)` of one process gives.
 
         input_ids, attention_mask [b, n]: the whole prompts, in every process, padded on the left. Each process reads
         its shard and keeps the keys and values of that alone (`decoding.Memory`); new tokens are kept in turn. A row
-        that has come to eos_token_id goes on with pad_token_id, or that itself.
+        that has come to eos_token_id, or one of several, goes on with pad_token_id, or that itself; both are those of
+        the model's generation_config where they are not given. ValueError for what that has beside them and
+        suppress_tokens, such as a penalty.
         """
         given = (input_ids, attention_mask, max_new_tokens, eos_token_id, pad_token_id)
         try:
@@ -187,7 +189,9 @@ class Spread:
         real = None if mask is None else mask.bool()
         says = real is not None and not bool(real.all())
         at, layout = place(self.group), Layout(length, KINDS[number], self.group)
-        here = torch.tensor([b, length, number, says, documents is not None], device=device)
+        labels = named.get("num_items_in_batch")
+        labels = -1 if labels is None else int(labels)
+        here = torch.tensor([b, length, number, says, documents is not None, labels], device=device)
         everyone = all_gather(here, at)
         self._check_alike(everyone, n, layout)
         if not bool(everyone[:, 3].any()):
@@ -210,6 +214,11 @@ class Spread:
             raise ValueError(
                 f"sequence_parallel: the processes hold shards of {found} (rows, length, {list(KINDS)}); want all "
                 "of one batch"
+            )
+        if bool((everyone[:, 5] != everyone[0, 5]).any()):
+            raise ValueError(
+                f"sequence_parallel: the processes were given num_items_in_batch={everyone[:, 5].tolist()}; want the "
+                "labels of the whole batch in each (of Trainer: average_tokens_across_devices=True)"
             )
         if layout.kind != self.kind and self.kind == "contiguous":
             raise ValueError(
@@ -240,7 +249,8 @@ def sequence_parallel(
         spread.reduce_gradients(model)  # those of one process with the whole batch
 
     model: ManyheadsForCausalLM with mechanisms whose cards say how (`parallel`), or a causal language model of
-    transformers (`hosted.FAMILIES`); the same weights in every process. softmax: "ring" or, where the processes divide
+    transformers (`hosted.FAMILIES`), also inside of peft, DistributedDataParallel or torch.compile, by which it is then
+    called; the same weights in every process. softmax: "ring" or, where the processes divide
     the key heads, "heads". Softmax layers alone take zigzag shards; states, convolutions and windows alone contiguous
     ones, and so does a mixture: `spread.shard` and `spread.kind` know. All processes call alike, backward included,
     which may run after the context is closed. Random numbers are each process's own: without dropout all is as in one.
@@ -250,6 +260,7 @@ def sequence_parallel(
     """
     if softmax not in ("ring", "heads"):
         raise ValueError(f"sequence_parallel: softmax={softmax!r} was given; want 'ring' or 'heads'")
+    model = _inside(model)
     if model in _open:
         raise ValueError(
             f"sequence_parallel: {type(model).__name__} is in another one already, of this or another group; "
@@ -273,6 +284,19 @@ def sequence_parallel(
             stack.enter_context(hosted.spread(model, spread))
         stack.callback(model.register_forward_pre_hook(spread.begin, with_kwargs=True).remove)
         yield spread
+
+
+def _inside(model: Any) -> Any:
+    """The model that others have put something around."""
+    while True:
+        if hasattr(model, "get_base_model"):  # peft
+            model = model.get_base_model()
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _ours(model: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import weakref
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -140,27 +141,26 @@ def all_to_all(parts: list[Tensor], wanted: list[int], at: Place) -> list[Tensor
     return list(received.split(wanted))
 
 
-# By group: the machine and process number of each member, to tell who is gone.
-_known: dict[str, list[list[int]]] = {}
+# By group: the machine and process number of each member, to tell who is gone. A group that has ended is forgotten: a
+# new one may get its name and its address, in some processes only.
+_known: weakref.WeakKeyDictionary[Any, list[list[int]]] = weakref.WeakKeyDictionary()
 # Seconds in which a process that ends may still look alive.
 _LAST_BREATH = 2.0
 
 
 def acquaint(at: Place, device: torch.device) -> None:
     """Before a group's first exchange, of which it is one: its members tell each other which processes they are."""
-    name = _name_of(at)
-    if at.size == 1 or name in _known:
+    if at.size == 1 or _group(at) in _known:
         return
     here = torch.tensor([zlib.crc32(_machine().encode()), os.getpid()], device=device)
     found = [torch.empty_like(here) for _ in range(at.size)]
     with _named(at):
         dist.all_gather(found, here, group=at.group)
-    _known[name] = [x.tolist() for x in found]
+    _known[_group(at)] = [x.tolist() for x in found]
 
 
-def _name_of(at: Place) -> str:
-    group = dist.group.WORLD if at.group is None else at.group
-    return f"{getattr(group, 'group_name', '')} {id(group)}"
+def _group(at: Place) -> Any:
+    return dist.group.WORLD if at.group is None else at.group
 
 
 def _machine() -> str:
@@ -171,7 +171,8 @@ def _machine() -> str:
 
 def _gone(at: Place) -> list[int]:
     """Members that ran on this machine and have ended; none where that cannot be known."""
-    members = _known.get(_name_of(at), [])
+    group = _group(at)
+    members = [] if group is None else _known.get(group, [])
     if not members:
         return []
     mine, end = members[at.rank][0], time.monotonic() + _LAST_BREATH

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from manyheads.functional.precision import own_dtype
+
 
 def anchored_contrast(
     anchor: Tensor,
@@ -24,7 +26,8 @@ def anchored_contrast(
     anchor [b, d] (the reports); others: each [b, d] (X-rays, ECGs). The others never meet each other: they are aligned
     by what both have in common with the anchor. temperature: tau, a number or a tensor that is trained. present: for
     each of the others [b] bool or None, False where an example has no such modality: it is neither drawn nor a negative
-    there. A modality that at most one example has adds 0. In half precision the logits are made in float32.
+    there. A modality that at most one example has adds 0. In half precision, and under autocast, the logits are made
+    in float32.
 
     Source: Thapa et al., MoRE, arXiv:2410.16239, and its released pretrain_multimodel.py. There the temperature is
     0.02, declared as trained but given to no optimiser. Its linear attention drop is `drop_key`. ValueError: shapes
@@ -51,6 +54,7 @@ def _both_ways(anchor: Tensor, other: Tensor, real: Tensor | None, temperature: 
     if not len(anchor):
         return anchor.new_zeros((), dtype=wide)
     left, right = (normalize(each.to(wide), dim=-1) for each in (anchor, other))
-    logits = left @ right.T / temperature
+    with own_dtype(left):
+        logits = left @ right.T / temperature
     which = torch.arange(len(logits), device=logits.device)
     return (cross_entropy(logits, which) + cross_entropy(logits.T, which)) / 2

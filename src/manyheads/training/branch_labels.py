@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from manyheads.mechanism import Mechanism, Result
 from manyheads.mechanisms.pooling.acmil import Acmil
+from manyheads.training.given import check_mechanism_given
 
 
 class BranchLabels(nn.Module):
@@ -19,7 +20,8 @@ class BranchLabels(nn.Module):
     forward(x [b, n, dim], labels [b]) -> Result with the bag's logits z [b, classes] as output; the losses of labels
     are there where labels are given, in either mode, and their sum with the diversity is what the paper trains on (all
     with weight 1). Branches read the weights of the same pass, with the instances that it masks. `branch_logits`: z_k
-    alone. Bags that are all padding count in no loss. Each branch has a classifier of its own, as in the released code.
+    alone. Bags that are all padding, or whose label is -100, count in no loss of labels. Each branch has a classifier
+    of its own, as in the released code.
 
     Source: Zhang et al., Attention-Challenging Multiple Instance Learning, arXiv:2311.07125, and its released ACMIL_GA
     (classifier.k, Slide_classifier). ValueError for any other mechanism, whose branches are no pools of one bag each.
@@ -27,6 +29,7 @@ class BranchLabels(nn.Module):
 
     def __init__(self, pool: Mechanism, classes: int) -> None:
         super().__init__()
+        check_mechanism_given("BranchLabels", pool)
         if not isinstance(pool, Acmil):
             raise ValueError(
                 f"BranchLabels: {pool.card.name} has no branches that pool a bag each; want create_attention('acmil')"
@@ -46,7 +49,8 @@ class BranchLabels(nn.Module):
         if labels is not None:
             if labels.shape != x.shape[:1]:
                 raise ValueError(f"BranchLabels: labels {tuple(labels.shape)} for {len(x)} bags; want one each")
-            real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.any(1)
+            labels = labels.long()
+            real = labels != -100 if mask is None else mask.any(1) & (labels != -100)
             each = self.branch_logits(x, pooled.weights, mask=mask)
             losses["branches"] = _mean(each, labels[:, None].expand(each.shape[:2]), real[:, None])
             losses["bag"] = _mean(logits, labels, real)

@@ -138,7 +138,9 @@ def _largest(fits: Callable[[int], bool], bucket: Bucket, room: int, close: floa
 
 class BucketBatches:
     """Batches of numbers of examples for a DataLoader's `batch_sampler`, each of one bucket, in random order over all:
-    buckets in turn would tie length to time. Every example comes once an epoch; each `iter` is another epoch."""
+    buckets in turn would tie length to time. Every example comes once an epoch; each `iter` is another epoch, the one
+    that `set_epoch` says where it was called since: accelerate and Trainer do, so that a run that goes on from a
+    checkpoint in the middle of an epoch has that epoch's batches."""
 
     def __init__(self, pairs: Sequence[Pair], sizes: dict[Bucket, int], *, seed: int = 0) -> None:
         _check(pairs)
@@ -150,6 +152,9 @@ class BucketBatches:
 
     def __len__(self) -> int:
         return sum(-(-len(members) // self.sizes[bucket]) for bucket, members in self._members.items())
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
         drawn = random.Random(f"{self.seed} {self.epoch}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from manyheads.card import Pattern
 from manyheads.functional.drawing import draw, highest, share
 from manyheads.mechanism import Mechanism, Result
+from manyheads.training.given import check_mechanism_given
 
 
 class HardInstanceMining(nn.Module):
@@ -41,6 +42,7 @@ class HardInstanceMining(nn.Module):
         temperature: float = 0.1,
     ) -> None:
         super().__init__()
+        check_mechanism_given("HardInstanceMining", student)
         if Pattern.POOL not in student.card.patterns:
             raise ValueError(
                 f"HardInstanceMining: {student.card.name} is no pool; it declares {sorted(student.card.patterns)}"
@@ -63,6 +65,12 @@ class HardInstanceMining(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
+        narrow = {p.dtype for p in self.teacher.parameters() if 0 < 1 - self.momentum < torch.finfo(p.dtype).eps}
+        if narrow:
+            raise ValueError(
+                f"HardInstanceMining: parameters of {', '.join(sorted(map(str, narrow)))}, momentum={self.momentum}, "
+                "whose steps are lost in rounding; keep the parameters in float32 and compute under torch.autocast"
+            )
         for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             old.lerp_(new, 1 - self.momentum)
         for held, now in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
@@ -77,8 +85,9 @@ class HardInstanceMining(nn.Module):
             raise ValueError(f"HardInstanceMining: {self.student.card.name} has no weights to mine by")
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         result: Result = self.student(x, mask=self.kept(seen.weights.mean((1, 2)), real), need_weights=need_weights)
-        target = (seen.output / self.temperature).softmax(-1)
-        each = -(target * result.output.log_softmax(-1)).sum(-1)
+        wide = torch.promote_types(result.output.dtype, torch.float32)
+        target = (seen.output.to(wide) / self.temperature).softmax(-1)
+        each = -(target * result.output.to(wide).log_softmax(-1)).sum(-1)
         bags = real.any(1)
         consistency = each.masked_fill(~bags, 0.0).sum() / bags.sum().clamp_min(1)
         return result._replace(losses={**result.losses, "consistency": consistency})

@@ -38,8 +38,10 @@ class HeadMask:
         for mechanism in model.modules():
             if isinstance(mechanism, Mechanism):
                 found.update(dict.fromkeys(_joins(mechanism, outputs), mechanism))
+        if not found:
+            raise ValueError(f"HeadMask: {type(model).__name__} has no mechanism of manyheads, whose heads it masks")
         total = sum(mechanism.heads for mechanism in found.values())
-        if not 0 <= count < max(total, 1):
+        if not 0 <= count < total:
             raise ValueError(f"HeadMask: count={count} of {total} heads in the model; want 0 to {total - 1}")
         self.count, self.total = count, total
         self.kept = torch.ones(total, dtype=torch.bool)
@@ -93,7 +95,9 @@ class HeadMask:
         def before(linear: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             joined: Tensor = arguments[0]
             kept = self.kept[first : first + mechanism.heads]
-            if not mechanism.training or (self._gates is None and bool(kept.all())):
+            # The linear's own mode: a copy of the model, for a running average say, has this hook and another mode; and
+            # it keeps the hook when that is removed here.
+            if not self._handles or not linear.training or (self._gates is None and bool(kept.all())):
                 return None
             gate = kept.to(joined).expand(joined.shape[0], -1)
             if self._gates is not None:
@@ -115,7 +119,8 @@ def _joins(mechanism: Mechanism, outputs: Sequence[str]) -> list[nn.Module]:
         own = getattr(mechanism, "o_proj", None)
         head_dim = getattr(mechanism, "head_dim", None)
         wide = mechanism.dim if head_dim is None else mechanism.heads * head_dim
-        if isinstance(own, nn.Linear) and own.in_features == wide:
+        # With an adapter in it, or in few bits, it is no nn.Linear.
+        if isinstance(own, nn.Module) and getattr(own, "in_features", None) == wide:
             joins.append(own)
     if not joins or any(getattr(join, "in_features", 1) % mechanism.heads for join in joins):
         looked = list(outputs) or ["o_proj"]

@@ -112,8 +112,8 @@ def lamb_groups(model: torch.nn.Module, weight_decay: float = 0.01) -> list[dict
 
 def _check(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"Lamb: {name}={group[name]} was given; want zero or more")
+        if isinstance(group[name], str) or not group[name] >= 0:
+            raise ValueError(f"Lamb: {name}={group[name]!r} was given; want a number, zero or more")
     if not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"Lamb: betas={group['betas']} were given; want two numbers in [0, 1)")
     bounds = group["bounds"]

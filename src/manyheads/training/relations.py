@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from manyheads.functional.precision import own_dtype
+
 
 def relation_loss(
     student: Tensor, teacher: Tensor, *, heads: int, mask: Tensor | None = None, causal: bool = False
@@ -55,7 +57,7 @@ def minilm_loss(
 ) -> Tensor:
     """The sum of `relation_loss` over pairs: (queries, keys, values) of the student and of the teacher. The widths of
     the kinds may differ, as with fewer key/value heads."""
-    if len(student) != len(teacher):
+    if not len(student) or len(student) != len(teacher):
         raise ValueError(
             f"minilm_loss: {len(student)} kinds of vectors from the student, {len(teacher)} from the teacher"
         )
@@ -65,9 +67,10 @@ def minilm_loss(
 
 
 def _log_relation(x: Tensor, heads: int, seen: Tensor) -> Tensor:
-    """[b, heads, n, n], in float32 at least. What is not seen has no share, and 0 for a logarithm."""
+    """[b, heads, n, n], in float32 at least, under autocast too. What is not seen has no share, 0 for a logarithm."""
     parts = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (heads, -1)).transpose(1, 2)
-    scores = parts @ parts.transpose(-1, -2) / math.sqrt(parts.shape[-1])
+    with own_dtype(parts):
+        scores = parts @ parts.transpose(-1, -2) / math.sqrt(parts.shape[-1])
     hidden = ~seen[:, None]
     # A row that sees nothing would give NaN; one that is finite keeps gradients finite too.
     log = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).log_softmax(-1)

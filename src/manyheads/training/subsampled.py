@@ -15,6 +15,7 @@ from manyheads.functional.drawing import draw, share
 from manyheads.functional.shuffled import draw_windows, from_windows, into_windows
 from manyheads.mechanism import Mechanism, Result
 from manyheads.state import State
+from manyheads.training.given import check_mechanism_given
 
 
 class SubsampledAttention(nn.Module):
@@ -34,6 +35,7 @@ class SubsampledAttention(nn.Module):
 
     def __init__(self, mechanism: Mechanism, *, keep: float = 0.25, as_padding: bool = False) -> None:
         super().__init__()
+        check_mechanism_given("SubsampledAttention", mechanism)
         if not 0 < keep <= 1:
             raise ValueError(f"SubsampledAttention: keep={keep}; want the share of keys to keep, above 0 and at most 1")
         self.mechanism, self.keep, self.as_padding = mechanism, keep, as_padding
@@ -108,6 +110,7 @@ class LocallySubsampled(nn.Module):
 
     def __init__(self, mechanism: Mechanism, *, keep: float = 0.25, spread: float = 1.0) -> None:
         super().__init__()
+        check_mechanism_given("LocallySubsampled", mechanism)
         _check_drawing("LocallySubsampled", keep, spread)
         self.mechanism, self.keep, self.spread = mechanism, keep, spread
         self.forced: bool | None = None  # set by `sampling`

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from manyheads.functional.deferred import recomputing
 from manyheads.mechanism import Mechanism, Result
+from manyheads.training.given import check_mechanism_given
 
 
 class _Norm(nn.BatchNorm2d):
@@ -50,6 +51,7 @@ class TokenAwarePooling(nn.Module):
         norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        check_mechanism_given("TokenAwarePooling", mechanism)
         if mechanism.causal:
             raise ValueError(f"TokenAwarePooling: {mechanism.card.name} is causal, and pooling reads later tokens")
         if scales < 1 or temperature <= 0:
@@ -114,7 +116,9 @@ def attention_diversification(
     layers = [weights] if isinstance(weights, Tensor) else list(weights)
     if not layers:
         raise ValueError("attention_diversification: no weights given; want one tensor [b, heads, n, m] per layer")
-    return torch.stack([_one_layer(layer.mean(1), threshold, queries) for layer in layers]).mean()
+    # In half precision tokens cannot be counted.
+    wide = [layer.to(torch.promote_types(layer.dtype, torch.float32)) for layer in layers]
+    return torch.stack([_one_layer(layer.mean(1), threshold, queries) for layer in wide]).mean()
 
 
 def _one_layer(rows: Tensor, threshold: float, queries: Tensor | None) -> Tensor:

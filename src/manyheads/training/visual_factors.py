@@ -51,7 +51,7 @@ class VisualFactors(nn.Module):
         super().__init__()
         if images < 1:
             raise ValueError(f"VisualFactors: images={images}; want the most images that a prompt has, at least 1")
-        self.layers, self.stack = tuple(int(layer) for layer in layers), text_stack(model, stack)
+        self.layers, self.stack = tuple(dict.fromkeys(int(layer) for layer in layers)), text_stack(model, stack)
         sites = choose(model, self.layers, self.stack, "self")
         heads = _heads(model, sites[0].module) if per_head else 1
         self.factors = nn.Parameter(torch.ones(len(sites), heads, images))
@@ -60,7 +60,7 @@ class VisualFactors(nn.Module):
     def on(self, model: nn.Module, which: Tensor) -> Iterator[None]:
         """While open, the model's chosen layers attend through the factors. which: [b, n] integers, the number of the
         image that a token is part of, from 0, and -1 elsewhere, padding included."""
-        if which.dim() != 2 or which.is_floating_point() or int(which.min()) < -1:
+        if which.dim() != 2 or not which.numel() or which.is_floating_point() or int(which.min()) < -1:
             raise ValueError(
                 f"VisualFactors: which is {tuple(which.shape)} of {which.dtype}; want [batch, tokens], whole numbers "
                 "from -1 (text), as image_numbers gives them"
