@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from manyheads.hosts.attend import Scoring, masked_attention, pack
 from manyheads.hosts.calls import BLOCK_WEIGHTS, AttentionCall, Edit, MechanismCall
+from manyheads.hosts.held import Keys, by_place, caches_noted, cut, fed
 from manyheads.hosts.own_attention import heard
 from manyheads.hosts.processors import processed
 from manyheads.hosts.reading import Reader, check_run, fitting, reading, readings, run_again_alike
@@ -81,13 +82,12 @@ def tap(
         own = [site for site in chosen if attends_alone(site.module)]
         stack_of.enter_context(heard(model, own))
         stack_of.enter_context(processed([site for site in chosen if by_processor(site.module)]))
-        if any(
-            not isinstance(site.module, Mechanism) and not by_processor(site.module)
-            for site in chosen
-            if site not in own
-        ):
+        if any(_dispatched(site) for site in chosen):
             _register()
             stack_of.enter_context(switched(model, NAME, _name))
+            # Those that nobody reads attend through the same function.
+            every = [site.module for site in sites(model) if _dispatched(site) and site.kind == "self"]
+            stack_of.enter_context(caches_noted(every))
         for site in chosen:
             stack_of.enter_context(reading(site, reader))
         yield chosen
@@ -128,6 +128,11 @@ def record(
 
     with tap(model, keep, layers=layers, stack=stack, kind=kind):
         yield calls
+
+
+def _dispatched(site: Site) -> bool:
+    """Whether the site attends through a function of transformers' registry."""
+    return not (isinstance(site.module, Mechanism) or by_processor(site.module) or attends_alone(site.module))
 
 
 class Calls(list[Any]):
@@ -193,7 +198,9 @@ def _attention(
     )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
-    mask = attention_mask
+    mask, total = attention_mask, fed(module)
+    if mask is None:  # all of a static cache that was fed, and nothing of its empty end
+        key, value, mask = cut(Keys(key, value, mask), total)
     if causal and query.shape[2] < key.shape[2]:
         # The library's kernel would count queries from the first key; fewer queries are the last.
         n, m = query.shape[2], key.shape[2]
@@ -203,17 +210,19 @@ def _attention(
     if position_bias is not None:
         mask, causal = _biased(mask, position_bias, causal, query), False
     own = list(readings(module))
+    # The model's own output comes of what its cache gave, to the bit.
+    held = by_place(Keys(key, value, mask), total, query.shape[2])
 
     def make() -> Tensor:
         return _output(module, query, key, value, mask, dropout, causal, scoring)
 
     # A graph, drawn dropout and what several readers see have their place in time; a sole reader may leave it away.
     if len(own) == 1 and not dropout and not torch.is_grad_enabled():
-        output = _read_once(own[0], AttentionCall(own[0][0], query, key, value, mask, causal, scoring), make)
+        output = _read_once(own[0], AttentionCall(own[0][0], query, *held, causal, scoring), make)
         return output.transpose(1, 2).contiguous(), None
     output = make()
     for site, reader, memo in own:
-        call = AttentionCall(site, query, key, value, mask, causal, scoring)
+        call = AttentionCall(site, query, *held, causal, scoring)
         call.output, call.memo, call.dropout = output, memo, dropout
         changed = reader(call)
         if changed is not None:
