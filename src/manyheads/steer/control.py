@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import text_stack
+from manyheads.hosts.switching import uncompiled
 from manyheads.hosts.taps import tap
 from manyheads.runs.given import shown
 from manyheads.steer.common import check_share
@@ -133,7 +134,8 @@ def _added(model: Any, image: Tensor, latent: Tensor) -> Iterator[None]:
 
     hook = _text_part(model).register_forward_pre_hook(before, with_kwargs=True)
     try:
-        yield
+        with uncompiled():
+            yield
     finally:
         hook.remove()
 
