@@ -22,6 +22,23 @@ from torch.nn.functional import pad
 _given: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
+# Layers that read less than the text just now: tokens have left below them.
+_thin: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def mark_thin(module: nn.Module, thin: bool) -> None:
+    (_thin.add if thin else _thin.discard)(module)
+
+
+def check_whole(module: nn.Module, who: str) -> None:
+    """ValueError where the places of a call's tokens are not those of the text."""
+    if module in _thin:
+        raise ValueError(
+            f"{who} counts places of the text, and tokens have left below a layer that it reads: leave the block in "
+            f"which tokens leave, or change the layers below it alone"
+        )
+
+
 class Keys(NamedTuple):
     """key, value [b, g, t, d], and the mask [b or 1, 1 or h, n, t] that goes with them, or None."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.hosts.calls import opened
+from manyheads.hosts.held import check_whole
 from manyheads.hosts.sites import choose, only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
 from manyheads.runs.given import shown
@@ -97,6 +98,7 @@ def inside(span: Span, length: int, device: torch.device) -> Tensor:
 
 def inside_call(span: Span, call: AttentionCall, who: str) -> Tensor:
     """[1 or b, m] bool: the places of a span among the call's keys; rows of a prompt for all of its beams."""
+    check_whole(call.site.module, who)
     found = inside(span, call.key.shape[2], call.query.device)
     return found if len(found) == 1 else same_rows(found, call.query.shape[0], who)
 
