@@ -203,3 +203,17 @@ def test_factors_and_heads_that_mean_nothing_are_refused() -> None:
     for heads in ("0.1", (0, 1), [(0,)], ["0.1", "0.2"]):
         with pytest.raises(ValueError, match="pairs"), boost(m, [1], 2.0, heads=heads):
             pass
+
+
+def test_a_row_is_pointed_at_its_region_whatever_stands_beside_it() -> None:
+    """How long a row's latent is worked on is the row's own business."""
+    m = llava()
+    region = torch.tensor([[0.0, 0, 0, 0, 1, 1, 0, 0, 0]])
+    with control(m, GIVEN, region, steps=3):
+        both = logits(m)[:, -1]
+    for row in range(2):
+        real = GIVEN["attention_mask"][row].bool()
+        own = {name: each[row : row + 1][:, real] for name, each in GIVEN.items() if name != "pixel_values"}
+        own["pixel_values"] = GIVEN["pixel_values"][row : row + 1]
+        with control(m, own, region, steps=3), torch.no_grad():
+            assert_close(m(**own).logits[0, -1], both[row], atol=1e-4, rtol=1e-4)
