@@ -67,7 +67,7 @@ def _length(each: Any) -> int:
     return len(each) if hasattr(each, "__len__") else 0
 
 
-def positions(span: Sequence[int] | slice, length: int) -> list[int]:
+def positions(span: Sequence[int] | slice | Tensor, length: int) -> list[int]:
     """Places of tokens that are there; a span may end beyond them, as while decoding. ValueError for places counted
     from an end that moves on with every token, and for what marks places instead of naming them."""
     if isinstance(span, slice):

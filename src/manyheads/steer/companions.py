@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import weakref
 from collections import Counter
@@ -101,6 +100,10 @@ _MOVES = {
 }
 
 
-@functools.cache
-def _together(cls: type) -> type:
-    return type(cls.__name__, (_Together, cls), {**_MOVES, "__module__": cls.__module__})
+_made: dict[type, Any] = {}
+
+
+def _together(cls: type) -> Any:
+    if cls not in _made:
+        _made[cls] = type(cls.__name__, (_Together, cls), {**_MOVES, "__module__": cls.__module__})
+    return _made[cls]
