@@ -367,7 +367,7 @@ def test_control_lowers_its_energy_and_moves_attention(model: Any) -> None:
             for i in places:
                 a += call.weights()[row, :, i, own].mean(0) / len(places) / len(calls)
         energy += 400 * (1 - float((a * region[0]).sum() / a.sum())) ** 2
-    assert float(_energy(model, inputs, image, region, start, 400.0).detach()) == pytest.approx(energy, rel=1e-3)
+    assert float(_energy(model, inputs, image, region, start, 400.0).detach().sum()) == pytest.approx(energy, rel=1e-3)
     with control(model, inputs, region, steps=4, lr=0.2) as energies:
         assert energies[0] == pytest.approx(energy, rel=1e-3)
         assert energies[-1] < energies[0]

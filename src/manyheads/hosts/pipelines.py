@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyheads.models.flow import Step
+from manyheads.models.flow import Step, whole_captions
 
 # The denoisers whose calls are known: class -> the names of the pictures and of the words in its forward.
 KNOWN = {
@@ -99,11 +99,11 @@ class PipelineHost(nn.Module):
         return found
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def encode(self, captions: str | Sequence[str]) -> tuple[Tensor, Tensor]:
         """What the denoiser reads of captions, [b, m, e], and its mask [b, m] (True = a word, and padding where the
         pipeline lets it be read)."""
         found = self.pipe.encode_prompt(
-            list(captions), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            whole_captions(captions), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         mask = found[1] if self._masked else None
         words = found[0].to(self.dtype)
@@ -137,13 +137,13 @@ class PipelineHost(nn.Module):
     # -- sampling --------------------------------------------------------------------------------------------------
 
     def sample(
-        self, captions: Sequence[str], *, steps: int = 50, guidance: float = 7.5, seed: int = 0, **options: Any
+        self, captions: str | Sequence[str], *, steps: int = 50, guidance: float = 7.5, seed: int = 0, **options: Any
     ) -> Any:
         """What pipe(prompt=captions, num_inference_steps=steps, guidance_scale=guidance, generator=..., **options)
         gives, its steps told. guidance at most 1: one pass a step, without captions' absence. options: the pipeline's
         own, such as output_type or negative_prompt; those that would change the size or count of pictures are
         refused."""
-        given = list(captions)
+        given = whole_captions(captions)
         taken = sorted(set(options) & set(TAKEN))
         if taken or not given:
             raise ValueError(f"sample: {taken or 'no captions'}: want captions, steps=, guidance=, seed= and options "

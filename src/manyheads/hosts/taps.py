@@ -27,9 +27,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from manyheads.hosts.attend import Scoring, masked_attention, pack
 from manyheads.hosts.calls import BLOCK_WEIGHTS, AttentionCall, Edit, MechanismCall, edits_heard
+from manyheads.hosts.held import Keys, by_place, caches_noted, cut, fed
 from manyheads.hosts.own_attention import heard
 from manyheads.hosts.processors import processed
 from manyheads.hosts.reading import Reader, check_run, fitting, reading, readings, run_again_alike
@@ -83,13 +85,12 @@ def tap(
         own = [site for site in chosen if attends_alone(site.module)]
         stack_of.enter_context(heard(model, own))
         stack_of.enter_context(processed([site for site in chosen if by_processor(site.module)]))
-        if any(
-            not isinstance(site.module, Mechanism) and not by_processor(site.module)
-            for site in chosen
-            if site not in own
-        ):
+        if any(_dispatched(site) for site in chosen):
             _register()
             stack_of.enter_context(switched(model, NAME, _name))
+            # Those that nobody reads attend through the same function.
+            every = [site.module for site in sites(model) if _dispatched(site) and site.kind == "self"]
+            stack_of.enter_context(caches_noted(every))
         for site in chosen:
             stack_of.enter_context(reading(site, reader))
         yield chosen
@@ -130,6 +131,11 @@ def record(
 
     with tap(model, keep, layers=layers, stack=stack, kind=kind):
         yield calls
+
+
+def _dispatched(site: Site) -> bool:
+    """Whether the site attends through a function of transformers' registry."""
+    return not (isinstance(site.module, Mechanism) or by_processor(site.module) or attends_alone(site.module))
 
 
 class Calls(list[Any]):
@@ -195,7 +201,9 @@ def _attention(
     )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
-    mask = attention_mask
+    mask, total, width = attention_mask, fed(module), key.shape[2]
+    if mask is None:  # all of a static cache that was fed, and nothing of its empty end
+        key, value, mask = cut(Keys(key, value, mask), total)
     if causal and query.shape[2] < key.shape[2]:
         # The library's kernel would count queries from the first key; fewer queries are the last.
         n, m = query.shape[2], key.shape[2]
@@ -204,7 +212,11 @@ def _attention(
         mask = _among(mask, kwargs["indices"], key.shape[2])
     if position_bias is not None:
         mask, causal = _biased(mask, position_bias, causal, query), False
-    call = partial(AttentionCall, query=query, key=key, value=value, mask=mask, causal=causal, scoring=scoring)
+
+    def call(site: Site) -> AttentionCall:
+        return AttentionCall(site, query, *by_place(Keys(key, value, mask), total, query.shape[2]), causal, scoring)
+
+    # The model's own output comes of what its cache gave, to the bit.
     make = partial(_output, module, query, key, value, mask, dropout, causal, scoring)
     if not (kwargs.get("output_attentions") or _gathered()):
         return _read(module, call, make, dropout).transpose(1, 2).contiguous(), None
@@ -215,7 +227,9 @@ def _attention(
 
     with edits_heard(note):
         output = _read(module, call, make, dropout)
-    return output.transpose(1, 2).contiguous(), weights
+    # As wide as what the cache gave: the latest keys of a window, all of a static buffer.
+    gone = weights.shape[-1] - width
+    return output.transpose(1, 2).contiguous(), weights[..., gone:] if gone >= 0 else pad(weights, (0, -gone))
 
 
 def _gathered() -> bool:

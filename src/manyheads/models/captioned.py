@@ -26,7 +26,7 @@ class Captioned:
         is not in the vocabulary, and for captions that are too long."""
         known = {word: number for number, word in enumerate(self.config.words)}
         rows = []
-        for caption in captions:
+        for caption in [captions] if isinstance(captions, str) else captions:
             said = [self.config.words[0], *caption.lower().split()]
             strange = [word for word in said if word not in known]
             if strange:

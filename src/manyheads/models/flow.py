@@ -5,6 +5,7 @@ Shapes: b captions, r rows of the batch that the model sees (twice b where it is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +49,11 @@ Correct = Callable[[Tensor, Tensor, Tensor, Step], Tensor]
 STEPS, GUIDANCE = 20, 2.0
 
 
+def whole_captions(captions: str | Sequence[str]) -> list[str]:
+    """One caption by itself is a list of one, not its letters."""
+    return [captions] if isinstance(captions, str) else list(captions)
+
+
 class Flow:
     """What a model that predicts velocities gets: `sample`, `invert`, and the step that is told while they run."""
 
@@ -68,7 +74,7 @@ class Flow:
     @torch.no_grad()
     def sample(
         self,
-        captions: Sequence[str],
+        captions: str | Sequence[str],
         *,
         steps: int = STEPS,
         guidance: float = GUIDANCE,
@@ -87,7 +93,9 @@ class Flow:
         """
         if steps < 1:
             raise ValueError(f"steps must be 1 at least; got {steps}")
-        given = list(captions)
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance must be a finite number; got {guidance}")
+        given = whole_captions(captions)
         x = self.noise(len(given), seed) if noise is None else noise.to(self.device, self.dtype)  # type: ignore[attr-defined]
         if len(x) != len(given) or not given:
             raise ValueError(f"{len(given)} captions and noise for {len(x)} pictures: want as many, one at least")
@@ -123,9 +131,12 @@ class Flow:
         return drawn.to(self.device, self.dtype)  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def invert(self, pictures: Tensor, captions: Sequence[str], *, steps: int = STEPS) -> Tensor:
+    def invert(self, pictures: Tensor, captions: str | Sequence[str], *, steps: int = STEPS) -> Tensor:
         """The way back from pictures to their noise by the same flow unguided, [steps + 1, b, c, height, width] in the
         order in which sampling meets them: the first is the noise, the last the pictures."""
+        captions = whole_captions(captions)
+        if len(captions) != len(pictures):
+            raise ValueError(f"{len(captions)} captions of {len(pictures)} pictures: want one for each")
         ids, mask = self.encode(captions)
         path = [pictures]
         for index in reversed(range(steps)):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.hosts.calls import opened
+from manyheads.hosts.held import check_whole
 from manyheads.hosts.positions import placed
 from manyheads.hosts.sites import text_stack
 from manyheads.hosts.taps import record, tap
@@ -133,6 +134,7 @@ def pushed(model: Any, offsets: Offsets, scale: float, *, first: int = 0) -> Ite
 
     def reader(call: Any) -> Tensor | None:
         own = opened(call, "pushed")
+        check_whole(call.site.module, "pushed")
         start = max(0, first - (own.key.shape[2] - own.query.shape[2]))
         if scale == 0 or start >= own.query.shape[2]:
             return None

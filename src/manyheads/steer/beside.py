@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
-from manyheads.steer.common import companions
+from manyheads.hosts.switching import uncompiled
+from manyheads.hosts.wrappers import inside
+from manyheads.steer.companions import companions, named, own_cache
 
 # The arguments of a call by name -> those of another run, and what is open while it runs.
 Run = Callable[[dict[str, Any]], tuple[dict[str, Any], AbstractContextManager[Any]]]
@@ -19,10 +21,17 @@ Combine = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 @contextmanager
-def beside(model: Any, runs: Sequence[Run], combine: Combine, who: str) -> Iterator[None]:
+def beside(
+    model: Any,
+    runs: Sequence[Run],
+    combine: Combine,
+    who: str,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[None]:
     """While open every call of the model runs once more per run, with a cache of its own that is reordered, cropped and
-    reset with the one that is given. ValueError for labels, whose loss would be of the first run alone, and for a cache
-    that was filled outside."""
+    reset with the one that is given. around: what is open while the model's own run is on. ValueError for labels, whose
+    loss would be of the first run alone, and for a cache that was filled outside."""
+    model = inside(model)
     forward = model.forward
     names = list(inspect.signature(forward).parameters)
 
@@ -33,21 +42,25 @@ def beside(model: Any, runs: Sequence[Run], combine: Combine, who: str) -> Itera
             raise ValueError(f"{who} mixes logits after the loss: leave labels out")
         if kwargs.get("mm_encoder_outputs") is not None:
             raise ValueError(f"{who}: give pixel_values; of encoded pictures the other runs cannot see theirs")
-        past = kwargs.get("past_key_values")
-        if past is None and kwargs.get("use_cache") is not False:
-            past = kwargs["past_key_values"] = _cache(model)
-        others = [None] * len(runs) if past is None else caches_beside(past, len(runs), who)
+        past = own_cache(model, kwargs)
+        others = [None] * len(runs) if past is None else companions(past, name, lambda: fresh(past, len(runs), who))
         logits = []
         for run, own in zip(runs, others, strict=True):
-            changed, inside = run(dict(kwargs))
-            with inside:
+            changed, open_ = run(dict(kwargs))
+            with open_:
                 logits.append(forward(**{**changed, "past_key_values": own}).logits)
-        first = forward(**kwargs)
+        with around():
+            first = forward(**kwargs)
         kind = first.logits.dtype
         first.logits = combine(first.logits.float(), [each.float() for each in logits]).to(kind)
         return first
 
-    with _own(model, "forward", every_run), _own(model, "_supports_mm_encoder_outputs", lambda: False):
+    with (
+        uncompiled(),
+        named(model, who) as name,
+        _own(model, "forward", every_run),
+        _own(model, "_supports_mm_encoder_outputs", lambda: False),
+    ):
         yield
 
 
@@ -66,25 +79,13 @@ def _own(model: Any, name: str, value: Any) -> Iterator[None]:
             delattr(model, name)
 
 
-def caches_beside(past: Any, count: int, who: str) -> list[Any]:
-    """The other runs' caches, which must have seen as much as the one that was given."""
+def fresh(past: Any, count: int, who: str) -> list[Any]:
+    """The other runs' caches, of a cache that holds nothing yet."""
     from transformers import DynamicCache
 
-    def make() -> list[Any]:
-        if past.get_seq_length():
-            raise ValueError(f"{who}: the cache was filled outside of this block; start the text inside")
-        return [DynamicCache() for _ in range(count)]
-
-    others = companions(past, make)
-    if len(others) != count or any(own.get_seq_length() != past.get_seq_length() for own in others):
-        raise ValueError(f"{who}: the cache was fed outside of this block; start the text inside")
-    return others
-
-
-def _cache(model: Any) -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
+    if past.get_seq_length():
+        raise ValueError(f"{who}: the cache was filled outside of this block; start the text inside")
+    return [DynamicCache() for _ in range(count)]
 
 
 def plausible(mixed: Tensor, own: Tensor, least: float) -> Tensor:

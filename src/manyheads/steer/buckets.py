@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyheads.steer.beside import caches_beside
+from manyheads.steer.beside import beside
 from manyheads.steer.method import Prompt, steering
 
 
@@ -30,32 +30,29 @@ def buckets(model: Any, bases: Sequence[float]) -> Iterator[None]:
     if all(found is own for found in angles):
         yield
         return
-    forward = model.forward
+    # Of the model's own base, if it is among them, a run is the model's own.
+    main = next((angle for angle in angles if angle is own), angles[0])
+    others = [angle for angle in angles if angle is not main]
 
-    def every_run(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("labels") is not None:
-            raise ValueError("buckets mixes probabilities after the loss: leave labels out")
-        past = kwargs.get("past_key_values")
-        others = [] if past is None else caches_beside(past, len(angles) - 1, "buckets")
-        runs = []
+    @contextmanager
+    def turned(angle: Tensor) -> Iterator[None]:
+        rotary.inv_freq = angle
         try:
-            for j, angle in enumerate(angles):
-                rotary.inv_freq = angle
-                runs.append(
-                    forward(
-                        *args, **{**kwargs, **({} if past is None or j == 0 else {"past_key_values": others[j - 1]})}
-                    )
-                )
+            yield
         finally:
             rotary.inv_freq = own
-        runs[0].logits = mixed([run.logits for run in runs])
-        return runs[0]
 
-    model.forward = every_run
-    try:
+    def run_of(angle: Tensor) -> Any:
+        return lambda named: (named, turned(angle))
+
+    with beside(
+        model,
+        [run_of(angle) for angle in others],
+        lambda logits, rest: mixed([logits, *rest]),
+        "buckets",
+        lambda: turned(main),
+    ):
         yield
-    finally:
-        del model.forward
 
 
 def _rotary(model: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.hosts.calls import opened
+from manyheads.hosts.held import check_whole
 from manyheads.hosts.sites import choose, only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
 from manyheads.runs.given import shown
+from manyheads.steer.pictures import same_rows
 
 # (layer, query head) pairs, as detectors name them.
 Heads = Sequence[tuple[int, int]]
@@ -50,6 +52,8 @@ def heads_by_layer(model: nn.Module, heads: Heads | None, stack: str) -> dict[in
     if heads is None:
         return {site.layer: None for site in choose(model, None, stack, "self")}
     chosen: dict[int, list[int] | None] = {}
+    if isinstance(heads, str) or any(isinstance(pair, str) or _length(pair) != 2 for pair in heads):
+        raise ValueError(f"heads are (layer, head) pairs, such as [(3, 1), (4, 2)]; got {heads!r}")
     for layer, head in heads:
         own = chosen.setdefault(int(layer), [])
         assert own is not None
@@ -59,25 +63,44 @@ def heads_by_layer(model: nn.Module, heads: Heads | None, stack: str) -> dict[in
     return chosen
 
 
-def positions(span: Sequence[int] | slice, length: int) -> list[int]:
-    """Places of tokens that are there; a span may end beyond them, as while decoding."""
+def _length(each: Any) -> int:
+    return len(each) if hasattr(each, "__len__") else 0
+
+
+def positions(span: Sequence[int] | slice | Tensor, length: int) -> list[int]:
+    """Places of tokens that are there; a span may end beyond them, as while decoding. ValueError for places counted
+    from an end that moves on with every token, and for what marks places instead of naming them."""
     if isinstance(span, slice):
+        bounds = [each for each in (span.start, span.stop) if each is not None]
+        if any(each < 0 for each in bounds):
+            raise ValueError(f"a span names places from 0; got {span}, and the end moves on while decoding")
         return list(range(*span.indices(length)))
-    wrong = [place for place in span if place < 0]
+    places = span.tolist() if isinstance(span, Tensor) else span
+    if isinstance(places, str) or not isinstance(places, Iterable):
+        raise ValueError(f"a span is places from 0, such as [3, 4] or slice(3, 5), or bool [b, n]; got {span!r}")
+    places = list(places)
+    wrong = [place for place in places if type(place) is bool or int(place) != place or place < 0]
     if wrong:
-        raise ValueError(f"a span names places from 0; got {wrong}")
-    return [int(place) for place in span if place < length]
+        raise ValueError(f"a span names places from 0; got {wrong} (or it is bool [b, n], a row for each of the batch)")
+    return [int(place) for place in places if place < length]
 
 
 def inside(span: Span, length: int, device: torch.device) -> Tensor:
     """[1 or b, length] bool: the places of a span among so many keys. What was fed later than a mask is not in it."""
-    if isinstance(span, Tensor):
+    if isinstance(span, Tensor) and span.dim() > 1:
         if span.dtype != torch.bool or span.dim() != 2:
             raise ValueError(f"a span of each row is [b, n] bool; got {span.dtype} {list(span.shape)}")
         return nn.functional.pad(span, (0, max(0, length - span.shape[1])))[:, :length].to(device)
     found = torch.zeros(1, length, dtype=torch.bool, device=device)
     found[0, positions(span, length)] = True
     return found
+
+
+def inside_call(span: Span, call: AttentionCall, who: str) -> Tensor:
+    """[1 or b, m] bool: the places of a span among the call's keys; rows of a prompt for all of its beams."""
+    check_whole(call.site.module, who)
+    found = inside(span, call.key.shape[2], call.query.device)
+    return found if len(found) == 1 else same_rows(found, call.query.shape[0], who)
 
 
 def behind(places: Tensor, queries: int) -> Tensor:
@@ -115,29 +138,6 @@ def changed(
 
     with tap(model, reader, layers=sorted(chosen), stack=where, kind="self"):
         yield
-
-
-_MOVES = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
-
-
-def companions(past: Any, make: Callable[[], list[Any]]) -> list[Any]:
-    """The caches of a call's other runs, which belong to the one given: made when it is first seen, and from then on
-    reordered, cropped and reset with it."""
-    if not hasattr(past, "manyheads_companions"):
-        others = make()
-        for name in _MOVES:
-            setattr(past, name, _for_all([getattr(cache, name) for cache in (past, *others)]))
-        past.manyheads_companions = others
-    found: list[Any] = past.manyheads_companions
-    return found
-
-
-def _for_all(calls: list[Callable[..., Any]]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        first, *_others = (call(*args, **kwargs) for call in calls)
-        return first
-
-    return run
 
 
 def normalised(weights: Tensor) -> Tensor:

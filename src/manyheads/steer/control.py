@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import text_stack
+from manyheads.hosts.switching import uncompiled
 from manyheads.hosts.taps import tap
 from manyheads.runs.given import shown
 from manyheads.steer.common import check_share
@@ -34,10 +35,10 @@ def control(
 
     p [b, image tokens, dim] = 0 is added to the image's embeddings; in each step a, the attention of the text behind it
     on these tokens (mean over layers, heads and rows), gives E = alpha (1 - sum_j a_j M_j / sum_j a_j)^2, and
-    p <- p - lr dE/dp; what is used is the running mean p_use <- beta p + (1 - beta) p_use. Stops early once E has
-    fallen to three quarters of the first. In the block p_use is added wherever the prompt's picture is read; gives E
-    of every step. region: M, [b or 1, image tokens] in [0, 1], as by `box_region`. steps 0, lr 0 and a region that is
-    everything change nothing.
+    p <- p - lr dE/dp; what is used is the running mean p_use <- beta p + (1 - beta) p_use. A row stops early once its E
+    has fallen to three quarters of its first. In the block p_use is added wherever the prompt's picture is read; gives
+    E of every step, summed over rows. region: M, [b or 1, image tokens] in [0, 1], as by `box_region`. steps 0, lr 0
+    and a region that is everything change nothing.
     Source: arXiv 2407.21534, mrwu-mac/ControlMLLM `compute_ca_loss`, for boxes and masks. The released script adds
     every step's p_use on top of the last; here, as in the paper, there is one latent. Its points and scribbles use a
     density above 1, which can push attention away: left out.
@@ -70,27 +71,31 @@ def _optimised(
     width = model.config.get_text_config(decoder=True).hidden_size
     parameter = next(model.parameters())
     used = torch.zeros(int(image.sum()), width, device=parameter.device, dtype=torch.float32)
-    latent, energies = used.clone(), []
+    latent, energies, first = used.clone(), list[float](), torch.zeros(0)
     with ExitStack() as left, torch.enable_grad():
         for own in [each for each in model.parameters() if each.requires_grad]:
             left.callback(own.requires_grad_, True)
             own.requires_grad_(False)
-        for _ in range(steps):
+        row = torch.arange(len(image), device=used.device).repeat_interleave(image.sum(-1).to(used.device))[:, None]
+        for step in range(steps):
             probe = used.clone().requires_grad_()
             energy = _energy(model, inputs, image, region, probe, alpha)
-            energies.append(float(energy.detach()))
-            if energies[-1] <= 0.75 * energies[0] and len(energies) > 1:
+            energies.append(float(energy.detach().sum()))
+            first = energy.detach() if not step else first
+            # A row stops on its own, whatever stands beside it in the batch.
+            done = (energy.detach() <= 0.75 * first) & (step > 0)
+            if bool(done.all()):
                 break
-            (gradient,) = torch.autograd.grad(energy, [probe])
+            (gradient,) = torch.autograd.grad(energy.sum(), [probe])
             latent = latent - lr * gradient
-            used = beta * latent + (1 - beta) * used
+            used = torch.where(done[row], used, beta * latent + (1 - beta) * used)
     return used.detach(), energies
 
 
 def _energy(
     model: Any, inputs: Mapping[str, Any], image: Tensor, region: Tensor, latent: Tensor, alpha: float
 ) -> Tensor:
-    """Of all rows together: their gradients do not mix."""
+    """[b], of each row: their gradients do not mix."""
     shares: list[Tensor] = []
     places = torch.arange(image.shape[1], device=image.device)
     last = (image * (places + 1)).amax(-1, keepdim=True)
@@ -110,7 +115,7 @@ def _energy(
         model(**inputs, use_cache=False)
     attention = torch.stack(shares).mean(0)
     act = (attention * region.to(attention)).sum(-1) / attention.sum(-1)
-    return alpha * (1 - act).pow(2).sum()
+    return alpha * (1 - act).pow(2)
 
 
 @contextmanager
@@ -133,7 +138,8 @@ def _added(model: Any, image: Tensor, latent: Tensor) -> Iterator[None]:
 
     hook = _text_part(model).register_forward_pre_hook(before, with_kwargs=True)
     try:
-        yield
+        with uncompiled():
+            yield
     finally:
         hook.remove()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from manyheads.hosts.positions import placed
 from manyheads.hosts.sites import choose, text_stack
+from manyheads.hosts.switching import uncompiled
 from manyheads.hosts.taps import tap
 from manyheads.steer.common import Heads, Span, inside
 from manyheads.steer.method import Prompt, steering
@@ -40,6 +41,7 @@ def focused(model: Any, directions: Directions, scale: float = 1.0) -> Iterator[
         return
     stack = text_stack(model)
     with ExitStack() as hooks:
+        hooks.enter_context(uncompiled())
         for site in choose(model, sorted({layer for layer, _ in directions}), stack, "self"):
             own = {head: pair for (layer, head), pair in directions.items() if layer == site.layer}
             for hook in _hooked(site.path, site.module, own, scale):

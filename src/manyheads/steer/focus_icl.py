@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from manyheads.hosts.calls import AttentionCall, opened
 from manyheads.hosts.sites import text_stack
 from manyheads.hosts.taps import tap
-from manyheads.steer.common import Span, behind, check_share, inside
+from manyheads.steer.common import Span, behind, check_share, inside_call
 from manyheads.steer.method import Prompt, steering
 
 
@@ -47,8 +47,8 @@ def focus_icl(
 
 
 def _read(call: AttentionCall, demonstrations: Span, more: float, dropped: float) -> Tensor | None:
-    n, m = call.query.shape[2], call.key.shape[2]
-    shown = inside(demonstrations, m, call.query.device)
+    n = call.query.shape[2]
+    shown = inside_call(demonstrations, call, "focus_icl")
     late = behind(shown, n)
     if not bool(late.any()):
         return None

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from manyheads.hosts.held import check_whole
 from manyheads.hosts.taps import AttentionCall
 from manyheads.steer.common import changed, check_share, normalised, positions
 from manyheads.steer.method import Prompt, steering
@@ -36,6 +37,7 @@ def group_attention(
     check_share("group_attention: hidden", hidden)
 
     def change(call: AttentionCall, own: list[int] | None) -> Tensor | None:
+        check_whole(call.site.module, "group_attention")
         n, m = call.query.shape[2], call.key.shape[2]
         shown, kept = positions(exemplars, m), positions(manipulation, m)
         if not hidden or not shown or not kept:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.calls import AttentionCall, opened
+from manyheads.hosts.held import check_whole
 from manyheads.hosts.sites import choose, text_stack
 from manyheads.hosts.taps import tap
 from manyheads.steer.beside import beside
@@ -65,6 +66,7 @@ def imbalance(
 
 
 def _raised(call: AttentionCall, strength: Tensor, first: int) -> Tensor | None:
+    check_whole(call.site.module, "imbalance")
     n, m = call.query.shape[2], call.key.shape[2]
     start = max(0, first - (m - n))
     if start >= n:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,7 +13,9 @@ from torch import Tensor
 from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import choose, only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
-from manyheads.steer.common import companions, heads_by_layer, some_heads
+from manyheads.hosts.wrappers import inside
+from manyheads.steer.common import heads_by_layer, some_heads
+from manyheads.steer.companions import alone, companions, named, own_cache
 from manyheads.steer.method import Prompt, steering
 
 
@@ -48,23 +50,28 @@ def juice(model: Any, scales: Mapping[tuple[int, int], float], *, stack: str | N
         factors = call.output.new_tensor([active[call.layer, head] for head in own])[None, :, None, None]
         return call.replaced(call.output[:, own] + factors * said, own)
 
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    whole = inside(model)
+    names = list(inspect.signature(whole.forward).parameters)
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         nonlocal first
         if first:
-            return
+            return args, kwargs
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+        past = own_cache(whole, kwargs)
+        own = {key: value for key, value in kwargs.items() if key != "labels"}
+        if past is not None:
+            own["past_key_values"] = companions(past, name, lambda: [alone(past)])[0]
         first = True
         try:
-            own = {key: value for key, value in kwargs.items() if key != "labels"}
-            past = own.get("past_key_values")
-            if past is not None:
-                own["past_key_values"] = companions(past, lambda: [copy.deepcopy(past)])[0]
             with torch.no_grad():
-                module(*args, **own)
+                module(**own)
         finally:
             first = False
+        return (), kwargs
 
-    with tap(model, reader, layers=sorted(chosen), stack=where, kind="self"):
-        hook = model.register_forward_pre_hook(before, with_kwargs=True)
+    with named(whole, "juice") as name, tap(model, reader, layers=sorted(chosen), stack=where, kind="self"):
+        hook = whole.register_forward_pre_hook(before, with_kwargs=True)
         try:
             yield
         finally:

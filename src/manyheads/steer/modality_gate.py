@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.hosts.sites import choose, text_stack
+from manyheads.hosts.switching import uncompiled
+from manyheads.hosts.wrappers import inside
 from manyheads.steer.common import check_share
 from manyheads.steer.method import Prompt, steering
 from manyheads.steer.pictures import image_places, image_token
@@ -41,16 +43,22 @@ def modality_gate(model: Any, gates: Gates | None = None, *, share: float = 1.0)
             "model.activation_checkpointing_disable() or model.eval()"
         )
     seen: list[Tensor] = []
+    whole = inside(model)
 
     def watch(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
         ids = named.get("input_ids", args[0] if args else None)
-        if not isinstance(ids, Tensor):
-            raise ValueError("modality_gate: give input_ids: embeddings do not tell where pictures stand")
-        seen[:] = [ids == token]
+        if isinstance(ids, Tensor):
+            seen[:] = [ids == token]
+
+    def forget(module: nn.Module, args: Any, output: Any) -> None:
+        seen.clear()
 
     with ExitStack() as hooks:
         if share:
-            hooks.callback(model.register_forward_pre_hook(watch, with_kwargs=True).remove)
+            hooks.enter_context(uncompiled())
+            for own in {id(own): own for own in (whole, whole.base_model)}.values():
+                hooks.callback(own.register_forward_pre_hook(watch, with_kwargs=True).remove)
+                hooks.callback(own.register_forward_hook(forget, always_call=True).remove)
             for layer, gate in given.items():
                 hook = _gated(gate, share, seen)
                 hooks.callback(places[layer][1].register_forward_hook(hook).remove)
@@ -59,6 +67,10 @@ def modality_gate(model: Any, gates: Gates | None = None, *, share: float = 1.0)
 
 def _gated(gate: Tensor, share: float, seen: list[Tensor]) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], value: Tensor) -> Tensor:
+        if not seen:
+            raise ValueError(
+                "modality_gate: give input_ids, to the model itself: embeddings do not tell where pictures stand"
+            )
         x, image = args[0], seen[0].to(value.device)
         opened = (x @ gate.to(x).mT).tanh()
         factor = torch.where(image[..., None], 1 - share + share * opened, torch.ones_like(opened))

@@ -13,9 +13,9 @@ from manyheads.hosts.attend import hides
 from manyheads.hosts.calls import AttentionCall, opened
 from manyheads.hosts.sites import text_stack
 from manyheads.hosts.taps import tap
-from manyheads.steer.common import Span, check_share, inside
+from manyheads.steer.common import Span, check_share, inside, inside_call
 from manyheads.steer.method import Prompt, steering
-from manyheads.steer.pictures import image_places
+from manyheads.steer.pictures import image_places, same_rows
 
 
 @contextmanager
@@ -44,8 +44,9 @@ def modality_mutual(
 def _shown(call: AttentionCall, image: Span, question: Span, amount: float) -> Tensor | None:
     n, m = call.query.shape[2], call.key.shape[2]
     device = call.query.device
-    asking = inside(image, m, device)[:, m - n :]
+    asking = inside_call(image, call, "modality_mutual")[:, m - n :]
     asked = inside(question, max(m, _end(question)), device)
+    asked = asked if len(asked) == 1 else same_rows(asked, call.query.shape[0], "modality_mutual")
     if not bool(asking.any()) or not bool(asked.any()):
         return None
     if bool(asked[:, m:].any()):

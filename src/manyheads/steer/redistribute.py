@@ -13,7 +13,7 @@ from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import choose, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
 from manyheads.steer.calibrate import column_means, real_keys
-from manyheads.steer.common import Span, behind, check_share, inside, numbers
+from manyheads.steer.common import Span, behind, check_share, inside_call, numbers
 from manyheads.steer.method import Prompt, steering
 
 
@@ -100,8 +100,8 @@ def _sinks(states: Tensor, dims: Sequence[int], threshold: float) -> Tensor:
 def _moved(
     call: AttentionCall, sinks: Tensor, image: Span, share: float, centric: float, least: float
 ) -> Tensor | None:
-    m, n = call.key.shape[2], call.query.shape[2]
-    places = inside(image, m, sinks.device)
+    n = call.query.shape[2]
+    places = inside_call(image, call, "redistribute")
     late = behind(places, n)
     marked = (sinks & places).any(-1)
     if not bool((late & marked[:, None]).any()):

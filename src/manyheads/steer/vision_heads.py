@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.calls import opened
+from manyheads.hosts.held import check_whole
 from manyheads.hosts.sites import text_stack
 from manyheads.hosts.taps import tap
 from manyheads.steer.common import check_share
@@ -49,6 +50,7 @@ def vision_heads(
         if scale == 1:
             return None
         own = opened(call, "vision_heads")
+        check_whole(call.site.module, "vision_heads")
         return _louder(own.output, chosen[:, call.layer], own.key.shape[2] - own.query.shape[2], first, scale)
 
     with tap(model, reader, stack=text_stack(model), kind="self"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,12 @@ from manyheads.hosts.calls import taken as taken
 from manyheads.hosts.inside import softmax_call
 from manyheads.hosts.sites import choose
 from manyheads.hosts.taps import record, tap
+from manyheads.models.flow import whole_captions
 
 # (step from 0, layer of its kind from 0) -> whether the intervention acts there.
 Active = Callable[[int, int], bool]
+# Whether the pass that runs only tells what layers read, and is to be left as it is.
+_aside: ContextVar[bool] = ContextVar("aside", default=False)
 # A call, and the step that sampling stands at (None outside of it) -> the output [r, h, n, e] in its place, or None.
 Change = Callable[[AttentionCall, Any], Tensor | None]
 
@@ -62,6 +66,8 @@ def changed(
     sampler tells (`model.step`): with `active` and no sampler running, ValueError."""
 
     def reader(call: Any) -> Tensor | None:
+        if _aside.get():
+            return None
         step = getattr(model, "step", None)
         if active is not None:
             if step is None:
@@ -179,7 +185,7 @@ class Regions:
         count, words = shares.shape[0], key.shape[2] // shares.shape[0]
         scores = query @ key.mT + added
         weights = scores.unflatten(-1, (count, words)).softmax(-1) * shares.T.to(scores)[:, :, None]
-        return weights.flatten(-2) @ value
+        return weights.flatten(-2).to(value.dtype) @ value
 
     def _of(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [1, h, k m, d], scaled, and values of all captions' words, and what of them is none, [k m] added."""
@@ -194,10 +200,15 @@ class Regions:
 def heard_words(model: Any, captions: Sequence[str]) -> dict[str, Words]:
     """What the cross attention layers read of these captions, by the path of the layer. Keys and values of captions
     depend on nothing else, so that one pass over blank pictures tells them."""
+    captions = whole_captions(captions)
     ids, mask = model.encode(captions)
     blank = torch.zeros_like(model.noise(len(captions), 0))
-    with torch.no_grad(), record(model, kind="cross") as calls:
-        model(blank, torch.ones(len(captions), device=blank.device), ids, mask)
+    token = _aside.set(True)
+    try:
+        with torch.no_grad(), record(model, kind="cross") as calls:
+            model(blank, blank.new_ones(len(captions)), ids, mask)
+    finally:
+        _aside.reset(token)
     hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)[:, None, None]
     return {call.site.path: Words(call.key, call.value, hidden) for call in calls}
 

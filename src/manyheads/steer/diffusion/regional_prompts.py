@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from manyheads.hosts.calls import AttentionCall
+from manyheads.models.flow import whole_captions
 from manyheads.steer.diffusion.common import (
     Active,
     OnPatches,
@@ -47,6 +48,7 @@ def regional_prompts(
     which a model needs an image adapter.
     """
     check_masks("regional_prompts", model, masks)
+    captions = whole_captions(captions)
     if len(captions) != len(masks):
         raise ValueError(f"regional_prompts: {len(captions)} captions and {len(masks)} masks: want one for each")
     share = masks.float().sum(0) * weight

@@ -15,7 +15,7 @@ from manyheads.hosts.calls import AttentionCall, opened
 from manyheads.hosts.taps import tap
 from manyheads.steer.method import Prompt, steering
 from manyheads.steer.thinning.patches import thinned_patches, tower_layers
-from manyheads.steer.thinning.tokens import Kept, Step, Thinning, after_image, text_layers, thinned
+from manyheads.steer.thinning.tokens import Kept, Step, Thinning, after_image, on_image, text_layers, thinned
 
 
 def alike_windows(patches: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,8 @@ def alike_windows(patches: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def text_to_image(call: AttentionCall, words: Tensor) -> tuple[Tensor, Tensor]:
     """Head-mean attention from the words [b, q] to every token of the pass: its sum over them and the greatest, each
     [b, q]. In blocks of rows."""
-    first, before = int(words.any(0).nonzero()[0]), call.key.shape[2] - words.shape[1]
+    before = call.key.shape[2] - words.shape[1]
+    first = int(words.any(0).long().argmax()) if bool(words.any()) else words.shape[1]
     total = torch.zeros(words.shape, device=words.device, dtype=torch.promote_types(call.query.dtype, torch.float32))
     most = torch.zeros_like(total)
     for rows in call.blocks(None, slice(first, None)):
@@ -125,9 +126,11 @@ class _State:
         self._there = stays[:, 1:]
         return Kept(stays, states)
 
+    @torch.no_grad()
     def attended(self, call: Any) -> None:
         """The last layer sees what is there, in order, its class token first."""
-        assert self._there is not None
+        if call.memo.setdefault("there", self._there) is not self._there or self._there is None:
+            return  # backward runs the layer again
         to = opened(call, "must_drop").weights(None, slice(0, 1)).mean(1)[:, 0, 1:]
         self._keys = torch.zeros_like(self._there)
         for image, own in enumerate(self._there):
@@ -138,13 +141,14 @@ class _State:
     def there(self, step: Step) -> Tensor:
         """[b, q], before layer 0: no image token, or one of a patch that is there."""
         there, keys, self._there, self._keys = self._there, self._keys, None, None
-        if there is None or keys is None or there.numel() != int(step.image.sum()):
+        found = None if there is None else on_image(step.image, there.flatten())
+        self._own = None if keys is None else on_image(step.image, keys.flatten())
+        if found is None or self._own is None:
             raise ValueError(
                 "must_drop: the model has to see pixel_values in the same call, and to read the patches of its tower "
                 'without the class token (vision_feature_select_strategy="default")'
             )
-        self._own = torch.zeros_like(step.image).masked_scatter(step.image, keys.flatten())
-        return ~step.image | torch.zeros_like(step.image).masked_scatter(step.image, there.flatten())
+        return ~step.image | found
 
     def keys(self, step: Step) -> Tensor:
         """[b, q]: which of the tokens that are still there are keys."""

@@ -68,6 +68,11 @@ class _Tower:
     def before(self, index: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             states, *rest = args if args else (kwargs.pop("hidden_states"),)
+            if states.dim() != 3:
+                raise ValueError(
+                    f"{type(self._model).__name__}: its tower has the patches of all pictures in one row "
+                    f"{list(states.shape)}; patches can leave a tower of [pictures, patches, width] alone"
+                )
             if index == 0:
                 self._there, self._order = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device), None
             assert self._there is not None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from manyheads.hosts.calls import AttentionCall, opened
 from manyheads.hosts.generation import intercepted
+from manyheads.hosts.held import mark_thin
 from manyheads.hosts.sites import Site, choose, shows_pictures_to_text, text_stack
 from manyheads.hosts.switching import uncompiled
 from manyheads.hosts.taps import tap
@@ -96,6 +97,7 @@ def thinned(
             stack.enter_context(tap(whole, thinning.reader, layers=layers, stack=text_stack(whole), kind="self"))
         for hook in thinning.hooks():
             stack.callback(hook.remove)
+        stack.callback(thinning.forget)
         yield thinning
 
 
@@ -123,10 +125,12 @@ class Thinning:
     def __init__(self, model: Any, rule: Rule, read: Read | None, settle: int | None):
         self._model, self._rule, self._read, self._settle = model, rule, read, settle
         self._layers = text_layers(model)
+        self._attends = [site.module for site in choose(model, None, text_stack(model))]
         config = model.config
         token = getattr(config, "image_token_id", None)
         self._token: int = config.image_token_index if token is None else token
-        self._ids: Tensor | None = None
+        self._heard: dict[str, Any] = {}
+        self._added = 0
         self._now: Pass | None = None
         self._fed: Any = None
         self._last: Any = None
@@ -164,10 +168,15 @@ class Thinning:
             yield layer.register_forward_pre_hook(self._before(index), with_kwargs=True)
         yield self._layers[-1].register_forward_hook(self._after)
 
+    def forget(self) -> None:
+        for module in self._attends:
+            mark_thin(module, False)
+
     def reader(self, call: Any) -> None:
         step = self.step(call.layer)
         if self._read is not None and step is not None:
-            self._read(opened(call, "a rule of thinning"), step)
+            with torch.no_grad():  # what stays is a choice: no gradient goes through it
+                self._read(opened(call, "a rule of thinning"), step)
 
     def step(self, layer: int) -> Step | None:
         """While that layer runs in a pass with image tokens: what is there, without its states."""
@@ -184,14 +193,20 @@ class Thinning:
 
     def _hear(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self._ids = (dict(zip(names, args, strict=False)) | kwargs).get("input_ids")
+        heard = dict(zip(names, args, strict=False)) | kwargs
+        self._heard = {name: heard.get(name) for name in ("input_ids", "attention_mask")}
 
     def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids, self._ids = self._ids, None
+        heard, self._heard = self._heard, {}
+        ids, mask = heard.get("input_ids"), heard.get("attention_mask")
         if ids is None:
             raise ValueError(
                 "image tokens are known by their ids: call the model itself, with input_ids (not inputs_embeds alone)"
             )
+        # Features of pictures that are added once more behind each of the first layers, to all of their tokens.
+        self._added = len(kwargs.get("deepstack_visual_embeds") or ())
+        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+            kwargs = {**kwargs, "attention_mask": mask}  # what layers get is made of this one by the model
         self._now = now = Pass.of(ids, ids == self._token, kwargs)
         if now.has_image:
             self.image_tokens = []
@@ -206,7 +221,9 @@ class Thinning:
             if now.has_image:
                 states = self._asked(index, now, states)
             self._fed = cache = kwargs.get("past_key_values")
-            return (states, *rest), now.fitted(kwargs, None if cache is None else cache.layers[index])
+            held = None if cache is None else cache.layers[index]
+            mark_thin(self._attends[index], now.left or (held is not None and held.places is not None))
+            return (states, *rest), now.fitted(kwargs, held)
 
         return before
 
@@ -215,6 +232,12 @@ class Thinning:
         if found is not None:
             stays, states = found if isinstance(found, Kept) else (found, states)
             states = now.leave(stays, states)
+        if now.left and index < self._added:
+            raise ValueError(
+                f"{type(self._model).__name__} adds what it sees to its image tokens behind each of its first "
+                f"{self._added} layers: they can leave before layer {self._added} at the earliest; a rule had some "
+                f"leave before layer {index}"
+            )
         self.image_tokens.append(now.here(now.image).sum(1).tolist())
         return states
 
@@ -231,6 +254,17 @@ class Thinning:
         if isinstance(output, Tensor):
             return now.whole_again(output)
         return now.whole_again(output[0]), *output[1:]
+
+
+def on_image(image: Tensor, each: Tensor) -> Tensor | None:
+    """each: of the image tokens of a prompt's rows, row by row -> [b, q], zeros elsewhere; the rows of a batch that
+    holds each prompt several times in a row (beams) alike. None where they are not as many."""
+    times = int(image.sum()) // max(1, len(each))
+    rows = image[:: max(1, times)]
+    if int(rows.sum()) != len(each) or len(rows) * max(1, times) != len(image):
+        return None
+    placed = torch.zeros(rows.shape, dtype=each.dtype, device=each.device).masked_scatter(rows, each)
+    return placed.repeat_interleave(max(1, times), 0)
 
 
 def after_image(step: Step) -> Tensor:

@@ -18,7 +18,7 @@ from manyheads.steer.common import check_share, normalised
 from manyheads.steer.method import Prompt, steering
 from manyheads.steer.thinning.aim import runs
 from manyheads.steer.thinning.patches import tower_layers
-from manyheads.steer.thinning.tokens import Kept, Step, Thinning, text_layers, thinned
+from manyheads.steer.thinning.tokens import Kept, Step, Thinning, on_image, text_layers, thinned
 
 
 def clusters(tokens: Tensor, count: int, neighbours: int = 5) -> Tensor:
@@ -70,6 +70,7 @@ def clustered(model: nn.Module, primary: float = 0.25, merged: float = 0.1, focu
     tower = len(tower_layers(model))
     worth: list[Tensor] = []
 
+    @torch.no_grad()
     def attended(call: Any) -> None:
         worth[:] = [opened(call, "clustered").weights(None, slice(0, 1)).mean(1)[:, 0, 1:]]
 
@@ -77,13 +78,13 @@ def clustered(model: nn.Module, primary: float = 0.25, merged: float = 0.1, focu
         if step.layer or primary == 1:
             return None
         scores = worth.pop() if worth else None
-        if scores is None or scores.numel() != int(step.image.sum()):
+        placed = None if scores is None else on_image(step.image, scores.flatten())
+        if placed is None:
             raise ValueError(
                 "clustered: the model has to see pixel_values in the same call, and to read the patches of its tower "
                 'without the class token (vision_feature_select_strategy="default")'
             )
-        placed = torch.zeros(step.image.shape, dtype=scores.dtype, device=scores.device)
-        return _merged(step, placed.masked_scatter(step.image, scores.flatten()), primary, merged)
+        return _merged(step, placed, primary, merged)
 
     with ExitStack() as stack:
         stack.enter_context(tap(model, attended, layers=[tower - 1], stack="vision", kind="self"))
@@ -113,7 +114,8 @@ def _merged(step: Step, worth: Tensor, primary: float, merged: float) -> Kept:
 
 def _masking(thinning: Thinning, focused: float) -> Any:
     def reader(call: Any) -> Tensor | None:
-        step = thinning.step(call.layer)
+        # Backward runs the layer again when the pass is over.
+        step = call.memo.setdefault("step", thinning.step(call.layer))
         return None if step is None else _focused(opened(call, "clustered"), step, focused)
 
     return reader
@@ -143,7 +145,7 @@ def _focused(call: AttentionCall, step: Step, share: float) -> Tensor:
         if low >= high:
             return weights
         weights = weights.clone()
-        own = weights[:, :, low - part.start : high - part.start]
+        own = weights[:, :, low - part.start : high - part.start].clone()
         own[..., before + columns] = own[..., before + columns].masked_fill(hidden[:, :, low - first : high - first], 0)
         weights[:, :, low - part.start : high - part.start] = normalised(own)
         return weights
