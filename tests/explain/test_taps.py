@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -79,6 +80,21 @@ def test_weights_that_the_caller_asks_for_are_given_under_a_tap(name: str) -> No
     for own, theirs in zip(given, wanted, strict=True):
         if real is not None and own.shape[2] == real.shape[1]:
             own, theirs = own.transpose(1, 2)[real], theirs.transpose(1, 2)[real]
+        assert_close(own, theirs)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["mistral", "llama"])
+def test_weights_asked_for_while_decoding_are_as_wide_as_eager_ones(name: str, cache: str) -> None:
+    model, ids = tiny(name), torch.arange(3, 19)[None]
+    model.set_attn_implementation("eager")
+    wanted, found = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}, []
+    for around in (nullcontext(), record(model)):
+        with around:
+            made = model.generate(ids, **wanted, output_attentions=True, return_dict_in_generate=True)
+        found.append([layer for step in made.attentions for layer in step])
+    assert len(found[0]) == 4 * len(sites(model))
+    for theirs, own in zip(*found, strict=True):
         assert_close(own, theirs)
 
 
