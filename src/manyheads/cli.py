@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import re
 import sys
@@ -174,6 +175,8 @@ _MOST_SAID = 2000
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. What went wrong is told in one line on stderr: exit code 2 for what a user can mend, 70
     for a bug."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another alphabet: a sign of it is spelled out
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(arguments, prog_name="manyheads", standalone_mode=False)
     except KeyboardInterrupt:

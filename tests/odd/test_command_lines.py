@@ -1,6 +1,7 @@
 """Every command, for every odd input, ends in one line that says what is wrong; within bounded time and memory."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -98,6 +99,16 @@ def test_a_reader_who_has_seen_enough_is_no_error() -> None:
     command = f"{sys.executable} -m manyheads show softmax | head -c 1; exit ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["find", "duo attention"]])
+def test_a_terminal_of_another_alphabet_gets_all_the_rest(arguments: list[str]) -> None:
+    """As LC_ALL=C without coercion, and a code page of Windows: nothing is said of an encoding."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "manyheads", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert len(ran.stdout) > 300
 
 
 def test_a_module_that_cannot_be_imported(
