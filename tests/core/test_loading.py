@@ -74,7 +74,7 @@ def test_pickles_are_not_read(copied: Path) -> None:
 
 def test_a_folder_that_is_none_yet_says_what_to_give(copied: Path) -> None:
     """What peft and Trainer write looks like a model to who gives it."""
-    with pytest.raises(ValueError, match="do you mean .*model"):
+    with pytest.raises(ValueError, match=r"do you mean .*model"):
         load_model(copied.parent)
     (copied / "config.json").unlink()
     (copied / "adapter_config.json").write_text("{}")
@@ -93,7 +93,7 @@ def test_code_of_a_checkpoint_is_refused_by_name(copied: Path, load: Callable[[P
     code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     changed(copied, auto_map=code, model_type="own", architectures=["OwnForCausalLM"])
     (copied / "own.py").write_text("raise SystemExit('it was run')")
-    with pytest.raises(ValueError, match="own is never run: give a checkpoint|such code is never run") as told:
+    with pytest.raises(ValueError, match=r"own is never run: give a checkpoint|such code is never run") as told:
         load(copied)
     assert "trust_remote_code" not in str(told.value)
 

@@ -134,8 +134,8 @@ def _unusable(where: str, auto: str, error: Exception) -> Exception:
         return OSError(f"{where} is no folder here, and as a hub name it cannot be fetched: {error}")
     if pickles := sorted(file.name for mark in ("pytorch_model*.bin", "*.pth") for file in folder.glob(mark)):
         return ValueError(
-            f"{where} has no model.safetensors but {pickles[0]}, a pickle, which is never read, for it may run anything: "
-            "open it with transformers where you trust it, and save_pretrained writes safetensors"
+            f"{where} has no model.safetensors but {pickles[0]}, a pickle, which is never read, for it may run "
+            "anything: open it with transformers where you trust it, and save_pretrained writes safetensors"
         )
     return ValueError(f"{where} is half-written or damaged ({error}): write or fetch it again")
 
@@ -196,8 +196,8 @@ def _class(name: str) -> Any:
     found = getattr(ours, name, None) or getattr(transformers, name, None)
     if not hasattr(found, "from_pretrained"):
         raise ValueError(
-            f"{name} is no model class that transformers {transformers.__version__} or manyheads knows, and code of the "
-            f"checkpoint's own {_NEVER_RUN}"
+            f"{name} is no model class that transformers {transformers.__version__} or manyheads knows, and code of "
+            f"the checkpoint's own {_NEVER_RUN}"
         )
     return found
 
