@@ -188,6 +188,8 @@ def board(
     """Write one offline page of every mechanism: figures, quality against cost, card, equation, who sees whom."""
     from manyheads.catalogue.board import write_board
 
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: give the page's name too, such as {out / 'board.html'}")
     chosen = names(family=family, pattern=pattern)
     if not chosen:
         raise ValueError(
