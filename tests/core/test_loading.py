@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from manyheads.cli import main
 from manyheads.hosts.loading import BUNDLED, Loaded, load_any, load_model
 
 QUESTION = "\nWhat is the pass key? The pass key is "
@@ -115,7 +116,7 @@ def test_a_misspelt_name_is_in_the_error(load: Callable[[str], Loaded], monkeypa
         load("smolm2")
 
 
-def test_tokens_that_the_model_has_no_embedding_for(tmp_path: Path) -> None:
+def test_tokens_that_the_model_has_no_embedding_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As after add_tokens without resize_token_embeddings."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -128,6 +129,12 @@ def test_tokens_that_the_model_has_no_embedding_for(tmp_path: Path) -> None:
     assert loaded.encode("old") == list(b"old")
     with pytest.raises(ValueError, match="gives token 256 and its model has 256 embeddings"):
         loaded.encode("a <new> one")
+    for line in ("explain --text", "steer --with boost --span <new> --text"):  # which ask the tokenizer themselves
+        verb, *options = line.split()
+        with pytest.raises(SystemExit) as stopped:
+            main([verb, str(tmp_path), *options, "a <new> one", "--out", str(tmp_path / "out")])
+        assert stopped.value.code == 2
+        assert "its model has 256 embeddings" in capsys.readouterr().err
 
 
 def test_a_model_that_needs_a_tokenizer_says_so(tmp_path: Path) -> None:

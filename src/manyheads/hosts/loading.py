@@ -50,9 +50,9 @@ class Loaded:
         """Token ids, without the tokenizer's special tokens."""
         if self.tokenizer is None:
             return list(text.encode())
-        return self._known(self.tokenizer.encode(text, add_special_tokens=False))
+        return self.known(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _known(self, ids: Sequence[int]) -> list[int]:
+    def known(self, ids: Sequence[int]) -> list[int]:
         """The ids, where the model has an embedding for each: tokens may have been added to the tokenizer alone."""
         with suppress(NotImplementedError):
             rows = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
@@ -85,7 +85,7 @@ class Loaded:
                 f"{self.name}'s chat template does not take {messages!r} ({error!r}): "
                 "want messages such as {'role': 'user', 'content': 'Hello'}"
             ) from error
-        return self._known(ids)
+        return self.known(ids)
 
     def tokens(self, ids: list[int]) -> list[str]:
         """One readable string per token; a byte that is no character of its own is shown as \\xNN."""
