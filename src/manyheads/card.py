@@ -78,7 +78,7 @@ class Card:
     name: str
     title: str
     reference: str
-    family: Family
+    family: str  # a Family, or its name: what is kept is the Family
     patterns: Set[Any]  # of Pattern, or of their names
     time: str
     state: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import re
 import sys
@@ -167,6 +168,7 @@ def info(as_json: AsJson = False) -> None:
 
 # Set, it shows where an error was raised, of whatever kind it is.
 TRACEBACK = "MANYHEADS_TRACEBACK"
+_INTERRUPTED = 130
 _BUG = 70  # EX_SOFTWARE of sysexits.h
 _MOST_SAID = 2000
 
@@ -174,10 +176,14 @@ _MOST_SAID = 2000
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. What went wrong is told in one line on stderr: exit code 2 for what a user can mend, 70
     for a bug."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another alphabet: a sign of it is spelled out
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(arguments, prog_name="manyheads", standalone_mode=False)
+        if code == _INTERRUPTED:  # typer has caught it, and says nothing
+            _told("interrupted", code)
     except KeyboardInterrupt:
-        code = _told("interrupted", 130)
+        code = _told("interrupted", _INTERRUPTED)
     except BrokenPipeError:
         # Who read the output has seen enough; what is still in it must not be tried again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -203,6 +209,8 @@ def _explained(error: Exception) -> tuple[str, int]:
         return str(error) or "ended", error.exit_code
     if isinstance(error, (ValueError, OSError)):
         return str(error) or type(error).__name__, 2
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "manyheads").split(".")[0]) != "manyheads":
+        return f"{package} is not installed: `pip install .` in the checkout of manyheads brings what it needs", 2
     if _memory_ran_out(error):
         return f"there is not enough memory ({error or 'MemoryError'}): give something smaller, or a larger machine", 2
     frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -121,3 +121,15 @@ def test_the_board_in_a_browser(board: Path, browser: Any) -> None:
     assert names() == []
     page.close()
     assert said == []
+
+
+def test_the_board_on_a_phone(board: Path, browser: Any) -> None:
+    """Its chart is scrolled, not shrunk until nobody can read it, and the page itself stays as wide as the screen."""
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(board.as_uri())
+    page.wait_for_selector("body[data-ready]")
+    heights = page.locator("#scatter text").evaluate_all("all => all.map(one => one.getBoundingClientRect().height)")
+    assert heights
+    assert min(heights) >= 9
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close()

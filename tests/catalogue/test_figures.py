@@ -8,10 +8,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from manyheads import list_attentions
 from manyheads.catalogue.columns import COLUMNS, sort_rows, where_rows, written
 from manyheads.catalogue.figures import load_figures, parse_figures
+from manyheads.catalogue.index import names
 from manyheads.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
@@ -159,6 +161,25 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert run("--where", "nothing=1")[0] == 2
     code, out = run("--where", "state=1", "--where", "recall>.9", "--sort", "recall", "--json")
     assert (code, json.loads(out)) == (0, found)
+
+
+@pytest.mark.parametrize("width", [1, 40, 80, 140, 200, None])
+def test_no_figure_of_the_table_is_cut(
+    width: int | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1.06k cut to 1.0... is another figure. None: into a pipe, where a line is a mechanism."""
+    if width is not None:
+        monkeypatch.setattr("manyheads.catalogue.command.console", lambda: Console(width=width))
+    with pytest.raises(SystemExit):
+        main(["list"])
+    out = capsys.readouterr().out
+    assert "\u2026" not in out
+    if width is None:
+        assert [line.split()[0] for line in out.splitlines()[3:]] == names()
+        assert "arXiv:1706.03762" in out
+    elif width >= 40:
+        assert set(names()) <= set(out.split())
+        assert max(map(len, out.splitlines())) <= width
 
 
 def test_only_what_is_not_fresh_is_measured_again(figures: ModuleType) -> None:

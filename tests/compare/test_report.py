@@ -357,3 +357,14 @@ def test_figures_in_words() -> None:
         "0 B", "1000 B", "1.5 KiB", "1 MiB", "1023 MiB", "32 TiB", "–"
     ]  # fmt: skip
     assert [count_text(value) for value in (12, 999.6, 1500, 2.5e9, 3e15)] == ["12", "1 k", "1.5 k", "2.5 G", "3 P"]
+
+
+def test_where_nothing_follows_the_page_promises_no_sentence(tmp_path: Path) -> None:
+    """As of one mechanism whose memory alone was measured: a colon with nothing behind it stood there."""
+    results = make_results()
+    cells = [one for one in results["cells"] if one["kind"] == "memory"]
+    assert cells
+    page = write_report(results | {"cells": cells}, tmp_path / "report.html").read_text(encoding="utf-8")
+    answer = page[page.index('<div class="answer">') :].partition("</div>")[0]
+    assert "<ul></ul>" not in answer
+    assert "No sentence follows from what was measured" in answer

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import manyheads
 from manyheads import Card, Family, Rotary, SoftmaxAttention, State, create_attention, list_attentions, register
+from manyheads.catalogue.facts import description
 from manyheads.functional.grouped import MASK_ROWS, attend_masked, masked_softmax
 from manyheads.functional.rotary import rotate
 from manyheads.softmax import changed_stages
@@ -342,3 +343,9 @@ def test_another_package_adds_its_own_and_nothing_heavier_than_torch_is_imported
     told = os.environ | {"PYTHONPATH": paths}
     run = subprocess.run([sys.executable, "-c", TOLD], env=told, capture_output=True, text=True)
     assert run.stdout.strip() == "True theirs []", run.stdout + run.stderr
+
+
+def test_a_card_is_typed_as_it_is_documented() -> None:
+    """The pages write names; a type checker of a user's own code goes by these."""
+    assert get_type_hints(Card)["family"] is str
+    assert json.loads(json.dumps(description("softmax")))["family"] == Family("plain") == "plain"

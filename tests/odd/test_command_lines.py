@@ -1,6 +1,7 @@
 """Every command, for every odd input, ends in one line that says what is wrong; within bounded time and memory."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -100,6 +101,16 @@ def test_a_reader_who_has_seen_enough_is_no_error() -> None:
     assert ran.stderr == ""
 
 
+@pytest.mark.parametrize("arguments", [["list"], ["find", "duo attention"]])
+def test_a_terminal_of_another_alphabet_gets_all_the_rest(arguments: list[str]) -> None:
+    """As LC_ALL=C without coercion, and a code page of Windows: nothing is said of an encoding."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "manyheads", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert len(ran.stdout) > 300
+
+
 def test_a_module_that_cannot_be_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,3 +120,49 @@ def test_a_module_that_cannot_be_imported(
         code, err = said(capsys, ["check", f"{name}_module:X"])
         assert (code, err.count("\n")) == (2, 1)
         assert f"cannot import '{name}_module'" in err
+
+
+@pytest.mark.parametrize("line", ["explain --text x", "steer --with boost --text x", "heads", "shrink", "convert"])
+def test_a_target_that_takes_nothing_is_told_before_the_work(
+    tmp_path: Path, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not behind it, when what took an hour has no place to go."""
+
+    def begun(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded first")
+
+    monkeypatch.setattr("manyheads.hosts.loading.load_model", begun)
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "file", tmp_path / "file" / "within"):
+        code, err = said(capsys, [*line.split(), "--out", str(target)])
+        assert (code, err.count("\n")) == (2, 1)
+        assert str(target) in err
+        assert "is a file: give a folder" in err
+
+
+def test_the_board_is_a_page_and_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "such as" in said(capsys, ["board", "--out", str(tmp_path)])[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "manyheads: interrupted\n"),
+        (ModuleNotFoundError("No module named 'sklearn.x'", name="sklearn.x"), 2, "sklearn is not installed: `pip"),
+        (ModuleNotFoundError("No module named 'manyheads.x'", name="manyheads.x"), 70, "this is a bug"),
+    ],
+)
+def test_what_stopped_it_is_said(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    words: str,
+) -> None:
+    def raising(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("manyheads.catalogue.command.names", raising)
+    found, err = said(capsys, ["list"])
+    assert found == code
+    assert words in err

@@ -209,3 +209,10 @@ def test_a_picture_is_bounded_too(tmp_path: Path) -> None:
             explain_image(loaded, path)
     (tmp_path / "vit" / "preprocessor_config.json").write_text('{"image_mean": [1]}')
     (tmp_path / "p.png").write_bytes(b"")
+
+
+def test_marks_of_an_editor_are_no_part_of_a_text(tmp_path: Path) -> None:
+    """As Python's own open() reads them, which is what anybody compares with: each was a token of its own."""
+    path = tmp_path / "text"
+    path.write_bytes(b"\xef\xbb\xbfOne.\r\nTwo.\rThree.\n")
+    assert read_text(path) == path.read_text(encoding="utf-8-sig") == "One.\nTwo.\nThree.\n"

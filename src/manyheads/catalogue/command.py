@@ -17,7 +17,8 @@ from manyheads.catalogue.columns import COLUMNS, Row, sort_rows, where_rows, wri
 from manyheads.catalogue.index import names, told
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-_IN_A_PIPE = 260  # columns: nothing there wraps lines, and what is read by a program should not be wrapped
+_IN_A_PIPE = 1000  # columns: nothing there wraps lines, and what is read by a program should not be wrapped
+_GROWTH = 10  # columns: what is longer of time and state is wrapped where there is no place for it
 
 
 def print_json(value: Any) -> None:
@@ -55,24 +56,43 @@ def _row(name: str) -> Row:
 
 
 def _table(rows: list[Row], width: int) -> Table:
-    """As many columns as the width has place for: names, growth and figures first, then patterns, then the paper."""
-    wide, wider = width >= 130, width >= 170
-    words = ["name", *(["family"] if wide else [])]
-    numbers = [key for key, kept in COLUMNS.items() if kept.write and (wide or key != "ms")]
-    table = Table(title=f"{len(rows)} mechanisms", box=SIMPLE_HEAD, padding=(0, 1) if wide else (0, 1, 0, 0))
-    for header in (*words, *(["self", "cross", "other"] if wide else [])):
-        table.add_column(header, no_wrap=True)
-    table.add_column("time", no_wrap=wider)
-    table.add_column("state", no_wrap=wider)
-    for header in numbers:
-        table.add_column(header, justify="right", no_wrap=True)
-    if wider:
-        table.add_column("paper", no_wrap=True)
-    for row in rows:
-        patterns = _pattern_columns(row["patterns"]) if wide else ()
-        cells = [written(row, key) for key in ("time", "state", *numbers)]
-        table.add_row(*(row[key] for key in words), *patterns, *cells, *([row["reference"]] if wider else []))
+    """As many columns as there is place for, from left to right in the order of `_kept`; no name or figure is cut."""
+    pad = 1 if width >= 130 else 0
+    columns = _columns(rows)
+    spaces = {key: max(map(len, [key, *cells])) for key, cells in columns.items()}
+    spaces |= {key: min(spaces[key], _GROWTH) for key in ("time", "state")}
+    first, *others = _kept(columns)
+    kept, left = {first}, width - spaces[first]
+    for key in others:
+        left -= spaces[key] + 2 * pad + 1
+        if left < 0:
+            break
+        kept.add(key)
+    table = Table(title=f"{len(rows)} mechanisms", box=SIMPLE_HEAD, padding=(0, pad), pad_edge=False, show_edge=False)
+    for key in columns:
+        if key in kept:
+            growth = key in ("time", "state")
+            justify: Any = "right" if COLUMNS.get(key) and COLUMNS[key].write else "left"
+            table.add_column(key, justify=justify, no_wrap=not growth, overflow="fold")
+    for row in zip(*(cells for key, cells in columns.items() if key in kept), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _columns(rows: list[Row]) -> dict[str, list[str]]:
+    """What each says, in the order in which they stand."""
+    patterns = [_pattern_columns(row["patterns"]) for row in rows]
+    found = {key: [str(row[key]) for row in rows] for key in ("name", "family")}
+    found |= {key: [one[place] for one in patterns] for place, key in enumerate(("self", "cross", "other"))}
+    figures = ["time", "state", *(key for key, kept in COLUMNS.items() if kept.write)]
+    found |= {key: [written(row, key) for row in rows] for key in figures}
+    return found | {"paper": [row["reference"] for row in rows]}
+
+
+def _kept(columns: dict[str, list[str]]) -> list[str]:
+    """Names, growth and figures first, then patterns, then what a page or another command tells as well."""
+    figures = [key for key in columns if key in COLUMNS and COLUMNS[key].write and key != "ms"]
+    return ["name", "time", "state", *figures, "family", "self", "cross", "other", "ms", "paper"]
 
 
 def _pattern_columns(patterns: list[str]) -> tuple[str, str, str]:
@@ -168,6 +188,8 @@ def board(
     """Write one offline page of every mechanism: figures, quality against cost, card, equation, who sees whom."""
     from manyheads.catalogue.board import write_board
 
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: give the page's name too, such as {out / 'board.html'}")
     chosen = names(family=family, pattern=pattern)
     if not chosen:
         raise ValueError(

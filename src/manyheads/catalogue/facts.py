@@ -18,7 +18,7 @@ def description(name: str) -> dict[str, Any]:
         "name": card.name,
         "title": card.title,
         "reference": card.reference,
-        "family": card.family.value,
+        "family": str(card.family),
         "patterns": sorted(card.patterns),
         "time": card.time,
         "state": card.state,

@@ -27,7 +27,7 @@ def catalogue_page() -> str:
         stages = changed_stages(cls)
         changes = "own forward" if stages == ["attend"] else ", ".join(stages) or "parameters only"
         patterns = ", ".join(sorted(card.patterns))
-        row = [f"[{name}](#{name})", card.family.value, patterns, card.time, card.state, changes, card.reference]
+        row = [f"[{name}](#{name})", str(card.family), patterns, card.time, card.state, changes, card.reference]
         lines.append("| " + " | ".join(row) + " |")
     for family in Family:
         for name in list_attentions(family=family):

@@ -63,4 +63,7 @@ def _answer_html(results: Results) -> str:
     machine = f"On this machine ({', '.join(known)})" if known else "On this machine"
     items = "".join(f"<li>{_safe(line)}</li>" for line in headline(results))
     left_out = "".join(f'<p class="faint">{_safe(line)}</p>' for line in missing_sections(results))
-    return f'<div class="answer"><p>{_safe(machine)}, for these tasks and settings:</p><ul>{items}</ul></div>{left_out}'
+    said = f"<p>{_safe(machine)}, for these tasks and settings:</p><ul>{items}</ul>"
+    if not items:
+        said = "<p>No sentence follows from what was measured: the tables and charts have all of it.</p>"
+    return f'<div class="answer">{said}</div>{left_out}'

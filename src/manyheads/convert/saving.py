@@ -21,7 +21,7 @@ from manyheads.convert.report import REPORT, write_report
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.quiet import quiet
 from manyheads.mechanism import Mechanism
-from manyheads.runs.files import whole_folder, write_atomically
+from manyheads.runs.files import check_folder, whole_folder, write_atomically
 from manyheads.runs.given import read_json
 
 RECORD = "conversion.json"
@@ -47,8 +47,7 @@ def check_target(out: Path, *read: str | Path | None, weights: bool = True) -> N
             f"--out {out} holds a converted model, whose record a measurement (--dry-run) would replace: give another "
             "folder"
         )
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: give a folder")
+    check_folder(out)
     if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file() and not _is_sweep(out):
         raise ValueError(f"--out {out} holds files that are no conversion: give a new or an empty folder")
 

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from manyheads.explain.studies.command import study
+from manyheads.runs.files import check_folder
 from manyheads.runs.given import read_text
 
 MOST_TEXT = 4_000_000
@@ -67,6 +68,7 @@ def page(
     given = [name for name, own in (("--text", text), ("--file", file), ("--image", image)) if own is not None]
     if len(given) == 0 or given[:2] == ["--text", "--file"]:
         raise ValueError(f"give one of --text, --file and --image; got {', '.join(given) or 'none'}")
+    check_folder(out)
     content = read_text(file, most=MOST_TEXT, what="--file") if file is not None else text
     if stage is not None and (image is None or content is not None):
         raise ValueError("--stage goes with --image alone: it is a stage of a model that classifies pictures")

@@ -25,7 +25,7 @@ def encoded(loaded: Loaded, text: str) -> tuple[dict[str, Tensor], list[str]]:
     if loaded.tokenizer is None:
         ids = torch.tensor([loaded.encode(text)])
     else:
-        ids = torch.tensor([loaded.tokenizer(text, truncation=False)["input_ids"]])
+        ids = torch.tensor([loaded.known(loaded.tokenizer(text, truncation=False)["input_ids"])])
     if most is not None and ids.shape[1] > most:
         raise ValueError(
             f"the text has {ids.shape[1]:,} tokens, {loaded.name} has positions for {most:,}: give a shorter one"

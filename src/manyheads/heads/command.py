@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyheads.runs.files import check_folder
 from manyheads.runs.given import read_text
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ def heads(
     """Measure what every head does. Stopped runs go on where they were."""
     wanted = parse_measures(measure)
     content = None if text is None else read_text(text, what="--text")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: give a folder")
+    check_folder(out)
     study = Study(model, out, length=length, steps=steps, seed=seed, text=content, where=str(text), thorough=thorough)
     study.run(wanted)
     if as_json:

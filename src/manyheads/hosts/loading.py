@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ BUNDLED = _PACKAGED / "byte_llama"
 # Models in the package that are known by a name, one that reads pictures and two that draw, and who loads each.
 VLM = "vlm"
 PACKAGED = {"dit": "DiffusionTransformer", "unet": "DiffusionUNet", VLM: "LlavaForConditionalGeneration"}
+_NEVER_RUN = "is never run: give a checkpoint of a class that transformers or manyheads has"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,18 @@ class Loaded:
         """Token ids, without the tokenizer's special tokens."""
         if self.tokenizer is None:
             return list(text.encode())
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self.known(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def known(self, ids: Sequence[int]) -> list[int]:
+        """The ids, where the model has an embedding for each: tokens may have been added to the tokenizer alone."""
+        with suppress(NotImplementedError):
+            rows = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+            if ids and rows is not None and max(ids) >= rows:
+                raise ValueError(
+                    f"{self.name}: its tokenizer gives token {max(ids)} and its model has {rows} embeddings: take the "
+                    "model's own tokenizer, or resize_token_embeddings(len(tokenizer)) and train them"
+                )
+        return [int(i) for i in ids]
 
     def decode(self, ids: list[int]) -> str:
         if self.tokenizer is None:
@@ -72,7 +85,7 @@ class Loaded:
                 f"{self.name}'s chat template does not take {messages!r} ({error!r}): "
                 "want messages such as {'role': 'user', 'content': 'Hello'}"
             ) from error
-        return [int(i) for i in ids]
+        return self.known(ids)
 
     def tokens(self, ids: list[int]) -> list[str]:
         """One readable string per token; a byte that is no character of its own is shown as \\xNN."""
@@ -96,20 +109,35 @@ def load_model(name: str | Path | None = None, *, auto: str = "AutoModelForCausa
     try:
         with quiet():
             model, told = _class(auto).from_pretrained(where, output_loading_info=True, **options)
-    except ValueError as error:
-        raise ValueError(f"{where} cannot be loaded by {auto}: {error}") from error
-    except OSError as error:
-        if not Path(where).is_dir():
-            raise
-        raise ValueError(f"{where} is half-written or damaged ({error}): write or fetch it again") from error
     except Exception as error:  # whatever bytes from outside bring to pass in three packages
-        raise ValueError(f"{where} is damaged or not a checkpoint that {auto} reads: {error!r}") from error
+        raise _unusable(where, auto, error) from error
     if lacking := sorted(told["missing_keys"]):
         raise ValueError(
             f"{where} has no weights for {lacking[0]}{f' and {len(lacking) - 1} more' if lacking[1:] else ''}, which "
             f"{type(model).__name__} would draw at random: give a whole checkpoint of that class"
         )
     return Loaded(model.eval(), _tokenizer(where, model), "byte_llama" if name is None else str(name), where)
+
+
+def _unusable(where: str, auto: str, error: Exception) -> Exception:
+    """What to raise for an error of from_pretrained: in words of who gave the checkpoint, not of who called."""
+    folder = Path(where)
+    if "trust_remote_code" in str(error):
+        return ValueError(f"{where} wants code of its own to be run; such code {_NEVER_RUN}")
+    if isinstance(error, ImportError):
+        return ValueError(f"{where} wants a package that is not installed: {error}")
+    if isinstance(error, ValueError):
+        return ValueError(f"{where} cannot be loaded by {auto}: {error}")
+    if not isinstance(error, OSError):
+        return ValueError(f"{where} is damaged or not a checkpoint that {auto} reads: {error!r}")
+    if not folder.is_dir():
+        return OSError(f"{where} is no folder here, and as a hub name it cannot be fetched: {error}")
+    if pickles := sorted(file.name for mark in ("pytorch_model*.bin", "*.pth") for file in folder.glob(mark)):
+        return ValueError(
+            f"{where} has no model.safetensors but {pickles[0]}, a pickle, which is never read, for it may run "
+            "anything: open it with transformers where you trust it, and save_pretrained writes safetensors"
+        )
+    return ValueError(f"{where} is half-written or damaged ({error}): write or fetch it again")
 
 
 def reopened_as(loaded: Loaded) -> str | None:
@@ -134,20 +162,23 @@ def load_any(name: str | Path | None) -> Loaded:
     config = Path(where := find_model(name)) / "config.json"
     if config.is_file():
         try:
-            known = _architectures(read_json(config))
+            known = _architectures(read_json(config), config)
         except (OSError, ValueError) as error:
             raise ValueError(f"{error}: give a folder that save_pretrained wrote") from error
     else:
         from transformers import AutoConfig
 
-        known = AutoConfig.from_pretrained(where, trust_remote_code=False).architectures or []
+        try:
+            known = AutoConfig.from_pretrained(where, trust_remote_code=False).architectures or []
+        except Exception as error:  # as of the model
+            raise _unusable(where, "AutoConfig", error) from error
     return replace(load_model(where, auto=known[0] if known else "AutoModel"), name=str(name))
 
 
-def _architectures(config: Any) -> list[str]:
+def _architectures(config: Any, path: Path) -> list[str]:
     known = (config.get("architectures") or []) if isinstance(config, dict) else None
     if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
-        raise ValueError("config.json is no object that names its architectures in a list")
+        raise ValueError(f"{path} is no object that names its architectures in a list")
     return known
 
 
@@ -164,7 +195,10 @@ def _class(name: str) -> Any:
 
     found = getattr(ours, name, None) or getattr(transformers, name, None)
     if not hasattr(found, "from_pretrained"):
-        raise ValueError(f"{name} is no model class that transformers {transformers.__version__} or manyheads knows")
+        raise ValueError(
+            f"{name} is no model class that transformers {transformers.__version__} or manyheads knows, and code of "
+            f"the checkpoint's own {_NEVER_RUN}"
+        )
     return found
 
 
@@ -183,7 +217,7 @@ def find_model(name: str | Path | None) -> str:
         return str(_PACKAGED / str(name))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{path} has no config.json: give the folder that save_pretrained wrote, or a .gguf file")
+            raise ValueError(f"{path} has no config.json: {_instead(path)}")
         return str(path)
     if path.is_file() and path.suffix.lower() == ".gguf":
         return str(gguf_folder(path))
@@ -195,6 +229,16 @@ def find_model(name: str | Path | None) -> str:
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep * 2 in text or path.suffix.lower() == ".gguf":
         raise ValueError(f"{text} does not exist; give a folder, a hub name such as org/model, a .gguf, or nothing")
     return text
+
+
+def _instead(folder: Path) -> str:
+    """What to do with a folder that is no whole model: those of peft and of Trainer look like one."""
+    if (folder / "adapter_config.json").is_file():
+        return "it holds an adapter; merge it into its model (merge_and_unload), and give what that one saves"
+    for mark in ("*/config.json", "snapshots/*/config.json"):
+        for inner in sorted(folder.glob(mark)):
+            return f"do you mean {inner.parent}?"
+    return "give the folder that save_pretrained wrote, or a .gguf file"
 
 
 def _packaged(name: str | Path | None) -> bool:
@@ -222,7 +266,11 @@ def _tokenizer(where: str, model: Any) -> Any | None:
     try:
         found = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # as of the model
-        raise ValueError(f"{where} has no tokenizer that can be read: {error!r}") from error
+        why = shown(" ".join(str(error).split()), 300)
+        raise ValueError(
+            f"{where} has no tokenizer that can be read ({type(error).__name__}: {why}): its save_pretrained writes it "
+            "into the same folder"
+        ) from error
     # Whole texts are encoded, and cut into what the model takes afterwards: no word of warning is due.
     found.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return found

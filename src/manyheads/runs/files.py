@@ -33,6 +33,15 @@ def cache_folder() -> Path:
         raise ValueError("there is no home directory to cache in: set XDG_CACHE_HOME to a folder") from error
 
 
+def check_folder(out: Path) -> None:
+    """ValueError where nothing can be written into the folder: said before the work that it is for."""
+    above = next(own for own in (out, *out.absolute().parents) if own.exists())
+    if not above.is_dir():
+        raise ValueError(f"--out {out}{'' if above == out else f': {above}'} is a file: give a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: nothing can be written into {above}: give another folder")
+
+
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
     """The whole file or the old one: written beside the target, then put in its place."""
     path = Path(path)

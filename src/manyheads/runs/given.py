@@ -48,10 +48,15 @@ def read_bytes(path: str | Path, *, most: int) -> bytes:
 
 
 def read_text(path: str | Path, *, most: int = MOST_TEXT, what: str = "") -> str:
-    """A file of UTF-8 text; ValueError where it is none. what: the option that names it, for errors."""
+    """A file of UTF-8 text; ValueError where it is none. what: the option that names it, for errors.
+
+    As Python's open() reads it: an editor's byte order mark and its carriage returns are no part of a text, and would
+    be tokens of their own.
+    """
     name = f"{what} {path}".strip()
     try:
-        return read_bytes(path, most=most).decode("utf-8")
+        text = read_bytes(path, most=most).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from None
     except OSError as error:

@@ -75,6 +75,7 @@ def shrink(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Shrink a model's KV cache, and tell what that saves and what it costs. Stopped runs go on where they were."""
+    from manyheads.runs.files import check_folder
     from manyheads.runs.given import read_text
 
     wanted = parse_tasks(tasks)
@@ -86,8 +87,7 @@ def shrink(
             raise ValueError(f"{name} {value!r}: want {' or '.join(known)}")
     if trials is not None and not 1 <= trials <= 1000:
         raise ValueError(f"--trials {trials}: want 1 to 1000")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: give a folder")
+    check_folder(out)
     content = None if text is None else read_text(text, what="--text")
     loaded = load(model, device, dtype)
 

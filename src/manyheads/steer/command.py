@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from manyheads.runs.files import check_folder
 from manyheads.runs.given import parse_json, read_text
 
 MOST_TEXT = 1_000_000
@@ -121,8 +122,7 @@ def run(
         raise ValueError(f"give one of --text and --file; got {'none' if text is None else 'both'}")
     content = read_text(file, most=MOST_TEXT, what="--file") if file is not None else text
     assert content is not None
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: give a folder")
+    check_folder(out)
     method, arguments = parse(with_)
     over = parse_sweep(method, sweep) if sweep is not None else None
     asked = Asked(method, arguments, over, content, _one(image or []), span or (), chat, wanted, new, steps, seed)

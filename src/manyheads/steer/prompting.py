@@ -88,9 +88,9 @@ def _tokens(loaded: Loaded, text: str, special: bool) -> tuple[list[int], list[t
         ids = loaded.encode(text)
         return ids, [(i, i + 1) for i in range(len(ids))]
     if not loaded.tokenizer.is_fast:
-        return [int(i) for i in loaded.tokenizer(text, add_special_tokens=special)["input_ids"]], None
+        return loaded.known(loaded.tokenizer(text, add_special_tokens=special)["input_ids"]), None
     read = loaded.tokenizer(text, add_special_tokens=special, truncation=False, return_offsets_mapping=True)
-    return [int(i) for i in read["input_ids"]], [(int(a), int(b)) for a, b in read["offset_mapping"]]
+    return loaded.known(read["input_ids"]), [(int(a), int(b)) for a, b in read["offset_mapping"]]
 
 
 def _marked(text: str, words: str, places: list[tuple[int, int]] | None, name: str) -> list[int]:

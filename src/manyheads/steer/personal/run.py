@@ -11,7 +11,7 @@ from typing import Any
 
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.quiet import quiet
-from manyheads.runs.files import write_atomically
+from manyheads.runs.files import check_folder, write_atomically
 from manyheads.runs.results import write_json
 from manyheads.runs.steps import Progress
 from manyheads.steer.diffusion.drawing import pixels_of
@@ -100,9 +100,8 @@ def save(record: Mapping[str, Any], model: Any, out: Path, page: Callable[[Mappi
 
 
 def check_out(out: Path, model: str) -> None:
-    """ValueError where --out is a file, the model's own folder, or holds what no run of this command wrote."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: give a folder")
+    """ValueError where --out takes nothing, is the model's own folder, or holds what no run of this command wrote."""
+    check_folder(out)
     if out.is_dir() and any(out.iterdir()) and not (out / DATA).is_file():
         raise ValueError(f"--out {out} holds other things: give an empty or a new folder")
     if out.is_dir() and out.resolve() in (Path.cwd(), Path(model).resolve()):
