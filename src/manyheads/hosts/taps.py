@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyheads.hosts.as_fed import as_fed, caches_noted
 from manyheads.hosts.attend import Scoring, masked_attention, pack
 from manyheads.hosts.calls import BLOCK_WEIGHTS, AttentionCall, Edit, MechanismCall
 from manyheads.hosts.own_attention import heard
@@ -81,13 +82,15 @@ def tap(
         own = [site for site in chosen if attends_alone(site.module)]
         stack_of.enter_context(heard(model, own))
         stack_of.enter_context(processed([site for site in chosen if by_processor(site.module)]))
-        if any(
-            not isinstance(site.module, Mechanism) and not by_processor(site.module)
+        dispatching = [
+            site
             for site in chosen
-            if site not in own
-        ):
+            if site not in own and not isinstance(site.module, Mechanism) and not by_processor(site.module)
+        ]
+        if dispatching:
             _register()
             stack_of.enter_context(switched(model, NAME, _name))
+            stack_of.enter_context(caches_noted(dispatching))
         for site in chosen:
             stack_of.enter_context(reading(site, reader))
         yield chosen
@@ -207,13 +210,19 @@ def _attention(
     def make() -> Tensor:
         return _output(module, query, key, value, mask, dropout, causal, scoring)
 
+    cross = any(site.kind == "cross" for site, _, _ in own)
+    seen = as_fed(module, key, value, mask, cross)
+
+    def call_at(site: Site) -> AttentionCall:
+        return AttentionCall(site, query, *seen, causal, scoring)
+
     # A graph, drawn dropout and what several readers see have their place in time; a sole reader may leave it away.
     if len(own) == 1 and not dropout and not torch.is_grad_enabled():
-        output = _read_once(own[0], AttentionCall(own[0][0], query, key, value, mask, causal, scoring), make)
+        output = _read_once(own[0], call_at(own[0][0]), make)
         return output.transpose(1, 2).contiguous(), None
     output = make()
     for site, reader, memo in own:
-        call = AttentionCall(site, query, key, value, mask, causal, scoring)
+        call = call_at(site)
         call.output, call.memo, call.dropout = output, memo, dropout
         changed = reader(call)
         if changed is not None:

@@ -61,9 +61,9 @@ def boost(
                 return output
 
         def edit(weights: Tensor, rows: slice) -> Tensor:
-            weights = weights.clone()
-            weights[..., places] *= factor
-            return normalised(weights)
+            edited = weights.clone()
+            edited[..., places] *= factor
+            return normalised(edited, weights, call)
 
         return call.mix(edit, own)
 

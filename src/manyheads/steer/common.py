@@ -140,9 +140,13 @@ def _for_all(calls: list[Callable[..., Any]]) -> Callable[..., Any]:
     return run
 
 
-def normalised(weights: Tensor) -> Tensor:
-    """Rows that sum to 1; a row that sees nothing stays zero."""
-    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+def normalised(edited: Tensor, weights: Tensor, call: AttentionCall) -> Tensor:
+    """Rows of the call's weights [b, h, n, m] after an edit that multiplied them, as a softmax of the scores with the
+    logs added: they sum to 1 together with what a sink of the layer took; a row that sees nothing stays zero."""
+    total = edited.sum(-1, keepdim=True)
+    if call.shares and call.scoring.sinks is not None:
+        total = total + 1 - weights.sum(-1, keepdim=True)
+    return edited / total.clamp_min(torch.finfo(edited.dtype).tiny)
 
 
 def check_share(name: str, value: float, most: float = 1.0) -> float:

@@ -49,7 +49,7 @@ def group_attention(
         def edit(weights: Tensor, rows: slice) -> Tensor:
             less = weights.clone()
             less[..., shown] *= 1 - hidden
-            return torch.where(applies[rows], normalised(less), weights)
+            return torch.where(applies[rows], normalised(less, weights, call), weights)
 
         return call.mix(edit, own)
 
