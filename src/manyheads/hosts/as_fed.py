@@ -69,6 +69,11 @@ def as_fed(
     if cross:
         return key, value, mask
     fed, m = int(cache.get_seq_length(place if place < len(layers) else 0)), key.shape[2]
+    if getattr(layer, "is_sliding", False) and not (_windowed(layer) or fed == m):
+        raise ValueError(
+            f"{type(module).__name__} caches keys of its own beside those of tokens ({m} after {fed} tokens), which "
+            "have no places in the text: a tap reads it in one pass over all of it, with use_cache=False"
+        )
     if fed > m and any(_windowed(each) for each in ([layer] if place < len(layers) else layers)):
         return _behind(key, value, mask, fed - m)
     if fed < m == _buffer(layer):

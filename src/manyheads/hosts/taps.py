@@ -33,7 +33,7 @@ from manyheads.hosts.calls import BLOCK_WEIGHTS, AttentionCall, Edit, MechanismC
 from manyheads.hosts.own_attention import heard
 from manyheads.hosts.processors import processed
 from manyheads.hosts.reading import Reader, check_run, fitting, reading, readings, run_again_alike
-from manyheads.hosts.sites import Site, attends_alone, by_processor, choose, dispatches, sites
+from manyheads.hosts.sites import Site, attends_alone, by_processor, choose, dispatches, remasks, sites
 from manyheads.hosts.switching import switched, uncompiled
 from manyheads.mechanism import Mechanism
 
@@ -168,11 +168,13 @@ def _register() -> None:
 
 def _name(part: Any) -> str:
     """Under which name a part of a model attends. What the library itself never runs by SDPA may say wrongly that it
-    is not causal, or hold attention of its own that adds its mask: it gets the masks that it knows."""
+    is not causal, hold attention of its own that adds its mask, or put something of its own into it: it gets the masks
+    that it knows."""
     if getattr(part, "_supports_sdpa", True):
         return NAME
     own = [module for module in part.modules() if dispatches(module)]
-    return NAME if own and all(getattr(module, "is_causal", False) for module in own) else ADDED
+    causal = own and all(getattr(module, "is_causal", False) for module in own)
+    return NAME if causal and not any(remasks(module) for module in own) else ADDED
 
 
 def _attention(
