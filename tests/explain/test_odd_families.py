@@ -10,7 +10,7 @@ from tiny_families import COMMON, prompt
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from manyheads.explain.attributions import InputGradient, IntegratedGradients, Rollout, Saliency
+from manyheads.explain.attributions import InputGradient, IntegratedGradients, LogitFlow, Rollout, Saliency
 from manyheads.hosts.taps import record
 
 COMPRESSING = {
@@ -49,6 +49,8 @@ def test_a_layer_that_extends_its_mask_gets_the_mask_that_it_knows() -> None:
         assert_close(model(**given).logits[real], wanted.logits[real], atol=1e-4, rtol=1e-4)
     for call, own in zip(calls, wanted.attentions, strict=True):
         assert_close(call.weights().transpose(1, 2)[real], own.transpose(1, 2)[real], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="do not hand on one residual stream"):
+        LogitFlow(model).attribute(given, 3)
     with record(model), pytest.raises(ValueError, match="caches keys of its own beside those of tokens"):
         model(ids)
 

@@ -12,6 +12,7 @@ from tiny_families import prompt, tiny
 from torch import Tensor
 from torch.testing import assert_close
 
+from manyheads.convert import latent
 from manyheads.hosts.taps import record, sites
 from manyheads.steer import boost
 from manyheads.steer.group_attention import group_attention
@@ -101,3 +102,15 @@ def test_examples_hidden_beside_sinks_are_masked() -> None:
     wanted = model(ids, attention_mask=with_log(ids, slice(1, 4), 0.0, first=8)).logits
     with group_attention(model, slice(1, 4), slice(5, 8), 1.0):
         assert_close(model(ids).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_weights_that_are_no_softmax_of_scores_are_boosted_token_by_token_too() -> None:
+    """A latent of ours: its weights can be edited, but not made anew under a mask."""
+    rows = [prompt(1, 40, seed)[0].tolist() for seed in range(3)]
+    model, ids = latent(tiny("llama"), 16, format="manyheads", calibration=rows), prompt(1, 12)
+    padding = torch.ones_like(ids)
+    with boost(model, slice(8, 11), 6.0):
+        made = generated(model, ids, padding, None)
+        wanted = whole_pass(model, made, padding).logits[:, 11:]
+    assert_close(torch.stack(made.logits, 1), wanted, atol=1e-4, rtol=1e-4)
