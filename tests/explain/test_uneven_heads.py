@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from manyheads.convert.pruned import cut
 from manyheads.explain.attributions import LogitFlow
 from manyheads.explain.explanation import explain_text
-from manyheads.explain.views import read_store
+from manyheads.explain.views import AttentionStore, read_store
 from manyheads.heads.influence import of_sequence
 from manyheads.hosts.loading import Loaded, load_model
 from manyheads.hosts.taps import record
@@ -37,6 +37,7 @@ def test_the_store_holds_the_heads_of_the_widest_layer_and_nothing_for_those_tha
     assert list(store.heads) == list(range(max(heads)))
     with torch.no_grad(), record(model) as calls:
         model(ids)
+    assert AttentionStore.from_calls(calls).key == store.key
     for layer, call in enumerate(calls):
         for head in range(max(heads)):
             own = call.weights()[0, head] if head < call.heads else torch.zeros(9, 9)

@@ -105,7 +105,8 @@ class AttentionStore:
             )
         writer = None
         for call in calls:
-            writer = writer or _writer_for(call, layers, heads, budget_mb, signed, mean)
+            have = max(own.heads for own in calls)
+            writer = writer or _writer_for(call, layers, heads, have, budget_mb, signed, mean)
             writer.layer(_sources(call, writer.heads, batch, mean))
         assert writer is not None
         return writer.store()
