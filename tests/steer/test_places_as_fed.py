@@ -79,6 +79,18 @@ def test_a_span_is_where_it_was_fed_while_generating(name: str, cache: str | Non
     assert_close(torch.stack(made.logits, 1), wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", [*WINDOWED, "llama"])
+@torch.no_grad()
+def test_a_prompt_without_padding_in_a_static_cache(name: str) -> None:
+    """The mask is left out then, and the queries are not the buffer's last."""
+    model, ids = tiny(name), prompt(1, 12)
+    model.set_attn_implementation("eager" if name == "gpt_oss" else "sdpa")
+    wanted = generated(model, ids, torch.ones_like(ids), "static")
+    with record(model):
+        given = generated(model, ids, torch.ones_like(ids), "static")
+    assert_close(torch.stack(given.logits), torch.stack(wanted.logits), atol=1e-4, rtol=1e-4)
+
+
 def with_log(ids: Tensor, columns: slice, factor: float, first: int = 0) -> Tensor:
     """A mask for eager attention that adds log factor to keys, for queries from `first` on."""
     n = ids.shape[1]

@@ -200,9 +200,11 @@ def _attention(
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     mask = attention_mask
     if causal and query.shape[2] < key.shape[2]:
-        # The library's kernel would count queries from the first key; fewer queries are the last.
+        # The library's kernel would count queries from the first key; fewer queries are the last that were fed, behind
+        # which a static cache has room.
         n, m = query.shape[2], key.shape[2]
-        mask, causal = torch.ones(1, 1, n, m, dtype=torch.bool, device=query.device).tril(m - n), False
+        last = min(m, as_fed(module, key, value, None, False)[0].shape[2])
+        mask, causal = torch.ones(1, 1, n, m, dtype=torch.bool, device=query.device).tril(last - n), False
     if kwargs.get("indices") is not None:
         mask = _among(mask, kwargs["indices"], key.shape[2])
     if position_bias is not None:
