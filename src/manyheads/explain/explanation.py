@@ -294,7 +294,8 @@ def _attention_views(
     # Taking the heads' mean of a store opens every matrix in it again: for long texts another run is cheaper.
     mean = store if short else read_store(loaded.model, inputs, layers=layers, budget_mb=8, mean=True, **where)
     views = [view_heads(panel), picture_of_all(panel), view_flow(mean, tokens), view_maps(store)]
-    if short:
+    alike = len({getattr(getattr(call, "query", None), "shape", None) for call in calls}) == 1
+    if short and alike:
         # Some mechanisms tell nothing from inside, and some score by more than queries and keys.
         if all(isinstance(call, AttentionCall) for call in calls):
             views.append(view_embedding(calls, tokens))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from manyheads.heads.scores import by_layer
 from manyheads.hosts.calls import opened
 from manyheads.hosts.device import device_of, frozen
 from manyheads.hosts.probes import Inputs
@@ -78,7 +79,7 @@ def of_sequence(model: Any, ids: Tensor, labels: Tensor, windows: Sequence[int],
         cross_entropy(logits[labels].float(), ids[1:][labels[:-1]]).backward()
         del logits
         with torch.no_grad():
-            return torch.stack([_of_call(call, windows, sink_size) for call in calls], 1)
+            return by_layer([_of_call(call, windows, sink_size).mT for call in calls]).permute(2, 0, 1)
 
 
 def _of_call(call: Any, windows: Sequence[int], sink_size: int) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.heads.scores import by_layer
 from manyheads.hosts.device import device_of
 from manyheads.hosts.probes import Inputs, Needles
 from manyheads.runs.steps import Tell, silent
@@ -92,7 +93,7 @@ def answer(inputs: Inputs, needle: Needles, top_k: int = 1) -> tuple[Tensor, lis
         while len(said) < limit:
             out = model(input_ids=token, past_key_values=past, use_cache=True)
             past, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-            best.append(torch.stack([step[layer] for layer in sorted(step)]))
+            best.append(by_layer([step[layer] for layer in sorted(step)]))
             said.append(int(token))
             if "\n" in inputs.loaded.decode(said[-1:]):
                 break

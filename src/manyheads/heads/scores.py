@@ -12,7 +12,7 @@ Legend: b batch, h query heads, n queries, m keys; weights of a block of rows ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,17 @@ def equal_tokens(ids: Tensor) -> Rule:
     return lambda i, j: (j < i) & (ids[i] == ids[j])
 
 
+def by_layer(rows: Sequence[Tensor]) -> Tensor:
+    """[layers, heads, ...] of rows [heads, ...]; ValueError where layers have different numbers of heads."""
+    counts = [len(own) for own in rows]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"the layers have {', '.join(map(str, counts))} heads, and a profile is a table of layers with the same "
+            "number (prune --uniform leaves such): manyheads explain tells of these heads"
+        )
+    return torch.stack(list(rows))
+
+
 class Meter:
     """Mean share of attention on a rule's keys, over rows and calls, by layer and head."""
 
@@ -76,7 +87,7 @@ class Meter:
 
     def scores(self) -> Tensor:
         """[layers, heads]"""
-        return torch.stack([self.mass[layer] / max(1, self.queries[layer]) for layer in sorted(self.mass)])
+        return by_layer([self.mass[layer] / max(1, self.queries[layer]) for layer in sorted(self.mass)])
 
 
 def measure(model: Any, sequences: Iterable[tuple[Tensor, dict[str, Rule]]]) -> dict[str, Tensor]:

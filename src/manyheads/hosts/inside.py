@@ -164,6 +164,9 @@ class StagedCall(AttentionCall):
     def mix_rows(self, edit: Edit, batch: Sequence[int]) -> Tensor:
         return self._mix_whole(edit, batch)
 
+    def biased(self, bias: Tensor) -> Tensor | None:
+        return None  # not by scores: the weights can be edited
+
     def weight_gradients(self, heads: Sequence[int] | None = None, rows: slice = slice(None)) -> Tensor:
         if not self._mixes:
             return super().weight_gradients(heads, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,13 @@ def dispatches(module: nn.Module) -> bool:
     """Whether the module's forward looks its attention function up in transformers' registry."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def remasks(module: nn.Module) -> bool:
+    """Whether the module's forward makes another mask of the one that it is given."""
+    code = inspect.unwrap(type(module).forward).__code__
+    stored = [each.argval for each in dis.get_instructions(code) if "STORE_FAST" in each.opname]
+    return any("attention_mask" in (names if isinstance(names, tuple) else (names,)) for names in stored)
 
 
 def _kind(path: str, module: nn.Module) -> str:

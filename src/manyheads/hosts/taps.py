@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from manyheads.hosts.as_fed import as_fed, caches_noted
 from manyheads.hosts.attend import Scoring, masked_attention, pack
 from manyheads.hosts.calls import BLOCK_WEIGHTS, AttentionCall, Edit, MechanismCall, edits_heard
-from manyheads.hosts.held import Keys, by_place, caches_noted, cut, fed
 from manyheads.hosts.own_attention import heard
 from manyheads.hosts.processors import processed
 from manyheads.hosts.reading import Reader, check_run, fitting, reading, readings, run_again_alike
-from manyheads.hosts.sites import Site, attends_alone, by_processor, choose, dispatches, sites
+from manyheads.hosts.sites import Site, attends_alone, by_processor, choose, dispatches, remasks, sites
 from manyheads.hosts.switching import switched, uncompiled
 from manyheads.mechanism import Mechanism
 
@@ -89,8 +89,7 @@ def tap(
             _register()
             stack_of.enter_context(switched(model, NAME, _name))
             # Those that nobody reads attend through the same function.
-            every = [site.module for site in sites(model) if _dispatched(site) and site.kind == "self"]
-            stack_of.enter_context(caches_noted(every))
+            stack_of.enter_context(caches_noted([site for site in sites(model) if _dispatched(site)]))
         for site in chosen:
             stack_of.enter_context(reading(site, reader))
         yield chosen
@@ -173,11 +172,13 @@ def _register() -> None:
 
 def _name(part: Any) -> str:
     """Under which name a part of a model attends. What the library itself never runs by SDPA may say wrongly that it
-    is not causal, or hold attention of its own that adds its mask: it gets the masks that it knows."""
+    is not causal, hold attention of its own that adds its mask, or put something of its own into it: it gets the masks
+    that it knows."""
     if getattr(part, "_supports_sdpa", True):
         return NAME
     own = [module for module in part.modules() if dispatches(module)]
-    return NAME if own and all(getattr(module, "is_causal", False) for module in own) else ADDED
+    causal = own and all(getattr(module, "is_causal", False) for module in own)
+    return NAME if causal and not any(remasks(module) for module in own) else ADDED
 
 
 def _attention(
@@ -201,9 +202,10 @@ def _attention(
     )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
-    mask, total, width = attention_mask, fed(module), key.shape[2]
+    mask, width = attention_mask, key.shape[2]
     if mask is None:  # all of a static cache that was fed, and nothing of its empty end
-        key, value, mask = cut(Keys(key, value, mask), total)
+        whole = as_fed(module, key, value, None)
+        key, value = whole[:2] if whole[0].shape[2] < width else (key, value)
     if causal and query.shape[2] < key.shape[2]:
         # The library's kernel would count queries from the first key; fewer queries are the last.
         n, m = query.shape[2], key.shape[2]
@@ -214,7 +216,7 @@ def _attention(
         mask, causal = _biased(mask, position_bias, causal, query), False
 
     def call(site: Site) -> AttentionCall:
-        return AttentionCall(site, query, *by_place(Keys(key, value, mask), total, query.shape[2]), causal, scoring)
+        return AttentionCall(site, query, *as_fed(module, key, value, mask), causal, scoring)
 
     # The model's own output comes of what its cache gave, to the bit.
     make = partial(_output, module, query, key, value, mask, dropout, causal, scoring)

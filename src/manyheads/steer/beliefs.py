@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.hosts.calls import opened
-from manyheads.hosts.held import check_whole
 from manyheads.hosts.positions import placed
 from manyheads.hosts.sites import text_stack
 from manyheads.hosts.taps import record, tap
+from manyheads.hosts.thin import check_whole
 from manyheads.steer.method import Prompt, steering
 from manyheads.steer.offsets import Offsets, load_offsets
 

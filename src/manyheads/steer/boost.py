@@ -69,7 +69,7 @@ def boost(
                 return output
 
         def edit(weights: Tensor, rows: slice) -> Tensor:
-            return normalised(torch.where(places[:, None, None], weights * factor, weights))
+            return normalised(torch.where(places[:, None, None], weights * factor, weights), weights, call)
 
         return call.mix(edit, own)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from manyheads.hosts.calls import opened
-from manyheads.hosts.held import check_whole
 from manyheads.hosts.sites import choose, only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
+from manyheads.hosts.thin import check_whole
 from manyheads.runs.given import shown
 from manyheads.steer.pictures import same_rows
 
@@ -140,9 +140,13 @@ def changed(
         yield
 
 
-def normalised(weights: Tensor) -> Tensor:
-    """Rows that sum to 1; a row that sees nothing stays zero."""
-    return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+def normalised(edited: Tensor, weights: Tensor, call: AttentionCall) -> Tensor:
+    """Rows of the call's weights [b, h, n, m] after an edit that multiplied them, as a softmax of the scores with the
+    logs added: they sum to 1 together with what a sink of the layer took; a row that sees nothing stays zero."""
+    total = edited.sum(-1, keepdim=True)
+    if call.shares and call.scoring.sinks is not None:
+        total = total + 1 - weights.sum(-1, keepdim=True)
+    return edited / total.clamp_min(torch.finfo(edited.dtype).tiny)
 
 
 def check_share(name: str, value: float, most: float = 1.0) -> float:

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from manyheads.hosts.held import check_whole
 from manyheads.hosts.taps import AttentionCall
+from manyheads.hosts.thin import check_whole
 from manyheads.steer.common import changed, check_share, normalised, positions
 from manyheads.steer.method import Prompt, steering
 
@@ -51,7 +51,7 @@ def group_attention(
         def edit(weights: Tensor, rows: slice) -> Tensor:
             less = weights.clone()
             less[..., shown] *= 1 - hidden
-            return torch.where(applies[rows], normalised(less), weights)
+            return torch.where(applies[rows], normalised(less, weights, call), weights)
 
         return call.mix(edit, own)
 

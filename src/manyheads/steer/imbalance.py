@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.calls import AttentionCall, opened
-from manyheads.hosts.held import check_whole
 from manyheads.hosts.sites import choose, text_stack
 from manyheads.hosts.taps import tap
+from manyheads.hosts.thin import check_whole
 from manyheads.steer.beside import beside
 from manyheads.steer.common import inside, numbers
 from manyheads.steer.method import Prompt, steering

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from manyheads.hosts.calls import opened
-from manyheads.hosts.held import check_whole
 from manyheads.hosts.sites import text_stack
 from manyheads.hosts.taps import tap
+from manyheads.hosts.thin import check_whole
 from manyheads.steer.common import check_share
 from manyheads.steer.method import Prompt, steering
 from manyheads.steer.pictures import blind, check_last, image_places, same_rows

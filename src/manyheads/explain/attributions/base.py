@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -276,6 +277,7 @@ def _streams(calls: Sequence[Any]) -> Streams:
 
 def _trace(feed: Feed, output: Any, calls: list[Any], streams: Streams, end: str | None) -> Trace:
     groups: list[list[Step]] = []
+    _check_once(calls)
     for call in calls:
         step = Step(call, *streams(call.site))
         before = groups[-1] if groups else []
@@ -302,6 +304,17 @@ def _trace(feed: Feed, output: Any, calls: list[Any], streams: Streams, end: str
         ends = [end]
     both = {"encoder", "decoder"} <= set(sizes)
     return Trace(feed, output, groups, {stream: feed.real(stream, n, both) for stream, n in sizes.items()}, ends)
+
+
+def _check_once(calls: list[Any]) -> None:
+    """ValueError for a layer that takes its one look in several calls, which would count as so many layers."""
+    for one, other in pairwise(calls):
+        alike = one.site is other.site and isinstance(one, AttentionCall) and isinstance(other, AttentionCall)
+        if alike and one.query is other.query:
+            raise ValueError(
+                f"{one.site.path}: {type(one.site.module).__name__} attends with the same queries several times in a "
+                "layer and joins the results itself: attributions read one call of each layer; record(model) gives all"
+            )
 
 
 def size(call: Any) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def embedded(model: nn.Module, named: Mapping[str, Any], vectors: Mapping[str, T
             raise ValueError(f"{type(model).__name__} has several tables of tokens: give inputs_embeds instead of ids")
         # An encoder and a decoder that read the same ids are told apart by their order.
         found.append(next((name for name in read if name not in found), read[-1]))
-        return vectors[found[-1]].to(output.dtype)
+        return vectors[found[-1]].to(output.dtype, copy=True)  # some models write into what they looked up
 
     def _forward(ids: Tensor) -> Tensor:
         nonlocal depth

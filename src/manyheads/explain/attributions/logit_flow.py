@@ -22,7 +22,7 @@ from manyheads.hosts.taps import AttentionCall
 @dataclass(frozen=True)
 class LogitParts:
     """A logit (before any soft cap) as a sum: heads [b, layers, h, n] by source token, embedding [b], mlps [b, layers],
-    bias [b]; logit [b] as the model gave it."""
+    bias [b]; logit [b] as the model gave it. Of layers that have fewer heads than others the rest are zero."""
 
     heads: Tensor
     embedding: Tensor
@@ -113,16 +113,21 @@ class _Seen:
 def _watching(model: nn.Module, head: nn.Module, seen: _Seen) -> Iterator[None]:
     layers = _layers(model)
 
+    def one_stream(given: Any) -> Tensor:
+        row = seen.row(given)
+        if row is None:
+            raise ValueError(
+                f"{type(model).__name__}: its layers do not hand on one residual stream [b, n, dim], whose parts logit "
+                "flow adds up; another attribution may do without"
+            )
+        return row
+
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        row = seen.row(args[0] if args else kwargs.get("hidden_states"))
-        assert row is not None
-        seen.entered.append(row)
+        seen.entered.append(one_stream(args[0] if args else kwargs.get("hidden_states")))
         seen.inside.append([])
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        row = seen.row(output)
-        assert row is not None
-        seen.left.append(row)
+        seen.left.append(one_stream(output))
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given, gave = seen.row(args[0] if args else kwargs.get("hidden_states")), seen.row(output)
@@ -200,6 +205,8 @@ class _Sum:
             heads.append(self._heads(self.calls[layer], own, towards))
             mlps.append(((seen.left[layer] - seen.entered[layer] - write) * pulled).sum(-1))
         embedding = (seen.entered[0] * pulled).sum(-1)
+        most = max(own.shape[1] for own in heads)
+        heads = [nn.functional.pad(own, (0, 0, 0, most - own.shape[1])) for own in heads]
         return LogitParts(torch.stack(heads, 1), embedding, torch.stack(mlps, 1), bias, logit)
 
     def _direction(self, target: Target) -> tuple[Tensor, Tensor, Tensor]:

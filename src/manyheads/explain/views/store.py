@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from manyheads.hosts.positions import placed
 from manyheads.hosts.sites import choose
 from manyheads.hosts.taps import tap
+from manyheads.mechanism import Mechanism
 
 from .chunks import Rows, deflate, encode, open_chunk, pack
 
@@ -104,7 +105,8 @@ class AttentionStore:
             )
         writer = None
         for call in calls:
-            writer = writer or _writer_for(call, layers, heads, budget_mb, signed, mean)
+            have = max(own.heads for own in calls)
+            writer = writer or _writer_for(call, layers, heads, have, budget_mb, signed, mean)
             writer.layer(_sources(call, writer.heads, batch, mean))
         assert writer is not None
         return writer.store()
@@ -181,10 +183,16 @@ def read_store(
         raise ValueError(f"{type(model).__name__} attends in {found}; choose one of them with stack= and kind=")
     numbers = [site.layer for site in chosen]
     writers: list[_Writer] = []
+    # Of layers that have fewer heads than others, as pruning leaves them, the rest have no weights.
+    have = max((int(site.module.heads) for site in chosen if isinstance(site.module, Mechanism)), default=0)
 
     def reader(call: Any) -> None:
+        nonlocal have
         if not writers:
-            writers.append(_writer_for(call, numbers, heads, budget_mb, signed, mean))
+            have = max(have, call.heads)
+            writers.append(_writer_for(call, numbers, heads, have, budget_mb, signed, mean))
+        if call.heads > have and heads is None and not mean:
+            raise ValueError(f"{call.site.path} has {call.heads} heads, more than layers before it: choose heads=")
         writers[0].layer(_sources(call, writers[0].heads, batch, mean))
 
     with torch.no_grad(), tap(model, reader, layers=layers, stack=stack, kind=kind):
@@ -350,9 +358,15 @@ def _chosen(wanted: Sequence[int] | None, have: int, what: str) -> list[int]:
 
 
 def _writer_for(
-    call: Any, layers: Sequence[int], heads: Sequence[int] | None, budget_mb: float, signed: bool, mean: bool
+    call: Any,
+    layers: Sequence[int],
+    heads: Sequence[int] | None,
+    have: int,
+    budget_mb: float,
+    signed: bool,
+    mean: bool,
 ) -> _Writer:
-    chosen = [0] if mean else _chosen(heads, call.heads, "heads")
+    chosen = [0] if mean else _chosen(heads, have, "heads")
     n, m = (call.query.shape[2], call.key.shape[2]) if hasattr(call, "query") else call.weights(heads=[0]).shape[2:]
     return _Writer(layers, chosen, int(n), int(m), budget_mb, signed)
 
@@ -364,8 +378,10 @@ def _sources(call: Any, heads: Sequence[int], batch: int, mean: bool) -> list[So
 
 
 def _blocks(call: Any, head: int, batch: int) -> Iterator[Tensor]:
-    for rows in call.blocks([head]):
-        yield call.weights([head], rows)[batch, 0]
+    gone = head >= call.heads
+    for rows in call.blocks([0 if gone else head]):
+        weights = call.weights([0 if gone else head], rows)[batch, 0]
+        yield torch.zeros_like(weights) if gone else weights
 
 
 def _mean_blocks(call: Any, batch: int) -> Iterator[Tensor]:

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from manyheads.hosts.calls import AttentionCall, opened
 from manyheads.hosts.generation import intercepted
-from manyheads.hosts.held import mark_thin
 from manyheads.hosts.sites import Site, choose, shows_pictures_to_text, text_stack
 from manyheads.hosts.switching import uncompiled
 from manyheads.hosts.taps import tap
+from manyheads.hosts.thin import mark_thin
 from manyheads.hosts.wrappers import inside
 from manyheads.mechanism import Mechanism
 from manyheads.steer.thinning.passes import Pass

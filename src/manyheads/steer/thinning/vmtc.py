@@ -145,9 +145,10 @@ def _focused(call: AttentionCall, step: Step, share: float) -> Tensor:
         if low >= high:
             return weights
         weights = weights.clone()
-        own = weights[:, :, low - part.start : high - part.start].clone()
+        whole = weights[:, :, low - part.start : high - part.start]
+        own = whole.clone()
         own[..., before + columns] = own[..., before + columns].masked_fill(hidden[:, :, low - first : high - first], 0)
-        weights[:, :, low - part.start : high - part.start] = normalised(own)
+        weights[:, :, low - part.start : high - part.start] = normalised(own, whole, call)
         return weights
 
     return call.mix(edit)
