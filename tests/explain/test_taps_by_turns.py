@@ -31,6 +31,22 @@ def test_a_model_and_a_part_of_it_are_left_in_any_order(first: str, leaves: int)
     assert all(a is b for a, b in zip(configs, (each.__dict__.get("config") for each in model.modules()), strict=True))
 
 
+@pytest.mark.parametrize("leaves", [0, 1])
+def test_what_is_compiled_afterwards_is_compiled(leaves: int) -> None:
+    import torch._dynamo  # a process that compiles
+
+    taps, graphs = [record(tiny("llama")), record(tiny("gpt2"))], []
+    for each in taps:
+        each.__enter__()
+    taps.pop(leaves).__exit__(None, None, None)
+    twice = torch.compile(lambda x: 2 * x, backend=lambda graph, _: graphs.append(graph) or graph)
+    twice(torch.ones(2))
+    assert not graphs  # the other tap is open
+    taps[0].__exit__(None, None, None)
+    twice(torch.ones(2))
+    assert len(graphs) == 1
+
+
 def test_several_threads_explain_one_model() -> None:
     model, ids = tiny("llama").train(), prompt(1, 12)
     wanted, found, broken = Relevance(model).attribute(ids, 5), [], []

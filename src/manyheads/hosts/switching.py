@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +17,35 @@ from manyheads.hosts.configs import LentConfigs
 from manyheads.mechanism import Mechanism
 
 
+@dataclass
+class _Eager:
+    """How many want what is compiled to run as it was written, and what the first of them changed."""
+
+    count: int = 0
+    changed: Any = None
+
+
+_eager, _changing = _Eager(), threading.Lock()
+
+
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """While open, compiled code runs as it was written: it was made for another attention, and does not look."""
+    """While open, compiled code runs as it was written: it was made for another attention, and does not look. Of
+    several askers any may leave first."""
     if "torch._dynamo" not in sys.modules:  # nothing was compiled, and loading it takes longer than most taps
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    with _changing:
+        if not _eager.count:
+            _eager.changed = torch.compiler.set_stance("force_eager")
+        _eager.count += 1
+    try:
         yield
+    finally:
+        with _changing:
+            _eager.count -= 1
+            if not _eager.count:
+                _eager.changed.__exit__(None, None, None)
 
 
 @dataclass
