@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from manyheads.cache_names import cache_of
 from manyheads.card import Pattern
 from manyheads.compare.hybrid import common_patterns, deepened, specs_of
 from manyheads.compare.measure import live_bytes
@@ -148,7 +149,7 @@ def state_bytes(task: Task, model: Any, device: torch.device) -> int | None:
         return None
     model.eval()
     output = model(**inputs_of(task, model, next(iter(task.eval_batches(1))), device), use_cache=True)
-    layers = output.past_key_values.layers
+    layers = cache_of(output).layers
     return sum(live_bytes(layer.self_attention.states["mechanism"]) for layer in layers)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyheads.cache_names import given_cache, with_cache
 from manyheads.card import Pattern
 from manyheads.convert.adapter import frozen, read_adapter, write_adapter
 from manyheads.functional.where import Where
@@ -153,7 +154,8 @@ class Composed(nn.Module):
     def _read(self, module: Any, args: Any, options: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         """Before the anchor reads its ids, the augmenting model does."""
         options = _checked_call(args, options)
-        options["past_key_values"], options["use_cache"] = cache, _ = self._cache(options)
+        cache, options["use_cache"] = self._cache(options)
+        options = with_cache(options, cache)
         ids, mask = options["input_ids"], options.get("attention_mask")
         seen, tower = 0 if cache is None else cache.get_seq_length(), self.augmenting.get_decoder()
         real = None if mask is None else mask[:, : seen + ids.shape[1]].bool()
@@ -162,7 +164,7 @@ class Composed(nn.Module):
             where = self.augmenting.device
             given = {"attention_mask": mask, "position_ids": options.get("position_ids")}
             given = {key: value.to(where) for key, value in given.items() if value is not None}
-            tower(input_ids=ids.to(where), past_key_values=self._view(cache), use_cache=cache is not None, **given)
+            tower(input_ids=ids.to(where), use_cache=cache is not None, **with_cache(given, self._view(cache)))
         self._run = run
         return (), options
 
@@ -191,7 +193,7 @@ class Composed(nn.Module):
     def _cache(self, options: Mapping[str, Any]) -> tuple[Any, bool]:
         from transformers import DynamicCache
 
-        past, wanted = options.get("past_key_values"), options.get("use_cache")
+        past, wanted = given_cache(options), options.get("use_cache")
         if wanted is None:
             wanted = past is not None or self.anchor.config.use_cache
         layers = self.anchor.get_decoder().layers

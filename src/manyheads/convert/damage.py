@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.cache_names import cache_of, with_cache
 from manyheads.convert.layout import in_eval
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.questions import Questions, Trial
@@ -150,8 +151,8 @@ def go_on(model: Any, prompts: Tensor, count: int) -> tuple[Tensor, tuple[float,
     for _ in range(count):
         settle(ids.device)
         begun = time.perf_counter()
-        out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+        out = model(ids, use_cache=True, logits_to_keep=1, **with_cache({}, cache))
+        ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), cache_of(out)
         settle(ids.device)
         seconds.append(time.perf_counter() - begun)
         tokens.append(ids.cpu())
@@ -195,7 +196,7 @@ def calibration_rows(questions: Questions, tokens: int, length: int) -> Sequence
 @torch.no_grad()
 def cache_bytes(model: Any, row: Tensor) -> int:
     """What the model's own cache holds after these tokens, measured: rows of tokens, without room ahead."""
-    cache = model(row[None].to(model.device), use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(model(row[None].to(model.device), use_cache=True, logits_to_keep=1))
     if hasattr(cache, "nbytes"):
         return int(cache.nbytes)
     held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]

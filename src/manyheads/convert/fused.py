@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from manyheads.cache_names import given_cache
 from manyheads.convert.adapter import frozen, read_adapter, write_adapter
 from manyheads.convert.layout import attentions
 
@@ -143,7 +144,7 @@ class Fused(nn.Module):
             self.route.others = None
 
     def _shown(self, options: dict[str, Any], shown: _Images, whole: bool) -> dict[str, Any]:
-        ids, past = options["input_ids"], options.get("past_key_values")
+        ids, past = options["input_ids"], given_cache(options)
         seen = 0 if past is None else past.get_seq_length()
         part = shown.part(seen if whole else 0, ids)
         self.route.others = part.others if bool(part.others.any()) else None

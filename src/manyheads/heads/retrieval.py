@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.cache_names import cache_of, with_cache
 from manyheads.heads.scores import by_layer
 from manyheads.hosts.device import device_of
 from manyheads.hosts.probes import Inputs, Needles
@@ -78,7 +79,7 @@ def answer(inputs: Inputs, needle: Needles, top_k: int = 1) -> tuple[Tensor, lis
     model, device = inputs.loaded.model, device_of(inputs.loaded.model)
     prompt = needle.ids[: needle.asked[0][0]].to(device)
     limit = needle.told[0][1] - needle.told[0][0] + _BEYOND
-    past = model.base_model(input_ids=prompt[None, :-1], use_cache=True).past_key_values
+    past = cache_of(model.base_model(input_ids=prompt[None, :-1], use_cache=True))
     best: list[Tensor] = []
     said: list[int] = []
     step: dict[int, Tensor] = {}
@@ -91,8 +92,8 @@ def answer(inputs: Inputs, needle: Needles, top_k: int = 1) -> tuple[Tensor, lis
     token = prompt[None, -1:]
     with tap(model, read, kind="self"):
         while len(said) < limit:
-            out = model(input_ids=token, past_key_values=past, use_cache=True)
-            past, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=token, use_cache=True, **with_cache({}, past))
+            past, token = cache_of(out), out.logits[:, -1:].argmax(-1)
             best.append(by_layer([step[layer] for layer in sorted(step)]))
             said.append(int(token))
             if "\n" in inputs.loaded.decode(said[-1:]):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from manyheads.cache_names import given_cache
 from manyheads.hosts.attend import Scoring, causal_attention, masked_attention, pack
 from manyheads.hosts.configs import LentConfigs
 from manyheads.hosts.families import is_own, layer_plans
@@ -176,7 +177,7 @@ def _announce(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
             f"output_attentions=True: {type(module).__name__} attends through a shrunk cache, which makes no matrix of "
             "weights to give; ask outside the policy's block, after release(model), or use manyheads explain"
         )
-    begin = getattr(kwargs.get("past_key_values"), "begin", None)
+    begin = getattr(given_cache(kwargs), "begin", None)
     if begin is not None:
         told = {name: kwargs.get(name) for name in ("use_cache", "logits_to_keep", "position_ids", "input_ids")}
         if args:

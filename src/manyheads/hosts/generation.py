@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.cache_names import given_cache, with_cache
 from manyheads.hosts.attention import attach, detach, is_attached
 from manyheads.hosts.device import device_of, evaluating
 from manyheads.hosts.families import TESTED, is_own, layer_plans
@@ -129,13 +130,13 @@ def _with_cache(model: Any, check: Callable[[Any], Any]) -> Callable[..., tuple[
         if placed.keys() & kwargs.keys():
             return args, kwargs  # forward itself says what is wrong
         kwargs = placed | kwargs
-        given, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        given, wanted = given_cache(kwargs), kwargs.get("use_cache")
         wanted = getattr(config, "use_cache", None) if wanted is None else wanted
         if _checkpoints(module):
             # Layers then drop any cache that they are handed, and the library says use_cache=False itself.
             _check_none(module, given)
         elif given is not None or wanted:
-            kwargs["past_key_values"] = check(given)
+            kwargs = with_cache(kwargs, check(given))
         return (), kwargs
 
     return before
@@ -146,10 +147,10 @@ def _cached_generate(model: Any, generate: Callable[..., Any], check: Callable[[
     # For guesses of the model's own lower layers.
     exits: list[Any] = []
 
-    def with_cache(*args: Any, **kwargs: Any) -> Any:
+    def cached(*args: Any, **kwargs: Any) -> Any:
         kwargs = dict(zip(names, args, strict=False)) | kwargs
         if kwargs.get("use_cache") is False:
-            _check_none(model, kwargs.get("past_key_values"))
+            _check_none(model, given_cache(kwargs))
             return generate(**kwargs)
         if _checkpoints(model):
             raise ValueError(
@@ -167,13 +168,14 @@ def _cached_generate(model: Any, generate: Callable[..., Any], check: Callable[[
                 )
         if resolved.use_cache is not True:
             kwargs |= _caching(own)
-        given = kwargs.get("past_key_values")
+        given = given_cache(kwargs)
         if given is None and resolved.is_assistant and exits:
             given = exits.pop()
         if resolved.assistant_early_exit is not None:
             # Made while the model still says how many layers it has.
             exits.append(check(None))
-        cache = kwargs["past_key_values"] = check(given)
+        cache = check(given)
+        kwargs = with_cache(kwargs, cache)
         if resolved.prefill_chunk_size is not None and not cache.get_seq_length():
             cache.expect(_prompt_tokens(kwargs))
         try:
@@ -183,7 +185,7 @@ def _cached_generate(model: Any, generate: Callable[..., Any], check: Callable[[
             exits.clear()
             check(cache)
 
-    return with_cache
+    return cached
 
 
 def _prompt_tokens(kwargs: dict[str, Any]) -> int:

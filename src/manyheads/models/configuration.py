@@ -66,7 +66,7 @@ class ManyheadsConfig(PreTrainedConfig):
     """
 
     model_type = "manyheads"
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "aux_loss", "encoder_last_hidden_state"]
+    keys_to_ignore_at_inference: ClassVar = ["cache", "past_key_values", "aux_loss", "encoder_last_hidden_state"]
 
     vocab_size: int = 32000
     hidden_size: int = 256

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from manyheads.cache_names import CACHE_NAMES, cache_name, cache_of, given_cache, takes_cache
 from manyheads.card import Pattern
 from manyheads.mechanism import Result
 from manyheads.models.beside import GIVEN, continued, of_last
@@ -63,7 +64,7 @@ class ManyheadsGenerationMixin(GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: the layers decide what is kept; "
                 "leave it out"
             )
-        cache, why = model_kwargs.get("past_key_values"), self._uncached(generation_config)
+        cache, why = given_cache(model_kwargs), self._uncached(generation_config)
         if why is not None:
             seen = 0 if cache is None else cache.get_seq_length()
             if seen:
@@ -75,10 +76,11 @@ class ManyheadsGenerationMixin(GenerationMixin):
                     f"generate: {why}, and inputs_embeds are passed once, for a cache to remember; give input_ids"
                 )
             generation_config.use_cache = False
-            model_kwargs.pop("past_key_values", None)
+            for name in CACHE_NAMES:
+                model_kwargs.pop(name, None)
             return
         if cache is None:
-            cache = model_kwargs["past_key_values"] = ManyheadsCache(self.decoder_stack.memories)
+            cache = model_kwargs[cache_name()] = ManyheadsCache(self.decoder_stack.memories)
         else:
             cache._is_user_defined = True
         if generation_config.is_assistant:
@@ -111,7 +113,7 @@ class ManyheadsGenerationMixin(GenerationMixin):
         for name in GIVEN:
             if (given := made.get(name)) is not None:
                 tokens = made["inputs_embeds"] if made.get("input_ids") is None else made["input_ids"]
-                past = made.get("past_key_values")
+                past = given_cache(made)
                 made[name] = of_last(name, given, 0 if past is None else past.get_seq_length(), tokens)
         return made
 
@@ -151,6 +153,7 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -207,7 +210,7 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
         return ManyheadsCausalLMOutput(
             self._with_router_loss(loss, out.aux_loss, share),
             logits,
-            out.past_key_values,
+            cache_of(out),
             out.hidden_states,
             out.attentions,
             out.aux_loss,
@@ -246,6 +249,7 @@ class ManyheadsForSeq2SeqLM(ManyheadsPreTrainedModel, ManyheadsGenerationMixin):
         filled = labels.masked_fill(labels == -100, start if config.pad_token_id is None else config.pad_token_id)
         return F.pad(filled[:, :-1], (1, 0), value=start)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,

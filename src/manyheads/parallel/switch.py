@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from manyheads.cache_names import CACHE_NAMES
 from manyheads.mechanism import Mechanism
 from manyheads.parallel import hosted
 from manyheads.parallel.decoding import Memory, greedy
@@ -368,7 +369,7 @@ def _check_call(model: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Non
             f"sequence_parallel: {name} checkpoints gradients, and the layers' second run would not know its shard; "
             "call gradient_checkpointing_disable()"
         )
-    for what in ("past_key_values", "use_cache", "output_attentions"):
+    for what in (*CACHE_NAMES, "use_cache", "output_attentions"):
         if named.get(what):
             raise ValueError(f"sequence_parallel: {what} was given with a shard; leave it out")
     if getattr(model.config, "output_attentions", False):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.cache_names import with_cache
 from manyheads.hosts.device import device_of
 from manyheads.hosts.generation import library_cache
 from manyheads.hosts.questions import Trial
@@ -57,7 +58,7 @@ def cache_bytes(cache: Any) -> int:
 def step(model: Any, tokens: Tensor, cache: Any) -> Tensor:
     """Logits [b, vocabulary] after the last of tokens [b, n]."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
-    out: Tensor = model(tokens, past_key_values=cache, use_cache=True, **last).logits
+    out: Tensor = model(tokens, use_cache=True, **with_cache(last, cache)).logits
     return out[:, -1]
 
 
@@ -66,7 +67,7 @@ def steps(model: Any, tokens: Tensor, cache: Any) -> Iterator[Tensor]:
     if tokens.shape[1] == 1:
         yield step(model, tokens, cache)
     else:
-        yield from model(tokens, past_key_values=cache, use_cache=True).logits.unbind(1)
+        yield from model(tokens, use_cache=True, **with_cache({}, cache)).logits.unbind(1)
 
 
 @torch.no_grad()

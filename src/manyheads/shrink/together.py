@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from manyheads.cache_names import given_cache
 from manyheads.hosts.attend import Scoring
 from manyheads.hosts.visibility import Visibility
 from manyheads.shrink.compress import Pass, _views
@@ -74,7 +75,7 @@ class Together(Policy):
             if not output:
                 # Of another cache, in another thread that is just registering or removing it: no kwargs are told then.
                 return
-            held = kwargs.get("past_key_values")
+            held = given_cache(kwargs)
             if held is not own():
                 return
             if held is None or held.shared.get("repeating"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from manyheads.cache_names import with_cache
 from manyheads.hosts.switching import uncompiled
 from manyheads.hosts.wrappers import inside
 from manyheads.steer.companions import companions, named, own_cache
@@ -48,7 +49,7 @@ def beside(
         for run, own in zip(runs, others, strict=True):
             changed, open_ = run(dict(kwargs))
             with open_:
-                logits.append(forward(**{**changed, "past_key_values": own}).logits)
+                logits.append(forward(**with_cache(changed, own)).logits)
         with around():
             first = forward(**kwargs)
         kind = first.logits.dtype

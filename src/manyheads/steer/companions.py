@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from manyheads.cache_names import CACHE_NAMES, cache_name, given_cache
+
 # Per model, how many blocks of each name are open: two of one name have companions of their own.
 _open: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
 
@@ -29,14 +31,14 @@ def named(model: Any, who: str) -> Iterator[str]:
 def own_cache(model: Any, kwargs: dict[str, Any]) -> Any:
     """The cache of a call of the model. Where the model would make one itself, it is put into the arguments: it has
     to be there before the model fills it. None for a call without a cache."""
-    past = kwargs.get("past_key_values")
+    past = given_cache(kwargs)
     if past is None and _caches(model, kwargs):
-        past = kwargs["past_key_values"] = _fresh(model)
+        past = kwargs[cache_name()] = _fresh(model)
     return past
 
 
 def _caches(model: Any, kwargs: dict[str, Any]) -> bool:
-    if "past_key_values" not in inspect.signature(type(model).forward).parameters:
+    if not inspect.signature(type(model).forward).parameters.keys() & set(CACHE_NAMES):
         return False
     wanted = kwargs.get("use_cache")
     wanted = getattr(model.config.get_text_config(decoder=True), "use_cache", None) if wanted is None else wanted

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.cache_names import given_cache
 from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import text_stack
 from manyheads.hosts.switching import uncompiled
@@ -126,7 +127,7 @@ def _added(model: Any, image: Tensor, latent: Tensor) -> Iterator[None]:
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = kwargs.get("inputs_embeds")
-        past = kwargs.get("past_key_values")
+        past = given_cache(kwargs)
         begun = 0 if past is None else past.get_seq_length()
         if given is None or begun >= length:
             return args, kwargs

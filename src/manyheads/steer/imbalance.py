@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.cache_names import given_cache
 from manyheads.hosts.calls import AttentionCall, opened
 from manyheads.hosts.sites import choose, text_stack
 from manyheads.hosts.taps import tap
@@ -82,7 +83,7 @@ def _raised(call: AttentionCall, strength: Tensor, first: int) -> Tensor | None:
 
 def _alone(model: Any) -> Any:
     def run(named: dict[str, Any]) -> tuple[dict[str, Any], AbstractContextManager[Any]]:
-        return blind(model, named, "imbalance", named.get("past_key_values")), nullcontext()
+        return blind(model, named, "imbalance", given_cache(named)), nullcontext()
 
     return run
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.cache_names import with_cache
 from manyheads.hosts.calls import opened
 from manyheads.hosts.sites import choose, only_stack, text_stack
 from manyheads.hosts.taps import AttentionCall, tap
@@ -61,7 +62,7 @@ def juice(model: Any, scales: Mapping[tuple[int, int], float], *, stack: str | N
         past = own_cache(whole, kwargs)
         own = {key: value for key, value in kwargs.items() if key != "labels"}
         if past is not None:
-            own["past_key_values"] = companions(past, name, lambda: [alone(past)])[0]
+            own = with_cache(own, companions(past, name, lambda: [alone(past)])[0])
         first = True
         try:
             with torch.no_grad():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.cache_names import cache_of, with_cache
 from manyheads.hosts.calls import AttentionCall, edits_heard, opened
 from manyheads.hosts.loading import Loaded
 from manyheads.hosts.sites import text_stack
@@ -172,14 +173,14 @@ def _timed(model: Any, prompt: Prompt, make: Opener, ids: list[int]) -> tuple[fl
     seen = torch.ones(1, tokens.shape[1] + len(ids), dtype=torch.long, device=tokens.device)
     with make():
         begun = time.perf_counter()
-        cache = model(**prompt.inputs, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(model(**prompt.inputs, use_cache=True, logits_to_keep=1))
         middle = time.perf_counter()
         for i, own in enumerate(ids):
             model(
                 input_ids=tokens.new_tensor([[own]]),
                 attention_mask=seen[:, : tokens.shape[1] + i + 1],
-                past_key_values=cache,
                 use_cache=True,
+                **with_cache({}, cache),
             )
         ended = time.perf_counter()
     held = sum(own.nbytes for layer in cache.layers for own in (layer.keys, layer.values) if own is not None)

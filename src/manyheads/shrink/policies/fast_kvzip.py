@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from manyheads.cache_names import given_cache
 from manyheads.shrink.textorder import whole_number
 from manyheads.shrink.together import NOTED, Fed, Together
 
@@ -81,7 +82,7 @@ class FastKVzip(Together):
     def _reader(self, own: Any, layer: int) -> Any:
         def read(module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
             # No kwargs are told while another thread registers or removes the hook of a cache of its own.
-            cache = None if kwargs is None else kwargs.get("past_key_values")
+            cache = None if kwargs is None else given_cache(kwargs)
             if kwargs is None or cache is not own():
                 return
             if cache is None or cache.layers[layer].seen >= cache.context:

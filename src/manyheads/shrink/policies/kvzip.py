@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from manyheads.cache_names import with_cache
 from manyheads.hosts.attend import probabilities, query_blocks
 from manyheads.shrink.compress import View, _views
 from manyheads.shrink.textorder import whole_number
@@ -94,7 +95,7 @@ class KVzip(Together):
             mask = None if bool(valid.all()) and bool(alive.all()) else torch.cat([alive, valid], 1).long()
             positions = count[:, None] + (valid.long().cumsum(1) - 1).clamp_min(0)
             given = {"inputs_embeds": fed, "attention_mask": mask, "position_ids": positions}
-            module(**given, past_key_values=cache, use_cache=True)
+            module(**with_cache(given, cache), use_cache=True)
             for layer, score in zip(cache.layers, scores, strict=True):
                 found = _looked_at(_views(layer, layer.recorded)[0], chunk, valid)
                 at = slots[:, None].expand_as(found)

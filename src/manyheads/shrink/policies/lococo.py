@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, kl_div
 
+from manyheads.cache_names import with_cache
 from manyheads.hosts.device import evaluating
 from manyheads.shrink.compress import View
 from manyheads.shrink.policy import Policy
@@ -305,7 +306,7 @@ def _loss(model: Any, sample: _Sample, layers: list[dict[str, Tensor]], policy: 
         cache.update(*_compressed(own, *held, policy, budget), i)
     n = sample.more.shape[1]
     positions = torch.arange(prefix, prefix + n, device=sample.more.device)[None].expand(len(sample.more), -1)
-    given = model(sample.more, past_key_values=cache, position_ids=positions, use_cache=True).logits
+    given = model(sample.more, position_ids=positions, use_cache=True, **with_cache({}, cache)).logits
     return kl_div(given.float().log_softmax(-1).flatten(0, 1), sample.wanted.flatten(0, 1),
                   log_target=True, reduction="batchmean")  # fmt: skip
 

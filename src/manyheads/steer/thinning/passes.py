@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyheads.cache_names import given_cache
+
 # What a decoder layer may be given that says something of every token.
 _KNOWN = {"attention_mask", "position_embeddings", "position_ids", "cache_position"}
 
@@ -42,7 +44,7 @@ class Pass:
     @classmethod
     def of(cls, ids: Tensor, image: Tensor, kwargs: dict[str, Any]) -> Pass:
         """Of what the text's stack of layers is called with; ValueError for what cannot be followed."""
-        cache, mask, n = kwargs.get("past_key_values"), kwargs.get("attention_mask"), ids.shape[1]
+        cache, mask, n = given_cache(kwargs), kwargs.get("attention_mask"), ids.shape[1]
         start = 0 if cache is None else int(cache.get_seq_length())
         real = torch.ones_like(image)
         if mask is not None:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from manyheads.cache_names import given_cache
 from manyheads.hosts.calls import AttentionCall, opened
 from manyheads.hosts.generation import intercepted
 from manyheads.hosts.sites import Site, choose, shows_pictures_to_text, text_stack
@@ -220,7 +221,7 @@ class Thinning:
             states, *rest = args if args else (kwargs.pop("hidden_states"),)
             if now.has_image:
                 states = self._asked(index, now, states)
-            self._fed = cache = kwargs.get("past_key_values")
+            self._fed = cache = given_cache(kwargs)
             held = None if cache is None else cache.layers[index]
             mark_thin(self._attends[index], now.left or (held is not None and held.places is not None))
             return (states, *rest), now.fitted(kwargs, held)
