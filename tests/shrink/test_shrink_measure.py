@@ -79,7 +79,8 @@ class Joined:
 @pytest.mark.parametrize("length", [256, 701])
 @pytest.mark.parametrize("words", [False, True])
 def test_trials_have_their_length_and_hold_their_answers(small: Loaded, length: int, words: bool) -> None:
-    of_words = LlamaConfig(vocab_size=2**16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    of_words = LlamaConfig(vocab_size=2**16, **sizes)
     loaded = Loaded(LlamaForCausalLM(of_words), Joined(), "words") if words else small
     questions = Questions(loaded)
     made = [questions.passkey(length, depth, 0) for depth in (0.0, 0.5, 1.0)]
