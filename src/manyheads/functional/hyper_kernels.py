@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manyheads.functional.precision import own_dtype, unit
+from manyheads.functional.layers import call_in
+from manyheads.functional.precision import unit
 
 EPS = 1e-5
 
@@ -44,19 +45,20 @@ class SlowNet(nn.Module):
 
     def forward(self, scales: Sequence[Tensor] = ()) -> Tensor:
         """[size, size, heads] ([size, heads] for a line), with scales [b, size, size, heads]"""
-        line = torch.linspace(-1.0, 1.0, self.size, dtype=self.place_bias.dtype, device=self.place_bias.device)
+        # Half precision has too few digits for sines of so high frequencies.
+        wide = torch.promote_types(self.place_bias.dtype, torch.float32)
+        line = torch.linspace(-1.0, 1.0, self.size, dtype=wide, device=self.place_bias.device)
         places = torch.stack(torch.meshgrid(*[line] * self.axes, indexing="ij"), -1)
-        with own_dtype(line):  # half precision has too few digits for sines of so high frequencies
-            return self._made(places, [scale.to(line.dtype) for scale in scales])
+        made = self._made(places, [scale.to(wide) for scale in scales])
+        return made.to(self.place_bias.dtype)
 
     def _made(self, places: Tensor, scales: Sequence[Tensor]) -> Tensor:
-        h = self.filters[0](places).sin()
+        h = call_in(self.filters[0], places).sin()
         for i, (filtered, linear) in enumerate(zip(self.filters[1:], self.linears, strict=True)):
-            h = filtered(places).sin() * linear(h) + self.place_bias[..., None]
+            h = call_in(filtered, places).sin() * call_in(linear, h) + self.place_bias[..., None]
             if scales:
                 h = scales[i] * (h + 0.1 * unit(h.flatten(-3, -2), -2).view_as(h))
-        kernel: Tensor = self.out(h)
-        return kernel
+        return call_in(self.out, h)
 
 
 def pool_bins(maps: Tensor, real: Tensor, size: int) -> Tensor:
