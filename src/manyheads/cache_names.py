@@ -6,21 +6,15 @@ Callers may say either, as transformers itself lets them; what is handed on to i
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 CACHE_NAMES = ("cache", "past_key_values")
-
-
-@functools.cache
-def cache_name() -> str:
-    from transformers import GenerationMixin
-
-    taken = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    return next(name for name in CACHE_NAMES if name in taken)
+# Not asked of transformers itself, which takes seconds to load, and constant for torch.compile.
+CACHE_NAME = CACHE_NAMES[tuple(map(int, version("transformers").split(".")[:2])) < (5, 24)]
 
 
 def given_cache(named: Mapping[str, Any]) -> Any:
@@ -30,12 +24,12 @@ def given_cache(named: Mapping[str, Any]) -> Any:
 
 def with_cache(named: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """The named arguments with this cache, in the place of what was given."""
-    return {name: own for name, own in named.items() if name not in CACHE_NAMES} | {cache_name(): cache}
+    return {name: own for name, own in named.items() if name not in CACHE_NAMES} | {CACHE_NAME: cache}
 
 
 def cache_of(output: Any) -> Any:
     """The cache that a model gives back; None where it gives none."""
-    return getattr(output, cache_name(), None)
+    return getattr(output, CACHE_NAME, None)
 
 
 def takes_cache(forward: F) -> F:

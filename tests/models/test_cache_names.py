@@ -7,7 +7,7 @@ import torch
 from tiny_models import causal_lm, seq2seq, tokens
 from torch.testing import assert_close
 
-from manyheads.cache_names import cache_name, cache_of, given_cache, with_cache
+from manyheads.cache_names import CACHE_NAME, cache_of, given_cache, with_cache
 
 
 def test_both_names_are_one_argument() -> None:
@@ -32,5 +32,5 @@ def test_both_names_in_a_model_of_two_streams() -> None:
 def test_a_cache_is_found_by_either_name_and_handed_on_by_one() -> None:
     for name in ("cache", "past_key_values"):
         assert given_cache({name: 1, "use_cache": True}) == 1
-        assert with_cache({name: 1, "use_cache": True}, 2) == {"use_cache": True, cache_name(): 2}
+        assert with_cache({name: 1, "use_cache": True}, 2) == {"use_cache": True, CACHE_NAME: 2}
     assert given_cache({"cache": None}) is None

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from manyheads.cache_names import CACHE_NAMES, cache_name, cache_of, given_cache, takes_cache
+from manyheads.cache_names import CACHE_NAME, CACHE_NAMES, cache_of, given_cache, takes_cache
 from manyheads.card import Pattern
 from manyheads.mechanism import Result
 from manyheads.models.beside import GIVEN, continued, of_last
@@ -80,7 +80,7 @@ class ManyheadsGenerationMixin(GenerationMixin):
                 model_kwargs.pop(name, None)
             return
         if cache is None:
-            cache = model_kwargs[cache_name()] = ManyheadsCache(self.decoder_stack.memories)
+            cache = model_kwargs[CACHE_NAME] = ManyheadsCache(self.decoder_stack.memories)
         else:
             cache._is_user_defined = True
         if generation_config.is_assistant:

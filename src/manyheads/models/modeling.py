@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, Seq2SeqModelO
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from manyheads.cache_names import cache_name, takes_cache
+from manyheads.cache_names import CACHE_NAME, takes_cache
 from manyheads.mechanism import Mechanism
 from manyheads.models.beside import read_beside
 from manyheads.models.borrowed import BorrowedCache, obstacle, refused, shape_of_rows
@@ -280,7 +280,7 @@ class ManyheadsSeq2SeqModel(ManyheadsPreTrainedModel):
         losses = [loss for loss in (encoder_outputs.get("aux_loss"), trace.aux_loss) if loss is not None]
         return ManyheadsSeq2SeqModelOutput(
             last_hidden_state=trace.last,
-            **{cache_name(): None if use_cache is False else cache},
+            **{CACHE_NAME: None if use_cache is False else cache},
             decoder_hidden_states=trace.hidden_states,
             decoder_attentions=trace.attentions,
             cross_attentions=trace.cross_attentions,

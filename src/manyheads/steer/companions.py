@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from manyheads.cache_names import CACHE_NAMES, cache_name, given_cache
+from manyheads.cache_names import CACHE_NAME, CACHE_NAMES, given_cache
 
 # Per model, how many blocks of each name are open: two of one name have companions of their own.
 _open: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
@@ -33,7 +33,7 @@ def own_cache(model: Any, kwargs: dict[str, Any]) -> Any:
     to be there before the model fills it. None for a call without a cache."""
     past = given_cache(kwargs)
     if past is None and _caches(model, kwargs):
-        past = kwargs[cache_name()] = _fresh(model)
+        past = kwargs[CACHE_NAME] = _fresh(model)
     return past
 
 
