@@ -289,6 +289,22 @@ def test_relevance_is_gradient_times_attention() -> None:
     assert_close(given, wanted[inputs["input_ids"][0] == IMAGE].detach(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"image_grid_thw": torch.tensor([[1, 2, 8]])},
+        {"image_grid_thw": torch.tensor([[1, 2, 2]] * 4)},
+        {"pixel_values": torch.zeros(4, 3, 16, 16)},
+        {"pixel_values": torch.zeros(1, 3, 8, 32)},
+    ],
+)
+def test_relevance_of_other_than_one_square_picture_is_refused(other: dict[str, Tensor]) -> None:
+    """Sixteen tokens of 2 x 8 patches, or of four pictures, are no square of 4 x 4."""
+    inputs = shown(WORDS[:1])
+    with pytest.raises(ValueError, match="want one square picture for each row"):
+        relevance_map(planted(inputs)[0], {**inputs, **other})
+
+
 @pytest.mark.parametrize("kind", ["uniform", "reversed", "shuffle", "random"])
 def test_counterfactual_maps_of_a_picture_against_loops(kind: str) -> None:
     inputs = shown(WORDS[:1])

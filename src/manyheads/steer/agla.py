@@ -92,9 +92,14 @@ def relevance_map(model: Any, inputs: Mapping[str, Any], *, layer: int | None = 
     image = image_places(model, inputs, "relevance_map")
     check_last(inputs, "relevance_map")
     count = int(image[0].sum())
-    side = round(count**0.5)
-    if side * side != count:
-        raise ValueError(f"relevance_map: {count} image tokens are no square of patches")
+    side, pixels, grid = round(count**0.5), inputs["pixel_values"], inputs.get("image_grid_thw")
+    alone = len(pixels if grid is None else grid) == len(image)
+    flat = grid is not None and bool(((grid[:, 0] != 1) | (grid[:, 1] != grid[:, 2])).any())
+    if side * side != count or not alone or flat or (pixels.dim() == 4 and pixels.shape[-2] != pixels.shape[-1]):
+        raise ValueError(
+            f"relevance_map: {count} image tokens in a row, of pixel_values {list(pixels.shape)}"
+            f"{'' if grid is None else f' in grids {grid.tolist()}'}: want one square picture for each row"
+        )
     stack = text_stack(model)
     layers = sorted(site.layer for site in choose(model, None, stack, "self"))
     chosen = layers[len(layers) // 2] if layer is None else layer
