@@ -85,9 +85,9 @@ def test_keeps_what_is_expected(family: str, turning: int, settings: dict[str, A
     update = RaggedLayer.update
     with pytest.MonkeyPatch.context() as patch:
 
-        def watched(self: RaggedLayer, keys: Tensor, new: Tensor, *args: Any) -> Any:
+        def watched(self: RaggedLayer, keys: Tensor, new: Tensor, *args: Any, **kwargs: Any) -> Any:
             values.setdefault(self.index, []).append(new.clone())
-            return update(self, keys, new, *args)
+            return update(self, keys, new, *args, **kwargs)
 
         patch.setattr(RaggedLayer, "update", watched)
         with recording() as steps:

@@ -14,6 +14,7 @@ from tiny_families import FAMILIES, prompt, shallow
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel
 
+from manyheads.cache_names import CACHE_NAME
 from manyheads.shrink import H2O, TOVA, Full, KeyNorm, Policy, SnapKV, StreamingLLM
 
 NEW = 6
@@ -160,7 +161,7 @@ def test_continuous_batching_is_refused(name: str) -> None:
 
 def own_loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
     """A caller's own decoding, handed to generate."""
-    cache = kwargs["past_key_values"]
+    cache = kwargs[CACHE_NAME]
     for _ in range(NEW):
         logits = model(input_ids[:, cache.get_seq_length() :], past_key_values=cache, use_cache=True).logits
         input_ids = torch.cat([input_ids, logits[:, -1:].argmax(-1)], 1)
