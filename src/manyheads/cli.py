@@ -92,10 +92,12 @@ def check(
     """Prove a mechanism: run every property of the contract and say which hold. Exit code 1 where one fails."""
     from manyheads.testing import examine_mechanism
 
-    cls = find_class(target)
+    cls, settings = find_class(target), _json_object(config)
+    if settings:
+        _check_taken(cls, settings)
     findings = []
     console = Console(highlight=False, soft_wrap=True)
-    for finding in examine_mechanism(cls, patterns=pattern, properties=property_, config=_json_object(config)):
+    for finding in examine_mechanism(cls, patterns=pattern, properties=property_, config=settings):
         findings.append(finding)
         if not as_json:
             mark = "[green]holds[/green]" if finding.holds else "[red]FAILS[/red]"
@@ -116,6 +118,21 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"--config {shown(text)} is not a JSON object; want one such as '{{\"window\": 64}}'")
     return value
+
+
+def _check_taken(cls: type[Mechanism], settings: dict[str, Any]) -> None:
+    """ValueError where the mechanism takes the settings in no pattern: no property then tells of anything else."""
+    from manyheads.testing.case import Case
+
+    refused = []
+    for pattern in sorted(cls.card.patterns):
+        try:
+            Case(cls, pattern, settings).unfed()
+        except (TypeError, ValueError) as error:
+            refused.append(error)
+        else:
+            return
+    raise ValueError(f"--config: {refused[0]}") from refused[0]
 
 
 def find_class(target: str) -> type[Mechanism]:

@@ -62,6 +62,7 @@ def test_check_names_a_leak(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         (["check", "json:JSONDecoder"], "has no mechanism 'JSONDecoder'"),
         (["check", "../evil:Thing"], "want package.module:Class"),
         (["check", "softmax", "--config", "{"], "is not JSON"),
+        (["check", "gqa", "--config", '{"kv_heads": 3}'], "--config: gqa: heads=4 is not a multiple of kv_heads=3"),
         (["check", "softmax", "--property", "nope"], "unknown properties"),
         (["chek"], "No such command"),
     ],
